@@ -1,0 +1,67 @@
+"""The chat formats that are trained and served: one record feeds the tokenizer, the GGUF and the Modelfile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a conversation becomes text. Content is trimmed of surrounding whitespace everywhere.
+
+    A message is `role_start + role + role_end + content + end_of_turn + turn_separator`.
+    """
+
+    name: str
+    beginning: str  # before the first message; the runtime adds it where it is the BOS token
+    role_start: str
+    role_end: str
+    end_of_turn: str  # the last supervised token of a reply
+    turn_separator: str  # after end_of_turn, never supervised
+    jinja_template: str  # tokenizer.chat_template in the GGUF
+    ollama_template: str  # TEMPLATE in the Modelfile; without BOS, which the runtime adds
+    stops: tuple[str, ...]
+
+
+# The jinja template is Llama 3.0's published one: it is the format torchtune trains on, and Ollama recognizes it.
+LLAMA3 = ChatFormat(
+    name="llama3",
+    beginning="<|begin_of_text|>",
+    role_start="<|start_header_id|>",
+    role_end="<|end_header_id|>\n\n",
+    end_of_turn="<|eot_id|>",
+    turn_separator="",
+    jinja_template=(
+        "{% set loop_messages = messages %}{% for message in loop_messages %}"
+        "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+        "+ message['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    ollama_template=(
+        "{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    stops=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
+
+# No default system message: what is not in the training rows is not in the prompt that is served.
+CHATML = ChatFormat(
+    name="chatml",
+    beginning="",
+    role_start="<|im_start|>",
+    role_end="\n",
+    end_of_turn="<|im_end|>",
+    turn_separator="\n",
+    jinja_template=(
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    ollama_template=(
+        "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+    ),
+    stops=("<|im_start|>", "<|im_end|>"),
+)
+
+CHAT_FORMATS = {chat_format.name: chat_format for chat_format in (LLAMA3, CHATML)}
