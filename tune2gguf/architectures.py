@@ -84,6 +84,13 @@ SMOLLM2_135M = Architecture(
     rope_base=100_000.0,
 )
 
+ARCHITECTURES = {
+    "llama3_2_1b": LLAMA3_2_1B,
+    "llama3_2_3b": LLAMA3_2_3B,
+    "llama3_1_8b": LLAMA3_1_8B,
+    "smollm2_135m": SMOLLM2_135M,
+}
+
 # config.json's name -> the field here.
 _HF_FIELDS = {
     "vocab_size": "vocab_size",

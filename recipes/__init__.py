@@ -1,0 +1,1 @@
+"""The recipes, run by path: `tune run recipes/lora_finetune.py --config …`."""

@@ -1,0 +1,55 @@
+"""Fill a model that was built on the meta device with the base's weights, one tensor at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tune2gguf.checkpoints.base import open_base
+from tune2gguf.lora import LoRALinear
+
+if TYPE_CHECKING:
+    from tune2gguf.models import CausalLM
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weights: str, show: bool) -> None:
+    """Load the frozen base into the model, make room for its adapters and build its rope tables, all on the device.
+
+    Args:
+        base_weights: bf16 or fp32, the dtype of every base weight; nf4 for the linear layers' 4-bit form
+        show: whether to show a progress bar
+
+    Raises:
+        ValueError: if the checkpoint is incomplete, damaged or of another shape than the model
+    """
+    from tqdm import tqdm
+
+    base = open_base(base_dir)
+    decoder = model.decoder
+    bar = tqdm(total=base.num_tensors, desc="loading the base", unit="tensor", disable=not show, leave=False)
+    for name, tensor in base.iterate_tensors():
+        _set_frozen(decoder, name, tensor.to(device=device, dtype=_DTYPES[base_weights]))
+        bar.update()
+    bar.close()
+    for module in decoder.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_a.to_empty(device=device)
+            module.lora_b.to_empty(device=device)
+        if hasattr(module, "rope_init"):
+            with torch.device(device):
+                module.rope_init()
+    unfilled = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
+    assert not unfilled, f"open_base checks that every tensor is there; not filled: {unfilled}"
+
+
+def _set_frozen(decoder: nn.Module, name: str, tensor: Tensor) -> None:
+    module_name, parameter_name = name.rsplit(".", 1)
+    module = decoder.get_submodule(module_name)
+    expected = getattr(module, parameter_name).shape
+    if tensor.shape != expected:
+        raise ValueError(f"{name} has shape {list(tensor.shape)} in the base, the model needs {list(expected)}")
+    setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,196 @@
+"""Builders of Llama decoders with LoRA, from torchtune's modules; the shape of the base comes from its architecture.
+
+torchtune's own LoRA builders put the adapter into the dtype of the base; these keep it in float32 (see lora.py), and serve
+every dense Llama, tied or not, with or without Llama 3's rope scaling, from one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
+from torchtune.modules.tied_linear import TiedLinear
+
+from tune2gguf.architectures import ARCHITECTURES, Architecture, find_architecture_differences, read_architecture
+from tune2gguf.lora import LoRALinear
+from tune2gguf.loss import cross_entropy_of_supervised, select_supervised
+
+LORA_ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
+
+
+class CausalLM(nn.Module):
+    """A decoder that returns the loss of its supervised positions, so that the head's product happens inside forward.
+
+    DDP and FSDP2 see forward only: the head's weight is at hand there even when it is sharded.
+    """
+
+    def __init__(self, decoder: TransformerDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's weight [vocab, dim], the token embedding where the model is tied."""
+        output = self.decoder.output
+        return output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
+
+    def compute_hidden(self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
+        """Return the last hidden states after the final norm, [batch, seq, dim]; causal where no mask is given."""
+        hidden = self.decoder.tok_embeddings(tokens)
+        for layer in self.decoder.layers:
+            hidden = layer(hidden, mask=mask, input_pos=input_pos)
+        return self.decoder.norm(hidden)
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """Return the cross entropy of each supervised position, [n] in float32, row by row.
+
+        Args:
+            tokens: [batch, seq]
+            labels: [batch, seq], not shifted; IGNORED_LABEL where a token is not supervised
+            mask: True where a position attends, [batch, seq, seq]
+            input_pos: position of each token in its own row, [batch, seq]
+        """
+        hidden, targets = select_supervised(self.compute_hidden(tokens, mask=mask, input_pos=input_pos), labels)
+        return cross_entropy_of_supervised(hidden, self.head_weight, targets)
+
+
+def build_lora_llama(
+    architecture: Architecture,
+    *,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    lora_attn_modules: list[str],
+    apply_lora_to_mlp: bool,
+    max_seq_len: int,
+) -> CausalLM:
+    """Build the model on torch's current default device; base weights and rope tables are filled in by `load_base`.
+
+    Raises:
+        ValueError: if a LoRA module is unknown, or no module is named
+    """
+    unknown = sorted(set(lora_attn_modules) - set(LORA_ATTN_MODULES))
+    if unknown:
+        raise ValueError(f"lora_attn_modules={unknown}: unknown; use {', '.join(LORA_ATTN_MODULES)}")
+    if not lora_attn_modules and not apply_lora_to_mlp:
+        raise ValueError("lora_attn_modules=[] and apply_lora_to_mlp=false leave nothing to train")
+
+    def make_linear(in_dim: int, out_dim: int, has_lora: bool) -> nn.Module:
+        if has_lora:
+            return LoRALinear(in_dim, out_dim, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
+        return nn.Linear(in_dim, out_dim, bias=False)
+
+    shape, rope = architecture, _make_rope(architecture, max_seq_len)
+    layers = nn.ModuleList()
+    for _ in range(shape.num_layers):
+        layers.append(
+            TransformerSelfAttentionLayer(
+                attn=_make_attention(shape, rope, make_linear, lora_attn_modules),
+                mlp=FeedForward(
+                    gate_proj=make_linear(shape.embed_dim, shape.intermediate_dim, apply_lora_to_mlp),
+                    down_proj=make_linear(shape.intermediate_dim, shape.embed_dim, apply_lora_to_mlp),
+                    up_proj=make_linear(shape.embed_dim, shape.intermediate_dim, apply_lora_to_mlp),
+                ),
+                sa_norm=RMSNorm(dim=shape.embed_dim, eps=shape.norm_eps),
+                mlp_norm=RMSNorm(dim=shape.embed_dim, eps=shape.norm_eps),
+            )
+        )
+    tok_embeddings = nn.Embedding(shape.vocab_size, shape.embed_dim)
+    output = TiedLinear(tok_embeddings) if shape.tied else nn.Linear(shape.embed_dim, shape.vocab_size, bias=False)
+    decoder = TransformerDecoder(
+        tok_embeddings=tok_embeddings,
+        layers=layers,
+        max_seq_len=max_seq_len,
+        num_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        norm=RMSNorm(shape.embed_dim, eps=shape.norm_eps),
+        output=output,
+    )
+    model = CausalLM(decoder)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    return model
+
+
+def _make_rope(architecture: Architecture, max_seq_len: int) -> nn.Module:
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return RotaryPositionalEmbeddings(architecture.head_dim, max_seq_len=max_seq_len, base=architecture.rope_base)
+    return Llama3ScaledRoPE(
+        architecture.head_dim,
+        max_seq_len=max_seq_len,
+        base=architecture.rope_base,
+        scale_factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        old_context_len=scaling.original_max_position_embeddings,
+    )
+
+
+def _make_attention(
+    shape: Architecture, rope: nn.Module, make_linear: Callable[..., nn.Module], lora_attn_modules: list[str]
+) -> MultiHeadAttention:
+    query_dim, key_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return MultiHeadAttention(
+        embed_dim=shape.embed_dim,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        q_proj=make_linear(shape.embed_dim, query_dim, "q_proj" in lora_attn_modules),
+        k_proj=make_linear(shape.embed_dim, key_dim, "k_proj" in lora_attn_modules),
+        v_proj=make_linear(shape.embed_dim, key_dim, "v_proj" in lora_attn_modules),
+        output_proj=make_linear(query_dim, shape.embed_dim, "output_proj" in lora_attn_modules),
+        pos_embeddings=rope,
+    )
+
+
+def lora_llama(
+    base_dir: str,
+    *,
+    architecture: str | None,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    lora_attn_modules: list[str],
+    apply_lora_to_mlp: bool,
+    max_seq_len: int,
+) -> CausalLM:
+    """Build a dense Llama with LoRA from the config.json of its base folder, without weights (on the meta device).
+
+    Args:
+        architecture: the name in ARCHITECTURES that config.json must agree with; None takes what config.json says
+
+    Raises:
+        ValueError: if config.json cannot be read, is not a dense Llama, or is not the named architecture
+    """
+    found = read_architecture(base_dir)
+    if architecture is not None:
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"architecture={architecture!r} is unknown; use one of {', '.join(ARCHITECTURES)}, or null"
+            )
+        differences = find_architecture_differences(ARCHITECTURES[architecture], found)
+        if differences:
+            raise ValueError(f"{base_dir} does not hold {architecture}:\n  " + "\n  ".join(differences))
+    with torch.device("meta"):
+        return build_lora_llama(
+            found,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            lora_attn_modules=lora_attn_modules,
+            apply_lora_to_mlp=apply_lora_to_mlp,
+            max_seq_len=max_seq_len,
+        )

@@ -1,0 +1,49 @@
+"""Learning rate schedules: linear warm-up, then cosine, linear or constant. Every step learns, the first and the last too."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
+
+SCHEDULERS = ("cosine", "linear", "constant")
+
+
+def compute_rate_factor(step: int, *, name: str, num_warmup_steps: int, num_training_steps: int) -> float:
+    """Return the factor of the peak learning rate at a step.
+
+    Warm-up: (step + 1) / num_warmup_steps, so that its last step is at the peak. After it, with the progress
+    p = (step - num_warmup_steps) / (num_training_steps - num_warmup_steps) in [0, 1):
+    cosine (1 + cos(pi p)) / 2, linear 1 - p, constant 1.
+
+    Args:
+        step: optimizer steps already taken, from 0
+
+    Raises:
+        ValueError: if the name is unknown
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler={name!r} is unknown; use one of {', '.join(SCHEDULERS)}")
+    if step < num_warmup_steps:
+        return (step + 1) / num_warmup_steps
+    if name == "constant":
+        return 1.0
+    # LambdaLR asks for the factor after the last step, too.
+    progress = min(1.0, (step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps))
+    return (1.0 + math.cos(math.pi * progress)) / 2.0 if name == "cosine" else 1.0 - progress
+
+
+def get_schedule(optimizer: Optimizer, *, name: str, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
+    """Return the schedule that sets the optimizer's learning rate; step it after each optimizer step."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    return LambdaLR(
+        optimizer,
+        partial(
+            compute_rate_factor, name=name, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps
+        ),
+    )

@@ -1,0 +1,54 @@
+"""The held-out loss: exact on any number of processes, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from tune2gguf.distributed import World, sum_over_ranks
+
+if TYPE_CHECKING:
+    from tune2gguf.data import TokenizedRow
+    from tune2gguf.models import CausalLM
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Summed cross entropy and supervised tokens of each held-out row, in the order of the rows."""
+
+    row_sums: list[float]
+    row_tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        """Cross entropy per supervised token, in nats."""
+        return sum(self.row_sums) / sum(self.row_tokens)
+
+
+@torch.no_grad()
+def compute_heldout_loss(
+    model: CausalLM, rows: list[TokenizedRow], *, batch_size: int, pad_id: int, world: World
+) -> HeldOutLoss:
+    """Return the loss of each row without dropout; each process takes every world.size-th batch.
+
+    Rows of similar length share a batch, so that little is padded; a row's loss does not depend on its batch.
+    """
+    from tune2gguf.data import collate
+
+    was_training = model.training
+    model.eval()
+    row_sums = torch.zeros(len(rows), dtype=torch.float64)
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
+    batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    for indices in batches[world.rank :: world.size]:
+        batch = collate([rows[index] for index in indices], pad_id=pad_id)
+        losses = model(batch.tokens.to(world.device), batch.labels.to(world.device)).double().cpu()
+        parts = losses.split([rows[index].num_supervised for index in indices])
+        for index, part in zip(indices, parts, strict=True):
+            row_sums[index] = part.sum()
+    model.train(was_training)
+    # NCCL reduces tensors on the GPU only.
+    row_sums = sum_over_ranks(row_sums.to(world.device)).cpu()
+    return HeldOutLoss(row_sums=row_sums.tolist(), row_tokens=[row.num_supervised for row in rows])
