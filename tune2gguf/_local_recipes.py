@@ -1,8 +1,8 @@
 """Let `tune run recipes/lora_finetune.py` find the recipes of the working directory.
 
 torchtune installs a top-level `recipes` package that raises on import, and `tune run` puts the working directory last
-on sys.path. tune2gguf.pth imports this module at every start of Python, so it must cost nothing: it imports only what is
-loaded anyway.
+on sys.path. tune2gguf.pth imports this module at every start of Python, so it must cost nothing: it imports only
+what is loaded anyway.
 """
 
 import os

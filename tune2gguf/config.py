@@ -61,7 +61,7 @@ KEYS = {
     "scheduler": Key(str, choices=SCHEDULERS),
     "seed": Key(int, minimum=0, maximum=2**32 - 1),
     "batch_size": Key(int, minimum=1),
-    "quantization": Key(str, choices=tuple(QUANTIZATIONS)),
+    "quantization": Key(str, choices=QUANTIZATIONS),
     "weight_decay": Key(float, minimum=0),
     "gradient_accumulation_steps": Key(int, minimum=1),
     "max_steps_per_epoch": Key(int, minimum=1, optional=True),

@@ -71,7 +71,7 @@ def share_error(error: str | None) -> str | None:
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """Let the adapter's gradients be averaged over the processes; the frozen base stays where it is and never travels."""
+    """Average the adapter's gradients over the processes; the frozen base stays where it is and never travels."""
     if not dist.is_initialized():
         return model
     from torch.nn.parallel import DistributedDataParallel

@@ -7,7 +7,7 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
-# Positions projected at a time: 256 x 128256 logits are 131 MB in float32, and the matmul is still large enough to be efficient.
+# Projected at a time: 256 x 128256 logits are 131 MB in float32, and the product is still large enough to be efficient.
 POSITIONS_PER_CHUNK = 256
 
 

@@ -1,7 +1,7 @@
 """Builders of Llama decoders with LoRA, from torchtune's modules; the shape of the base comes from its architecture.
 
-torchtune's own LoRA builders put the adapter into the dtype of the base; these keep it in float32 (see lora.py), and serve
-every dense Llama, tied or not, with or without Llama 3's rope scaling, from one place.
+torchtune's own LoRA builders put the adapter into the dtype of the base; these keep it in float32 (see lora.py), and
+serve every dense Llama, tied or not, with or without Llama 3's rope scaling, from one place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning rate schedules: linear warm-up, then cosine, linear or constant. Every step learns, the first and the last too."""
+"""Learning rate schedules: linear warm-up, then cosine, linear or constant. Every step learns, first and last too."""
 
 from __future__ import annotations
 

@@ -20,11 +20,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def collect_adapter(model: CausalLM) -> dict[str, Tensor]:
     """Return the trainable parameters by torchtune's names (`layers.0.attn.q_proj.lora_a.weight` …), on the CPU."""
-    return {
-        name: parameter.detach().cpu()
-        for name, parameter in model.decoder.named_parameters()
-        if parameter.requires_grad
-    }
+    parameters = model.decoder.named_parameters()
+    return {name: parameter.detach().cpu() for name, parameter in parameters if parameter.requires_grad}
 
 
 def to_peft_layout(adapter: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
