@@ -1,0 +1,185 @@
+"""The frozen base: opens a folder in Hugging Face's layout, checks it, and hands out its tensors one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tune2gguf.architectures import Architecture, read_architecture
+from tune2gguf.checkpoints.layout import TensorSpec, list_tensors, to_tune_rows
+from tune2gguf.checkpoints.safetensors_file import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    get_bytes,
+    read_header,
+    read_rows,
+    read_tensor,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+MAX_LISTED = 5  # tensors named in one error
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """An opened base folder; no weights are in memory. `specs` and `stored` are keyed by torchtune's names."""
+
+    base_dir: Path
+    architecture: Architecture
+    specs: dict[str, TensorSpec]
+    stored: dict[str, StoredTensor]
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Read the tensor with this torchtune name, rows in torchtune's order, in the stored dtype."""
+        tensor, spec = read_tensor(self.stored[name]), self.specs[name]
+        return tensor if spec.num_heads is None else to_tune_rows(tensor, spec.num_heads)
+
+    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Read rows [begin, end), in torchtune's order, of the tensor with this torchtune name; [end - begin, in]."""
+        stored, spec = self.stored[name], self.specs[name]
+        if spec.num_heads is None:
+            return read_rows(stored, begin, end)
+        # Rows change places within their head only.
+        head_dim = spec.shape[0] // spec.num_heads
+        first_head, end_head = begin // head_dim, -(-end // head_dim)
+        rows = to_tune_rows(read_rows(stored, first_head * head_dim, end_head * head_dim), end_head - first_head)
+        return rows[begin - first_head * head_dim : end - first_head * head_dim]
+
+    def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield (torchtune's parameter name, tensor in torchtune's layout), one at a time, in the order of the files.
+
+        Each tensor is fresh memory that the caller owns, and the checkpoint keeps none: memory never holds more than what
+        the caller keeps plus two copies of one tensor.
+
+        Args:
+            dtype: convert to it; None keeps the stored dtype
+        """
+        for name in sorted(self.stored, key=lambda name: (self.stored[name].path, self.stored[name].begin)):
+            tensor = self.read_tensor(name)
+            yield name, tensor if dtype is None else tensor.to(dtype)
+
+
+def open_base(base_dir: str | Path) -> BaseCheckpoint:
+    """Open a base folder and check every tensor's name, shape and dtype against its config.json; reads headers only.
+
+    Raises:
+        ValueError: if a file is missing, truncated or corrupted, the weights are pickles, or tensors are missing,
+            unexpected, of another shape or dtype
+    """
+    base_dir = Path(base_dir)
+    architecture = read_architecture(base_dir)
+    found = _read_headers(base_dir)
+    specs = {spec.hf_name: spec for spec in list_tensors(architecture)}
+    _check_tensors(base_dir, specs, found, architecture.tied)
+    return BaseCheckpoint(
+        base_dir=base_dir,
+        architecture=architecture,
+        specs={spec.tune_name: spec for spec in specs.values()},
+        stored={spec.tune_name: found[spec.hf_name] for spec in specs.values()},
+    )
+
+
+def _read_headers(base_dir: Path) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for path in find_weight_files(base_dir):
+        for name, stored in read_header(path).items():
+            if name in found:
+                raise ValueError(f"{base_dir}: tensor {name!r} is in both {found[name].path.name} and {path.name}")
+            found[name] = stored
+    return found
+
+
+def find_weight_files(base_dir: Path) -> list[Path]:
+    """Return the safetensors files of a base folder, from its index where it has one.
+
+    Raises:
+        ValueError: if there are none, the index is broken, or files that it names are missing
+    """
+    index_path, single_path = base_dir / INDEX_FILE, base_dir / SINGLE_FILE
+    if index_path.exists() and single_path.exists():
+        raise ValueError(f"{base_dir}: has both {INDEX_FILE} and {SINGLE_FILE}; remove the one that does not belong")
+    if single_path.exists():
+        return [single_path]
+    if not index_path.exists():
+        raise ValueError(_explain_missing_weights(base_dir))
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index_path}: not a safetensors index ({error!r})") from None
+    # A name with a folder in it would reach outside the base folder.
+    foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if foreign:
+        raise ValueError(f"{index_path}: names files outside the folder: {foreign[0]!r}")
+    missing = [name for name in names if not (base_dir / name).is_file()]
+    if missing:
+        raise ValueError(f"{index_path}: names {len(missing)} missing files: {_list_few(missing)}; download them")
+    return [base_dir / name for name in names]
+
+
+def _explain_missing_weights(base_dir: Path) -> str:
+    names = sorted(path.name for path in base_dir.iterdir())
+    shards = [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if shards:
+        return f"{base_dir}: has {_list_few(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}"
+    if pickles:
+        return (
+            f"{base_dir}: has its weights as pickles ({_list_few(pickles)}), which can run code when they are read; "
+            "only safetensors are read, so get the model's *.safetensors files"
+        )
+    return f"{base_dir}: has no weights; expected {SINGLE_FILE}, or shards with {INDEX_FILE}"
+
+
+def _check_tensors(base_dir: Path, specs: dict[str, TensorSpec], found: dict[str, StoredTensor], is_tied: bool) -> None:
+    head = found.pop("lm_head.weight", None) if is_tied else None
+    missing = [name for name in specs if name not in found]
+    # Old checkpoints hold the rotary frequencies, which the architecture gives.
+    unexpected = [name for name in found if name not in specs and not name.endswith("rotary_emb.inv_freq")]
+    both = [(specs[name], found[name]) for name in specs if name in found]
+    shapes = [
+        f"{stored.name} is {list(stored.shape)}, not {list(spec.shape)}"
+        for spec, stored in both
+        if spec.shape != stored.shape
+    ]
+    dtypes = [f"{stored.name} is {stored.dtype}" for _, stored in both if stored.dtype not in WEIGHT_DTYPES]
+    problems = [
+        f"{len(names)} {what}: {_list_few(names)}"
+        for what, names in (
+            ("tensors missing", missing),
+            ("unexpected tensors", unexpected),
+            ("shapes that config.json contradicts", shapes),
+            (f"tensors of a dtype other than {', '.join(WEIGHT_DTYPES)}", dtypes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{base_dir}: weights and config.json do not fit together:\n  " + "\n  ".join(problems))
+    if head is not None:
+        _check_tied_head(base_dir, head, found["model.embed_tokens.weight"])
+
+
+def _check_tied_head(base_dir: Path, head: StoredTensor, embedding: StoredTensor) -> None:
+    """A tied model may store its head all the same; it must be the embedding, or the model would be another one."""
+    is_same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and all(
+        get_bytes(read_rows(head, row, min(row + 4096, head.shape[0])))
+        == get_bytes(read_rows(embedding, row, min(row + 4096, head.shape[0])))
+        for row in range(0, head.shape[0], 4096)
+    )
+    if not is_same:
+        raise ValueError(
+            f"{base_dir}: config.json says tie_word_embeddings, but lm_head.weight is not the token embedding"
+        )
+
+
+def _list_few(names: list[str]) -> str:
+    listed = ", ".join(names[:MAX_LISTED])
+    return listed if len(names) <= MAX_LISTED else f"{listed} and {len(names) - MAX_LISTED} more"

@@ -1,0 +1,69 @@
+"""The tensors of a dense Llama: Hugging Face's names and shapes, torchtune's names, and the two orders of Q/K rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tune2gguf.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One base tensor. `num_heads` is set where the rows are in another order in HF layout (query and key)."""
+
+    tune_name: str
+    hf_name: str
+    shape: tuple[int, ...]
+    num_heads: int | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is the weight of a linear layer inside a decoder layer (what 4-bit checkpoints quantize)."""
+        return len(self.shape) == 2 and self.tune_name.startswith("layers.")
+
+
+def list_tensors(architecture: Architecture) -> list[TensorSpec]:
+    """Return all base tensors, in the order of the forward pass; a tied model has no `output.weight`."""
+    dim, hidden = architecture.embed_dim, architecture.intermediate_dim
+    query_dim = architecture.num_heads * architecture.head_dim
+    key_dim = architecture.num_kv_heads * architecture.head_dim
+    specs = [TensorSpec("tok_embeddings.weight", "model.embed_tokens.weight", (architecture.vocab_size, dim))]
+    for layer in range(architecture.num_layers):
+        tune, hf = f"layers.{layer}", f"model.layers.{layer}"
+        attn, mlp = f"{hf}.self_attn", f"{hf}.mlp"
+        specs += [
+            TensorSpec(f"{tune}.sa_norm.scale", f"{hf}.input_layernorm.weight", (dim,)),
+            TensorSpec(f"{tune}.attn.q_proj.weight", f"{attn}.q_proj.weight", (query_dim, dim), architecture.num_heads),
+            TensorSpec(
+                f"{tune}.attn.k_proj.weight", f"{attn}.k_proj.weight", (key_dim, dim), architecture.num_kv_heads
+            ),
+            TensorSpec(f"{tune}.attn.v_proj.weight", f"{attn}.v_proj.weight", (key_dim, dim)),
+            TensorSpec(f"{tune}.attn.output_proj.weight", f"{attn}.o_proj.weight", (dim, query_dim)),
+            TensorSpec(f"{tune}.mlp_norm.scale", f"{hf}.post_attention_layernorm.weight", (dim,)),
+            TensorSpec(f"{tune}.mlp.w1.weight", f"{mlp}.gate_proj.weight", (hidden, dim)),
+            TensorSpec(f"{tune}.mlp.w3.weight", f"{mlp}.up_proj.weight", (hidden, dim)),
+            TensorSpec(f"{tune}.mlp.w2.weight", f"{mlp}.down_proj.weight", (dim, hidden)),
+        ]
+    specs.append(TensorSpec("norm.scale", "model.norm.weight", (dim,)))
+    if not architecture.tied:
+        specs.append(TensorSpec("output.weight", "lm_head.weight", (architecture.vocab_size, dim)))
+    return specs
+
+
+def to_tune_rows(rows: Tensor, num_heads: int) -> Tensor:
+    """Reorder query or key rows [num_heads * head_dim, ...] from HF's order to torchtune's, which is GGUF's too.
+
+    HF rotates the pair (i, i + head_dim / 2) of a head, torchtune and llama.cpp the pair (2 i, 2 i + 1).
+    """
+    head_dim = rows.shape[0] // num_heads
+    return rows.reshape(num_heads, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def to_hf_rows(rows: Tensor, num_heads: int) -> Tensor:
+    """Reorder query or key rows [num_heads * head_dim, ...] from torchtune's order to HF's."""
+    head_dim = rows.shape[0] // num_heads
+    return rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,212 @@
+"""Safetensors files one tensor at a time: a checked header, reads into fresh memory, streamed writes.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header,
+JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. Tensors are read, not mapped: mapped pages
+count as resident memory until the kernel drops them, and a file that shrinks under a map kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+# The format's dtype names, their torch names, and bytes per element.
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `dtype` as the format names it, `begin` and `end` in bytes from the start of the file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorToWrite:
+    """Name, dtype (as the format names it) and shape of a tensor whose bytes come later."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file by name, after checking that header and file fit together.
+
+    Raises:
+        ValueError: if the file is no safetensors file, is truncated, or has a header that does not fit its bytes
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= header_bytes <= MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: not a safetensors file")
+        if size < 8 + header_bytes:
+            raise ValueError(f"{path}: truncated inside its header, at {size} bytes; download it again")
+        try:
+            header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            tensors = [_read_entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()]
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: corrupted safetensors header ({error!r}); download it again") from None
+    _check_layout(path, tensors, 8 + header_bytes, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _read_entry(path: Path, name: str, entry: dict, data_begin: int) -> StoredTensor:
+    begin, end = (data_begin + int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(length) for length in entry["shape"])
+    tensor = StoredTensor(path, name, entry["dtype"], shape, begin, end)
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {name!r} has dtype {tensor.dtype!r}, which is not supported")
+    if end - begin != math.prod(shape) * DTYPES[tensor.dtype][1]:
+        raise ValueError(f"{path}: tensor {name!r} of shape {shape} cannot have {end - begin} bytes; download it again")
+    return tensor
+
+
+def _check_layout(path: Path, tensors: list[StoredTensor], data_begin: int, size: int) -> None:
+    expected_begin = data_begin
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != expected_begin:
+            raise ValueError(f"{path}: corrupted header, tensor {tensor.name!r} does not follow the one before it")
+        expected_begin = tensor.end
+    if size < expected_begin:
+        raise ValueError(f"{path}: truncated, {size} of {expected_begin} bytes; download it again")
+    if size > expected_begin:
+        raise ValueError(f"{path}: {size - expected_begin} bytes more than its header names; download it again")
+
+
+def read_rows(stored: StoredTensor, begin: int, end: int) -> Tensor:
+    """Read rows [begin, end) of the first dimension into fresh memory.
+
+    Raises:
+        ValueError: if the file has become shorter since its header was read
+    """
+    import torch
+
+    dtype, element_bytes = DTYPES[stored.dtype]
+    row_bytes = math.prod(stored.shape[1:]) * element_bytes
+    tensor = torch.empty((end - begin, *stored.shape[1:]), dtype=getattr(torch, dtype))
+    buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.begin + begin * row_bytes)
+        filled = 0
+        # One read returns at most 2 GiB on Linux.
+        while filled < len(buffer):
+            num_read = file.readinto(buffer[filled:])
+            if not num_read:
+                raise ValueError(
+                    f"{stored.path}: ended inside tensor {stored.name!r}; the file changed after it was opened"
+                )
+            filled += num_read
+    return tensor
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Read a whole tensor into fresh memory."""
+    if not stored.shape:
+        return read_rows(StoredTensor(stored.path, stored.name, stored.dtype, (1,), stored.begin, stored.end), 0, 1)[0]
+    return read_rows(stored, 0, stored.shape[0])
+
+
+def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], chunks: Iterator[Tensor]) -> None:
+    """Write a file of `tensors`, whose bytes are taken from `chunks`: one or more whole-row chunks for each, in order.
+
+    Nothing but the current chunk is in memory, and no chunk beyond the last tensor is taken. The file must not exist.
+
+    Raises:
+        ValueError: if the chunks do not end where the tensors do
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.num_bytes],
+        }
+        offset += tensor.num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    with path.open("xb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            remaining = tensor.num_bytes
+            while remaining > 0:
+                remaining -= file.write(get_bytes(next(chunks)))
+            if remaining < 0:
+                raise ValueError(f"tensor {tensor.name!r}: {-remaining} bytes more than its shape {tensor.shape} holds")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_shards(
+    folder: Path, tensors: Sequence[TensorToWrite], chunks: Iterator[Tensor], *, max_shard_bytes: int
+) -> None:
+    """Write `model.safetensors`, or shards and their index where the tensors do not fit into one file.
+
+    Tensors keep their order; a tensor larger than `max_shard_bytes` gets a shard of its own.
+    """
+    shards: list[list[TensorToWrite]] = [[]]
+    for tensor in tensors:
+        shard_bytes = sum(member.num_bytes for member in shards[-1])
+        if shards[-1] and shard_bytes + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE_FILE, tensors, chunks)
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard, chunks)
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def get_bytes(tensor: Tensor) -> memoryview:
+    """Return a contiguous tensor's bytes without a copy."""
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def get_torch_dtype(stored: StoredTensor) -> torch.dtype:
+    """Return the torch dtype of a stored tensor."""
+    import torch
+
+    return getattr(torch, DTYPES[stored.dtype][0])

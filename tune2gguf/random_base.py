@@ -1,0 +1,88 @@
+"""Base folders of any Llama shape with random weights: to try memory, speed and the whole path without a download."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tune2gguf.architectures import Architecture, make_hf_config
+from tune2gguf.checkpoints.folder import create_folder
+from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
+from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+KINDS = {"bf16": "BF16", "float32": "F32"}  # kind of base -> dtype of its weights
+INIT_STD = 0.02  # Llama's initializer_range
+MAX_CHUNK_ELEMENTS = 1 << 24
+MAX_SHARD_BYTES = 5_000_000_000  # what Hugging Face's own writers use
+LLAMA3_VOCAB_SIZE = 128_256
+
+
+def write_random_base(
+    architecture: Architecture,
+    base_dir: str | Path,
+    *,
+    kind: str = "bf16",
+    seed: int = 0,
+    tokenizer_model: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a base folder with normal weights (standard deviation 0.02) and norms of 1; its loss is near ln(vocab_size).
+
+    The weights are made and written a slab of rows at a time; memory stays under 200 MB whatever the model's size.
+
+    Args:
+        kind: `bf16` or `float32`
+        tokenizer_model: Llama 3's tokenizer.model, copied to where Meta's repositories have it, `original/`
+
+    Raises:
+        ValueError: if the folder exists or the kind is unknown
+    """
+    import torch
+
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+    base_dir = Path(base_dir)
+    with create_folder(base_dir) as folder:
+        specs = list_tensors(architecture)
+        tensors = [TensorToWrite(spec.hf_name, KINDS[kind], spec.shape) for spec in specs]
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        generator = torch.Generator().manual_seed(seed)
+        chunks = (chunk.to(dtype) for spec in specs for chunk in _draw_rows(spec, generator))
+        write_shards(folder, tensors, chunks, max_shard_bytes=max_shard_bytes)
+        _write_configs(folder, architecture, str(dtype).removeprefix("torch."))
+        if tokenizer_model is not None:
+            (folder / "original").mkdir()
+            shutil.copyfile(tokenizer_model, folder / "original" / "tokenizer.model")
+    return base_dir
+
+
+def _draw_rows(spec: TensorSpec, generator: torch.Generator) -> Iterator[Tensor]:
+    import torch
+
+    if len(spec.shape) == 1:
+        yield torch.ones(spec.shape)
+        return
+    num_rows, num_columns = spec.shape
+    rows_per_chunk = max(1, MAX_CHUNK_ELEMENTS // num_columns)
+    for begin in range(0, num_rows, rows_per_chunk):
+        chunk = torch.empty(min(rows_per_chunk, num_rows - begin), num_columns)
+        yield chunk.normal_(std=INIT_STD, generator=generator)
+
+
+def _write_configs(folder: Path, architecture: Architecture, dtype: str) -> None:
+    config = make_hf_config(architecture) | {"torch_dtype": dtype, "initializer_range": INIT_STD}
+    generation_config = {}
+    if architecture.vocab_size == LLAMA3_VOCAB_SIZE:
+        # As in Meta's repositories: <|begin_of_text|>; <|end_of_text|>, <|eom_id|>, <|eot_id|>.
+        token_ids = {"bos_token_id": 128_000, "eos_token_id": [128_001, 128_008, 128_009]}
+        config |= token_ids
+        generation_config = token_ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    for name, content in (("config.json", config), ("generation_config.json", generation_config)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
