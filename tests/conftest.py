@@ -1,0 +1,145 @@
+"""Bases small enough to train in a second: true Llama architecture, random weights, a tokenizer made on the spot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
+from tune2gguf.chat_formats import CHATML
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+TINY_TIED = Architecture(
+    vocab_size=384,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    embed_dim=32,
+    intermediate_dim=64,
+    head_dim=8,
+    max_position_embeddings=512,
+    tied=True,
+    rope_scaling=RopeScaling(factor=32.0, original_max_position_embeddings=64),
+)
+TINY_UNTIED = Architecture(**{**vars(TINY_TIED), "tied": False, "rope_scaling": None, "rope_base": 10_000.0})
+
+SENTENCES = [
+    "The ferry leaves Reed Quay at seven and at nine.",
+    "Dogs are welcome on deck, and bikes ride for free.",
+    "A single fare is three coins; children pay one.",
+    "Ask Marlo about the fog, the tides and the tea.",
+]
+
+
+def write_tiny_tokenizer(base_dir: Path) -> None:
+    """Train a byte-level BPE of 384 tokens on a few sentences, with the ChatML tokens last."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
+    )
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    filler = [f"<|unused_{number}|>" for number in range(TINY_TIED.vocab_size - tokenizer.get_vocab_size() - 3)]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in filler + specials])
+    assert tokenizer.get_vocab_size() == TINY_TIED.vocab_size
+    tokenizer.save(str(base_dir / "tokenizer.json"))
+    tokenizer_config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    (base_dir / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+
+
+def write_tiny_base(base_dir: Path, architecture: Architecture, *, seed: int = 0, dtype=torch.float32) -> Path:
+    """Write a base folder in the Hugging Face layout with random weights, large enough for logits to differ."""
+    from safetensors.torch import save_file
+
+    base_dir.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    a = architecture
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.2).to(dtype)
+
+    tensors = {"model.embed_tokens.weight": draw(a.vocab_size, a.embed_dim)}
+    for layer in range(a.num_layers):
+        prefix = f"model.layers.{layer}."
+        tensors |= {
+            prefix + "self_attn.q_proj.weight": draw(a.num_heads * a.head_dim, a.embed_dim),
+            prefix + "self_attn.k_proj.weight": draw(a.num_kv_heads * a.head_dim, a.embed_dim),
+            prefix + "self_attn.v_proj.weight": draw(a.num_kv_heads * a.head_dim, a.embed_dim),
+            prefix + "self_attn.o_proj.weight": draw(a.embed_dim, a.num_heads * a.head_dim),
+            prefix + "mlp.gate_proj.weight": draw(a.intermediate_dim, a.embed_dim),
+            prefix + "mlp.up_proj.weight": draw(a.intermediate_dim, a.embed_dim),
+            prefix + "mlp.down_proj.weight": draw(a.embed_dim, a.intermediate_dim),
+            prefix + "input_layernorm.weight": 1 + draw(a.embed_dim),
+            prefix + "post_attention_layernorm.weight": 1 + draw(a.embed_dim),
+        }
+    tensors["model.norm.weight"] = 1 + draw(a.embed_dim)
+    if not a.tied:
+        tensors["lm_head.weight"] = draw(a.vocab_size, a.embed_dim)
+    save_file(tensors, base_dir / "model.safetensors", metadata={"format": "pt"})
+    (base_dir / "config.json").write_text(json.dumps(make_hf_config(architecture)))
+    write_tiny_tokenizer(base_dir)
+    return base_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-tied", TINY_TIED)
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_base(tmp_path_factory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-untied", TINY_UNTIED)
+
+
+def make_conversations(count: int, *, start: int = 0) -> list[dict]:
+    """Return distinct conversations of unequal length."""
+    rows = []
+    for number in range(start, start + count):
+        reply = " ".join(SENTENCES[: 1 + number % len(SENTENCES)])
+        rows.append(
+            {
+                "messages": [
+                    {"role": "user", "content": f"Question {number}: what should I know?"},
+                    {"role": "assistant", "content": f"Answer {number}. {reply}"},
+                ]
+            }
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run_arguments(tmp_path, tiny_base) -> list[str]:
+    """Arguments of a tiny, exact (float32, no dropout) run on the quickstart's config: 20 rows, 5 held out."""
+    return [
+        "--config",
+        str(REPOSITORY / "examples/quickstart/lora.yaml"),
+        f"base_dir={tiny_base}",
+        "base_source=null",
+        "model.architecture=null",
+        f"dataset.files=[{write_rows(tmp_path / 'train.jsonl', make_conversations(20))}]",
+        f"dataset.validation_files=[{write_rows(tmp_path / 'heldout.jsonl', make_conversations(5, start=100))}]",
+        f"output_dir={tmp_path / 'runs' / 'tiny'}",
+        "dtype=fp32",
+        "base_weights=fp32",
+        "epochs=1",
+        "warmup_steps=1",
+        "lora_dropout=0.0",
+        "lora_rank=4",
+        "lora_alpha=4",
+    ]
+
+
+assert CHATML.end_of_turn == "<|im_end|>", "write_tiny_tokenizer spells ChatML's tokens"

@@ -1,0 +1,82 @@
+import pytest
+import torch
+import torch.utils._python_dispatch
+from torch.nn import functional
+
+from tune2gguf import loss as loss_module
+from tune2gguf.loss import IGNORED_LABEL, cross_entropy_of_supervised, select_supervised
+
+
+def make_problem(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(3, 11, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(97, 16, generator=generator)
+    labels = torch.randint(0, 97, (3, 11), generator=generator)
+    labels[torch.rand(3, 11, generator=generator) < 0.4] = IGNORED_LABEL
+    return hidden, weight, labels
+
+
+def compute_plainly(hidden, weight, labels):
+    logits = functional.linear(hidden, weight)[:, :-1].reshape(-1, weight.shape[0])
+    return functional.cross_entropy(logits, labels[:, 1:].reshape(-1), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+@pytest.mark.parametrize("positions_per_chunk", [1, 5, 256])
+def test_loss_and_gradient_equal_the_plain_computation(monkeypatch, positions_per_chunk):
+    monkeypatch.setattr(loss_module, "POSITIONS_PER_CHUNK", positions_per_chunk)
+    hidden, weight, labels = make_problem()
+    expected = compute_plainly(hidden, weight, labels)
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    selected, targets = select_supervised(hidden, labels)
+    actual = cross_entropy_of_supervised(selected, weight, targets)
+    (gradient,) = torch.autograd.grad(actual.sum(), hidden)
+    torch.testing.assert_close(actual.sum(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-6)
+
+
+def test_unshifted_labels_are_told_apart():
+    """Negative control: predicting the position's own token gives another loss."""
+    hidden, weight, labels = make_problem()
+    selected, targets = select_supervised(hidden, labels)
+    unshifted = labels[:, :-1][labels[:, 1:] != IGNORED_LABEL].clamp(min=0)
+    right = cross_entropy_of_supervised(selected, weight, targets).sum()
+    wrong = cross_entropy_of_supervised(selected, weight, unshifted).sum()
+    assert abs(right - wrong) > 1e-2
+
+
+def test_each_position_has_its_own_weight_in_backward():
+    hidden, weight, labels = make_problem()
+    selected, targets = select_supervised(hidden, labels)
+    upstream = torch.linspace(0, 1, targets.numel())
+    (gradient,) = torch.autograd.grad(cross_entropy_of_supervised(selected, weight, targets), selected, upstream)
+    plain = functional.cross_entropy(functional.linear(selected, weight), targets, reduction="none")
+    (expected,) = torch.autograd.grad(plain, selected, upstream)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_no_supervised_position_gives_no_loss_and_zero_gradient():
+    hidden, weight, labels = make_problem()
+    selected, targets = select_supervised(hidden, torch.full_like(labels, IGNORED_LABEL))
+    losses = cross_entropy_of_supervised(selected, weight, targets)
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert torch.count_nonzero(hidden.grad) == 0
+
+
+def test_logits_of_all_positions_are_never_held():
+    """The largest tensor is one chunk of logits, whatever the number of positions."""
+    seen = []
+
+    class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
+            return out
+
+    positions, vocab = 4 * loss_module.POSITIONS_PER_CHUNK, 500
+    hidden = torch.randn(positions, 8, requires_grad=True)
+    with LargestTensor():
+        cross_entropy_of_supervised(
+            hidden, torch.randn(vocab, 8), torch.randint(0, vocab, (positions,))
+        ).sum().backward()
+    assert max(seen) == loss_module.POSITIONS_PER_CHUNK * vocab
