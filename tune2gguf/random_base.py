@@ -33,7 +33,7 @@ def write_random_base(
     tokenizer_model: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write a base folder with normal weights (standard deviation 0.02) and norms of 1; its loss is near ln(vocab_size).
+    """Write a base folder with normal weights (standard deviation 0.02), norms of 1; its loss is near ln(vocab_size).
 
     The weights are made and written a slab of rows at a time; memory stays under 200 MB whatever the model's size.
 
@@ -56,6 +56,8 @@ def write_random_base(
         generator = torch.Generator().manual_seed(seed)
         chunks = (chunk.to(dtype) for spec in specs for chunk in _draw_rows(spec, generator))
         write_shards(folder, tensors, chunks, max_shard_bytes=max_shard_bytes)
+        record = {"source": "random weights", "kind": kind, "seed": seed}
+        (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _write_configs(folder, architecture, str(dtype).removeprefix("torch."))
         if tokenizer_model is not None:
             (folder / "original").mkdir()

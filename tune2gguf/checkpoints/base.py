@@ -56,8 +56,8 @@ class BaseCheckpoint:
     def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield (torchtune's parameter name, tensor in torchtune's layout), one at a time, in the order of the files.
 
-        Each tensor is fresh memory that the caller owns, and the checkpoint keeps none: memory never holds more than what
-        the caller keeps plus two copies of one tensor.
+        Each tensor is fresh memory that the caller owns, and the checkpoint keeps none: memory never holds more than
+        what the caller keeps plus two copies of one tensor.
 
         Args:
             dtype: convert to it; None keeps the stored dtype

@@ -1,8 +1,8 @@
 """Safetensors files one tensor at a time: a checked header, reads into fresh memory, streamed writes.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header,
-JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. Tensors are read, not mapped: mapped pages
-count as resident memory until the kernel drops them, and a file that shrinks under a map kills the process.
+JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. Tensors are read, not mapped: mapped
+pages count as resident memory until the kernel drops them, and a file that shrinks under a map kills the process.
 """
 
 from __future__ import annotations

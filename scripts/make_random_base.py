@@ -1,0 +1,40 @@
+"""Write a base folder of a true Llama shape with random weights, to try memory and speed without a download."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from tune2gguf.architectures import ARCHITECTURES
+    from tune2gguf.random_base import KINDS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, choices=ARCHITECTURES)
+    parser.add_argument("--kind", default="bf16", choices=KINDS)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--seed", default=0, type=int)
+    arguments = parser.parse_args()
+
+    from dataclasses import astuple
+
+    from tune2gguf.checkpoints.folder import refuse_existing
+    from tune2gguf.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
+    from tune2gguf.random_base import write_random_base
+
+    try:
+        refuse_existing(arguments.out)
+        base_dir = write_random_base(
+            ARCHITECTURES[arguments.model],
+            arguments.out,
+            kind=arguments.kind,
+            seed=arguments.seed,
+            tokenizer_model=fetch_pypi_file(*astuple(LLAMA3_TOKENIZER)),
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"base: {base_dir}")
+
+
+if __name__ == "__main__":
+    main()

