@@ -30,9 +30,9 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
 
     base = open_base(base_dir)
     decoder = model.decoder
-    bar = tqdm(total=base.num_tensors, desc="loading the base", unit="tensor", disable=not show, leave=False)
-    for name, tensor in base.iterate_tensors():
-        _set_frozen(decoder, name, tensor.to(device=device, dtype=_DTYPES[base_weights]))
+    bar = tqdm(total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
+    for name, tensor in base.iterate_tensors(dtype=_DTYPES[base_weights]):
+        _set_frozen(decoder, name, tensor.to(device))
         bar.update()
     bar.close()
     for module in decoder.modules():
