@@ -1,0 +1,1 @@
+"""From a run folder to files that serve: merge, quantize, GGUF, Modelfile."""

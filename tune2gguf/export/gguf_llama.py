@@ -1,0 +1,210 @@
+"""A dense Llama as a GGUF file: tensor names and order, keys and values, rope factors.
+
+Contents and order are those of llama.cpp's converter followed by llama-quantize (MIT): files compare byte by byte.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.architectures import Architecture
+from tune2gguf.checkpoints.layout import TensorSpec
+from tune2gguf.export.type_mix import BLOCKS, Quantization, choose_tensor_type, count_bytes
+from tune2gguf.export.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+ALIGNMENT = 32  # bytes, GGUF's default: every tensor starts at a multiple
+ROPE_FACTORS = "rope_freqs.weight"
+
+# torchtune's names -> GGUF's.
+_TOP_NAMES = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "norm.scale": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "sa_norm.scale": "attn_norm.weight",
+    "attn.q_proj.weight": "attn_q.weight",
+    "attn.k_proj.weight": "attn_k.weight",
+    "attn.v_proj.weight": "attn_v.weight",
+    "attn.output_proj.weight": "attn_output.weight",
+    "mlp_norm.scale": "ffn_norm.weight",
+    "mlp.w1.weight": "ffn_gate.weight",
+    "mlp.w2.weight": "ffn_down.weight",
+    "mlp.w3.weight": "ffn_up.weight",
+}
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor of the file; `spec` is where it comes from in the base, None for the rope factors."""
+
+    name: str
+    shape: tuple[int, ...]
+    spec: TensorSpec | None
+
+
+def get_gguf_name(tune_name: str) -> str:
+    """Return GGUF's name of a tensor by torchtune's."""
+    if tune_name in _TOP_NAMES:
+        return _TOP_NAMES[tune_name]
+    _, layer, part = tune_name.split(".", 2)
+    return f"blk.{layer}.{_LAYER_NAMES[part]}"
+
+
+def list_gguf_tensors(specs: dict[str, TensorSpec], architecture: Architecture) -> list[GGUFTensor]:
+    """Return the file's tensors in llama-quantize's order: those outside of layers, then by layer; each by name."""
+    tensors = [GGUFTensor(get_gguf_name(spec.tune_name), spec.shape, spec) for spec in specs.values()]
+    if architecture.rope_scaling is not None:
+        tensors.append(GGUFTensor(ROPE_FACTORS, (architecture.head_dim // 2,), None))
+    return sorted(tensors, key=lambda tensor: (_get_layer(tensor.name), tensor.name))
+
+
+def _get_layer(name: str) -> int:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def choose_types(tensors: list[GGUFTensor], architecture: Architecture, quantization: Quantization) -> dict[str, str]:
+    """Return each tensor's ggml type by its name."""
+    return {
+        tensor.name: choose_tensor_type(
+            tensor.name,
+            tensor.shape,
+            quantization,
+            num_layers=architecture.num_layers,
+            queries_per_key=architecture.num_heads // architecture.num_kv_heads,
+            is_tied=architecture.tied,
+        )
+        for tensor in tensors
+    }
+
+
+def compute_rope_factors(architecture: Architecture) -> np.ndarray:
+    """Return Llama 3's divisors of the rotary frequencies, float32 [head_dim / 2].
+
+    The formula is the one in transformers' `_compute_llama3_parameters`, in the converter's float32 operations: it
+    divides a number by a tensor as torch does, by multiplying with the reciprocal.
+    """
+    scaling, one = architecture.rope_scaling, np.float32(1)
+    assert scaling is not None, "only models with Llama 3's scaling have rope factors"
+    original = scaling.original_max_position_embeddings
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    exponents = np.arange(0, architecture.head_dim, 2, dtype=np.float32) / np.float32(architecture.head_dim)
+    frequencies = one / np.power(np.float32(architecture.rope_base), exponents)
+    wavelengths = (one / frequencies) * np.float32(2 * math.pi)
+    smooth = ((one / wavelengths) * np.float32(original) - low) / (high - low)
+    between = one / ((one - smooth) / np.float32(scaling.factor) + smooth)
+    is_short, is_long = wavelengths < original / high, wavelengths > original / low
+    return np.where(is_short, one, np.where(is_long, np.float32(scaling.factor), between)).astype(np.float32)
+
+
+def write_metadata(
+    path: Path,
+    tensors: list[GGUFTensor],
+    types: dict[str, str],
+    *,
+    name: str,
+    architecture: Architecture,
+    quantization: Quantization,
+    vocabulary: Vocabulary,
+    chat_template: str,
+    hf_config: dict,
+    generation_config: dict,
+) -> None:
+    """Write a GGUF file up to where the tensors' bytes begin.
+
+    Args:
+        types: ggml type by tensor name
+        name: of the model, general.name; written like a Hugging Face folder's name
+        hf_config: config.json of the base
+        generation_config: generation_config.json of the base, or {}
+    """
+    from gguf import GGML_QUANT_VERSION, GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    _add_general_keys(writer, name, sum(math.prod(tensor.shape) for tensor in tensors), generation_config)
+    _add_architecture_keys(writer, architecture, has_head_dim=hf_config.get("head_dim") is not None)
+    _add_tokenizer_keys(writer, vocabulary, chat_template)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_file_type(quantization.file_type)
+    for tensor in tensors:
+        _add_tensor_info(writer, tensor, types[tensor.name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(writer.fout[0], writer.fout[0].tell())
+    writer.close()
+
+
+def _add_general_keys(writer: GGUFWriter, name: str, num_parameters: int, generation_config: dict) -> None:
+    from gguf import Metadata, size_label
+
+    writer.add_type("model")
+    # The name's parts (base name, size, fine-tune) as llama.cpp's converter reads them from a folder's name.
+    metadata = Metadata.apply_metadata_heuristic(Metadata(), None, None, Path(name), num_parameters)
+    if metadata.size_label is None:
+        metadata.size_label = size_label(num_parameters, num_parameters, 0, 0)
+    metadata.sampling_top_k = generation_config.get("top_k")
+    metadata.sampling_top_p = generation_config.get("top_p")
+    metadata.sampling_min_p = generation_config.get("min_p")
+    metadata.sampling_temp = generation_config.get("temperature")
+    metadata.sampling_penalty_repeat = generation_config.get("repetition_penalty")
+    metadata.set_gguf_meta_model(writer)
+
+
+def _add_architecture_keys(writer: GGUFWriter, architecture: Architecture, *, has_head_dim: bool) -> None:
+    writer.add_block_count(architecture.num_layers)
+    writer.add_context_length(architecture.max_position_embeddings)
+    writer.add_embedding_length(architecture.embed_dim)
+    writer.add_feed_forward_length(architecture.intermediate_dim)
+    writer.add_head_count(architecture.num_heads)
+    writer.add_head_count_kv(architecture.num_kv_heads)
+    writer.add_rope_freq_base(architecture.rope_base)
+    writer.add_layer_norm_rms_eps(architecture.norm_eps)
+    if has_head_dim:
+        writer.add_key_length(architecture.head_dim)
+        writer.add_value_length(architecture.head_dim)
+    writer.add_vocab_size(architecture.vocab_size)
+    writer.add_rope_dimension_count(architecture.head_dim)
+
+
+def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: str) -> None:
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.token_types)
+    writer.add_token_merges(vocabulary.merges)
+    ids_keys = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # GGUF spells the separator's key so
+    for kind, number in vocabulary.special_ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{ids_keys.get(kind, kind)}_token_id", number)
+    for kind, is_added in vocabulary.early_flags.items():
+        writer.add_bool(f"tokenizer.ggml.add_{kind}_token", is_added)
+    writer.add_chat_template(chat_template)
+    for kind, is_added in vocabulary.late_flags.items():
+        writer.add_bool(f"tokenizer.ggml.add_{kind}_token", is_added)
+
+
+def _add_tensor_info(writer: GGUFWriter, tensor: GGUFTensor, ggml_type: str) -> None:
+    from gguf import GGMLQuantizationType
+
+    elements, block_bytes = BLOCKS[ggml_type]
+    # The writer wants the shape in bytes where the data is bytes.
+    byte_shape = (*tensor.shape[:-1], tensor.shape[-1] // elements * block_bytes)
+    writer.add_tensor_info(
+        tensor.name,
+        byte_shape,
+        np.dtype(np.uint8),
+        count_bytes(ggml_type, tensor.shape),
+        raw_dtype=GGMLQuantizationType[ggml_type],
+    )

@@ -1,0 +1,100 @@
+"""llama.cpp's quantization kernels, reached through ctypes in the library that `xllamacpp` ships.
+
+The symbols are no promised API, so that pyproject.toml pins xllamacpp; the GIL is released while a kernel runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tune2gguf.export.type_mix import BLOCKS
+
+# enum ggml_type in ggml.h; numbers never change, since they are what GGUF files hold.
+GGML_TYPE_NUMBERS = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+    "IQ4_NL": 20,
+    "IQ4_XS": 23,
+    "BF16": 30,
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The loaded library."""
+
+    library: ctypes.CDLL
+
+    def quantize(self, rows: np.ndarray, ggml_type: str) -> np.ndarray:
+        """Quantize float32 rows [num_rows, columns] to bytes [num_rows, bytes per row]; columns fill whole blocks."""
+        assert rows.dtype == np.float32 and rows.flags.c_contiguous, "the kernels read contiguous float32"
+        num_rows, columns = rows.shape
+        elements, block_bytes = BLOCKS[ggml_type]
+        quantized = np.empty((num_rows, columns // elements * block_bytes), np.uint8)
+        written = self.library.ggml_quantize_chunk(
+            GGML_TYPE_NUMBERS[ggml_type], rows.ctypes.data, quantized.ctypes.data, 0, num_rows, columns, None
+        )
+        assert written == quantized.nbytes, f"ggml_quantize_chunk wrote {written} of {quantized.nbytes} bytes"
+        return quantized
+
+
+def load_kernels() -> Kernels:
+    """Load llama.cpp's kernels.
+
+    Raises:
+        ValueError: if xllamacpp is not installed, or its library does not offer the kernels
+    """
+    library = load_library()
+    try:
+        quantize_chunk, init = library.ggml_quantize_chunk, library.ggml_quantize_init
+    except AttributeError:
+        raise ValueError(
+            "the installed xllamacpp does not export ggml_quantize_chunk; install the release that pyproject.toml pins"
+        ) from None
+    quantize_chunk.restype = ctypes.c_size_t
+    quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    init.argtypes = [ctypes.c_int]
+    # Tables of the IQ types are built once, before threads ask for them.
+    for ggml_type in ("IQ4_NL", "IQ4_XS"):
+        init(GGML_TYPE_NUMBERS[ggml_type])
+    return Kernels(library)
+
+
+def load_library() -> ctypes.CDLL:
+    """Load the shared library inside the xllamacpp package, which holds all of llama.cpp.
+
+    Raises:
+        ValueError: if the package is not installed or holds no library
+    """
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "xllamacpp is not installed, and it brings llama.cpp's kernels. Get it with:\n  pip install -e ."
+        )
+    folder = Path(spec.origin).parent
+    candidates = sorted(path for path in folder.iterdir() if path.suffix in (".so", ".pyd", ".dylib"))
+    if not candidates:
+        raise ValueError(f"{folder}: holds no shared library; reinstall xllamacpp")
+    return ctypes.CDLL(str(candidates[0]))

@@ -1,0 +1,36 @@
+"""Merge an adapter into rows of the base: float32 arithmetic, one rounding to bfloat16."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def merge_rows(rows: np.ndarray, lora_a: np.ndarray, lora_b_rows: np.ndarray, *, rank: int, alpha: float) -> np.ndarray:
+    """Return rows + alpha / rank * lora_b_rows @ lora_a, computed in float32.
+
+    Args:
+        rows: float32 rows of the frozen weight, [num_rows, in]
+        lora_a: float32, [rank, in]
+        lora_b_rows: float32, the same rows of lora_b, [num_rows, rank]
+    """
+    merged = lora_b_rows @ lora_a
+    merged *= np.float32(alpha / rank)
+    merged += rows
+    return merged
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to the nearest bfloat16, ties to even; returns the bits as uint16 of the same shape.
+
+    Values must be finite: the bits of a NaN could round to infinity.
+    """
+    bits = values.view(np.uint32)
+    is_odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + (np.uint32(0x7FFF) + is_odd)) >> np.uint32(16)).astype(np.uint16)
+
+
+def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 values of bfloat16 bits (uint16)."""
+    widened = bits.astype(np.uint32)
+    widened <<= np.uint32(16)
+    return widened.view(np.float32)

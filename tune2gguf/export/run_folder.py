@@ -1,0 +1,85 @@
+"""What the export reads from a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
+
+ADAPTERS = ("best", "last")
+_NEEDED_KEYS = ("base_dir", "chat_format", "max_seq_len", "quantization")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder, its adapter, and the config keys that the export needs."""
+
+    run_dir: Path
+    name: str
+    adapter_dir: Path
+    base_dir: Path
+    chat_format: ChatFormat
+    max_seq_len: int
+    quantization: str
+
+    @property
+    def export_dir(self) -> Path:
+        return self.run_dir / "export"
+
+
+def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str | Path | None = None) -> FinishedRun:
+    """Read config.yaml and find the adapter and the base.
+
+    Args:
+        adapter: `best` or `last`; None takes best where there is one
+        base_dir: where the base is now, if not where config.yaml says
+
+    Raises:
+        ValueError: if the run, its adapter or its base is missing, or config.yaml is not a run's
+    """
+    run_dir = Path(run_dir)
+    config = _read_config(run_dir)
+    if config["chat_format"] not in CHAT_FORMATS:
+        raise ValueError(f"{run_dir / 'config.yaml'}: unknown chat_format {config['chat_format']!r}")
+    base_dir = Path(config["base_dir"] if base_dir is None else base_dir)
+    if not base_dir.is_dir():
+        raise ValueError(f"no base model in {base_dir}; if it has moved, say where it is with --base-dir")
+    return FinishedRun(
+        run_dir=run_dir,
+        name=run_dir.resolve().name,
+        adapter_dir=_find_adapter(run_dir, adapter),
+        base_dir=base_dir,
+        chat_format=CHAT_FORMATS[config["chat_format"]],
+        max_seq_len=config["max_seq_len"],
+        quantization=config["quantization"],
+    )
+
+
+def _read_config(run_dir: Path) -> dict:
+    import yaml
+    from omegaconf import OmegaConf
+
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{run_dir}: no run here (config.yaml is missing); give the folder of a run, such as runs/NAME"
+        )
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML ({error})") from None
+    missing = [key for key in _NEEDED_KEYS if not isinstance(config, dict) or config.get(key) is None]
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}")
+    return config
+
+
+def _find_adapter(run_dir: Path, adapter: str | None) -> Path:
+    if adapter is not None and adapter not in ADAPTERS:
+        raise ValueError(f"unknown adapter {adapter!r}; choose from {', '.join(ADAPTERS)}")
+    wanted = ADAPTERS if adapter is None else (adapter,)
+    for name in wanted:
+        if (run_dir / name).is_dir():
+            return run_dir / name
+    raise ValueError(f"{run_dir}: has no adapter ({' or '.join(f'{name}/' for name in wanted)}); was the run finished?")

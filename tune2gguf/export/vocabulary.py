@@ -1,0 +1,198 @@
+"""The tokenizer as GGUF stores it, from tokenizer.json: tokens, their types, merges, special ids, pre-tokenizer.
+
+What is written, and in which order, follows llama.cpp's converter (MIT: conversion/base.py, gguf-py/gguf/vocab.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune2gguf.chat_formats import ChatFormat
+from tune2gguf.tokenizers import LLAMA3_PATTERN, find_tokenizer_file, make_llama3_tokenizer_json
+
+# enum llama_token_type in llama.h
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+_LLAMA3_PRE = [
+    {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "use_regex": False},
+]
+_SMOLLM_PRE = [
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "use_regex": True},
+]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The content of the tokenizer's keys.
+
+    Attributes:
+        pre: llama.cpp's name of the pre-tokenizer
+        special_ids: `bos`, `eos`, ... -> id, in the order of the file
+        early_flags, late_flags: `bos` -> whether the runtime adds it, written before and after the chat template
+    """
+
+    tokens: list[str]
+    token_types: list[int]
+    merges: list[str]
+    pre: str
+    special_ids: dict[str, int]
+    early_flags: dict[str, bool]
+    late_flags: dict[str, bool]
+    add_space_prefix: bool | None
+
+
+def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_format: ChatFormat) -> Vocabulary:
+    """Read the vocabulary of a base folder from tokenizer.json, or from Llama 3's tokenizer.model.
+
+    Raises:
+        ValueError: if there is no tokenizer, llama.cpp has no equal of it, or it lacks the chat format's tokens
+    """
+    base_dir = Path(base_dir)
+    path = find_tokenizer_file(base_dir)
+    tokenizer = _read_json(path) if path.suffix == ".json" else make_llama3_tokenizer_json(path)
+    return make_vocabulary(
+        tokenizer,
+        tokenizer_config=_read_json_if_present(base_dir / "tokenizer_config.json"),
+        hf_config=_read_json_if_present(base_dir / "config.json"),
+        vocab_size=vocab_size,
+        chat_format=chat_format,
+        source=path,
+    )
+
+
+def make_vocabulary(
+    tokenizer: dict,
+    *,
+    tokenizer_config: dict,
+    hf_config: dict,
+    vocab_size: int,
+    chat_format: ChatFormat,
+    source: Path,
+) -> Vocabulary:
+    """Turn the content of tokenizer.json into the vocabulary of a GGUF; `source` is named in errors.
+
+    Raises:
+        ValueError: as `read_vocabulary` says
+    """
+    pre = _identify_pre_tokenizer(tokenizer, source)
+    tokens, token_types = _list_tokens(tokenizer, vocab_size, source)
+    ids = {token: number for number, token in enumerate(tokens)}
+    wanted = [token for token in (chat_format.beginning, chat_format.end_of_turn) if token]
+    missing = [token for token in wanted if token not in ids]
+    if missing:
+        raise ValueError(f"{source}: lacks {', '.join(missing)}, which chat format {chat_format.name!r} needs")
+    early_flags = _find_flags(tokenizer, tokenizer_config)
+    # What was trained decides: with a beginning, every conversation starts with exactly one BOS; without, with none.
+    adds_bos = bool(chat_format.beginning)
+    if "bos" in early_flags:
+        early_flags["bos"] = adds_bos
+    merges = tokenizer["model"]["merges"]
+    return Vocabulary(
+        tokens=tokens,
+        token_types=token_types,
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        pre=pre,
+        special_ids=_find_special_ids(ids, tokenizer, tokenizer_config, hf_config, chat_format),
+        early_flags=early_flags,
+        late_flags={} if "bos" in early_flags else {"bos": adds_bos},
+        add_space_prefix=tokenizer_config.get("add_prefix_space"),
+    )
+
+
+def _identify_pre_tokenizer(tokenizer: dict, source: Path) -> str:
+    """Compare the way text is split with the two ways that llama.cpp has a name for and this project supports."""
+    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
+    parts = pre.get("pretokenizers", [pre])
+    if model.get("type") == "BPE" and not tokenizer.get("normalizer") and not model.get("byte_fallback"):
+        ignores_merges = bool(model.get("ignore_merges"))
+        if _holds(parts, _LLAMA3_PRE) and ignores_merges:
+            return "llama-bpe"
+        if _holds(parts, _SMOLLM_PRE) and not ignores_merges:
+            return "smollm"
+    raise ValueError(
+        f"{source}: this tokenizer is neither Llama 3's nor SmolLM2's, and llama.cpp would split text in another way "
+        "than the model was trained on; use a base with one of these tokenizers"
+    )
+
+
+def _holds(parts: list[dict], expected: list[dict]) -> bool:
+    """Whether each part has the expected values; what `expected` leaves open is not compared, a space prefix is."""
+    if len(parts) != len(expected) or any(part.get("add_prefix_space") for part in parts):
+        return False
+    return all(wanted.items() <= part.items() for part, wanted in zip(parts, expected, strict=True))
+
+
+def _list_tokens(tokenizer: dict, vocab_size: int, source: Path) -> tuple[list[str], list[int]]:
+    tokens, token_types = [f"[PAD{number}]" for number in range(vocab_size)], [UNUSED] * vocab_size
+    vocab = tokenizer["model"]["vocab"]
+    added = tokenizer.get("added_tokens", [])
+    largest = max([*vocab.values(), *(token["id"] for token in added)])
+    if largest >= vocab_size:
+        raise ValueError(f"{source}: has token id {largest}, but config.json's vocab_size is {vocab_size}")
+    for token, number in vocab.items():
+        tokens[number], token_types[number] = token, NORMAL
+    for token in added:
+        content, looks_special = token["content"], token["content"].startswith("<|") and token["content"].endswith("|>")
+        is_control = token["special"] or looks_special
+        tokens[token["id"]] = content if is_control else content.replace("\u2581", " ")
+        token_types[token["id"]] = CONTROL if is_control else USER_DEFINED
+    return tokens, token_types
+
+
+def _find_special_ids(
+    ids: dict[str, int], tokenizer: dict, tokenizer_config: dict, hf_config: dict, chat_format: ChatFormat
+) -> dict[str, int]:
+    """tokenizer_config.json's names come before config.json's ids; the end of sequence is the trained end of turn."""
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    kinds, found = ("bos", "eos", "unk", "sep", "pad", "mask"), {}
+    for kind in kinds:
+        entry = tokenizer_config.get(f"{kind}_token")
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if content in added:
+            found[kind] = added[content]
+    for kind in kinds:
+        number = hf_config.get(f"{kind}_token_id")
+        if isinstance(number, int):
+            found.setdefault(kind, number)
+    if chat_format.beginning:
+        found["bos"] = ids[chat_format.beginning]
+    found["eos"] = ids[chat_format.end_of_turn]
+    # A missing name must not move bos and eos behind the others.
+    first = {kind: found.pop(kind) for kind in ("bos", "eos") if kind in found}
+    return first | found
+
+
+def _find_flags(tokenizer: dict, tokenizer_config: dict) -> dict[str, bool]:
+    """Which `add_..._token` keys the converter writes before the chat template, from the post-processor's parts."""
+    flags: dict[str, bool] = {}
+    post = tokenizer.get("post_processor") or {}
+    for part in post.get("processors", [post]):
+        if part.get("type") == "ByteLevel":
+            flags |= {"bos": False, "eos": False} | flags
+        if part.get("type") == "TemplateProcessing":
+            flags.setdefault("bos", False)
+            if part.get("pair"):
+                flags["sep"] = False
+    for kind in ("bos", "eos", "unk", "sep", "pad", "mask"):
+        value = tokenizer_config.get(f"add_{kind}_token")
+        if isinstance(value, bool):
+            flags.setdefault(kind, value)
+    return flags
+
+
+def _read_json_if_present(path: Path) -> dict:
+    return _read_json(path) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,162 @@
+"""Ask a GGUF file through llama.cpp, in this process (package `xllamacpp`).
+
+llama.cpp's server is the one thing that renders the file's own chat template and tokenizes with the file's own
+vocabulary, so the answers here are those a user gets. It listens on a free port of the loopback interface, with a key
+that only this object knows.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said, and whether it ended its turn by itself or reached the limit."""
+
+    text: str
+    ended_by_itself: bool
+    num_prompt_tokens: int
+    num_reply_tokens: int
+
+
+@dataclass
+class LlamaCppModel:
+    """A loaded GGUF file; made by `open_model`."""
+
+    server: Any
+    api_key: str = field(repr=False)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Reply:
+        """Answer a conversation of {"role", "content"} messages.
+
+        Args:
+            max_tokens: limit of the reply
+            temperature: 0 is greedy
+            seed: of the sampling
+            on_text: called with each piece of the reply as it comes
+
+        Raises:
+            ValueError: if llama.cpp refuses the conversation
+        """
+        request = {
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            # Neutral: what the file's metadata recommends must not change the measured distribution.
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repeat_penalty": 1.0,
+        }
+        if on_text is None:
+            return _read_reply(_check(self.server.handle_chat_completions(request)))
+        return self._stream(request, on_text)
+
+    def _stream(self, request: dict, on_text: Callable[[str], None]) -> Reply:
+        pieces, last, usage = [], {}, {}
+
+        def receive(chunk: dict) -> None:
+            for part in chunk if isinstance(chunk, list) else [chunk]:
+                _check(part)
+                usage.update(part.get("usage") or {})
+                for choice in part.get("choices", []):
+                    text = choice["delta"].get("content")
+                    if text:
+                        pieces.append(text)
+                        on_text(text)
+                    last.update(choice)
+
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        self.server.handle_chat_completions(request | options, receive)
+        choice = {"message": {"content": "".join(pieces)}, "finish_reason": last.get("finish_reason")}
+        return _read_reply({"choices": [choice], "usage": usage})
+
+    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
+        """Return the prompt that the file's chat template makes of the messages, up to where the reply begins."""
+        return self._post("/apply-template", {"messages": list(messages)})["prompt"]
+
+    def tokenize(self, text: str, *, adds_bos: bool = False) -> list[int]:
+        """Return the ids of a text; special tokens in it are read as such."""
+        return self._post("/tokenize", {"content": text, "add_special": adds_bos, "parse_special": True})["tokens"]
+
+    def _post(self, endpoint: str, content: dict) -> dict:
+        request = urllib.request.Request(
+            self.server.listening_address + endpoint,
+            data=json.dumps(content).encode(),
+            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"},
+        )
+        # A proxy from the environment must not see loopback requests.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise ValueError(f"llama.cpp refused {endpoint}: {error.read().decode(errors='replace')}") from None
+
+
+def open_model(
+    path: str | Path, *, num_threads: int = 1, context_length: int = 2048, adapter_path: str | Path | None = None
+) -> LlamaCppModel:
+    """Load a GGUF file.
+
+    Args:
+        num_threads: llama.cpp's threads spin while they wait; more than the free cores make it slower
+        context_length: tokens, prompt and reply together
+        adapter_path: a LoRA adapter in GGUF to apply
+
+    Raises:
+        ValueError: if the file is missing or llama.cpp cannot load it
+    """
+    from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    api_key = secrets.token_hex(16)
+    params = CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = context_length
+    params.cpuparams.n_threads = num_threads
+    params.cpuparams_batch.n_threads = num_threads
+    params.api_keys = [api_key]
+    params.verbosity = -1  # errors reach the caller as exceptions
+    params.warmup = False
+    if adapter_path is not None:
+        params.lora_adapters = [CommonAdapterLoraInfo(str(adapter_path), 1.0)]
+    try:
+        return LlamaCppModel(Server(params), api_key)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: llama.cpp cannot load it ({error})") from None
+
+
+def _check(response: dict) -> dict:
+    if "error" in response:
+        raise ValueError(f"llama.cpp refused the conversation: {response['error'].get('message', response['error'])}")
+    return response
+
+
+def _read_reply(response: dict) -> Reply:
+    choice, usage = response["choices"][0], response.get("usage", {})
+    return Reply(
+        text=choice["message"]["content"],
+        ended_by_itself=choice["finish_reason"] == "stop",
+        num_prompt_tokens=usage.get("prompt_tokens", 0),
+        num_reply_tokens=usage.get("completion_tokens", 0),
+    )
