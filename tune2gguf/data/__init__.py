@@ -1,0 +1,27 @@
+"""Rows of data files to batches of token ids: no row lost in silence, and what is trained is what will be served.
+
+rows: files → rows with file and line · messages: row → conversation · tokenize: conversation → ids, supervised flags
+select: which row goes where · ledger: what became of every row · prepare: all of it in one call
+batches: which rows a step takes, and the tensors they become
+"""
+
+from tune2gguf.data.batches import Batch, Step, collate, plan_epoch
+from tune2gguf.data.messages import Conversation, Message
+from tune2gguf.data.prepare import PreparedData, chat_dataset, check_files
+from tune2gguf.data.rows import Source
+from tune2gguf.data.tokenize import TokenizedRow, TokenizedRows
+
+__all__ = [
+    "Batch",
+    "Conversation",
+    "Message",
+    "PreparedData",
+    "Source",
+    "Step",
+    "TokenizedRow",
+    "TokenizedRows",
+    "chat_dataset",
+    "check_files",
+    "collate",
+    "plan_epoch",
+]

@@ -1,0 +1,102 @@
+"""data.json, the ledger of a run's rows: read = trained + validated + truncated + dropped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tune2gguf.data.select import Selection, Truncated
+from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
+
+MAX_LINES_SHOWN = 5
+
+
+def make_ledger(
+    files: Sequence[TokenizedFile], selection: Selection, *, train: TokenizedRows, validation: TokenizedRows
+) -> dict[str, Any]:
+    """Return what data.json holds.
+
+    `read` counts the rows of all files and is the sum of four counts: `trained` and `validated` are whole rows,
+    `truncated` are rows of either side that were cut to max_seq_len, `dropped` are rows that were not used. Cut and dropped
+    rows are listed with file, line and reason, held-out ones with file and line; all others are trained on.
+    """
+    cut = Counter(row.split for row in selection.truncated)
+    return {
+        "read": sum(file.num_read for file in files),
+        "trained": len(train) - cut["train"],
+        "validated": len(validation) - cut["validation"],
+        "truncated": len(selection.truncated),
+        "dropped": len(selection.dropped),
+        "max_seq_len": train.max_seq_len,
+        "training": _count_tokens(train),
+        "validation": _count_tokens(validation),
+        "fingerprint": compute_fingerprint(train, validation),
+        "notes": list_notes(files, selection, train=train),
+        "files": [
+            {
+                "file": file.name,
+                "read": file.num_read,
+                "validation_lines": file.lines[validation.picks[validation.picks[:, 0] == index, 1]].tolist(),
+            }
+            for index, file in enumerate(files)
+        ],
+        "rows_truncated": [
+            {"file": row.source.file, "line": row.source.line, "split": row.split, "reason": _describe_cut(row, train)}
+            for row in selection.truncated
+        ],
+        "rows_dropped": [
+            {"file": row.source.file, "line": row.source.line, "reason": row.reason} for row in selection.dropped
+        ],
+    }
+
+
+def _describe_cut(row: Truncated, train: TokenizedRows) -> str:
+    return f"{row.num_tokens} tokens; the last {row.num_tokens - train.max_seq_len} were cut"
+
+
+def _count_tokens(rows: TokenizedRows) -> dict[str, int]:
+    lengths = rows.lengths()
+    return {
+        "rows": len(rows),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": int(rows.supervised_lengths().sum()),
+        "longest_row": int(lengths.max(initial=0)),
+    }
+
+
+def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: TokenizedRows) -> list[str]:
+    """Return the sentences that the user should see before the training starts."""
+    notes = []
+    if selection.truncated:
+        longest = max(row.num_tokens for row in selection.truncated)
+        notes.append(
+            f"rows longer than max_seq_len={train.max_seq_len}, which will be cut: {len(selection.truncated)}; "
+            f"max_seq_len={longest} would keep every row whole"
+        )
+    if selection.dropped:
+        reasons = "; ".join(f"{row.source}: {row.reason}" for row in selection.dropped[:MAX_LINES_SHOWN])
+        more = "; …" if len(selection.dropped) > MAX_LINES_SHOWN else ""
+        notes.append(f"rows dropped: {len(selection.dropped)} ({reasons}{more}); data.json lists them")
+    for file in files:
+        lines = file.lines_that_spell_special
+        if lines:
+            shown = ", ".join(map(str, lines[:MAX_LINES_SHOWN])) + (", …" if len(lines) > MAX_LINES_SHOWN else "")
+            notes.append(
+                f"{file.name}: rows that spell a special token: {len(lines)} (lines {shown}); it is trained as plain text, "
+                "while a server would read it as the token"
+            )
+    return notes
+
+
+def compute_fingerprint(train: TokenizedRows, validation: TokenizedRows) -> str:
+    """Return a digest of the rows' content, their order, their side and their limit."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for rows in (train, validation):
+        hasher.update(np.int64([len(rows), rows.max_seq_len]).tobytes())
+        for file_index, row in rows.picks.tolist():
+            hasher.update(rows.files[file_index].digests[row])
+    return hasher.hexdigest()

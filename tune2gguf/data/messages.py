@@ -1,0 +1,241 @@
+"""Row shapes: a row of a data file becomes the messages of a conversation, or raw text.
+
+torchtune's message transforms are not used: they need four seconds of imports before a file can be checked, turn a
+`content` of null into the previous message's text, and pass unknown roles through as literal headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# C's isspace in the C locale: what the trim filter of llama.cpp's jinja engine strips. Python's strip takes more.
+TRIMMED = " \t\n\v\f\r"
+
+ROLES = ("system", "user", "assistant")
+
+# What distinguishes the shapes: the keys that a row must have.
+_REQUIRED_KEYS = {
+    "openai": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+FORMATS = tuple(_REQUIRED_KEYS)
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+
+# Keys that would change what the model sees or must say: a row that uses one is refused rather than trained without it.
+_TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `role` is system, user or assistant; only the assistant's turns can be trained."""
+
+    role: str
+    content: str
+    is_trained: bool = True  # False for an assistant turn that the row marks with weight 0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a row holds: messages, or raw text and then no messages."""
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Where a row keeps its messages, and what it calls role and content."""
+
+    list_keys: tuple[str, ...]
+    role_key: str
+    content_key: str
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+_OPENAI = _Shape(("messages", "conversations"), "role", "content", {role: role for role in ROLES})
+_SHAREGPT = _Shape(("conversations", "messages"), "from", "value", _SHAREGPT_ROLES)
+
+
+class AmbiguousFormatError(ValueError):
+    """A row fits more than one format: only the user can say which is meant."""
+
+
+def trim(text: str) -> str:
+    """Strip what the server's chat template strips: the six ASCII white-space characters."""
+    return text.strip(TRIMMED)
+
+
+def digest(conversation: Conversation) -> bytes:
+    """Return 16 bytes that are equal for rows that train the same, whatever shape, spacing or file they came in."""
+    turns = [(message.role, trim(message.content), message.is_trained) for message in conversation.messages]
+    return hashlib.blake2b(repr((turns, conversation.text)).encode(), digest_size=16).digest()
+
+
+def detect_format(row: Mapping[str, Any]) -> str:
+    """Return the format of a row, by its keys.
+
+    Raises:
+        AmbiguousFormatError: if more than one format fits
+        ValueError: if none fits
+    """
+    fitting = [name for name, keys in _REQUIRED_KEYS.items() if all(row.get(key) is not None for key in keys)]
+    if len(fitting) > 1:
+        raise AmbiguousFormatError(
+            f"its keys fit the formats {' and '.join(fitting)}; say which with format={fitting[0]}"
+        )
+    if not fitting:
+        keys = ", ".join(map(str, row)) or "none"
+        known = "; ".join(f"{name}: {', '.join(required)}" for name, required in _REQUIRED_KEYS.items())
+        raise ValueError(f"its keys ({keys}) fit no format ({known})")
+    # The list is named either way in the wild; the keys inside tell which of the two it is.
+    if fitting[0] in ("openai", "sharegpt"):
+        turns = row[_REQUIRED_KEYS[fitting[0]][0]]
+        if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
+            return "sharegpt" if "from" in turns[0] and "role" not in turns[0] else "openai"
+    return fitting[0]
+
+
+def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
+    """Return the conversation of a row in the named format (one of FORMATS).
+
+    Raises:
+        ValueError: if the row is not in the format, or is no conversation that can be trained on
+    """
+    _refuse_tools(row)
+    if format == "text":
+        return Conversation(text=_read_text(row, "text"))
+    if format == "alpaca":
+        messages = _read_alpaca(row)
+    elif format == "prompt_completion":
+        messages = [Message("user", _read_text(row, "prompt")), Message("assistant", _read_text(row, "completion"))]
+    else:
+        messages = _read_turns(row, _OPENAI if format == "openai" else _SHAREGPT)
+    _check_order(messages)
+    _check_content(messages)
+    return Conversation(tuple(messages))
+
+
+def _read_turns(row: Mapping[str, Any], shape: _Shape) -> list[Message]:
+    key = next((key for key in shape.list_keys if row.get(key) is not None), None)
+    if key is None:
+        raise ValueError(f"{shape.list_keys[0]!r} is missing; the row has {', '.join(map(str, row)) or 'no keys'}")
+    turns = row[key]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{key!r} must be a non-empty list, got {_describe(turns)}")
+    messages = [_read_turn(turn, shape, f"{key}[{index}]") for index, turn in enumerate(turns)]
+    system = row.get("system")
+    if isinstance(system, str) and system and messages[0].role != "system":
+        _check_text(system, "'system'")
+        messages.insert(0, Message("system", system))
+    return messages
+
+
+def _read_turn(turn: Any, shape: _Shape, place: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise ValueError(
+            f"{place} must be an object with {shape.role_key!r} and {shape.content_key!r}, got {_describe(turn)}"
+        )
+    _refuse_tools(turn, place)
+    for key in (shape.role_key, shape.content_key):
+        if key not in turn:
+            raise ValueError(f"{place} has no {key!r}; it has {', '.join(map(str, turn)) or 'no keys'}")
+    role = turn[shape.role_key]
+    if not isinstance(role, str) or role not in shape.roles:
+        raise ValueError(f"{place}: unknown role {role!r}; known are {', '.join(shape.roles)}")
+    content = turn[shape.content_key]
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping) and "text" in content[0]:
+        content = content[0]["text"]  # OpenAI's long form of a text
+    if not isinstance(content, str):
+        raise ValueError(f"{place}: {shape.content_key!r} must be text, got {_describe(content)}")
+    _check_text(content, f"{place}: {shape.content_key!r}")
+    return Message(shape.roles[role], content, is_trained=_read_weight(turn, place))
+
+
+def _read_weight(turn: Mapping[str, Any], place: str) -> bool:
+    weight = turn.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise ValueError(f"{place}: 'weight' must be 0 (not trained) or 1, got {weight!r}")
+    return weight == 1
+
+
+def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
+    """Join instruction and input by an empty line: a chat model needs no other framing of a user's message."""
+    if row.get("history"):
+        raise ValueError("'history' is not supported in alpaca rows; write the turns as 'messages'")
+    prompt = _read_text(row, "instruction")
+    if row.get("input") is not None and _read_text(row, "input").strip():
+        prompt += "\n\n" + row["input"]
+    system = [Message("system", _read_text(row, "system"))] if row.get("system") else []
+    return [*system, Message("user", prompt), Message("assistant", _read_text(row, "output"))]
+
+
+def _read_text(row: Mapping[str, Any], key: str) -> str:
+    if key not in row:
+        raise ValueError(f"{key!r} is missing; the row has {', '.join(map(str, row)) or 'no keys'}")
+    if not isinstance(row[key], str):
+        raise ValueError(f"{key!r} must be text, got {_describe(row[key])}")
+    _check_text(row[key], repr(key))
+    if key == "text" and not row[key].strip():
+        raise ValueError("'text' is empty")
+    return row[key]
+
+
+def _check_text(text: str, place: str) -> None:
+    if "\0" in text:
+        raise ValueError(f"{place} holds a NUL byte at character {text.index(chr(0))}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} holds half of a surrogate pair at character {error.start}") from None
+
+
+def _check_order(messages: list[Message]) -> None:
+    turns = messages[1:] if messages[0].role == "system" else messages
+    if not any(message.role == "assistant" for message in turns):
+        raise ValueError("there is no assistant turn to learn from")
+    for index, message in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if message.role != expected:
+            place = index + len(messages) - len(turns)
+            raise ValueError(
+                f"message {place + 1} is the {message.role}'s where the {expected}'s is due; "
+                "after an optional system message, user and assistant take turns, the user first"
+            )
+    if turns[-1].role != "assistant":
+        raise ValueError("the last message is the user's; a row ends with the assistant's reply")
+    if not any(message.is_trained for message in turns if message.role == "assistant"):
+        raise ValueError("every assistant turn has weight 0; there is nothing to learn from")
+
+
+def _check_content(messages: list[Message]) -> None:
+    for index, message in enumerate(messages):
+        if message.role != "system" and not message.content.strip():
+            raise ValueError(f"message {index + 1}, the {message.role}'s, is empty")
+
+
+def _refuse_tools(values: Mapping[str, Any], place: str = "the row") -> None:
+    used = [key for key in _TOOL_KEYS if values.get(key)]
+    if (
+        used
+        or values.get("role") in ("tool", "function")
+        or values.get("from") in ("tool", "function_call", "observation")
+    ):
+        raise ValueError(f"{place} uses tools ({used[0] if used else 'a tool message'}), which are not supported")
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -1,0 +1,157 @@
+"""Files to the rows of a run: found, read, checked, tokenized, split, and accounted for in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tune2gguf.data.ledger import make_ledger
+from tune2gguf.data.messages import FORMATS
+from tune2gguf.data.rows import find_files
+from tune2gguf.data.select import Selection, find_smallest_split, select_rows
+from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows, tokenize_file
+
+if TYPE_CHECKING:
+    from tune2gguf.tokenizers import ChatTokenizer
+
+MAX_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The rows of a run. `ledger` is what data.json holds; its `notes` are for the user to see before training."""
+
+    train: TokenizedRows
+    validation: TokenizedRows
+    ledger: dict[str, Any]
+
+
+def chat_dataset(
+    files: str | Sequence[str],
+    *,
+    tokenizer: ChatTokenizer,
+    max_seq_len: int,
+    seed: int,
+    validation_files: str | Sequence[str] | None = None,
+    validation_split: float | None = None,
+    format: str = "auto",
+    on_bad_row: str = "error",
+    on_long_row: str = "truncate",
+) -> PreparedData:
+    """Prepare the rows of a run: the component `dataset` of the configs.
+
+    Args:
+        files: paths, globs, or hub:OWNER/NAME[/CONFIG][:SPLIT]
+        tokenizer: from tokenizers.load_tokenizer
+        max_seq_len: tokens that are kept of a row
+        seed: decides which rows validation_split holds out
+        validation_files: held out whole; a row of `files` that also stands in them is a bad row
+        validation_split: fraction of the rows to hold out; a row's content decides, so that it keeps its side when
+            rows are added
+        format: the shape of the rows, one of messages.FORMATS, or auto
+        on_bad_row: error | drop, for rows that cannot be trained on and for repeated ones
+        on_long_row: truncate | drop | error, for rows of more than max_seq_len tokens
+
+    Raises:
+        ValueError: with every problem found, those of rows with file and line
+    """
+    options = {
+        "files": files,
+        "validation_files": validation_files,
+        "validation_split": validation_split,
+        "format": format,
+        "on_bad_row": on_bad_row,
+        "on_long_row": on_long_row,
+    }
+    problems = check_files(options)
+    if problems:
+        raise ValueError("\n".join(problems))
+    validation_names = [] if validation_files is None else find_files(validation_files)
+    tokenized = [
+        tokenize_file(name, tokenizer, format=format, stop_at_problem=on_bad_row == "error")
+        for name in [*validation_names, *find_files(files)]
+    ]
+    selection = select_rows(
+        tokenized,
+        num_validation_files=len(validation_names),
+        validation_split=0.0 if validation_split is None else validation_split,
+        seed=seed,
+        max_seq_len=max_seq_len,
+        keep_long=on_long_row == "truncate",
+    )
+    _require_good_rows(selection, on_bad_row=on_bad_row, on_long_row=on_long_row)
+    _require_rows(selection, tokenized, validation_split=validation_split, seed=seed)
+    train = TokenizedRows(tokenized, np.array(selection.train, np.int64).reshape(-1, 2), max_seq_len)
+    validation = TokenizedRows(tokenized, np.array(selection.validation, np.int64).reshape(-1, 2), max_seq_len)
+    return PreparedData(train, validation, make_ledger(tokenized, selection, train=train, validation=validation))
+
+
+def check_files(dataset: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the options and files of a `dataset` component, before a row or a tokenizer is read."""
+    return [*_find_option_problems(dataset), *_find_file_problems(dataset)]
+
+
+def _find_option_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
+    choices = {
+        "format": ("auto", *FORMATS),
+        "on_bad_row": ("error", "drop"),
+        "on_long_row": ("truncate", "drop", "error"),
+    }
+    for key, known in choices.items():
+        value = dataset.get(key, known[0])
+        if value not in known:
+            yield f"dataset.{key}={value} is not one of {', '.join(known)}"
+    fraction = dataset.get("validation_split")
+    if fraction is not None:
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
+            yield f"dataset.validation_split={fraction} must be a fraction from 0 up to, not including, 1"
+        elif fraction > 0 and dataset.get("validation_files") is not None:
+            yield "dataset.validation_files and dataset.validation_split are both given; set one of them to null"
+
+
+def _find_file_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("files", "validation_files"):
+        value = dataset.get(key)
+        if value is None and key == "validation_files":
+            continue
+        names = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
+        if not names:
+            yield f"dataset.{key}={value} names no file"
+            continue
+        try:
+            find_files(names)
+        except ValueError as error:
+            yield str(error)
+
+
+def _require_good_rows(selection: Selection, *, on_bad_row: str, on_long_row: str) -> None:
+    outcome = {True: on_long_row, False: on_bad_row}
+    faulty = [row for row in selection.dropped if outcome[row.is_long] == "error"]
+    if not faulty:
+        return
+    lines = [f"{row.source}: {row.reason}" for row in faulty[:MAX_PROBLEMS_SHOWN]]
+    if len(faulty) > MAX_PROBLEMS_SHOWN:
+        lines.append(f"and {len(faulty) - MAX_PROBLEMS_SHOWN} more")
+    if any(not row.is_long for row in faulty):
+        lines.append("Correct these rows, or leave them out with dataset.on_bad_row=drop")
+    if any(row.is_long for row in faulty):
+        lines.append("Raise max_seq_len, or set dataset.on_long_row=truncate or drop")
+    raise ValueError("\n".join(lines))
+
+
+def _require_rows(
+    selection: Selection, files: Sequence[TokenizedFile], *, validation_split: float | None, seed: int
+) -> None:
+    if not selection.train:
+        dropped = f"; {len(selection.dropped)} rows were dropped" if selection.dropped else ""
+        held_out = f"; {len(selection.validation)} are held out" if selection.validation else ""
+        first = f", the first is {selection.dropped[0].source}: {selection.dropped[0].reason}" if dropped else ""
+        raise ValueError(f"there is no row to train on{held_out}{dropped}{first}")
+    if validation_split and not selection.validation:
+        raise ValueError(
+            f"dataset.validation_split={validation_split} holds out none of the {len(selection.train)} rows; "
+            f"from {find_smallest_split(files, seed)} on it holds out one (or name validation_files)"
+        )

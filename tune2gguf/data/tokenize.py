@@ -1,0 +1,213 @@
+"""A data file to token ids: every row read, checked, rendered and tokenized once, whatever is later made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+
+from tune2gguf.data.messages import AmbiguousFormatError, Conversation, detect_format, digest, read_conversation
+from tune2gguf.data.rows import Row, Source, read_rows
+
+if TYPE_CHECKING:
+    from tune2gguf.tokenizers import ChatTokenizer, Segment
+
+# Rows are tokenized together up to so many characters: enough to keep all cores busy, little enough to stay small.
+CHUNK_CHARACTERS = 2**20
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """One row as it is trained, cut to max_seq_len."""
+
+    tokens: np.ndarray  # [seq] int32
+    supervised: np.ndarray  # [seq] bool
+    source: Source
+
+    @property
+    def num_supervised(self) -> int:
+        """The number of positions that are trained; the first token never is, as nothing predicts it."""
+        return int(np.count_nonzero(self.supervised[1:]))
+
+
+@dataclass(frozen=True)
+class TokenizedFile:
+    """The good rows of one file end to end, and what is wrong with the others.
+
+    Row i has tokens[offsets[i] : offsets[i + 1]], stands in line lines[i] and has the 16 bytes digests[i].
+    """
+
+    name: str
+    tokens: np.ndarray  # [tokens of all rows] int32
+    supervised: np.ndarray  # [tokens of all rows] bool
+    offsets: np.ndarray  # [rows + 1] int64
+    lines: np.ndarray  # [rows] int64
+    num_supervised: np.ndarray  # [rows] int64, trained positions
+    first_supervised: np.ndarray  # [rows] int64, the first trained position in the row
+    digests: list[bytes]
+    problems: list[tuple[int, str]]  # line and reason
+    num_characters: int  # of the good rows' rendered text
+    lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
+
+    @property
+    def num_read(self) -> int:
+        return len(self.lines) + len(self.problems)
+
+
+@dataclass(frozen=True)
+class TokenizedRows(Sequence[TokenizedRow]):
+    """Rows chosen from tokenized files, each cut to max_seq_len when it is looked at; holds no tokens of its own."""
+
+    files: list[TokenizedFile]
+    picks: np.ndarray  # [rows, 2] int64: index into files, row in the file
+    max_seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> TokenizedRows: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return TokenizedRows(self.files, self.picks[index], self.max_seq_len)
+        file_index, row = self.picks[index]
+        file = self.files[file_index]
+        start = file.offsets[row]
+        stop = min(file.offsets[row + 1], start + self.max_seq_len)
+        return TokenizedRow(
+            tokens=file.tokens[start:stop],
+            supervised=file.supervised[start:stop],
+            source=Source(file.name, int(file.lines[row])),
+        )
+
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each row, [rows] int64."""
+        lengths = np.zeros(len(self.picks), np.int64)
+        for index, file in enumerate(self.files):
+            chosen = self.picks[:, 0] == index
+            lengths[chosen] = np.diff(file.offsets)[self.picks[chosen, 1]]
+        return np.minimum(lengths, self.max_seq_len)
+
+    def supervised_lengths(self) -> np.ndarray:
+        """Return the number of trained positions of each row, [rows] int64."""
+        counts = np.zeros(len(self.picks), np.int64)
+        for index, file in enumerate(self.files):
+            chosen = self.picks[:, 0] == index
+            counts[chosen] = file.num_supervised[self.picks[chosen, 1]]
+        for index in np.flatnonzero(self.lengths() == self.max_seq_len):
+            counts[index] = self[int(index)].num_supervised
+        return counts
+
+
+def read_conversations(name: str, *, format: str) -> Iterator[tuple[Row, Conversation | str]]:
+    """Yield each row of a file with its conversation, or with what is wrong with it.
+
+    With format "auto" the first row that fits a format decides, and a row of another shape is a problem.
+
+    Raises:
+        ValueError: if the format is to be detected and a row fits more than one
+    """
+    decided = None if format == "auto" else format
+    decided_by = 0
+    for row in read_rows(name):
+        if row.problem is not None:
+            yield row, row.problem
+            continue
+        try:
+            if format == "auto":
+                found = detect_format(row.value)
+                if decided is None:
+                    decided, decided_by = found, row.source.line
+                elif found != decided:
+                    raise ValueError(f"its shape is {found}, but the file's is {decided} since line {decided_by}")
+            conversation: Conversation | str = read_conversation(row.value, format=decided)
+        except AmbiguousFormatError as error:
+            raise ValueError(f"{row.source}: {error}") from None
+        except ValueError as error:
+            conversation = str(error)
+        yield row, conversation
+
+
+def tokenize_file(name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool) -> TokenizedFile:
+    """Read and tokenize one file that rows.find_files returned.
+
+    Args:
+        name: file, or hub data set
+        format: one of messages.FORMATS, or "auto"
+        stop_at_problem: after the first bad row only look for more of them; the result then lacks rows
+
+    Raises:
+        ValueError: if the format is to be detected and a row fits more than one
+    """
+    collector = _Collector(tokenizer)
+    lines, digests, problems, spelling = [], [], [], []
+    for row, conversation in read_conversations(name, format=format):
+        line = row.source.line
+        spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, tokenizer)
+        if spelled is not None and conversation.text is not None:
+            conversation = f"'text' spells the special token {spelled}; give the turns as 'messages' instead"
+        if isinstance(conversation, str):
+            problems.append((line, conversation))
+        elif not (problems and stop_at_problem):
+            collector.add(conversation)
+            lines.append(line)
+            digests.append(digest(conversation))
+            if spelled is not None:
+                spelling.append(line)
+    return TokenizedFile(
+        **collector.finish(),
+        name=name,
+        lines=np.array(lines, np.int64),
+        digests=digests,
+        problems=problems,
+        num_characters=collector.num_characters,
+        lines_that_spell_special=spelling,
+    )
+
+
+def _find_spelled_special(conversation: Conversation, tokenizer: ChatTokenizer) -> str | None:
+    texts = [message.content for message in conversation.messages]
+    texts += [] if conversation.text is None else [conversation.text]
+    return next(filter(None, map(tokenizer.find_spelled_special, texts)), None)
+
+
+class _Collector:
+    """Gathers conversations and tokenizes them in chunks."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.waiting: list[list[Segment]] = []
+        self.waiting_characters = self.num_characters = 0
+        self.encoded: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, conversation: Conversation) -> None:
+        if conversation.text is None:
+            segments = self.tokenizer.render_conversation(conversation.messages)
+        else:
+            segments = self.tokenizer.render_document(conversation.text)
+        self.waiting.append(segments)
+        self.waiting_characters += sum(len(segment.text) for segment in segments)
+        if self.waiting_characters >= CHUNK_CHARACTERS:
+            self.flush()
+
+    def flush(self) -> None:
+        self.encoded += self.tokenizer.encode_segments(self.waiting)
+        self.num_characters += self.waiting_characters
+        self.waiting, self.waiting_characters = [], 0
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """Return the arrays of a TokenizedFile that come from tokens."""
+        self.flush()
+        # The first token is never trained: nothing predicts it.
+        trained = [np.flatnonzero(supervised[1:]) + 1 for _, supervised in self.encoded]
+        return {
+            "tokens": np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in self.encoded)]),
+            "supervised": np.concatenate([np.empty(0, bool), *(supervised for _, supervised in self.encoded)]),
+            "offsets": np.cumsum([0, *(len(tokens) for tokens, _ in self.encoded)], dtype=np.int64),
+            "num_supervised": np.array([len(positions) for positions in trained], np.int64),
+            "first_supervised": np.array([positions[0] if len(positions) else -1 for positions in trained], np.int64),
+        }

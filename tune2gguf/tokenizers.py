@@ -1,0 +1,341 @@
+"""Text to token ids and back, for training: Llama-3 from tokenizer.json or tokenizer.model, and ChatML models.
+
+The ids are those that llama.cpp gets when it renders the chat template and tokenizes the text, by three rules:
+
+- Content is trimmed as llama.cpp's `trim` does it: of the six ASCII characters in data.messages.TRIMMED only. Python's
+  `strip` would also take no-break and ideographic spaces, which the server keeps.
+- The text between two special tokens is tokenized as one string, as the server does it, with one exception: a reply is
+  tokenized apart from the header before it, because the model generates it after a prompt that ends with the header.
+  The two differ only where a reply starts with white space that is not in TRIMMED.
+- Special tokens spelled out in content stay text. The server would read them as special tokens, but a reply that talks
+  about `<|eot_id|>` must not teach the model to end its turn there. data.json counts such rows.
+
+torchtune's Llama3Tokenizer is not used: it supervises the assistant's header, names three special tokens differently
+from the published files, knows no ChatML, and costs four seconds to import.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
+from tune2gguf.data.messages import Message, trim
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+# The pattern in Meta's published tokenizer of Llama 3.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NUM_LLAMA3_SPECIAL_TOKENS = 256
+# Names by offset from the first special id, as published with Llama 3.1 and 3.2; the rest are reserved.
+_LLAMA3_SPECIAL_TOKENS = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    2: "<|reserved_special_token_0|>",
+    3: "<|reserved_special_token_1|>",
+    4: "<|finetune_right_pad_id|>",
+    5: "<|reserved_special_token_2|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+# Padding is never attended to and never supervised: any id is correct, these are the customary ones.
+_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>")
+_END_OF_TEXT_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered conversation: one special token, or text that is tokenized as one string."""
+
+    text: str
+    is_special: bool
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A tokenizer together with the chat format it is used with. Made by load_tokenizer."""
+
+    backend: Tokenizer
+    chat_format: ChatFormat
+    special_ids: dict[str, int]  # every special token of the vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def pad_id(self) -> int:
+        return next(
+            (self.special_ids[token] for token in _PAD_TOKENS if token in self.special_ids), self.end_of_turn_id
+        )
+
+    @property
+    def end_of_turn_id(self) -> int:
+        return self.special_ids[self.chat_format.end_of_turn]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which generation ends."""
+        return tuple(self.special_ids[token] for token in self.chat_format.stops)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of the text alone: nothing is added, and special tokens spelled in it stay text."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Return ids and supervised flags; supervised are the replies and their end-of-turn tokens, nothing else."""
+        [(ids, supervised)] = self.encode_segments([self.render_conversation(messages)])
+        return ids.tolist(), supervised.tolist()
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the ids of the conversation so far and of the header of the reply that is to be generated."""
+        [(ids, _)] = self.encode_segments([self.render_prompt(messages)])
+        return ids.tolist()
+
+    def encode_document(self, text: str) -> tuple[list[int], list[bool]]:
+        """Return ids and supervised flags of raw text: all of it is supervised, and the end-of-text token after it."""
+        [(ids, supervised)] = self.encode_segments([self.render_document(text)])
+        return ids.tolist(), supervised.tolist()
+
+    def encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return ids (int32) and supervised flags (bool) of each row. Many rows in one call use all cores."""
+        texts = [segment.text for row in rows for segment in row if not segment.is_special]
+        encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        return [self._collect(row, encodings) for row in rows]
+
+    def _collect(self, row: Sequence[Segment], encodings: Iterator[Encoding]) -> tuple[np.ndarray, np.ndarray]:
+        pieces = [[self.special_ids[segment.text]] if segment.is_special else next(encodings).ids for segment in row]
+        lengths = [len(piece) for piece in pieces]
+        ids = np.fromiter(chain.from_iterable(pieces), np.int32, count=sum(lengths))
+        return ids, np.repeat(np.array([segment.supervised for segment in row], bool), lengths)
+
+    def render_conversation(self, messages: Sequence[Message]) -> list[Segment]:
+        """Return the segments of a whole conversation, as it is trained."""
+        segments = self._split(self.chat_format.beginning)
+        for message in messages:
+            is_trained = message.role == "assistant" and message.is_trained
+            segments += self._render_header(message.role)
+            segments.append(Segment(trim(message.content), is_special=False, supervised=is_trained))
+            segments.append(Segment(self.chat_format.end_of_turn, is_special=True, supervised=is_trained))
+            segments += self._split(self.chat_format.turn_separator)
+        return join_texts(segments)
+
+    def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
+        """Return the segments of a conversation and of the header of the reply to come, as it is served."""
+        unanswered = [replace(message, is_trained=False) for message in messages]
+        return join_texts(self.render_conversation(unanswered) + self._render_header("assistant"))
+
+    def render_document(self, text: str) -> list[Segment]:
+        """Return the segments of raw text, between the beginning-of-text and end-of-text tokens that there are."""
+        ends = [token for token in _END_OF_TEXT_TOKENS if token in self.special_ids][:1]
+        return [
+            *self._split(self.chat_format.beginning),
+            Segment(text, is_special=False, supervised=True),
+            *(Segment(end, is_special=True, supervised=True) for end in ends),
+        ]
+
+    def find_spelled_special(self, text: str) -> str | None:
+        """Return a special token of the vocabulary that the text spells out, or None."""
+        return next((token for token in self.special_ids if token in text), None)
+
+    def _render_header(self, role: str) -> list[Segment]:
+        return self._split(self.chat_format.role_start + role + self.chat_format.role_end)
+
+    def _split(self, text: str) -> list[Segment]:
+        """Split the format's own text, never content, at its special tokens."""
+        parts = [part for part in re.split(r"(<\|\w+\|>)", text) if part]
+        return [Segment(part, is_special=part in self.special_ids, supervised=False) for part in parts]
+
+
+def join_texts(segments: Sequence[Segment]) -> list[Segment]:
+    """Join neighbouring texts, which are tokenized as one string, except where supervision begins; drop empty ones."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if last and not (last.is_special or segment.is_special) and last.supervised == segment.supervised:
+            joined[-1] = replace(last, text=last.text + segment.text)
+        elif segment.text:
+            joined.append(segment)
+    return joined
+
+
+def load_tokenizer(base_dir: str | Path, *, chat_format: str) -> ChatTokenizer:
+    """Load a base folder's tokenizer.json, or else its tokenizer.model of Llama 3 (at the top or in original/).
+
+    Raises:
+        ValueError: if there is no such file, it cannot be read, or it lacks a special token of the chat format
+    """
+    if chat_format not in CHAT_FORMATS:
+        raise ValueError(f"chat_format={chat_format!r} is not one of {', '.join(CHAT_FORMATS)}")
+    path = find_tokenizer_file(base_dir)
+    backend = _load_backend(path)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    special_ids = {
+        token.content: id_ for id_, token in sorted(backend.get_added_tokens_decoder().items()) if token.special
+    }
+    tokenizer = ChatTokenizer(backend, CHAT_FORMATS[chat_format], special_ids)
+    needed = _find_special_tokens(tokenizer.chat_format)
+    missing = [token for token in needed if token not in special_ids]
+    if missing:
+        fitting = [name for name, other in CHAT_FORMATS.items() if _find_special_tokens(other) <= special_ids.keys()]
+        way_out = f"; chat_format={' or '.join(fitting)} would fit" if fitting else ""
+        raise ValueError(f"{path}: has no special token {', '.join(missing)} of chat_format={chat_format}{way_out}")
+    return tokenizer
+
+
+def find_tokenizer_file(base_dir: str | Path) -> Path:
+    """Return the tokenizer.json or tokenizer.model of a base folder.
+
+    Raises:
+        ValueError: if there is none
+    """
+    names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
+    for name in names:
+        if (Path(base_dir) / name).is_file():
+            return Path(base_dir) / name
+    raise ValueError(f"{base_dir}: no tokenizer; looked for {', '.join(names)}")
+
+
+def _find_special_tokens(chat_format: ChatFormat) -> set[str]:
+    text = chat_format.beginning + chat_format.role_start + chat_format.role_end + chat_format.end_of_turn
+    return set(re.findall(r"<\|\w+\|>", text))
+
+
+def _load_backend(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    if path.suffix == ".model":
+        return Tokenizer.from_str(json.dumps(make_llama3_tokenizer_json(path)))
+    text = path.read_text(encoding="utf-8")
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception for a file it cannot read
+        raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
+
+
+def make_llama3_tokenizer_json(path: str | Path) -> dict:
+    """Return the content of the published tokenizer.json of Llama 3.1 and 3.2, made from Meta's tokenizer.model.
+
+    The file of ranks holds, one a line, a token's bytes in base64 and its rank, which is its id. Written with
+    `json.dumps(…, indent=2, ensure_ascii=False)` the result is the published file, byte for byte.
+
+    Raises:
+        ValueError: if the file is not in that format (Llama 2's tokenizer.model, a SentencePiece file, is not)
+    """
+    ranks = _read_ranks(Path(path))
+    characters = _make_byte_characters()
+    spell = {token: "".join(characters[byte] for byte in token) for token in ranks}
+    special_tokens = [
+        _LLAMA3_SPECIAL_TOKENS.get(offset, f"<|reserved_special_token_{offset - 8}|>")
+        for offset in range(NUM_LLAMA3_SPECIAL_TOKENS)
+    ]
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": len(ranks) + offset,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for offset, token in enumerate(special_tokens)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": _make_llama3_post_processor(len(ranks)),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {spell[token]: rank for token, rank in ranks.items()},
+            "merges": [[spell[left], spell[right]] for left, right in _recover_merges(ranks)],
+        },
+    }
+
+
+def _make_llama3_post_processor(bos_id: int) -> dict:
+    bos = "<|begin_of_text|>"
+
+    def special(type_id: int) -> dict:
+        return {"SpecialToken": {"id": bos, "type_id": type_id}}
+
+    def sequence(name: str, type_id: int) -> dict:
+        return {"Sequence": {"id": name, "type_id": type_id}}
+
+    template = {
+        "type": "TemplateProcessing",
+        "single": [special(0), sequence("A", 0)],
+        "pair": [special(0), sequence("A", 0), special(1), sequence("B", 1)],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    return {"type": "Sequence", "processors": [byte_level, template]}
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    """Return rank by token, in the order of the file."""
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{path}, line {number}: not a tokenizer.model of Llama 3 (a token in base64 and its rank a line)"
+            ) from None
+    if list(ranks.values()) != list(range(len(ranks))) or not ranks:
+        raise ValueError(f"{path}: its ranks do not count from 0 without gaps; the file is cut or damaged")
+    return ranks
+
+
+def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return every pair of tokens that makes up a token, by the rank of the whole, then of its left and right part."""
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [(left, right) for left, right in pairs if left in ranks and right in ranks]
+        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return merges
+
+
+def _make_byte_characters() -> dict[int, str]:
+    """Return the printable character that stands for each byte in a byte-level vocabulary (GPT-2's convention)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}
