@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from tests.conftest import TINY_TIED, TINY_UNTIED
-from tune2gguf.lora import LoRALinear, initialize_adapters
+from tune2gguf.lora import LoRALinear, draw_keep_mask, initialize_adapters
 from tune2gguf.models import build_lora_llama
 
 
@@ -115,3 +115,26 @@ def test_untied_model_has_a_head_of_its_own():
     untied = build_lora_llama(TINY_UNTIED, lora_attn_modules=["q_proj"], **options)
     assert tied.head_weight is tied.decoder.tok_embeddings.weight
     assert untied.head_weight is untied.decoder.output.weight
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_equal_those_of_the_plain_computation(dropout):
+    layer, upstream = make_layer(dropout=dropout), torch.randn(3, 5, 40)
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    inputs = [x, layer.lora_a.weight, layer.lora_b.weight]
+    torch.manual_seed(3)
+    gradients = torch.autograd.grad(layer(x), inputs, upstream)
+    torch.manual_seed(3)
+    kept = 1.0 if dropout == 0 else draw_keep_mask(x.reshape(-1, 24), dropout).view(x.shape) / (1 - dropout)
+    plain = x @ layer.weight.T + layer.scaling * (x * kept) @ layer.lora_a.weight.T @ layer.lora_b.weight.T
+    for gradient, expected in zip(gradients, torch.autograd.grad(plain, inputs, upstream), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.2, 0.5])
+def test_keep_mask_drops_the_fraction_everywhere_alike(dropout):
+    keep = draw_keep_mask(torch.empty(4000, 256), dropout).float()
+    assert keep.mean().item() == pytest.approx(1 - dropout, abs=0.002)
+    # The four 16-bit lanes of a drawn word are equally fair, and neighbours are independent.
+    assert keep.view(-1, 4).mean(0).tolist() == pytest.approx([1 - dropout] * 4, abs=0.004)
+    assert (keep[:, :-1] * keep[:, 1:]).mean().item() == pytest.approx((1 - dropout) ** 2, abs=0.004)

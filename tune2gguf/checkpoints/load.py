@@ -32,6 +32,8 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
     decoder = model.decoder
     bar = tqdm(total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
     for name, tensor in base.iterate_tensors(dtype=_DTYPES[base_weights]):
+        # The norms are computed in float32; a weight in another dtype sends them down torch's slow path.
+        tensor = tensor.float() if tensor.dim() == 1 else tensor
         _set_frozen(decoder, name, tensor.to(device))
         bar.update()
     bar.close()
