@@ -57,7 +57,10 @@ def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path,
     from yaml import YAMLError
 
     try:
-        config = OmegaConf.merge(OmegaConf.load(config_path), OmegaConf.from_dotlist(overrides))
+        config = OmegaConf.load(config_path)
+        if not OmegaConf.is_dict(config):
+            raise ValueError(f"{config_path}: must hold keys and values")
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
         values = {key: config.get(key) for key in ("base_dir", "base_source")}
     except FileNotFoundError:
         raise ValueError(f"{config_path}: not found") from None
