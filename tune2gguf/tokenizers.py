@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +77,7 @@ class ChatTokenizer:
     backend: Tokenizer
     chat_format: ChatFormat
     special_ids: dict[str, int]  # every special token of the vocabulary
+    fingerprint: str  # of all that decides the ids: the tokenizer's file and the chat format
 
     @property
     def vocab_size(self) -> int:
@@ -157,7 +160,12 @@ class ChatTokenizer:
 
     def find_spelled_special(self, text: str) -> str | None:
         """Return a special token of the vocabulary that the text spells out, or None."""
-        return next((token for token in self.special_ids if token in text), None)
+        found = self._special_pattern.search(text)
+        return None if found is None else found[0]
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.special_ids)))
 
     def _render_header(self, role: str) -> list[Segment]:
         return self._split(self.chat_format.role_start + role + self.chat_format.role_end)
@@ -196,7 +204,12 @@ def load_tokenizer(base_dir: str | Path, *, chat_format: str) -> ChatTokenizer:
     special_ids = {
         token.content: id_ for id_, token in sorted(backend.get_added_tokens_decoder().items()) if token.special
     }
-    tokenizer = ChatTokenizer(backend, CHAT_FORMATS[chat_format], special_ids)
+    tokenizer = ChatTokenizer(
+        backend,
+        CHAT_FORMATS[chat_format],
+        special_ids,
+        fingerprint=hashlib.sha256(path.read_bytes() + repr(CHAT_FORMATS[chat_format]).encode()).hexdigest(),
+    )
     needed = _find_special_tokens(tokenizer.chat_format)
     missing = [token for token in needed if token not in special_ids]
     if missing:

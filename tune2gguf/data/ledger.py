@@ -21,12 +21,12 @@ def make_ledger(
     """Return what data.json holds.
 
     `read` counts the rows of all files and is the sum of four counts: `trained` and `validated` are whole rows,
-    `truncated` are rows of either side that were cut to max_seq_len, `dropped` are rows that were not used. Cut and dropped
-    rows are listed with file, line and reason, held-out ones with file and line; all others are trained on.
+    `truncated` are rows of either side that were cut to max_seq_len, `dropped` are rows that were not used. Cut and
+    dropped rows are listed with file, line and reason, held-out ones with file and line; all others are trained on.
     """
     cut = Counter(row.split for row in selection.truncated)
     return {
-        "read": sum(file.num_read for file in files),
+        "read": sum(file.index.num_read for file in files),
         "trained": len(train) - cut["train"],
         "validated": len(validation) - cut["validation"],
         "truncated": len(selection.truncated),
@@ -39,8 +39,8 @@ def make_ledger(
         "files": [
             {
                 "file": file.name,
-                "read": file.num_read,
-                "validation_lines": file.lines[validation.picks[validation.picks[:, 0] == index, 1]].tolist(),
+                "read": file.index.num_read,
+                "validation_lines": file.index.lines[validation.picks[validation.picks[:, 0] == index, 1]].tolist(),
             }
             for index, file in enumerate(files)
         ],
@@ -82,12 +82,12 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
         more = "; …" if len(selection.dropped) > MAX_LINES_SHOWN else ""
         notes.append(f"rows dropped: {len(selection.dropped)} ({reasons}{more}); data.json lists them")
     for file in files:
-        lines = file.lines_that_spell_special
+        lines = file.index.lines_that_spell_special
         if lines:
             shown = ", ".join(map(str, lines[:MAX_LINES_SHOWN])) + (", …" if len(lines) > MAX_LINES_SHOWN else "")
             notes.append(
-                f"{file.name}: rows that spell a special token: {len(lines)} (lines {shown}); it is trained as plain text, "
-                "while a server would read it as the token"
+                f"{file.name}: rows that spell a special token: {len(lines)} (lines {shown}); trained as plain text, "
+                "while a server would read the token"
             )
     return notes
 
@@ -98,5 +98,5 @@ def compute_fingerprint(train: TokenizedRows, validation: TokenizedRows) -> str:
     for rows in (train, validation):
         hasher.update(np.int64([len(rows), rows.max_seq_len]).tobytes())
         for file_index, row in rows.picks.tolist():
-            hasher.update(rows.files[file_index].digests[row])
+            hasher.update(rows.files[file_index].index.digests[row].tobytes())
     return hasher.hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 # C's isspace in the C locale: what the trim filter of llama.cpp's jinja engine strips. Python's strip takes more.
 TRIMMED = " \t\n\v\f\r"
 
+DIGEST_BYTES = 16
 ROLES = ("system", "user", "assistant")
 
 # What distinguishes the shapes: the keys that a row must have.
@@ -73,9 +74,9 @@ def trim(text: str) -> str:
 
 
 def digest(conversation: Conversation) -> bytes:
-    """Return 16 bytes that are equal for rows that train the same, whatever shape, spacing or file they came in."""
+    """Return DIGEST_BYTES bytes that are equal for rows that train the same, whatever shape or spacing they came in."""
     turns = [(message.role, trim(message.content), message.is_trained) for message in conversation.messages]
-    return hashlib.blake2b(repr((turns, conversation.text)).encode(), digest_size=16).digest()
+    return hashlib.blake2b(repr((turns, conversation.text)).encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def detect_format(row: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from tune2gguf.data.ledger import make_ledger
 from tune2gguf.data.messages import FORMATS
 from tune2gguf.data.rows import find_files
 from tune2gguf.data.select import Selection, find_smallest_split, select_rows
-from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows, tokenize_file
+from tune2gguf.data.token_cache import tokenize_once
+from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizers import ChatTokenizer
@@ -70,10 +71,12 @@ def chat_dataset(
     if problems:
         raise ValueError("\n".join(problems))
     validation_names = [] if validation_files is None else find_files(validation_files)
-    tokenized = [
-        tokenize_file(name, tokenizer, format=format, stop_at_problem=on_bad_row == "error")
-        for name in [*validation_names, *find_files(files)]
-    ]
+    tokenized, problems = [], []
+    for name in [*validation_names, *find_files(files)]:
+        try:
+            tokenized.append(tokenize_once(name, tokenizer, format=format, stop_at_problem=on_bad_row == "error"))
+        except ValueError as error:
+            problems.append(str(error))
     selection = select_rows(
         tokenized,
         num_validation_files=len(validation_names),
@@ -82,7 +85,7 @@ def chat_dataset(
         max_seq_len=max_seq_len,
         keep_long=on_long_row == "truncate",
     )
-    _require_good_rows(selection, on_bad_row=on_bad_row, on_long_row=on_long_row)
+    _require_good_rows(selection, problems, on_bad_row=on_bad_row, on_long_row=on_long_row)
     _require_rows(selection, tokenized, validation_split=validation_split, seed=seed)
     train = TokenizedRows(tokenized, np.array(selection.train, np.int64).reshape(-1, 2), max_seq_len)
     validation = TokenizedRows(tokenized, np.array(selection.validation, np.int64).reshape(-1, 2), max_seq_len)
@@ -127,12 +130,12 @@ def _find_file_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
             yield str(error)
 
 
-def _require_good_rows(selection: Selection, *, on_bad_row: str, on_long_row: str) -> None:
+def _require_good_rows(selection: Selection, file_problems: list[str], *, on_bad_row: str, on_long_row: str) -> None:
     outcome = {True: on_long_row, False: on_bad_row}
     faulty = [row for row in selection.dropped if outcome[row.is_long] == "error"]
-    if not faulty:
+    if not faulty and not file_problems:
         return
-    lines = [f"{row.source}: {row.reason}" for row in faulty[:MAX_PROBLEMS_SHOWN]]
+    lines = [*file_problems, *(f"{row.source}: {row.reason}" for row in faulty[:MAX_PROBLEMS_SHOWN])]
     if len(faulty) > MAX_PROBLEMS_SHOWN:
         lines.append(f"and {len(faulty) - MAX_PROBLEMS_SHOWN} more")
     if any(not row.is_long for row in faulty):

@@ -11,14 +11,22 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from tune2gguf.checkpoints.digest import digest_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MAX_ROW_BYTES = 4 * 2**20  # about a million tokens, far beyond any max_seq_len
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_HUB_NAME = re.compile(r"hub:(?P<path>[^:]+?)(:(?P<split>[\w.\[\]%-]+))?")
+_HUB_NAME = re.compile(r"hub:(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
+# How surrogateescape spells a byte that is no UTF-8.
+_INVALID_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,11 @@ class Row:
     problem: str | None = None
 
 
+def is_hub(name: str) -> bool:
+    """Say whether a name means a data set on the hub rather than a file."""
+    return name.startswith("hub:")
+
+
 def find_files(patterns: str | Sequence[str]) -> list[str]:
     """Return the files that paths and globs name, in order and each once; names of hub data sets stay as they are.
 
@@ -51,7 +64,7 @@ def find_files(patterns: str | Sequence[str]) -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if not isinstance(pattern, str):
             problems.append(f"files must be paths, got {pattern!r}")
-        elif pattern.startswith("hub:"):
+        elif is_hub(pattern):
             names.append(pattern)
         else:
             found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
@@ -65,7 +78,7 @@ def find_files(patterns: str | Sequence[str]) -> list[str]:
 
 
 def _find_file_problems(name: str) -> Iterator[str]:
-    if name.startswith("hub:"):
+    if is_hub(name):
         if not _HUB_NAME.fullmatch(name):
             yield f"{name}: a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT"
         return
@@ -90,21 +103,52 @@ def read_rows(name: str) -> Iterator[Row]:
     """Yield the rows of one file that find_files returned; blank lines are no rows.
 
     A row that cannot be read is yielded with its problem. Nothing is skipped.
+
+    Raises:
+        ValueError: if the file is damaged such that nothing behind the damage can be read
     """
-    if name.startswith("hub:"):
+    if is_hub(name):
         yield from _read_hub(name)
-        return
-    suffix = _get_suffix(Path(name))
-    if suffix == ".parquet":
+    elif _get_suffix(Path(name)) == ".parquet":
         yield from _read_parquet(name)
-        return
-    with _open(Path(name)) as file:
-        if suffix == ".csv":
-            yield from _read_csv(name, file)
-        elif suffix == ".json" and _is_array(file):
-            yield from _read_json_array(name, file)
-        else:
-            yield from _read_json_lines(name, file)
+    else:
+        try:
+            with _open(Path(name)) as file:
+                yield from _read_text_file(name, file)
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{name}: damaged .gz file ({error})") from None
+
+
+def _read_text_file(name: str, file: BinaryIO) -> Iterator[Row]:
+    suffix = _get_suffix(Path(name))
+    if suffix == ".csv":
+        yield from _read_csv(name, file)
+    elif suffix == ".json" and _is_array(file):
+        yield from _read_json_array(name, file)
+    else:
+        yield from _read_json_lines(name, file)
+
+
+def count_rows(name: str) -> int | None:
+    """Return about how many rows a file has, for a progress bar, or None where that is not cheap to know."""
+    if is_hub(name):
+        return None
+    suffixes = Path(name).suffixes[-1:]
+    if suffixes == [".parquet"]:
+        import pyarrow.parquet as pq
+
+        return pq.read_metadata(name).num_rows
+    if suffixes[0] not in (".jsonl", ".ndjson"):
+        return None
+    with open(name, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
+def compute_content_digest(name: str) -> str:
+    """Return a digest of a file's bytes, or the fingerprint that `datasets` gives a hub data set."""
+    if is_hub(name):
+        return _load_hub(name)._fingerprint
+    return digest_file(Path(name))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -169,42 +213,36 @@ def _require_object(value: Any, source: Source) -> Row:
 
 
 def _read_json_array(name: str, file: BinaryIO) -> Iterator[Row]:
-    raw = file.read()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield Row(
-            Source(name, line), problem=f"invalid UTF-8 at byte {error.start} of the file; nothing of it was read"
-        )
-        return
+    text = _decode_whole(name, file.read())
     skip = re.compile(r"[ \t\r\n]*").match
     decoder = json.JSONDecoder()
-    position, line, counted = skip(text, text.index("[") + 1).end(), 1, 0
+    position = skip(text, text.index("[") + 1).end()
+    line, counted = 1, 0
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         source = Source(name, line)
         try:
             value, end = decoder.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError) as error:
-            problem = f"malformed JSON: {getattr(error, 'msg', 'nested too deeply')}; nothing after it was read"
-            yield Row(source, problem=problem)
-            return
-        num_bytes = end - position
-        yield (
-            _require_object(value, source)
-            if num_bytes <= MAX_ROW_BYTES
-            else Row(source, problem=_describe_too_long(num_bytes))
-        )
+            reason = getattr(error, "msg", "nested too deeply")
+            raise ValueError(f"{source}: malformed JSON: {reason}; nothing after it can be read") from None
+        is_too_long = end - position > MAX_ROW_BYTES
+        yield Row(source, problem=_describe_too_long(end - position)) if is_too_long else _require_object(value, source)
         position = skip(text, end).end()
         if text[position : position + 1] == ",":
             position = skip(text, position + 1).end()
         elif text[position : position + 1] != "]":
-            problem = "malformed JSON: ',' or ']' expected after this row; nothing after it was read"
-            yield Row(Source(name, line + text.count("\n", counted, position)), problem=problem)
-            return
+            raise ValueError(f"{source}: malformed JSON: ',' or ']' is missing after this row")
     if text[position + 1 :].strip():
-        yield Row(Source(name, text.count("\n", 0, position) + 1), problem="malformed JSON: text after the array's end")
+        raise ValueError(f"{name}: malformed JSON: there is text behind the array's end")
+
+
+def _decode_whole(name: str, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        source = Source(name, raw.count(b"\n", 0, error.start) + 1)
+        raise ValueError(f"{source}: invalid UTF-8 at byte {error.start} of the file") from None
 
 
 def _read_csv(name: str, file: BinaryIO) -> Iterator[Row]:
@@ -213,40 +251,32 @@ def _read_csv(name: str, file: BinaryIO) -> Iterator[Row]:
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(text, strict=True)
     header: list[str] | None = None
-    start = 1
-    while True:
-        source = Source(name, start)
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Row(source, problem=f"malformed CSV: {error}; nothing after it was read")
-            return
-        start = reader.line_num + 1
-        if not cells:
-            continue
-        if header is None:
-            header = cells
-            if len(set(header)) < len(header):
-                yield Row(source, problem="the CSV header names a column twice; nothing after it was read")
-                return
-            continue
-        yield _make_csv_row(source, header, cells)
+    line = 1
+    try:
+        for cells in reader:
+            source, line = Source(name, line), reader.line_num + 1
+            if cells and header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise ValueError(f"{source}: the header names a column twice")
+            elif cells:
+                yield _make_csv_row(source, header, cells)
+    except csv.Error as error:
+        raise ValueError(f"{Source(name, line)}: malformed CSV: {error}; nothing after it can be read") from None
 
 
 def _make_csv_row(source: Source, header: list[str], cells: list[str]) -> Row:
     if len(cells) != len(header):
         return Row(source, problem=f"{len(cells)} cells where the header names {len(header)} columns")
-    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell if not cell.isascii()):
+    if any(_INVALID_BYTE.search(cell) for cell in cells):
         return Row(source, problem="invalid UTF-8")
     value: dict[str, Any] = dict(zip(header, cells, strict=True))
     for key in ("messages", "conversations"):
         if key in value:
             try:
                 value[key] = json.loads(value[key])
-            except json.JSONDecodeError as error:
-                return Row(source, problem=f"column {key!r}: malformed JSON: {error.msg} at column {error.colno}")
+            except (json.JSONDecodeError, RecursionError) as error:
+                return Row(source, problem=f"column {key!r}: malformed JSON: {error}")
     return Row(source, value)
 
 
@@ -262,17 +292,22 @@ def _read_parquet(name: str) -> Iterator[Row]:
                     number += 1
                     yield Row(Source(name, number), value)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield Row(Source(name, number + 1), problem=f"cannot be read as Parquet ({error}); nothing after it was read")
+        raise ValueError(f"{name}: cannot be read as Parquet behind row {number} ({error})") from None
 
 
 def _read_hub(name: str) -> Iterator[Row]:
+    for number, value in enumerate(_load_hub(name), start=1):
+        yield Row(Source(name, number), value)
+
+
+def _load_hub(name: str) -> Dataset:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     match = _HUB_NAME.fullmatch(name)
     assert match is not None, "find_files has checked the name"
-    owner_and_name, config = match["path"], None
-    if owner_and_name.count("/") == 2:
-        owner_and_name, config = owner_and_name.rsplit("/", 1)
-    rows = load_dataset(owner_and_name, config, split=match["split"] or "train")
-    for number, value in enumerate(rows, start=1):
-        yield Row(Source(name, number), value)
+    split = "train" if match["split"] is None else match["split"]
+    try:
+        return load_dataset(match["path"], match["config"], split=split)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise ValueError(f"{name}: cannot be loaded from the hub ({error})") from None

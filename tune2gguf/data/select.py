@@ -58,10 +58,11 @@ def select_rows(
     selection = Selection()
     seen: dict[bytes, tuple[Source, str]] = {}
     for file_index, file in enumerate(files):
-        selection.dropped += [Dropped(Source(file.name, line), reason) for line, reason in file.problems]
-        lengths = (file.offsets[1:] - file.offsets[:-1]).tolist()
-        lines, first_supervised = file.lines.tolist(), file.first_supervised.tolist()
-        for row, row_digest in enumerate(file.digests):
+        index = file.index
+        selection.dropped += [Dropped(Source(file.name, line), reason) for line, reason in index.problems]
+        lengths = (index.offsets[1:] - index.offsets[:-1]).tolist()
+        lines, first_supervised = index.lines.tolist(), index.first_supervised.tolist()
+        for row, row_digest in enumerate(map(bytes, index.digests)):
             source = Source(file.name, lines[row])
             is_held_out = file_index < num_validation_files or _draw(row_digest, seed) < validation_split
             split = "validation" if is_held_out else "train"
@@ -90,7 +91,7 @@ def _draw(row_digest: bytes, seed: int) -> float:
 
 def find_smallest_split(files: Sequence[TokenizedFile], seed: int) -> float:
     """Return the fraction, rounded up to a hundredth, from which on validation_split holds out a row."""
-    smallest = min(_draw(row_digest, seed) for file in files for row_digest in file.digests)
+    smallest = min(_draw(bytes(row_digest), seed) for file in files for row_digest in file.index.digests)
     return (int(smallest * 100) + 1) / 100
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, BinaryIO, overload
 
 import numpy as np
 
-from tune2gguf.data.messages import AmbiguousFormatError, Conversation, detect_format, digest, read_conversation
+from tune2gguf.data.messages import (
+    DIGEST_BYTES,
+    AmbiguousFormatError,
+    Conversation,
+    detect_format,
+    digest,
+    read_conversation,
+)
 from tune2gguf.data.rows import Row, Source, read_rows
 
 if TYPE_CHECKING:
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
 
 # Rows are tokenized together up to so many characters: enough to keep all cores busy, little enough to stay small.
 CHUNK_CHARACTERS = 2**20
+TOKEN_DTYPE = np.dtype("<i4")
 
 
 @dataclass(frozen=True)
@@ -33,20 +42,17 @@ class TokenizedRow:
 
 
 @dataclass(frozen=True)
-class TokenizedFile:
-    """The good rows of one file end to end, and what is wrong with the others.
+class TokenIndex:
+    """Where the good rows of a file stand among its tokens, and what is wrong with the others.
 
-    Row i has tokens[offsets[i] : offsets[i + 1]], stands in line lines[i] and has the 16 bytes digests[i].
+    Row i has the tokens from offsets[i] up to offsets[i + 1].
     """
 
-    name: str
-    tokens: np.ndarray  # [tokens of all rows] int32
-    supervised: np.ndarray  # [tokens of all rows] bool
     offsets: np.ndarray  # [rows + 1] int64
     lines: np.ndarray  # [rows] int64
     num_supervised: np.ndarray  # [rows] int64, trained positions
     first_supervised: np.ndarray  # [rows] int64, the first trained position in the row
-    digests: list[bytes]
+    digests: np.ndarray  # [rows, DIGEST_BYTES] uint8
     problems: list[tuple[int, str]]  # line and reason
     num_characters: int  # of the good rows' rendered text
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
@@ -54,6 +60,16 @@ class TokenizedFile:
     @property
     def num_read(self) -> int:
         return len(self.lines) + len(self.problems)
+
+
+@dataclass(frozen=True)
+class TokenizedFile:
+    """The good rows of one file, end to end, and their index."""
+
+    name: str
+    tokens: np.ndarray  # [tokens of all rows] int32
+    supervised: np.ndarray  # [tokens of all rows] bool
+    index: TokenIndex
 
 
 @dataclass(frozen=True)
@@ -76,12 +92,12 @@ class TokenizedRows(Sequence[TokenizedRow]):
             return TokenizedRows(self.files, self.picks[index], self.max_seq_len)
         file_index, row = self.picks[index]
         file = self.files[file_index]
-        start = file.offsets[row]
-        stop = min(file.offsets[row + 1], start + self.max_seq_len)
+        start, end = file.index.offsets[row : row + 2]
+        stop = min(end, start + self.max_seq_len)
         return TokenizedRow(
             tokens=file.tokens[start:stop],
             supervised=file.supervised[start:stop],
-            source=Source(file.name, int(file.lines[row])),
+            source=Source(file.name, int(file.index.lines[row])),
         )
 
     def lengths(self) -> np.ndarray:
@@ -89,7 +105,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         lengths = np.zeros(len(self.picks), np.int64)
         for index, file in enumerate(self.files):
             chosen = self.picks[:, 0] == index
-            lengths[chosen] = np.diff(file.offsets)[self.picks[chosen, 1]]
+            lengths[chosen] = np.diff(file.index.offsets)[self.picks[chosen, 1]]
         return np.minimum(lengths, self.max_seq_len)
 
     def supervised_lengths(self) -> np.ndarray:
@@ -97,7 +113,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         counts = np.zeros(len(self.picks), np.int64)
         for index, file in enumerate(self.files):
             chosen = self.picks[:, 0] == index
-            counts[chosen] = file.num_supervised[self.picks[chosen, 1]]
+            counts[chosen] = file.index.num_supervised[self.picks[chosen, 1]]
         for index in np.flatnonzero(self.lengths() == self.max_seq_len):
             counts[index] = self[int(index)].num_supervised
         return counts
@@ -133,7 +149,7 @@ def read_conversations(name: str, *, format: str) -> Iterator[tuple[Row, Convers
 
 
 def tokenize_file(name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool) -> TokenizedFile:
-    """Read and tokenize one file that rows.find_files returned.
+    """Read and tokenize one file that rows.find_files returned, in memory.
 
     Args:
         name: file, or hub data set
@@ -141,30 +157,46 @@ def tokenize_file(name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_p
         stop_at_problem: after the first bad row only look for more of them; the result then lacks rows
 
     Raises:
-        ValueError: if the format is to be detected and a row fits more than one
+        ValueError: if the file is damaged, or its format is to be detected and a row fits more than one
     """
-    collector = _Collector(tokenizer)
+    tokens, supervised = io.BytesIO(), io.BytesIO()
+    writer = TokenWriter(tokenizer, tokens, supervised)
+    index = write_tokens(read_conversations(name, format=format), writer, stop_at_problem=stop_at_problem)
+    return TokenizedFile(
+        name=name,
+        tokens=np.frombuffer(tokens.getbuffer(), TOKEN_DTYPE),
+        supervised=np.frombuffer(supervised.getbuffer(), bool),
+        index=index,
+    )
+
+
+def write_tokens(
+    rows: Iterable[tuple[Row, Conversation | str]], writer: TokenWriter, *, stop_at_problem: bool
+) -> TokenIndex:
+    """Write the good rows' tokens and return the index of all rows."""
     lines, digests, problems, spelling = [], [], [], []
-    for row, conversation in read_conversations(name, format=format):
+    for row, conversation in rows:
         line = row.source.line
-        spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, tokenizer)
+        spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
         if spelled is not None and conversation.text is not None:
             conversation = f"'text' spells the special token {spelled}; give the turns as 'messages' instead"
         if isinstance(conversation, str):
             problems.append((line, conversation))
         elif not (problems and stop_at_problem):
-            collector.add(conversation)
+            writer.add(conversation)
             lines.append(line)
             digests.append(digest(conversation))
             if spelled is not None:
                 spelling.append(line)
-    return TokenizedFile(
-        **collector.finish(),
-        name=name,
+    writer.flush()
+    return TokenIndex(
+        offsets=np.cumsum([0, *writer.lengths], dtype=np.int64),
         lines=np.array(lines, np.int64),
-        digests=digests,
+        num_supervised=np.array(writer.num_supervised, np.int64),
+        first_supervised=np.array(writer.first_supervised, np.int64),
+        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
         problems=problems,
-        num_characters=collector.num_characters,
+        num_characters=writer.num_characters,
         lines_that_spell_special=spelling,
     )
 
@@ -175,39 +207,37 @@ def _find_spelled_special(conversation: Conversation, tokenizer: ChatTokenizer) 
     return next(filter(None, map(tokenizer.find_spelled_special, texts)), None)
 
 
-class _Collector:
-    """Gathers conversations and tokenizes them in chunks."""
+class TokenWriter:
+    """Tokenizes conversations in chunks and appends them to two files, ids as TOKEN_DTYPE and flags as a byte each."""
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, tokens_file: BinaryIO, supervised_file: BinaryIO) -> None:
         self.tokenizer = tokenizer
-        self.waiting: list[list[Segment]] = []
-        self.waiting_characters = self.num_characters = 0
-        self.encoded: list[tuple[np.ndarray, np.ndarray]] = []
+        self.tokens_file, self.supervised_file = tokens_file, supervised_file
+        self.lengths: list[int] = []
+        self.num_supervised: list[int] = []
+        self.first_supervised: list[int] = []  # 0 where nothing is
+        self.num_characters = 0
+        self._waiting: list[list[Segment]] = []
+        self._waiting_characters = 0
 
     def add(self, conversation: Conversation) -> None:
         if conversation.text is None:
             segments = self.tokenizer.render_conversation(conversation.messages)
         else:
             segments = self.tokenizer.render_document(conversation.text)
-        self.waiting.append(segments)
-        self.waiting_characters += sum(len(segment.text) for segment in segments)
-        if self.waiting_characters >= CHUNK_CHARACTERS:
+        self._waiting.append(segments)
+        self._waiting_characters += sum(len(segment.text) for segment in segments)
+        if self._waiting_characters >= CHUNK_CHARACTERS:
             self.flush()
 
     def flush(self) -> None:
-        self.encoded += self.tokenizer.encode_segments(self.waiting)
-        self.num_characters += self.waiting_characters
-        self.waiting, self.waiting_characters = [], 0
-
-    def finish(self) -> dict[str, np.ndarray]:
-        """Return the arrays of a TokenizedFile that come from tokens."""
-        self.flush()
-        # The first token is never trained: nothing predicts it.
-        trained = [np.flatnonzero(supervised[1:]) + 1 for _, supervised in self.encoded]
-        return {
-            "tokens": np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in self.encoded)]),
-            "supervised": np.concatenate([np.empty(0, bool), *(supervised for _, supervised in self.encoded)]),
-            "offsets": np.cumsum([0, *(len(tokens) for tokens, _ in self.encoded)], dtype=np.int64),
-            "num_supervised": np.array([len(positions) for positions in trained], np.int64),
-            "first_supervised": np.array([positions[0] if len(positions) else -1 for positions in trained], np.int64),
-        }
+        for tokens, supervised in self.tokenizer.encode_segments(self._waiting):
+            self.tokens_file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
+            self.supervised_file.write(supervised.tobytes())
+            # The first token is never trained: nothing predicts it.
+            trained = supervised[1:]
+            self.lengths.append(len(tokens))
+            self.num_supervised.append(int(np.count_nonzero(trained)))
+            self.first_supervised.append(int(trained.argmax()) + 1 if trained.any() else 0)
+        self.num_characters += self._waiting_characters
+        self._waiting, self._waiting_characters = [], 0

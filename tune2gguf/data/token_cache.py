@@ -1,0 +1,128 @@
+"""Tokenized files are kept: the next run on the same file starts at once, and tokens are mapped, not held in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.cache import get_cache_dir
+from tune2gguf.data import messages, rows, tokenize
+from tune2gguf.data.rows import compute_content_digest, count_rows, is_hub
+from tune2gguf.data.tokenize import (
+    TOKEN_DTYPE,
+    TokenIndex,
+    TokenizedFile,
+    TokenWriter,
+    read_conversations,
+    tokenize_file,
+    write_tokens,
+)
+
+if TYPE_CHECKING:
+    from tune2gguf.tokenizers import ChatTokenizer
+
+# A smaller file is tokenized in less than a second: not worth a place in the cache.
+MIN_CACHED_BYTES = 2**20
+
+
+def tokenize_once(
+    name: str,
+    tokenizer: ChatTokenizer,
+    *,
+    format: str,
+    stop_at_problem: bool,
+    min_cached_bytes: int = MIN_CACHED_BYTES,
+) -> TokenizedFile:
+    """Return tokenize_file's result, from the cache where the same content was tokenized before.
+
+    The cache is `tokens/` in cache.get_cache_dir(), and tokens are mapped into memory from it. Its key is the content
+    of the file, the tokenizer, the chat format, the row format and the code that makes tokens of rows. A file with bad
+    rows that stop the run is not kept.
+
+    Raises:
+        ValueError: as tokenize_file
+    """
+    if not is_hub(name) and Path(name).stat().st_size < min_cached_bytes:
+        return tokenize_file(name, tokenizer, format=format, stop_at_problem=stop_at_problem)
+    folder = get_cache_dir() / "tokens" / _compute_key(name, tokenizer, format)
+    if not folder.is_dir():
+        index = _fill(folder, name, tokenizer, format=format, stop_at_problem=stop_at_problem)
+        if index.problems and stop_at_problem:
+            return TokenizedFile(name, np.empty(0, TOKEN_DTYPE), np.empty(0, bool), index)
+    return _load(folder, name)
+
+
+def _compute_key(name: str, tokenizer: ChatTokenizer, format: str) -> str:
+    from tune2gguf import tokenizers
+
+    code = b"".join(Path(module.__file__).read_bytes() for module in (messages, rows, tokenize, tokenizers))
+    parts = [
+        compute_content_digest(name),
+        tokenizer.fingerprint,
+        format,
+        hashlib.sha256(code).hexdigest(),
+        version("tokenizers"),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _fill(folder: Path, name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool) -> TokenIndex:
+    """Tokenize the file into the folder, which appears whole, or not at all for a file that stops the run."""
+    from tqdm import tqdm
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+    try:
+        with (temporary / "tokens.bin").open("wb") as tokens, (temporary / "supervised.bin").open("wb") as supervised:
+            conversations = tqdm(
+                read_conversations(name, format=format),
+                desc=f"tokenizing {Path(name).name}",
+                total=count_rows(name),
+                unit=" rows",
+                disable=None,
+                leave=False,
+            )
+            writer = TokenWriter(tokenizer, tokens, supervised)
+            index = write_tokens(conversations, writer, stop_at_problem=stop_at_problem)
+        if not (index.problems and stop_at_problem):
+            _save_index(temporary, index)
+            # Another process may have been faster; its folder holds the same.
+            with contextlib.suppress(OSError):
+                os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return index
+
+
+def _save_index(folder: Path, index: TokenIndex) -> None:
+    values = vars(index)
+    others = {key: value for key, value in values.items() if not isinstance(value, np.ndarray)}
+    for key in values.keys() - others.keys():
+        np.save(folder / f"{key}.npy", values[key], allow_pickle=False)
+    (folder / "index.json").write_text(json.dumps(others), encoding="utf-8")
+
+
+def _load(folder: Path, name: str) -> TokenizedFile:
+    others = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    others["problems"] = [(line, reason) for line, reason in others["problems"]]
+    arrays = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
+    return TokenizedFile(
+        name=name,
+        tokens=_map(folder / "tokens.bin", TOKEN_DTYPE),
+        supervised=_map(folder / "supervised.bin", np.dtype(bool)),
+        index=TokenIndex(**arrays, **others),
+    )
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map a file into memory, read-only; an empty one cannot be mapped."""
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
