@@ -1,0 +1,152 @@
+"""What is trained is what will be served: llama.cpp renders and tokenizes every conversation to the ids of its row.
+
+llama.cpp runs in this process on a GGUF of our export, with the real tokenizers and a model of a few random weights.
+"""
+
+import json
+import random
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import REPOSITORY, TINY_TIED
+from tests.tokenizer_files import find_llama3_tokenizer, write_smollm2_tokenizer
+from tune2gguf.architectures import Architecture
+from tune2gguf.data import Message
+from tune2gguf.export.pipeline import export_base
+from tune2gguf.llama_cpp import LlamaCppModel, open_model
+from tune2gguf.random_base import write_random_base
+from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+
+# Meta's template of Llama 3.2, as far as it matters here: a system block with dates before everything else.
+DATED_HEADER = "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: "
+
+ODD_CONTENTS = [
+    " leading", "trailing \n", "\n\n both \t", "\v\f\r\n odd \r\n", "a\r\nb", "tab\tinside", "two\n\nlines\n\n\nthree",
+    "\u00a0no-break\u00a0", "\u3000ideographic\u3000", "\ufeffbom", "\u200bzero width\u200b", "\u2028line", "x\u0085",
+    "naïve café", "日本語のテキスト", "e\u0301 and é", "👩‍👩‍👧", "العربية", "1234567 12 3", "'s 'S 'll WE'VE",
+    "```python\nfor x in y:\n    print(x)\n```", "<b>html</b> & \"quotes\" \\ back", "{{ jinja }} {% raw %} {# no #}",
+    "< | not special | >", "<|", "|>", ".", "a", "  ", "#### Heading\n- item\n  - nested", "$x_1^2$", "\x1f u",
+]  # fmt: skip
+
+
+class Served(NamedTuple):
+    tokenizer: ChatTokenizer
+    model: LlamaCppModel
+
+
+def make_served(folder: Path, chat_format: str) -> Served:
+    base_dir = folder / "base"
+    if chat_format == "llama3":
+        write_random_base(_make_architecture(128_256), base_dir, kind="float32")
+        shutil.copy(find_llama3_tokenizer(), base_dir)
+    else:
+        write_random_base(_make_architecture(49_152), base_dir, kind="float32")
+        write_smollm2_tokenizer(base_dir)
+    gguf_path = export_base(base_dir, folder / "model.gguf", quantization="F16", chat_format=chat_format, show=False)
+    return Served(load_tokenizer(base_dir, chat_format=chat_format), open_model(gguf_path, context_length=512))
+
+
+def _make_architecture(vocab_size: int) -> Architecture:
+    return Architecture(**{**vars(TINY_TIED), "vocab_size": vocab_size, "num_layers": 1})
+
+
+@pytest.fixture(scope="module", params=["llama3", "chatml"])
+def served(request, tmp_path_factory) -> Served:
+    return make_served(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@cache
+def make_corpus() -> list[list[Message]]:
+    """Return conversations that end with a reply: the quickstart's, and random ones of odd contents."""
+    lines = (REPOSITORY / "examples/quickstart/train.jsonl").read_text(encoding="utf-8").splitlines()
+    real = [[Message(turn["role"], turn["content"]) for turn in json.loads(line)["messages"]] for line in lines[:100]]
+    generator = random.Random(0)
+    odd = []
+    for number in range(300):
+        system = [Message("system", generator.choice(["", *ODD_CONTENTS]))] if number % 3 == 0 else []
+        turns = []
+        for _ in range(generator.randrange(1, 4)):
+            turns += [Message("user", draw_content(generator)), Message("assistant", draw_content(generator))]
+        odd.append([*system, *turns])
+    return real + odd
+
+
+def draw_content(generator: random.Random) -> str:
+    return generator.choice(["", " ", "\n"]).join(generator.choices(ODD_CONTENTS, k=generator.randrange(1, 4)))
+
+
+def render_served(served: Served, messages: list[Message]) -> list[int]:
+    """Return the prompt's ids as llama.cpp makes them from the messages, up to where the reply begins."""
+    text = served.model.apply_template([{"role": turn.role, "content": turn.content} for turn in messages])
+    beginning = served.tokenizer.chat_format.beginning
+    # The server adds the beginning when it tokenizes, and takes a rendered one away before.
+    return served.model.tokenize(text.removeprefix(beginning) if beginning else text, adds_bos=bool(beginning))
+
+
+def has_boundary_case(messages: list[Message]) -> bool:
+    """Whether a reply starts with white space that the template keeps: there a row's ids follow the prompt's."""
+    return any(turn.role == "assistant" and turn.content.lstrip(" \t\n\v\f\r")[:1].isspace() for turn in messages)
+
+
+def test_every_conversation_is_served_with_the_ids_it_was_trained_on(served):
+    """A further question makes the template render the whole conversation, replies included."""
+    corpus = [messages for messages in make_corpus() if not has_boundary_case(messages)]
+    assert len(corpus) >= 200
+    different = []
+    for messages in corpus:
+        ids, _ = served.tokenizer.encode_conversation(messages)
+        if render_served(served, [*messages, Message("user", "And then?")])[: len(ids)] != ids:
+            different.append(messages)
+    assert different == []
+
+
+def test_every_reply_is_trained_behind_the_prompt_it_is_served_with(served):
+    for messages in make_corpus():
+        ids, supervised = served.tokenizer.encode_conversation(messages)
+        if has_boundary_case(messages[:-1]):
+            continue
+        prompt = render_served(served, messages[:-1])
+        assert served.tokenizer.encode_prompt(messages[:-1]) == prompt
+        assert ids[: len(prompt)] == prompt
+        end = ids.index(served.tokenizer.end_of_turn_id, len(prompt))
+        assert all(supervised[len(prompt) : end + 1]) and not any(supervised[end + 1 :])
+
+
+def test_the_chat_endpoint_counts_as_many_prompt_tokens_as_were_trained(served):
+    for messages in make_corpus()[:100:20]:
+        question = [{"role": turn.role, "content": turn.content} for turn in messages[:-1]]
+        reply = served.model.chat(question, max_tokens=1)
+        assert reply.num_prompt_tokens == len(served.tokenizer.encode_prompt(messages[:-1]))
+
+
+def test_white_space_is_trimmed_as_the_template_trims_it(served):
+    """Every character below U+3001 that might be called white space, before and behind a word."""
+    candidates = [chr(code) for code in range(1, 0x3001) if chr(code).isspace() or code < 0x20]
+    assert len(candidates) > 40
+    for character in candidates:
+        messages = [Message("user", f"{character}word{character}")]
+        assert served.tokenizer.encode_prompt(messages) == render_served(served, messages), hex(ord(character))
+
+
+def test_special_tokens_spelled_in_content_are_where_trained_and_served_differ(served):
+    """Deliberately: the server reads them as special tokens, training does not. data.json counts such rows."""
+    spelled = served.tokenizer.chat_format.end_of_turn
+    messages = [Message("user", f"What is {spelled}?")]
+    trained, prompt = served.tokenizer.encode_prompt(messages), render_served(served, messages)
+    assert prompt.count(served.tokenizer.end_of_turn_id) == 2
+    assert trained.count(served.tokenizer.end_of_turn_id) == 1
+
+
+def test_a_template_with_a_date_block_is_found_different(served):
+    """Negative control: what Meta's 3.2 template puts before the conversation changes every prompt."""
+    if served.tokenizer.chat_format.name != "llama3":
+        pytest.skip("the template is Llama's")
+    for messages in make_corpus()[:20]:
+        trained = served.tokenizer.encode_prompt(messages[:-1])
+        text = served.model.apply_template([{"role": turn.role, "content": turn.content} for turn in messages[:-1]])
+        dated = DATED_HEADER + "26 Jul 2024\n\n<|eot_id|>" + text.removeprefix("<|begin_of_text|>")
+        assert served.model.tokenize(dated, adds_bos=True) != trained
