@@ -57,3 +57,9 @@ def read_gguf_rows(stored: StoredTensor, spec: TensorSpec, begin: int, end: int)
     head_dim = spec.shape[0] // spec.num_heads
     assert begin % head_dim == 0 and end % head_dim == 0, "rows change places within their head only"
     return to_gguf_rows(rows, (end - begin) // head_dim)
+
+
+def to_hf_rows(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Reorder query or key rows [num_heads * head_dim, ...] from GGUF's order to Hugging Face's."""
+    head_dim = rows.shape[0] // num_heads
+    return rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

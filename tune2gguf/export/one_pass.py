@@ -14,14 +14,10 @@ import numpy as np
 
 from tune2gguf.checkpoints.base import BaseCheckpoint
 from tune2gguf.export.adapter import Adapter
-from tune2gguf.export.base_rows import read_gguf_rows
 from tune2gguf.export.gguf_llama import ALIGNMENT, GGUFTensor, compute_rope_factors
 from tune2gguf.export.kernels import Kernels
-from tune2gguf.export.merge import merge_rows, round_to_bfloat16, widen_bfloat16
-
-# Elements a thread works on at a time: large enough to hide Python's cost, small enough for many threads in 0.5 GB.
-# Fixed, because the matrix product of other slabs may round in another way.
-SLAB_ELEMENTS = 1 << 20
+from tune2gguf.export.merge import round_to_bfloat16, widen_bfloat16
+from tune2gguf.export.slabs import Slab, iterate_slabs, read_merged_rows
 
 
 @dataclass(frozen=True)
@@ -30,23 +26,6 @@ class Output:
 
     path: Path
     types: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Rows [begin, end) of a tensor."""
-
-    tensor: GGUFTensor
-    begin: int
-    end: int
-
-    @property
-    def is_last(self) -> bool:
-        return self.end == self.tensor.shape[0]
-
-    @property
-    def num_elements(self) -> int:
-        return (self.end - self.begin) * (self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1)
 
 
 def append_tensors(
@@ -106,34 +85,13 @@ def _map_in_order(
             future.cancel()
 
 
-def iterate_slabs(tensors: list[GGUFTensor]) -> Iterator[Slab]:
-    """Cut the tensors into slabs of whole rows; query and key into whole heads, because rows move within their head."""
-    for tensor in tensors:
-        num_rows = tensor.shape[0]
-        step = num_rows
-        if len(tensor.shape) == 2:
-            step = max(1, SLAB_ELEMENTS // tensor.shape[1])
-        if tensor.spec is not None and tensor.spec.num_heads is not None:
-            head_dim = num_rows // tensor.spec.num_heads
-            step = max(head_dim, step // head_dim * head_dim)
-        for begin in range(0, num_rows, step):
-            yield Slab(tensor, begin, min(begin + step, num_rows))
-
-
 def convert_slab(
     slab: Slab, types: set[str], *, base: BaseCheckpoint, adapter: Adapter | None, kernels: Kernels
 ) -> dict[str, np.ndarray]:
     """Return the slab's bytes in each of the types."""
-    spec = slab.tensor.spec
-    if spec is None:
+    if slab.tensor.spec is None:
         return {"F32": compute_rope_factors(base.architecture)}
-    rows = read_gguf_rows(base.stored[spec.tune_name], spec, slab.begin, slab.end)
-    pair = None if adapter is None else adapter.pairs.get(spec.tune_name)
-    if pair is not None:
-        lora_b_rows = pair.lora_b[slab.begin : slab.end]
-        rows = merge_rows(rows, pair.lora_a, lora_b_rows, rank=adapter.rank, alpha=adapter.alpha)
-    if not np.isfinite(rows).all():
-        raise ValueError(f"{slab.tensor.name}: holds NaN or infinity in rows {slab.begin} to {slab.end - 1}")
+    rows = read_merged_rows(slab, base=base, adapter=adapter)
     if rows.ndim == 1:
         return {"F32": rows}
     bits = round_to_bfloat16(rows)

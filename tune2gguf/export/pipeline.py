@@ -176,7 +176,7 @@ def _write_ggufs(
                 generation_config=_read_json(base.base_dir / "generation_config.json"),
             )
         num_elements = sum(_count_elements(shape) for shape in shapes.values())
-        label = "exporting " + ", ".join(quantization.name for quantization in paths)
+        label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
         with tqdm(total=num_elements, desc=label, unit="", unit_scale=True, disable=not show, leave=False) as bar:
             append_tensors(
                 [Output(unfinished[path], types[quantization]) for quantization, path in paths.items()],

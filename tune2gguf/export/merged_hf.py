@@ -1,0 +1,128 @@
+"""The merged model as a Hugging Face folder: same shards, names and row order as the base, weights in bfloat16."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.chat_formats import ChatFormat
+from tune2gguf.checkpoints.base import BaseCheckpoint
+from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
+from tune2gguf.export.adapter import Adapter
+from tune2gguf.export.base_rows import to_hf_rows
+from tune2gguf.export.gguf_llama import GGUFTensor
+from tune2gguf.export.merge import round_to_bfloat16
+from tune2gguf.export.slabs import iterate_slabs, read_merged_rows
+from tune2gguf.tokenizers import find_tokenizer_file, make_llama3_tokenizer_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_merged_hf(
+    out_dir: Path,
+    *,
+    base: BaseCheckpoint,
+    adapter: Adapter,
+    chat_format: ChatFormat,
+    report: Callable[[int], None],
+) -> None:
+    """Write the folder in one move; it must not exist, and a failure leaves nothing.
+
+    Args:
+        report: called with the number of elements done
+
+    Raises:
+        ValueError: if the folder exists, or a merged weight is not finite
+    """
+    if out_dir.exists():
+        raise ValueError(f"{out_dir}: exists already")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        _write_weights(unfinished, base, adapter, report)
+        _write_configs(unfinished, base.base_dir, chat_format)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, out_dir)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report: Callable[[int], None]) -> None:
+    """Each tensor goes to the file of the same name as in the base, in the same order."""
+    by_file: dict[str, list[str]] = {}
+    for name in sorted(base.stored, key=lambda name: (base.stored[name].path.name, base.stored[name].begin)):
+        by_file.setdefault(base.stored[name].path.name, []).append(name)
+    weight_map, total_bytes = {}, 0
+    for file_name, names in by_file.items():
+        tensors = [_describe(base, name) for name in names]
+        write_safetensors(folder / file_name, tensors, _iterate_rows(base, adapter, names, report))
+        weight_map |= {tensor.name: file_name for tensor in tensors}
+        total_bytes += sum(tensor.num_bytes for tensor in tensors)
+    if len(by_file) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _describe(base: BaseCheckpoint, name: str) -> TensorToWrite:
+    """Norms keep their dtype: they are not merged, and GGUF has them in float32."""
+    spec, stored = base.specs[name], base.stored[name]
+    return TensorToWrite(spec.hf_name, "BF16" if len(spec.shape) == 2 else stored.dtype, spec.shape)
+
+
+def _iterate_rows(
+    base: BaseCheckpoint, adapter: Adapter, names: list[str], report: Callable[[int], None]
+) -> Iterator[Tensor]:
+    import torch
+
+    for name in names:
+        spec = base.specs[name]
+        if len(spec.shape) == 1:
+            yield base.read_tensor(name)
+            report(spec.shape[0])
+            continue
+        for slab in iterate_slabs([GGUFTensor(name, spec.shape, spec)]):
+            # Merged in GGUF's order, as in the GGUF: in another order the matrix product may round differently.
+            bits = round_to_bfloat16(read_merged_rows(slab, base=base, adapter=adapter))
+            if spec.num_heads is not None:
+                bits = to_hf_rows(bits, bits.shape[0] * spec.num_heads // spec.shape[0])
+            yield torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16)
+            report(slab.num_elements)
+
+
+def _write_configs(folder: Path, base_dir: Path, chat_format: ChatFormat) -> None:
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    # transformers renamed torch_dtype to dtype.
+    config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
+    _write_json(folder / "config.json", config)
+    if (base_dir / "generation_config.json").is_file():
+        shutil.copyfile(base_dir / "generation_config.json", folder / "generation_config.json")
+    tokenizer_file = find_tokenizer_file(base_dir)
+    if tokenizer_file.suffix == ".json":
+        shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    else:
+        _write_json(folder / "tokenizer.json", make_llama3_tokenizer_json(tokenizer_file))
+    _write_json(folder / "tokenizer_config.json", _make_tokenizer_config(base_dir, chat_format))
+
+
+def _make_tokenizer_config(base_dir: Path, chat_format: ChatFormat) -> dict:
+    """The base's, with the chat template and the end of turn that were trained."""
+    path = base_dir / "tokenizer_config.json"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+    elif chat_format.beginning:
+        config["bos_token"] = chat_format.beginning
+    return config | {"eos_token": chat_format.end_of_turn, "chat_template": chat_format.jinja_template}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

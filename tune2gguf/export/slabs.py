@@ -1,0 +1,67 @@
+"""The unit of work: some rows of a tensor, read from the base and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tune2gguf.checkpoints.base import BaseCheckpoint
+from tune2gguf.export.adapter import Adapter
+from tune2gguf.export.base_rows import read_gguf_rows
+from tune2gguf.export.gguf_llama import GGUFTensor
+from tune2gguf.export.merge import merge_rows
+
+# Elements a thread works on at a time: large enough to hide Python's cost, small enough for many threads in 0.5 GB.
+# Fixed, because the matrix product of other slabs may round in another way.
+SLAB_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Rows [begin, end) of a tensor."""
+
+    tensor: GGUFTensor
+    begin: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.tensor.shape[0]
+
+    @property
+    def num_elements(self) -> int:
+        return (self.end - self.begin) * (self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1)
+
+
+def iterate_slabs(tensors: list[GGUFTensor]) -> Iterator[Slab]:
+    """Cut the tensors into slabs of whole rows; query and key into whole heads, because rows move within their head."""
+    for tensor in tensors:
+        num_rows = tensor.shape[0]
+        step = num_rows
+        if len(tensor.shape) == 2:
+            step = max(1, SLAB_ELEMENTS // tensor.shape[1])
+        if tensor.spec is not None and tensor.spec.num_heads is not None:
+            head_dim = num_rows // tensor.spec.num_heads
+            step = max(head_dim, step // head_dim * head_dim)
+        for begin in range(0, num_rows, step):
+            yield Slab(tensor, begin, min(begin + step, num_rows))
+
+
+def read_merged_rows(slab: Slab, *, base: BaseCheckpoint, adapter: Adapter | None) -> np.ndarray:
+    """Return the slab's rows, in GGUF's order, with the adapter merged, float32.
+
+    Raises:
+        ValueError: if a weight is not finite, or a base file has become shorter
+    """
+    spec = slab.tensor.spec
+    assert spec is not None, "rope factors come from the architecture"
+    rows = read_gguf_rows(base.stored[spec.tune_name], spec, slab.begin, slab.end)
+    pair = None if adapter is None else adapter.pairs.get(spec.tune_name)
+    if pair is not None:
+        lora_b_rows = pair.lora_b[slab.begin : slab.end]
+        rows = merge_rows(rows, pair.lora_a, lora_b_rows, rank=adapter.rank, alpha=adapter.alpha)
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{spec.hf_name}: holds NaN or infinity between rows {slab.begin} and {slab.end - 1}")
+    return rows
