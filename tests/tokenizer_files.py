@@ -1,5 +1,8 @@
-"""The real tokenizers, from the cache folder; a test that needs one is skipped where it cannot be had."""
+"""The real tokenizers, from the cache folder; a test that needs one is skipped where it cannot be had. Hard texts."""
 
+import random
+import sys
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -37,3 +40,13 @@ def write_smollm2_tokenizer(base_dir: Path) -> None:
     fields = GGUFReader(path).fields
     keys = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
     _build_tokenizer(keys, path).save(str(base_dir / "tokenizer.json"))
+
+
+def make_random_texts(count: int) -> list[str]:
+    """Return texts of all assigned characters, and of mixtures of spaces, digits and letters that are hard to split."""
+    generator = random.Random(0)
+    assigned = [
+        chr(code) for code in range(sys.maxunicode) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")
+    ]
+    alphabets = [assigned, "ab'sT \n\t\r.12", " \n\r\u00a0x", "'sStTrReEvVmMlLdD ſ", "αβ あ漢 12,。\n "]
+    return ["".join(generator.choices(generator.choice(alphabets), k=generator.randrange(60))) for _ in range(count)]

@@ -1,15 +1,12 @@
 """Our Llama-3 tokenizer against Meta's: tiktoken on the same tokenizer.model gives the same ids."""
 
-import random
-import sys
-import unicodedata
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.tokenizer_files import find_llama3_tokenizer, load_llama3
+from tests.tokenizer_files import find_llama3_tokenizer, load_llama3, make_random_texts
 from tune2gguf.tokenizers import LLAMA3_PATTERN, NUM_LLAMA3_SPECIAL_TOKENS
 
 HAND_WRITTEN = [
@@ -38,16 +35,6 @@ def load_tiktoken():
     ranks = load_tiktoken_bpe(str(path))
     special = {f"<|special_{index}|>": len(ranks) + index for index in range(NUM_LLAMA3_SPECIAL_TOKENS)}
     return tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-
-def make_random_texts(count: int) -> list[str]:
-    """Return texts of all assigned characters, and of mixtures of spaces, digits and letters that are hard to split."""
-    generator = random.Random(0)
-    assigned = [
-        chr(code) for code in range(sys.maxunicode) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")
-    ]
-    alphabets = [assigned, "ab'sT \n\t\r.12", " \n\r\u00a0x", "'sStTrReEvVmMlLdD ſ", "αβ あ漢 12,。\n "]
-    return ["".join(generator.choices(generator.choice(alphabets), k=generator.randrange(60))) for _ in range(count)]
 
 
 def read_own_files() -> list[str]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED
-from tests.tokenizer_files import find_llama3_tokenizer, write_smollm2_tokenizer
+from tests.tokenizer_files import find_llama3_tokenizer, make_random_texts, write_smollm2_tokenizer
 from tune2gguf.architectures import Architecture
 from tune2gguf.data import Message
 from tune2gguf.export.pipeline import export_base
@@ -121,6 +121,13 @@ def test_the_chat_endpoint_counts_as_many_prompt_tokens_as_were_trained(served):
         question = [{"role": turn.role, "content": turn.content} for turn in messages[:-1]]
         reply = served.model.chat(question, max_tokens=1)
         assert reply.num_prompt_tokens == len(served.tokenizer.encode_prompt(messages[:-1]))
+
+
+def test_any_text_is_tokenized_as_llama_cpp_does(served):
+    different = [
+        text for text in make_random_texts(1000) if served.tokenizer.encode(text) != served.model.tokenize(text)
+    ]
+    assert different == []
 
 
 def test_white_space_is_trimmed_as_the_template_trims_it(served):

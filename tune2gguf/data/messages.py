@@ -89,7 +89,7 @@ def detect_format(row: Mapping[str, Any]) -> str:
     fitting = [name for name, keys in _REQUIRED_KEYS.items() if all(row.get(key) is not None for key in keys)]
     if len(fitting) > 1:
         raise AmbiguousFormatError(
-            f"its keys fit the formats {' and '.join(fitting)}; say which with format={fitting[0]}"
+            f"its keys fit the formats {' and '.join(fitting)}; say which with dataset.format={fitting[0]}"
         )
     if not fitting:
         keys = ", ".join(map(str, row)) or "none"

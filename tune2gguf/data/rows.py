@@ -172,7 +172,7 @@ def _read_json_lines(name: str, file: BinaryIO) -> Iterator[Row]:
         if len(line) > MAX_ROW_BYTES:
             yield Row(source, problem=_describe_too_long(len(line)))
         elif line.strip():
-            yield _parse_json(line, source)
+            yield _parse_json(line.rstrip(b"\r\n"), source)
 
 
 def _read_lines(file: BinaryIO) -> Iterator[bytes]:

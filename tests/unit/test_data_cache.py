@@ -1,0 +1,101 @@
+"""Tokenized files are kept: the same arrays come back, and only for the same content, tokenizer and code."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.conftest import make_conversations, write_rows
+from tune2gguf.data.token_cache import tokenize_once
+from tune2gguf.data.tokenize import tokenize_file
+from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+
+
+@pytest.fixture
+def tokenizer(tiny_base) -> ChatTokenizer:
+    return load_tokenizer(tiny_base, chat_format="chatml")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+def tokenize(path, tokenizer, **options):
+    options = {"format": "auto", "stop_at_problem": True, "min_cached_bytes": 0} | options
+    return tokenize_once(str(path), tokenizer, **options)
+
+
+def assert_equal(first, second) -> None:
+    assert first.name == second.name
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+    np.testing.assert_array_equal(first.supervised, second.supervised)
+    for key, value in vars(first.index).items():
+        np.testing.assert_array_equal(value, getattr(second.index, key), err_msg=key)
+
+
+def test_cached_file_is_the_tokenized_file_and_mapped_into_memory(tmp_path, tokenizer, cache):
+    rows = [*make_conversations(20), {"messages": []}, *make_conversations(1, start=50)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    fresh = tokenize_file(str(path), tokenizer, format="auto", stop_at_problem=False)
+    cold = tokenize(path, tokenizer, stop_at_problem=False)
+    [folder] = cache.iterdir()
+    warm = tokenize(path, tokenizer, stop_at_problem=False)
+    assert_equal(cold, fresh)
+    assert_equal(warm, fresh)
+    assert isinstance(warm.tokens, np.memmap)
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_second_run_takes_the_cached_tokens(tmp_path, tokenizer, cache):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
+    first = tokenize(path, tokenizer)
+    [folder] = cache.iterdir()
+    # A mark in the cached tokens shows where the second result comes from.
+    marked = first.tokens + 1
+    marked.tofile(folder / "tokens.bin")
+    assert tokenize(path, tokenizer).tokens.tolist() == marked.tolist()
+
+
+def test_same_content_under_another_name_is_the_same_entry_with_its_own_name(tmp_path, tokenizer, cache):
+    rows = make_conversations(3)
+    tokenize(write_rows(tmp_path / "a.jsonl", rows), tokenizer)
+    other = tokenize(write_rows(tmp_path / "b.jsonl", rows), tokenizer)
+    assert len(list(cache.iterdir())) == 1
+    assert other.name == str(tmp_path / "b.jsonl")
+
+
+def test_other_content_tokenizer_or_format_is_another_entry(tmp_path, tmp_path_factory, tiny_base, tokenizer, cache):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
+    tokenize(path, tokenizer)
+    tokenize(path, tokenizer, format="openai")
+    other_base = tmp_path_factory.mktemp("other")
+    content = json.loads((tiny_base / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    (other_base / "tokenizer.json").write_text(json.dumps(content))
+    tokenize(path, load_tokenizer(other_base, chat_format="chatml"))
+    tokenize(write_rows(tmp_path / "a.jsonl", make_conversations(4)), tokenizer)
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_file_that_stops_the_run_is_not_kept(tmp_path, tokenizer, cache):
+    path = write_rows(tmp_path / "a.jsonl", [*make_conversations(3), {"messages": []}, {"messages": 3}])
+    stopped = tokenize(path, tokenizer)
+    assert [line for line, _ in stopped.index.problems] == [4, 5]
+    assert list(cache.iterdir()) == []
+    # Once kept with its bad rows listed, it says the same of them.
+    tokenize(path, tokenizer, stop_at_problem=False)
+    assert tokenize(path, tokenizer).index.problems == stopped.index.problems
+
+
+def test_small_file_is_not_kept(tmp_path, tokenizer, cache):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
+    tokenize(path, tokenizer, min_cached_bytes=2**20)
+    assert not cache.exists()
+
+
+def test_file_without_a_good_row_is_kept_as_well(tmp_path, tokenizer, cache):
+    path = write_rows(tmp_path / "a.jsonl", [{}])
+    for _ in range(2):
+        assert len(tokenize(path, tokenizer, stop_at_problem=False).tokens) == 0

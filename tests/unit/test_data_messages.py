@@ -1,0 +1,165 @@
+"""Row shapes: five of them become the same conversation, and what cannot be trained on is refused with the reason."""
+
+import pytest
+
+from tune2gguf.data.messages import (
+    AmbiguousFormatError,
+    Conversation,
+    Message,
+    detect_format,
+    digest,
+    read_conversation,
+)
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+QUESTION, ANSWER = turn("user", "Hi"), turn("assistant", "Hello!")
+
+SHAPES = [
+    ("openai", {"messages": [QUESTION, ANSWER]}),
+    ("openai", {"conversations": [QUESTION, ANSWER]}),
+    ("openai", {"messages": [turn("user", [{"type": "text", "text": "Hi"}]), ANSWER], "id": 7}),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}),
+    ("sharegpt", {"messages": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}),
+    ("alpaca", {"instruction": "Hi", "output": "Hello!"}),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello!"}),
+    ("prompt_completion", {"prompt": "Hi", "completion": "Hello!"}),
+]
+
+
+@pytest.mark.parametrize(("format", "row"), SHAPES)
+def test_every_shape_is_detected_and_becomes_the_same_conversation(format, row):
+    assert detect_format(row) == format
+    expected = Conversation((Message("user", "Hi"), Message("assistant", "Hello!")))
+    assert read_conversation(row, format=format) == expected
+
+
+def test_system_message_and_many_turns_are_kept():
+    turns = [turn("system", "Be brief."), QUESTION, ANSWER, turn("user", "Bye"), turn("assistant", " So long\n")]
+    messages = read_conversation({"messages": turns}, format="openai").messages
+    assert [(message.role, message.content) for message in messages] == [
+        (given["role"], given["content"]) for given in turns
+    ]
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("sharegpt", {"system": "Be brief.", "conversations": SHAPES[3][1]["conversations"]}),
+        ("alpaca", {"system": "Be brief.", "instruction": "Hi", "output": "Hello!"}),
+    ],
+)
+def test_system_column_is_the_system_message(format, row):
+    messages = read_conversation(row, format=format).messages
+    assert [message.role for message in messages] == ["system", "user", "assistant"]
+    assert messages[0].content == "Be brief."
+
+
+def test_alpaca_input_follows_the_instruction_after_an_empty_line():
+    row = {"instruction": "Translate.", "input": "Hi", "output": "Salut"}
+    assert read_conversation(row, format="alpaca").messages[0].content == "Translate.\n\nHi"
+
+
+def test_raw_text_is_kept_as_it_is():
+    assert detect_format({"text": " a\n"}) == "text"
+    assert read_conversation({"text": " a\n"}, format="text") == Conversation(text=" a\n")
+
+
+def test_weight_0_leaves_a_reply_out_of_training():
+    turns = [QUESTION, turn("assistant", "Hmpf", weight=0), turn("user", "Again?"), turn("assistant", "Hi!", weight=1)]
+    messages = read_conversation({"messages": turns}, format="openai").messages
+    assert [message.is_trained for message in messages] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [QUESTION, ANSWER], "text": "<rendered>"},
+        {"instruction": "Hi", "output": "Hello!", "prompt": "Hi", "completion": "Hello!"},
+    ],
+)
+def test_row_that_fits_two_formats_asks_for_one(row):
+    with pytest.raises(AmbiguousFormatError, match=r"fit the formats \w+ and \w+; say which with dataset.format=\w+"):
+        detect_format(row)
+
+
+def test_row_that_fits_no_format_says_what_was_looked_for():
+    with pytest.raises(ValueError, match=r"its keys \(question, answer\) fit no format .*alpaca: instruction, output"):
+        detect_format({"question": "Hi", "answer": "Hello!"})
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ("Hi", "'messages' must be a non-empty list, got str 'Hi'"),
+        ([], "'messages' must be a non-empty list, got a list of 0"),
+        (["Hi"], r"messages\[0\] must be an object with 'role' and 'content', got str 'Hi'"),
+        ([{"content": "Hi"}], r"messages\[0\] has no 'role'; it has content"),
+        ([{"role": "user"}], r"messages\[0\] has no 'content'; it has role"),
+        ([turn("human", "Hi")], r"messages\[0\]: unknown role 'human'; known are system, user, assistant"),
+        ([turn(None, "Hi")], r"messages\[0\]: unknown role None"),
+        ([QUESTION, turn("assistant", None)], r"messages\[1\]: 'content' must be text, got null"),
+        ([QUESTION, turn("assistant", 7)], r"messages\[1\]: 'content' must be text, got int 7"),
+        ([turn("user", [{"type": "image_url"}])], r"'content' must be text, got a list of 1"),
+        ([QUESTION, turn("assistant", " \n\u00a0")], "message 2, the assistant's, is empty"),
+        ([turn("user", ""), ANSWER], "message 1, the user's, is empty"),
+        ([QUESTION], "there is no assistant turn to learn from"),
+        ([turn("system", "Be brief.")], "there is no assistant turn to learn from"),
+        ([ANSWER], "message 1 is the assistant's where the user's is due"),
+        ([QUESTION, QUESTION, ANSWER], "message 2 is the user's where the assistant's is due"),
+        ([turn("system", "x"), ANSWER, QUESTION], "message 2 is the assistant's where the user's is due"),
+        ([QUESTION, turn("system", "x"), ANSWER], "message 2 is the system's where the assistant's is due"),
+        ([QUESTION, ANSWER, QUESTION], "the last message is the user's; a row ends with the assistant's reply"),
+        (
+            [QUESTION, turn("tool", "{}"), ANSWER],
+            r"messages\[1\] uses tools \(a tool message\), which are not supported",
+        ),
+        ([QUESTION, turn("assistant", "", tool_calls=[{"id": 1}])], r"messages\[1\] uses tools \(tool_calls\)"),
+        ([turn("user", "a\0b"), ANSWER], r"messages\[0\]: 'content' holds a NUL byte at character 1"),
+        ([turn("user", "a\ud83d"), ANSWER], r"messages\[0\]: 'content' holds half of a surrogate pair at character 1"),
+        ([QUESTION, turn("assistant", "x", weight=0)], "every assistant turn has weight 0"),
+        ([QUESTION, turn("assistant", "x", weight=0.5)], r"'weight' must be 0 \(not trained\) or 1, got 0.5"),
+    ],
+)
+def test_conversation_that_cannot_be_trained_on_is_refused(turns, said):
+    with pytest.raises(ValueError, match=said):
+        read_conversation({"messages": turns}, format="openai")
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "said"),
+    [
+        ("openai", {"text": "x"}, "'messages' is missing; the row has text"),
+        ("openai", {"messages": [QUESTION, ANSWER], "tools": [{}]}, r"the row uses tools \(tools\)"),
+        ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'; known are human, gpt"),
+        ("sharegpt", {"conversations": [{"from": "observation", "value": "x"}]}, "uses tools"),
+        ("sharegpt", {"conversations": [QUESTION]}, r"conversations\[0\] has no 'from'; it has role, content"),
+        ("alpaca", {"instruction": "Hi"}, "'output' is missing; the row has instruction"),
+        ("alpaca", {"instruction": "Hi", "input": 3, "output": "x"}, "'input' must be text, got int 3"),
+        ("alpaca", {"instruction": "Hi", "output": "x", "history": [["a", "b"]]}, "'history' is not supported"),
+        ("prompt_completion", {"prompt": "Hi", "completion": ""}, "message 2, the assistant's, is empty"),
+        ("prompt_completion", {"prompt": ["Hi"], "completion": "x"}, "'prompt' must be text, got a list of 1"),
+        ("text", {"text": None}, "'text' must be text, got null"),
+        ("text", {"text": " \n"}, "'text' is empty"),
+        ("text", {"text": "a\0"}, "'text' holds a NUL byte"),
+    ],
+)
+def test_row_that_is_not_in_its_format_is_refused(format, row, said):
+    with pytest.raises(ValueError, match=said):
+        read_conversation(row, format=format)
+
+
+def test_digest_is_that_of_what_is_trained():
+    rows = [read_conversation(row, format=format) for format, row in SHAPES]
+    spaced = Conversation((Message("user", " Hi\n"), Message("assistant", "Hello!")))
+    assert {digest(row) for row in [*rows, spaced]} == {digest(rows[0])}
+    others = [
+        Conversation((Message("user", "Hi"), Message("assistant", "Hello"))),
+        Conversation((Message("user", "HiHello!"), Message("assistant", ""))),
+        Conversation((Message("user", "Hi"), Message("assistant", "Hello!", is_trained=False))),
+        Conversation(text="Hi"),
+    ]
+    assert len({digest(row) for row in [rows[0], *others]}) == 1 + len(others)

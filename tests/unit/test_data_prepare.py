@@ -1,0 +1,326 @@
+"""No row is lost in silence: every row read is trained, validated, truncated or dropped, and data.json says which."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import make_conversations, write_rows
+from tune2gguf.data import PreparedData, chat_dataset, check_files
+from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base) -> ChatTokenizer:
+    return load_tokenizer(tiny_base, chat_format="chatml")
+
+
+def converse(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def list_lines(rows) -> list[tuple[str, int]]:
+    return [(Path(row.source.file).name, row.source.line) for row in rows]
+
+
+# Line of the file -> content and the reason that data.json must give. Lines 1, 2 and 18 are good.
+BAD_LINES = {
+    3: (b'{"messages": [', "malformed JSON"),
+    4: (b'{"messages": [{"role": "user", "content": 3}]}', "'content' must be text, got int 3"),
+    5: (json.dumps(converse("Hi", "")).encode(), "message 2, the assistant's, is empty"),
+    6: (json.dumps({"messages": converse("Hi", "x")["messages"][::-1]}).encode(), "where the user's is due"),
+    7: (json.dumps({"messages": converse("Hi", "x")["messages"][:1]}).encode(), "no assistant turn"),
+    8: (json.dumps(converse("long " * 100, "behind")).encode(), "its supervised tokens begin at"),
+    9: (json.dumps(make_conversations(1)[0]).encode(), "repeats {path}, line 1"),
+    10: (json.dumps(make_conversations(1, start=70)[0]).encode(), "stands in both training and validation"),
+    11: (b'{"messages": "\xff"}', "invalid UTF-8 at byte 14"),
+    12: (json.dumps(converse("a\0b", "x")).encode(), "NUL byte"),
+    13: (json.dumps(converse("a" * 10_000_000, "x")).encode(), "the row is 9.5 MiB long"),
+    14: (
+        b'{"prompt": "Hi", "completion": "x"}',
+        "its shape is prompt_completion, but the file's is openai since line 1",
+    ),
+    15: (json.dumps({"messages": [{"role": "tool", "content": "x"}]}).encode(), "uses tools"),
+    16: (b"[]", "a row must be a JSON object, got a list"),
+    17: (b'{"question": "Hi"}', "fit no format"),
+}
+
+
+@pytest.fixture
+def bad_file(tmp_path) -> Path:
+    good = [json.dumps(row).encode() for row in make_conversations(3)]
+    lines = [*good[:2], *(content for content, _ in BAD_LINES.values()), good[2]]
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
+    return tmp_path / "bad.jsonl"
+
+
+def prepare_bad(bad_file: Path, tokenizer: ChatTokenizer, **options) -> PreparedData:
+    heldout = write_rows(bad_file.with_name("heldout.jsonl"), make_conversations(2, start=70))
+    return chat_dataset(
+        [str(bad_file)], tokenizer=tokenizer, max_seq_len=120, seed=1, validation_files=[str(heldout)], **options
+    )
+
+
+def test_every_kind_of_bad_row_is_an_error_that_names_its_line(bad_file, tokenizer):
+    with pytest.raises(ValueError) as error:
+        prepare_bad(bad_file, tokenizer)
+    *rows, way_out = str(error.value).splitlines()
+    named = {int(row.split(", line ")[1].split(":")[0]) for row in rows}
+    # The rows that only a comparison or the token count shows come to light when the others are mended.
+    assert named == BAD_LINES.keys() - {8, 9, 10}
+    assert way_out.endswith("dataset.on_bad_row=drop")
+
+
+def test_ledger_accounts_for_a_file_with_every_kind_of_bad_row(bad_file, tokenizer):
+    data = prepare_bad(bad_file, tokenizer, on_bad_row="drop")
+    ledger = data.ledger
+    assert list_lines(data.train) == [("bad.jsonl", 1), ("bad.jsonl", 2), ("bad.jsonl", 18)]
+    assert ledger["read"] == 18 + 2
+    assert ledger["read"] == ledger["trained"] + ledger["validated"] + ledger["truncated"] + ledger["dropped"]
+    assert (ledger["trained"], ledger["validated"], ledger["dropped"]) == (3, 2, len(BAD_LINES))
+    reasons = {row["line"]: row["reason"] for row in ledger["rows_dropped"]}
+    assert {row["file"] for row in ledger["rows_dropped"]} == {str(bad_file)}
+    assert reasons.keys() == BAD_LINES.keys()
+    for line, (_, reason) in BAD_LINES.items():
+        assert reason.format(path=bad_file) in reasons[line]
+    assert json.loads(json.dumps(ledger)) == ledger
+
+
+@pytest.mark.parametrize("line", [8, 9, 10])
+def test_rows_that_only_comparison_or_token_count_shows_are_errors_too(bad_file, tokenizer, line):
+    lines = bad_file.read_bytes().split(b"\n")
+    bad_file.write_bytes(b"\n".join([lines[0], lines[1], lines[line - 1]]))
+    with pytest.raises(ValueError, match=BAD_LINES[line][1].format(path=bad_file)):
+        prepare_bad(bad_file, tokenizer)
+
+
+def test_long_row_is_cut_without_an_end_of_turn_and_listed(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [converse("Hi", "word " * 40), *make_conversations(2)])
+    whole = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1)
+    cut = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=90, seed=1)
+    assert whole.ledger["truncated"] == 0 and cut.ledger["truncated"] == 1
+    row = cut.train[0]
+    assert row.tokens.tolist() == whole.train[0].tokens[:90].tolist()
+    assert row.supervised[-1] and row.tokens[-1] != tokenizer.end_of_turn_id
+    assert row.num_supervised < whole.train[0].num_supervised
+    length = len(whole.train[0].tokens)
+    [listed] = cut.ledger["rows_truncated"]
+    assert (listed["line"], listed["split"]) == (1, "train")
+    assert listed["reason"] == f"{length} tokens; the last {length - 90} were cut"
+    assert f"max_seq_len={length} would keep every row whole" in cut.ledger["notes"][0]
+
+
+def test_row_of_exactly_max_seq_len_is_not_cut(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
+    longest = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1).ledger["training"]["longest_row"]
+    assert chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=longest, seed=1).ledger["truncated"] == 0
+    assert chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=longest - 1, seed=1).ledger["truncated"] == 1
+
+
+def test_long_row_can_be_dropped_or_be_an_error(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [converse("Hi", "word " * 40), *make_conversations(2)])
+    options = {"tokenizer": tokenizer, "max_seq_len": 90, "seed": 1}
+    dropped = chat_dataset(str(path), on_long_row="drop", **options)
+    assert (dropped.ledger["trained"], dropped.ledger["dropped"], dropped.ledger["truncated"]) == (2, 1, 0)
+    with pytest.raises(ValueError, match=r"line 1: \d+ tokens, more than max_seq_len=90\nRaise max_seq_len"):
+        chat_dataset(str(path), on_long_row="error", **options)
+
+
+def test_rows_with_supervised_token_in_the_last_place_are_kept(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(1))
+    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1)
+    first = int(np.flatnonzero(data.train[0].supervised)[0])
+    kept = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=first + 1, seed=1)
+    assert kept.train[0].num_supervised == 1
+    with pytest.raises(ValueError, match=f"its supervised tokens begin at {first}, behind max_seq_len={first}"):
+        chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=first, seed=1)
+
+
+def split(path, tokenizer, *, seed=1, fraction=0.2) -> tuple[set[str], set[str]]:
+    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=seed, validation_split=fraction)
+    return tuple({tokenizer.decode(row.tokens) for row in rows} for rows in (data.train, data.validation))
+
+
+def test_split_keeps_every_row_on_its_side_when_rows_are_added_or_moved(tmp_path, tokenizer):
+    rows = make_conversations(300)
+    train, validation = split(write_rows(tmp_path / "a.jsonl", rows[:200]), tokenizer)
+    more_train, more_validation = split(write_rows(tmp_path / "b.jsonl", rows[::-1]), tokenizer)
+    assert train < more_train and validation < more_validation
+    assert len(train) + len(validation) == 200 and not train & validation
+
+
+def test_split_holds_out_about_its_fraction_and_depends_on_the_seed(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(1000))
+    _, validation = split(path, tokenizer)
+    # Binomial: 5 standard deviations around 200.
+    assert abs(len(validation) - 200) < 5 * np.sqrt(1000 * 0.2 * 0.8)
+    assert split(path, tokenizer, seed=2)[1] != validation
+    assert split(path, tokenizer, fraction=0.0)[1] == set()
+
+
+def test_duplicates_are_never_on_both_sides(tmp_path, tokenizer):
+    rows = make_conversations(100)
+    spaced = [converse(f" {row['messages'][0]['content']}\n", row["messages"][1]["content"]) for row in rows]
+    path = write_rows(tmp_path / "a.jsonl", rows + spaced)
+    with pytest.raises(ValueError, match=r"line 101: repeats .*a\.jsonl, line 1\n"):
+        split(path, tokenizer)
+    data = chat_dataset(
+        str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1, validation_split=0.2, on_bad_row="drop"
+    )
+    assert data.ledger["dropped"] == 100
+    lines = [line for _, line in list_lines(data.train) + list_lines(data.validation)]
+    assert sorted(lines) == list(range(1, 101))
+
+
+def test_ledger_tells_which_lines_are_held_out(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(50))
+    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1, validation_split=0.2)
+    [file] = data.ledger["files"]
+    assert file["validation_lines"] == [line for _, line in list_lines(data.validation)]
+    assert data.ledger["validated"] == len(file["validation_lines"])
+
+
+def test_ledger_counts_tokens_as_the_rows_have_them(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(20))
+    for max_seq_len in (60, 1000):
+        data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=max_seq_len, seed=1)
+        assert data.ledger["training"] == {
+            "rows": 20,
+            "tokens": sum(len(row.tokens) for row in data.train),
+            "supervised_tokens": sum(row.num_supervised for row in data.train),
+            "longest_row": max(len(row.tokens) for row in data.train),
+        }
+        assert data.train.lengths().tolist() == [len(row.tokens) for row in data.train]
+
+
+def test_rows_that_spell_special_tokens_are_noted(tmp_path, tokenizer):
+    rows = [*make_conversations(2), converse("What is <|im_end|>?", "A token.")]
+    data = chat_dataset(str(write_rows(tmp_path / "a.jsonl", rows)), tokenizer=tokenizer, max_seq_len=1000, seed=1)
+    [note] = data.ledger["notes"]
+    assert "rows that spell a special token: 1 (lines 3)" in note
+
+
+def test_raw_text_that_was_rendered_with_a_template_is_refused(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "<|im_start|>user\nHi<|im_end|>"}])
+    with pytest.raises(ValueError, match=r"line 1: 'text' spells the special token <\|im_start\|>; give the turns"):
+        chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=100, seed=1)
+
+
+def test_raw_text_rows_are_trained_whole(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": " The ferry. "}])
+    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=100, seed=1)
+    assert tokenizer.decode(data.train[0].tokens) == " The ferry. <|endoftext|>"
+    assert data.train[0].supervised.all()
+
+
+def test_files_of_different_shapes_go_together(tmp_path, tokenizer):
+    write_rows(tmp_path / "a.jsonl", make_conversations(2))
+    write_rows(tmp_path / "b.jsonl", [{"instruction": "Say hi.", "output": "Hi!"}])
+    data = chat_dataset(f"{tmp_path}/*.jsonl", tokenizer=tokenizer, max_seq_len=1000, seed=1)
+    assert list_lines(data.train) == [("a.jsonl", 1), ("a.jsonl", 2), ("b.jsonl", 1)]
+
+
+def test_ambiguous_rows_ask_for_a_format_even_where_bad_rows_are_dropped(tmp_path, tokenizer):
+    rows = [row | {"text": "rendered"} for row in make_conversations(2)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    options = {"tokenizer": tokenizer, "max_seq_len": 1000, "seed": 1, "on_bad_row": "drop"}
+    with pytest.raises(ValueError, match=r"line 1: its keys fit the formats openai and text; say which with"):
+        chat_dataset(str(path), **options)
+    assert chat_dataset(str(path), format="openai", **options).ledger["trained"] == 2
+
+
+def test_damaged_files_and_bad_rows_are_in_one_error_even_where_bad_rows_are_dropped(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text('[{"text": "x"}, {"text"')
+    (tmp_path / "b.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"a\.json, line 1: malformed JSON.*\n.*b\.json, line 1: malformed JSON"):
+        chat_dataset(
+            [f"{tmp_path}/a.json", f"{tmp_path}/b.json"],
+            tokenizer=tokenizer,
+            max_seq_len=100,
+            seed=1,
+            on_bad_row="drop",
+        )
+
+
+def test_long_list_of_problems_is_shortened_and_counted(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("{}\n" * 500)
+    with pytest.raises(ValueError) as error:
+        chat_dataset(f"{tmp_path}/a.jsonl", tokenizer=tokenizer, max_seq_len=100, seed=1)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 22
+    assert lines[20] == "and 480 more"
+
+
+def test_data_without_a_row_to_train_on_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match="there is no row to train on"):
+        chat_dataset(f"{tmp_path}/a.jsonl", tokenizer=tokenizer, max_seq_len=100, seed=1)
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"no row to train on; 1 rows were dropped, the first is .*line 1: its keys"):
+        chat_dataset(f"{tmp_path}/b.jsonl", tokenizer=tokenizer, max_seq_len=100, seed=1, on_bad_row="drop")
+
+
+def test_split_that_holds_out_nothing_names_one_that_does(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(5))
+    options = {"tokenizer": tokenizer, "max_seq_len": 1000, "seed": 1}
+    with pytest.raises(ValueError, match="holds out none of the 5 rows") as error:
+        chat_dataset(str(path), validation_split=0.001, **options)
+    fraction = float(str(error.value).split("from ")[1].split(" on")[0])
+    assert len(chat_dataset(str(path), validation_split=fraction, **options).validation) == 1
+    assert fraction < 1
+
+
+def test_fingerprint_changes_with_rows_order_split_and_limit(tmp_path, tokenizer):
+    rows = make_conversations(30)
+
+    def compute(given, **options):
+        path = write_rows(tmp_path / "a.jsonl", given)
+        options = {"max_seq_len": 1000, "seed": 1} | options
+        return chat_dataset(str(path), tokenizer=tokenizer, **options).ledger["fingerprint"]
+
+    assert compute(rows) == compute(rows)
+    others = [
+        compute(rows[:-1]),
+        compute(rows[::-1]),
+        compute(rows, validation_split=0.2),
+        compute(rows, max_seq_len=9999),
+    ]
+    assert len({compute(rows), *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"format": "chat"}, "dataset.format=chat is not one of auto, openai, sharegpt"),
+        ({"on_bad_row": "ignore"}, "dataset.on_bad_row=ignore is not one of error, drop"),
+        ({"on_long_row": None}, "dataset.on_long_row=None is not one of truncate, drop, error"),
+        ({"validation_split": 1.0}, "dataset.validation_split=1.0 must be a fraction"),
+        ({"validation_split": "0.1"}, "dataset.validation_split=0.1 must be a fraction"),
+        ({"validation_split": 0.1, "validation_files": ["{file}"]}, "are both given; set one of them to null"),
+        ({"files": []}, r"dataset.files=\[\] names no file"),
+        ({"files": None}, "dataset.files=None names no file"),
+        ({"files": ["missing.jsonl"]}, "missing.jsonl: no such file"),
+        ({"validation_files": ["missing.jsonl"]}, "missing.jsonl: no such file"),
+    ],
+)
+def test_options_and_files_are_checked_without_a_tokenizer(tmp_path, options, said):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(2))
+    options = {
+        key: [str(path) if value == "{file}" else value for value in values] if isinstance(values, list) else values
+        for key, values in ({"files": [str(path)]} | options).items()
+    }
+    problems = check_files(options)
+    assert len(problems) == 1
+    assert re.search(said, problems[0])
+
+
+def test_good_options_have_no_problem_as_a_config_node_either(tmp_path):
+    from omegaconf import OmegaConf
+
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(2))
+    node = OmegaConf.create(
+        {"_component_": "x", "files": [str(path)], "validation_split": 0.1, "validation_files": None}
+    )
+    assert check_files(node) == []

@@ -1,0 +1,161 @@
+"""Files to rows: every format, each row with its line, each fault where it stands."""
+
+import csv
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tune2gguf.data.rows import MAX_ROW_BYTES, Source, count_rows, find_files, read_rows
+
+ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer\n{number}."} for number in range(3)]
+
+
+def write_jsonl(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_csv(path):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ROWS[0].keys())
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def read(path):
+    return [(row.source.line, row.value, row.problem) for row in read_rows(str(path))]
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "lines"),
+    [
+        ("a.jsonl", write_jsonl, [1, 2, 3]),
+        ("a.ndjson", write_jsonl, [1, 2, 3]),
+        ("a.json", write_jsonl, [1, 2, 3]),
+        ("a.json", lambda path: path.write_text(json.dumps(ROWS)), [1, 1, 1]),
+        ("a.json", lambda path: path.write_text(json.dumps(ROWS, indent=1)), [2, 6, 10]),
+        # Each answer holds a line break, so a record takes two lines.
+        ("a.csv", write_csv, [2, 4, 6]),
+        ("a.parquet", lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path), [1, 2, 3]),
+    ],
+)
+def test_every_format_gives_the_same_rows_with_their_lines(tmp_path, name, write, lines):
+    write(tmp_path / name)
+    assert read(tmp_path / name) == [(line, row, None) for line, row in zip(lines, ROWS, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_gz_is_unpacked(tmp_path, name):
+    write_jsonl(tmp_path / "plain")
+    (tmp_path / name).write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
+    assert [value for _, value, _ in read(tmp_path / name)] == ROWS
+
+
+def test_byte_order_mark_blank_lines_and_missing_last_line_break_are_no_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}')
+    assert read(tmp_path / "a.jsonl") == [(1, {"a": 1}, None), (4, {"a": 2}, None)]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"a": 1', "malformed JSON: Expecting ',' delimiter at column 8"),
+        (b"{'a': 1}", "malformed JSON: Expecting property name enclosed in double quotes at column 2"),
+        (b"[1, 2]", "a row must be a JSON object, got a list"),
+        (b"null", "a row must be a JSON object, got null"),
+        (b'"text"', "a row must be a JSON object, got a string"),
+        (b'{"a": "\xff"}', "invalid UTF-8 at byte 7 of the line"),
+        (b"[" * 100_000, "malformed JSON: nested too deeply"),
+        (b'{"a": "' + b"x" * 10_000_000 + b'"}', "the row is 9.5 MiB long; the limit is 4 MiB, so split it"),
+    ],
+)
+def test_bad_line_is_named_and_the_lines_around_it_are_read(tmp_path, line, problem):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+    assert read(tmp_path / "a.jsonl") == [(1, {"a": 1}, None), (2, None, problem), (3, {"a": 3}, None)]
+
+
+def test_row_at_the_limit_is_read_and_one_byte_more_is_not(tmp_path):
+    fitting = b'{"a": "' + b"x" * (MAX_ROW_BYTES - 10) + b'"}\n'
+    assert len(fitting) == MAX_ROW_BYTES
+    (tmp_path / "a.jsonl").write_bytes(fitting + b" " + fitting)
+    assert [problem is None for _, _, problem in read(tmp_path / "a.jsonl")] == [True, False]
+
+
+def test_utf16_file_is_named_as_such(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]), encoding="utf-16")
+    assert "the file looks like UTF-16, save it as UTF-8" in read(tmp_path / "a.jsonl")[0][2]
+
+
+def test_bad_csv_rows_are_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"prompt,completion\nx,y\nx\nx,y,z\nx,\xff\nx,\xc3\xa9\n")
+    assert read(tmp_path / "a.csv") == [
+        (2, {"prompt": "x", "completion": "y"}, None),
+        (3, None, "1 cells where the header names 2 columns"),
+        (4, None, "3 cells where the header names 2 columns"),
+        (5, None, "invalid UTF-8"),
+        (6, {"prompt": "x", "completion": "é"}, None),
+    ]
+
+
+def test_messages_in_a_csv_column_are_json(tmp_path):
+    (tmp_path / "a.csv").write_text('messages\n"[{""role"": ""user""}]"\nnone\n')
+    first, second = read(tmp_path / "a.csv")
+    assert first[1] == {"messages": [{"role": "user"}]}
+    assert second[2].startswith("column 'messages': malformed JSON")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json, line 2: malformed JSON: .*nothing after it can be read"),
+        ("a.json", b'[{"a": 1}\n {"a": 2}]', r"a\.json, line 1: malformed JSON: ',' or '\]' is missing after this row"),
+        ("a.json", b'[{"a": 1},\n', r"a\.json, line 2: malformed JSON: Expecting value"),
+        ("a.json", b'[{"a": 1}] []', r"a\.json: malformed JSON: there is text behind the array's end"),
+        ("a.json", b'[\n{"a": "\xff"}]', r"a\.json, line 2: invalid UTF-8 at byte 9"),
+        ("a.csv", b'a,b\nx,"y\n', r"a\.csv, line 2: malformed CSV: unexpected end of data"),
+        ("a.csv", b"a,a\nx,y\n", r"a\.csv, line 1: the header names a column twice"),
+        ("a.parquet", b"PAR1 nonsense", r"a\.parquet: cannot be read as Parquet"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: damaged \.gz file"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 1000)[:-12], r"a\.jsonl\.gz: damaged \.gz file"),
+    ],
+)
+def test_damage_that_ends_a_file_is_an_error(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / name)
+
+
+def test_files_are_found_by_path_and_glob_each_once_and_in_order(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        (tmp_path / name).write_text("x")
+    found = find_files([f"{tmp_path}/c.csv", f"{tmp_path}/*.jsonl", f"{tmp_path}/a.jsonl"])
+    assert found == [f"{tmp_path}/{name}" for name in ("c.csv", "a.jsonl", "b.jsonl")]
+    assert find_files(f"{tmp_path}/c.csv") == [f"{tmp_path}/c.csv"]
+
+
+def test_every_file_that_cannot_be_used_is_named_in_one_error(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.txt").write_text("x")
+    names = ["missing.jsonl", "none*.jsonl", "empty.jsonl", "a.txt", ".", "hub:name"]
+    with pytest.raises(ValueError) as error:
+        find_files([str(tmp_path / name) if not name.startswith("hub:") else name for name in names])
+    lines = str(error.value).splitlines()
+    said = ["no such file", "no such file", "the file is empty", "unknown type", "not a file", "hub:OWNER/NAME"]
+    assert [words in line for words, line in zip(said, lines, strict=True)] == [True] * len(names)
+
+
+def test_file_whose_name_holds_glob_characters_is_found(tmp_path):
+    (tmp_path / "a[1].jsonl").write_text("x")
+    assert find_files(f"{tmp_path}/a[1].jsonl") == [f"{tmp_path}/a[1].jsonl"]
+
+
+def test_rows_are_counted_for_the_progress_bar(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert count_rows(str(tmp_path / "a.jsonl")) == count_rows(str(tmp_path / "a.parquet")) == 3
+
+
+def test_source_reads_as_a_place():
+    assert str(Source("train.jsonl", 17)) == "train.jsonl, line 17"
