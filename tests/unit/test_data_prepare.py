@@ -12,6 +12,12 @@ from tune2gguf.data import PreparedData, chat_dataset, check_files
 from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> None:
+    """The file with a 10 MB row is large enough to be kept, but not in the user's cache."""
+    monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny_base) -> ChatTokenizer:
     return load_tokenizer(tiny_base, chat_format="chatml")
