@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tune2gguf.architectures import Architecture, make_hf_config
+from tune2gguf.checkpoints.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
 from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
 from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-KINDS = {"bf16": "BF16", "float32": "F32"}  # kind of base -> dtype of its weights
+# Kind of base -> dtype of its weights, except for those in 4 bits.
+KINDS = {"bf16": "BF16", "float32": "F32", "bnb-4bit": "BF16"}
 INIT_STD = 0.02  # Llama's initializer_range
 MAX_CHUNK_ELEMENTS = 1 << 24
 MAX_SHARD_BYTES = 5_000_000_000  # what Hugging Face's own writers use
@@ -38,7 +41,7 @@ def write_random_base(
     The weights are made and written a slab of rows at a time; memory stays under 200 MB whatever the model's size.
 
     Args:
-        kind: `bf16` or `float32`
+        kind: `bf16`, `float32`, or `bnb-4bit`: NF4 as bitsandbytes stores it in the layers' matrices, else bf16
         tokenizer_model: Llama 3's tokenizer.model, copied to where Meta's repositories have it, `original/`
 
     Raises:
@@ -51,14 +54,22 @@ def write_random_base(
     base_dir = Path(base_dir)
     with create_folder(base_dir) as folder:
         specs = list_tensors(architecture)
-        tensors = [TensorToWrite(spec.hf_name, KINDS[kind], spec.shape) for spec in specs]
-        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        dtype = torch.float32 if kind == "float32" else torch.bfloat16
         generator = torch.Generator().manual_seed(seed)
-        chunks = (chunk.to(dtype) for spec in specs for chunk in _draw_rows(spec, generator))
-        write_shards(folder, tensors, chunks, max_shard_bytes=max_shard_bytes)
+        tensors, chunks = [], []
+        for spec in specs:
+            rows = (chunk.to(dtype) for chunk in _draw_rows(spec, generator))
+            if kind == "bnb-4bit" and spec.is_linear:
+                tensors += list_nf4_tensors(spec.hf_name, spec.shape)
+                rows = encode_nf4(rows, spec.shape, dtype="bfloat16")
+            else:
+                tensors.append(TensorToWrite(spec.hf_name, KINDS[kind], spec.shape))
+            chunks.append(rows)
+        write_shards(folder, tensors, itertools.chain.from_iterable(chunks), max_shard_bytes=max_shard_bytes)
         record = {"source": "random weights", "kind": kind, "seed": seed}
         (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _write_configs(folder, architecture, str(dtype).removeprefix("torch."))
+        quantization = {"quantization_config": QUANTIZATION_CONFIG} if kind == "bnb-4bit" else {}
+        _write_configs(folder, architecture, {"torch_dtype": str(dtype).removeprefix("torch."), **quantization})
         if tokenizer_model is not None:
             (folder / "original").mkdir()
             shutil.copyfile(tokenizer_model, folder / "original" / "tokenizer.model")
@@ -72,14 +83,15 @@ def _draw_rows(spec: TensorSpec, generator: torch.Generator) -> Iterator[Tensor]
         yield torch.ones(spec.shape)
         return
     num_rows, num_columns = spec.shape
-    rows_per_chunk = max(1, MAX_CHUNK_ELEMENTS // num_columns)
+    # Whole blocks of 64 in every chunk, whatever the number of columns.
+    rows_per_chunk = max(64, MAX_CHUNK_ELEMENTS // num_columns // 64 * 64)
     for begin in range(0, num_rows, rows_per_chunk):
         chunk = torch.empty(min(rows_per_chunk, num_rows - begin), num_columns)
         yield chunk.normal_(std=INIT_STD, generator=generator)
 
 
-def _write_configs(folder: Path, architecture: Architecture, dtype: str) -> None:
-    config = make_hf_config(architecture) | {"torch_dtype": dtype, "initializer_range": INIT_STD}
+def _write_configs(folder: Path, architecture: Architecture, more: dict[str, Any]) -> None:
+    config = make_hf_config(architecture) | {"initializer_range": INIT_STD} | more
     generation_config = {}
     if architecture.vocab_size == LLAMA3_VOCAB_SIZE:
         # As in Meta's repositories: <|begin_of_text|>; <|end_of_text|>, <|eom_id|>, <|eot_id|>.

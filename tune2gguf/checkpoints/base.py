@@ -1,4 +1,8 @@
-"""The frozen base: opens a folder in Hugging Face's layout, checks it, and hands out its tensors one at a time."""
+"""The frozen base: opens a folder in Hugging Face's layout, checks it, and hands out its tensors one at a time.
+
+Weights are bf16, float16, float32, or bitsandbytes' NF4; a 4-bit checkpoint leaves embedding, head, norms and whatever
+else it names unquantized, and each tensor is taken as it is stored.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune2gguf.architectures import Architecture, read_architecture
+from tune2gguf.checkpoints.bnb4bit import StoredNf4, group_nf4, read_nf4
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors, to_tune_rows
 from tune2gguf.checkpoints.safetensors_file import (
     INDEX_FILE,
@@ -24,7 +29,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
+    from tune2gguf.nf4 import Nf4Weight
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "NF4")
 MAX_LISTED = 5  # tensors named in one error
 
 
@@ -35,36 +42,58 @@ class BaseCheckpoint:
     base_dir: Path
     architecture: Architecture
     specs: dict[str, TensorSpec]
-    stored: dict[str, StoredTensor]
+    stored: dict[str, StoredTensor | StoredNf4]
 
     def read_tensor(self, name: str) -> Tensor:
-        """Read the tensor with this torchtune name, rows in torchtune's order, in the stored dtype."""
-        tensor, spec = read_tensor(self.stored[name]), self.specs[name]
-        return tensor if spec.num_heads is None else to_tune_rows(tensor, spec.num_heads)
+        """Read the tensor with this torchtune name, rows in torchtune's order, in the stored dtype; NF4 as float32."""
+        tensor = self._read_stored(name)
+        return tensor.dequantize() if isinstance(self.stored[name], StoredNf4) else tensor
+
+    def _read_stored(self, name: str) -> Tensor | Nf4Weight:
+        stored, num_heads = self.stored[name], self.specs[name].num_heads
+        if isinstance(stored, StoredNf4):
+            weight = read_nf4(stored)
+            return weight if num_heads is None else weight.reorder_rows(lambda rows: to_tune_rows(rows, num_heads))
+        tensor = read_tensor(stored)
+        return tensor if num_heads is None else to_tune_rows(tensor, num_heads)
 
     def read_rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Read rows [begin, end), in torchtune's order, of the tensor with this torchtune name; [end - begin, in]."""
-        stored, spec = self.stored[name], self.specs[name]
+        """Read rows [begin, end) in torchtune's order, [end - begin, in], in the stored dtype; NF4 as float32."""
+        spec = self.specs[name]
         if spec.num_heads is None:
-            return read_rows(stored, begin, end)
+            return self._read_hf_rows(name, begin, end)
         # Rows change places within their head only.
         head_dim = spec.shape[0] // spec.num_heads
         first_head, end_head = begin // head_dim, -(-end // head_dim)
-        rows = to_tune_rows(read_rows(stored, first_head * head_dim, end_head * head_dim), end_head - first_head)
+        heads = self._read_hf_rows(name, first_head * head_dim, end_head * head_dim)
+        rows = to_tune_rows(heads, end_head - first_head)
         return rows[begin - first_head * head_dim : end - first_head * head_dim]
 
-    def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield (torchtune's parameter name, tensor in torchtune's layout), one at a time, in the order of the files.
+    def _read_hf_rows(self, name: str, begin: int, end: int) -> Tensor:
+        stored = self.stored[name]
+        if not isinstance(stored, StoredNf4):
+            return read_rows(stored, begin, end)
+        if stored.has_whole_rows:
+            return read_nf4(stored, begin=begin, end=end).dequantize()
+        return read_nf4(stored).dequantize()[begin:end]
+
+    def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
+        """Yield (torchtune's parameter name, weight in torchtune's layout), one at a time, in the order of the files.
 
         Each tensor is fresh memory that the caller owns, and the checkpoint keeps none: memory never holds more than
         what the caller keeps plus two copies of one tensor.
 
         Args:
-            dtype: convert to it; None keeps the stored dtype
+            dtype: convert to it; None keeps the stored dtype, and the layers' 4-bit weights as they are
         """
         for name in sorted(self.stored, key=lambda name: (self.stored[name].path, self.stored[name].begin)):
-            tensor = self.read_tensor(name)
-            yield name, tensor if dtype is None else tensor.to(dtype)
+            weight = self._read_stored(name)
+            if not isinstance(self.stored[name], StoredNf4):
+                yield name, weight if dtype is None else weight.to(dtype)
+            elif dtype is None and self.specs[name].is_linear:
+                yield name, weight
+            else:
+                yield name, weight.dequantize(dtype)
 
 
 def open_base(base_dir: str | Path) -> BaseCheckpoint:
@@ -76,7 +105,8 @@ def open_base(base_dir: str | Path) -> BaseCheckpoint:
     """
     base_dir = Path(base_dir)
     architecture = read_architecture(base_dir)
-    found = _read_headers(base_dir)
+    _check_quantization(base_dir)
+    found = group_nf4(_read_headers(base_dir))
     specs = {spec.hf_name: spec for spec in list_tensors(architecture)}
     _check_tensors(base_dir, specs, found, architecture.tied)
     return BaseCheckpoint(
@@ -85,6 +115,16 @@ def open_base(base_dir: str | Path) -> BaseCheckpoint:
         specs={spec.tune_name: spec for spec in specs.values()},
         stored={spec.tune_name: found[spec.hf_name] for spec in specs.values()},
     )
+
+
+def _check_quantization(base_dir: Path) -> None:
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if config is None:
+        return
+    method = config.get("quant_method")
+    if method != "bitsandbytes" or config.get("load_in_8bit"):
+        kind = "bitsandbytes' 8 bits" if method == "bitsandbytes" else method
+        raise ValueError(f"{base_dir}: is quantized with {kind}; only bitsandbytes' NF4 and unquantized bases are read")
 
 
 def _read_headers(base_dir: Path) -> dict[str, StoredTensor]:
@@ -139,7 +179,9 @@ def _explain_missing_weights(base_dir: Path) -> str:
     return f"{base_dir}: has no weights; expected {SINGLE_FILE}, or shards with {INDEX_FILE}"
 
 
-def _check_tensors(base_dir: Path, specs: dict[str, TensorSpec], found: dict[str, StoredTensor], is_tied: bool) -> None:
+def _check_tensors(
+    base_dir: Path, specs: dict[str, TensorSpec], found: dict[str, StoredTensor | StoredNf4], is_tied: bool
+) -> None:
     head = found.pop("lm_head.weight", None) if is_tied else None
     missing = [name for name in specs if name not in found]
     # Old checkpoints hold the rotary frequencies, which the architecture gives.

@@ -111,6 +111,13 @@ def _check_layout(path: Path, tensors: list[StoredTensor], data_begin: int, size
         raise ValueError(f"{path}: {size - expected_begin} bytes more than its header names; download it again")
 
 
+def read_bytes(stored: StoredTensor) -> bytes:
+    """Read a small tensor's bytes, without torch."""
+    with stored.path.open("rb") as file:
+        file.seek(stored.begin)
+        return file.read(stored.end - stored.begin)
+
+
 def read_rows(stored: StoredTensor, begin: int, end: int) -> Tensor:
     """Read rows [begin, end) of the first dimension into fresh memory.
 
