@@ -13,7 +13,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("tune2gguf is not installed in this Python. From the root of its checkout: pip install -e .")
 
-from tune2gguf.config import check_config, check_plan, load_config
+from tune2gguf.config import build_component, check_config, check_plan, load_config
 
 
 class LoRAFinetuneRecipe:
@@ -40,15 +40,11 @@ class LoRAFinetuneRecipe:
         self._setup_run_folder()
 
     def _setup_data(self) -> None:
-        from torchtune import config
-
         from tune2gguf.data import plan_epoch
 
         cfg = self.cfg
-        self.tokenizer = config.instantiate(cfg.tokenizer)
-        self.data = config.instantiate(
-            cfg.dataset, tokenizer=self.tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed
-        )
+        self.tokenizer = build_component(cfg.tokenizer)
+        self.data = build_component(cfg.dataset, tokenizer=self.tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
         self.rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.world.size
         self.plan_epoch = lambda epoch: plan_epoch(
             len(self.data.train),
@@ -68,7 +64,7 @@ class LoRAFinetuneRecipe:
         )
 
     def _setup_model(self) -> None:
-        from torchtune import config, training
+        from torchtune import training
         from torchtune.modules import TransformerSelfAttentionLayer
 
         from tune2gguf.checkpoints.load import load_base
@@ -77,7 +73,7 @@ class LoRAFinetuneRecipe:
         from tune2gguf.seeds import seed_dropout
 
         cfg = self.cfg
-        self.model = config.instantiate(cfg.model)
+        self.model = build_component(cfg.model)
         load_base(
             self.model, cfg.base_dir, device=self.world.device, base_weights=cfg.base_weights, show=self.world.is_main
         )
@@ -88,11 +84,9 @@ class LoRAFinetuneRecipe:
         seed_dropout(cfg.seed, rank=self.world.rank)
 
     def _setup_optimizer(self) -> None:
-        from torchtune import config
-
         self.adapter_params = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = config.instantiate(self.cfg.optimizer, self.adapter_params)
-        self.schedule = config.instantiate(
+        self.optimizer = build_component(self.cfg.optimizer, self.adapter_params)
+        self.schedule = build_component(
             self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_training_steps
         )
 

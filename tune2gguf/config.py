@@ -151,6 +151,18 @@ def load_config(arguments: list[str]) -> DictConfig:
         raise ValueError(f"{parsed.config}: cannot be read as YAML with these overrides: {error}") from None
 
 
+def build_component(node: DictConfig, *arguments: Any, **given: Any) -> Any:
+    """Call the `_component_` of a node with its keys and what the recipe gives.
+
+    torchtune's `instantiate` would turn the dataclasses among the recipe's arguments into config nodes.
+    """
+    from omegaconf import OmegaConf
+    from torchtune.config._utils import _get_component_from_path
+
+    options = OmegaConf.to_container(node, resolve=True)
+    return _get_component_from_path(options.pop("_component_"))(*arguments, **options, **given)
+
+
 def check_config(config: DictConfig) -> None:
     """Check keys, types, ranges, references and files, without loading a weight, a tokenizer or a row.
 
