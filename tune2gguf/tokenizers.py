@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
-from tune2gguf.data.messages import Message, trim
+from tune2gguf.data.messages import ROLES, Message, trim
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -136,18 +136,19 @@ class ChatTokenizer:
     def render_conversation(self, messages: Sequence[Message]) -> list[Segment]:
         """Return the segments of a whole conversation, as it is trained."""
         segments = self._split(self.chat_format.beginning)
+        separator = self._split(self.chat_format.turn_separator)
         for message in messages:
             is_trained = message.role == "assistant" and message.is_trained
-            segments += self._render_header(message.role)
+            segments += self._headers[message.role]
             segments.append(Segment(trim(message.content), is_special=False, supervised=is_trained))
             segments.append(Segment(self.chat_format.end_of_turn, is_special=True, supervised=is_trained))
-            segments += self._split(self.chat_format.turn_separator)
+            segments += separator
         return join_texts(segments)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
         """Return the segments of a conversation and of the header of the reply to come, as it is served."""
         unanswered = [replace(message, is_trained=False) for message in messages]
-        return join_texts(self.render_conversation(unanswered) + self._render_header("assistant"))
+        return join_texts(self.render_conversation(unanswered) + self._headers["assistant"])
 
     def render_document(self, text: str) -> list[Segment]:
         """Return the segments of raw text, between the beginning-of-text and end-of-text tokens that there are."""
@@ -167,8 +168,10 @@ class ChatTokenizer:
     def _special_pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, self.special_ids)))
 
-    def _render_header(self, role: str) -> list[Segment]:
-        return self._split(self.chat_format.role_start + role + self.chat_format.role_end)
+    @cached_property
+    def _headers(self) -> dict[str, list[Segment]]:
+        start, end = self.chat_format.role_start, self.chat_format.role_end
+        return {role: self._split(start + role + end) for role in ROLES}
 
     def _split(self, text: str) -> list[Segment]:
         """Split the format's own text, never content, at its special tokens."""
