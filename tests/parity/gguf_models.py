@@ -1,0 +1,199 @@
+"""Small models whose every byte is the same on every machine, for comparing GGUF files by digest.
+
+Weights come from a hash; the adapter's numbers are multiples of 1/512, so that its product is exact in float32 and no
+order of summation matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tune2gguf.architectures import (
+    LLAMA3_1_8B,
+    LLAMA3_2_1B,
+    SMOLLM2_135M,
+    Architecture,
+    make_hf_config,
+    read_architecture,
+)
+from tune2gguf.chat_formats import CHAT_FORMATS
+from tune2gguf.checkpoints.layout import list_tensors
+from tune2gguf.export.merge import round_to_bfloat16
+from tune2gguf.tokenizers import LLAMA3_PATTERN
+
+RANK, ALPHA = 8, 16
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHATML_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """A model with the features of a supported family; its name is that of its folders."""
+
+    name: str
+    architecture: Architecture
+    chat_format: str
+
+
+def _shrink(architecture: Architecture, **changes: int) -> Architecture:
+    return Architecture(**{**vars(architecture), "vocab_size": 288, "max_position_embeddings": 512, **changes})
+
+
+# True K-quant widths with grouped-query factors of 4 and 2, and SmolLM2's columns that need the fallback types.
+SMALL_MODELS = (
+    SmallModel(
+        "Small-Llama-3.2-Instruct",
+        _shrink(
+            LLAMA3_2_1B, num_layers=8, num_heads=8, num_kv_heads=2, embed_dim=256, intermediate_dim=256, head_dim=32
+        ),
+        "llama3",
+    ),
+    SmallModel(
+        "Small-Llama-3.1-Instruct",
+        _shrink(
+            LLAMA3_1_8B, num_layers=5, num_heads=4, num_kv_heads=2, embed_dim=256, intermediate_dim=512, head_dim=64
+        ),
+        "llama3",
+    ),
+    SmallModel(
+        "Small-SmolLM2-Instruct",
+        _shrink(SMOLLM2_135M, num_layers=8, num_heads=3, num_kv_heads=1, embed_dim=192, intermediate_dim=320),
+        "chatml",
+    ),
+)
+
+
+def write_small_run(model: SmallModel, folder: Path) -> Path:
+    """Write the base to `folder/base` and a run with an adapter on all linear layers to `folder/NAME`; return it."""
+    _write_base(model, folder / "base")
+    return write_run(folder / "base", folder / model.name, chat_format=model.chat_format)
+
+
+def write_run(base_dir: Path, run_dir: Path, *, chat_format: str) -> Path:
+    """Write what the export reads of a run on this base: config.yaml and an adapter on all linear layers."""
+    _write_adapter(read_architecture(base_dir), run_dir / "last")
+    config = {"quantization": "Q4_K_M", "max_seq_len": 128, "base_dir": str(base_dir), "chat_format": chat_format}
+    (run_dir / "config.yaml").write_text(json.dumps(config))
+    return run_dir
+
+
+def draw_integers(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return integers in [-128, 127], as float32, that depend on the name alone."""
+    data = hashlib.shake_256(name.encode()).digest(int(np.prod(shape)))
+    return np.frombuffer(data, np.int8).astype(np.float32).reshape(shape)
+
+
+def _draw_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    # The cube gives a few large weights among many small ones, as trained models have them.
+    values = (draw_integers(name, shape) / 128) ** 3 / 4
+    return 1 + values if len(shape) == 1 else values
+
+
+def _write_base(model: SmallModel, base_dir: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    base_dir.mkdir(parents=True)
+    bits = {
+        spec.hf_name: round_to_bfloat16(_draw_weight(spec.hf_name, spec.shape))
+        for spec in list_tensors(model.architecture)
+    }
+    weights = {name: torch.from_numpy(values.astype(np.int16)).view(torch.bfloat16) for name, values in bits.items()}
+    save_file(weights, base_dir / "model.safetensors", metadata={"format": "pt"})
+    chat_format = CHAT_FORMATS[model.chat_format]
+    specials = LLAMA3_SPECIALS if model.chat_format == "llama3" else CHATML_SPECIALS
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>" if model.chat_format == "llama3" else "<|im_start|>",
+        "eos_token": chat_format.end_of_turn,
+        "chat_template": chat_format.jinja_template,
+    }
+    for name, content in (
+        ("config.json", make_hf_config(model.architecture) | {"torch_dtype": "bfloat16"}),
+        ("generation_config.json", {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),
+        ("tokenizer.json", _make_tokenizer(model.architecture.vocab_size, specials)),
+        ("tokenizer_config.json", tokenizer_config),
+    ):
+        (base_dir / name).write_text(json.dumps(content))
+
+
+def _make_tokenizer(vocab_size: int, specials: list[str]) -> dict:
+    """A byte-level BPE with Llama 3's or SmolLM2's way of splitting text, two merges, and ids without a token."""
+    from tokenizers import pre_tokenizers
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [["t", "h"], ["th", "e"]]
+    tokens = [*characters, *("".join(merge) for merge in merges)]
+    is_llama3 = specials is LLAMA3_SPECIALS
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    first = split if is_llama3 else {"type": "Digits", "individual_digits": True}
+    added = [
+        {"id": len(tokens) + number, "content": token, "special": True, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for number, token in enumerate(specials)
+    ]
+    assert len(tokens) + len(added) < vocab_size
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [first, byte_level | {"use_regex": not is_llama3}]},
+        "post_processor": _make_post_processor(added[0]["id"]) if is_llama3 else byte_level | {"use_regex": True},
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": is_llama3,
+            "vocab": {token: number for number, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+
+
+def _make_post_processor(bos_id: int) -> dict:
+    """Llama 3's: BOS before each sequence."""
+    bos = "<|begin_of_text|>"
+    parts = {
+        kind: [{"SpecialToken": {"id": bos, "type_id": number}}, {"Sequence": {"id": name, "type_id": number}}]
+        for number, (kind, name) in enumerate((("A", "A"), ("B", "B")))
+    }
+    template = {
+        "type": "TemplateProcessing",
+        "single": parts["A"],
+        "pair": parts["A"] + parts["B"],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    return {"type": "Sequence", "processors": [byte_level, template]}
+
+
+def _write_adapter(architecture: Architecture, folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    weights = {}
+    for spec in list_tensors(architecture):
+        if spec.is_linear:
+            module = "base_model.model." + spec.hf_name.removesuffix(".weight")
+            # Products are multiples of 2^-18 up to 2^-4: eight of them add up exactly in float32.
+            shape_a, shape_b = (RANK, spec.shape[1]), (spec.shape[0], RANK)
+            weights[f"{module}.lora_A.weight"] = draw_integers(f"{module} A", shape_a) / 512
+            weights[f"{module}.lora_B.weight"] = draw_integers(f"{module} B", shape_b) / 512
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
+    modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights})
+    config |= {"base_model_name_or_path": "base", "target_modules": modules, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))

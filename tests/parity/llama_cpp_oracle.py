@@ -1,0 +1,92 @@
+"""llama.cpp's own programs: its converter, and llama-quantize through `llama-cpp-python`.
+
+CONTRIBUTING.md says how to install them. Both run in processes of their own: the converter brings its own `gguf`, and
+the library must not meet the llama.cpp inside `xllamacpp`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# The converter names a pre-tokenizer by a hash over a real vocabulary; the small models' are not among them.
+_CONVERT = """
+import runpy, sys
+from pathlib import Path
+source, pre = sys.argv[1], sys.argv[2]
+sys.path[:0] = [str(Path(source) / "gguf-py"), source]
+if pre:
+    from conversion.base import TextModel
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+sys.argv = ["convert_hf_to_gguf.py", *sys.argv[3:]]
+runpy.run_path(str(Path(source) / sys.argv[0]), run_name="__main__")
+"""
+_CONVERT_LORA = """
+import runpy, sys
+from pathlib import Path
+source = sys.argv[1]
+sys.path[:0] = [str(Path(source) / "gguf-py"), source]
+sys.argv = ["convert_lora_to_gguf.py", *sys.argv[2:]]
+runpy.run_path(str(Path(source) / sys.argv[0]), run_name="__main__")
+"""
+_QUANTIZE = """
+import ctypes, sys
+import llama_cpp
+source, target, dry_run = sys.argv[1], sys.argv[2], sys.argv[3] == "dry"
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.nthread, parameters.dry_run = 1, dry_run
+for name in sys.argv[4:]:
+    kind = "ALL" if name == "F32" else "MOSTLY"
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}_{name}")
+    print("quantization", name, file=sys.stderr, flush=True)
+    if llama_cpp.llama_model_quantize(source.encode(), target.format(name).encode(), ctypes.byref(parameters)):
+        sys.exit(f"llama_model_quantize failed for {name}")
+"""
+
+
+def find_missing() -> str | None:
+    """Return why the oracle cannot be used, or None."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "llama-cpp-python is not installed (extra 'oracle')"
+    if not (_get_source() / "convert_hf_to_gguf.py").is_file():
+        return "LLAMA_CPP_SOURCE does not name llama.cpp's source folder, which the sdist of llama-cpp-python holds"
+    return None
+
+
+def _get_source() -> Path:
+    return Path(os.environ.get("LLAMA_CPP_SOURCE", "llama.cpp"))
+
+
+def convert_to_bf16(hf_dir: Path, gguf_path: Path, *, pre: str = "") -> None:
+    """Run convert_hf_to_gguf.py; `pre` names the pre-tokenizer where the vocabulary is not a published one."""
+    arguments = [str(hf_dir), "--outtype", "bf16", "--outfile", str(gguf_path)]
+    _run(_CONVERT, str(_get_source()), pre, *arguments)
+
+
+def convert_adapter(adapter_dir: Path, base_dir: Path, gguf_path: Path, *, outtype: str = "f32") -> None:
+    """Run convert_lora_to_gguf.py."""
+    arguments = [str(adapter_dir), "--base", str(base_dir), "--outtype", outtype, "--outfile", str(gguf_path)]
+    _run(_CONVERT_LORA, str(_get_source()), *arguments)
+
+
+def quantize(gguf_path: Path, pattern: Path, names: list[str]) -> None:
+    """Run llama-quantize to each type; `{}` in `pattern` becomes the type's name."""
+    _run(_QUANTIZE, str(gguf_path), str(pattern), "write", *names)
+
+
+def plan_quantization(gguf_path: Path, names: list[str]) -> str:
+    """Return llama-quantize's log of a dry run to each type."""
+    return _run(_QUANTIZE, str(gguf_path), os.devnull, "dry", *names)
+
+
+def _run(program: str, *arguments: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    if finished.returncode != 0:
+        raise RuntimeError(f"llama.cpp's program failed: {finished.stderr[-2000:]}")
+    return finished.stderr

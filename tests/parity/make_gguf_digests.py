@@ -1,0 +1,77 @@
+"""Write gguf_digests.txt: the sha256 of what llama.cpp's own converter and llama-quantize make of the small models.
+
+python -m tests.parity.make_gguf_digests
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run
+from tests.parity.llama_cpp_oracle import convert_to_bf16, find_missing, quantize
+from tune2gguf.checkpoints.base import open_base
+from tune2gguf.export.adapter import read_adapter
+from tune2gguf.export.merged_hf import write_merged_hf
+from tune2gguf.export.run_folder import read_run
+from tune2gguf.export.type_mix import QUANTIZATIONS
+
+DIGESTS_FILE = Path(__file__).with_name("gguf_digests.txt")
+HEADER = (
+    "# sha256 of llama.cpp's own files (converter to bf16, then llama-quantize, x86-64); made by make_gguf_digests.py\n"
+)
+
+
+def main() -> None:
+    missing = find_missing()
+    if missing is not None:
+        raise SystemExit(missing)
+    lines = []
+    for model in SMALL_MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            lines += make_lines(model, Path(folder))
+    DIGESTS_FILE.write_text(HEADER + "".join(lines))
+    print(DIGESTS_FILE)
+
+
+def make_lines(model: SmallModel, folder: Path) -> list[str]:
+    """Return `MODEL base|merged TYPE DIGEST` for all types; files in `folder` are called `KIND-TYPE.gguf`."""
+    run_dir = write_small_run(model, folder)
+    # The model's name in the file is that of the folder, so both kinds are converted from a folder of the same name.
+    for kind, parent in (("base", folder / "plain"), ("merged", folder / "merged")):
+        write_hf_folder(run_dir, parent / model.name, is_merged=kind == "merged")
+        pre = "llama-bpe" if model.chat_format == "llama3" else "smollm"
+        convert_to_bf16(parent / model.name, folder / f"{kind}.gguf", pre=pre)
+        quantize(folder / f"{kind}.gguf", folder / (kind + "-{}.gguf"), list(QUANTIZATIONS))
+    return [
+        f"{model.name} {kind} {name} {digest_file(folder / f'{kind}-{name}.gguf')}\n"
+        for kind in ("base", "merged")
+        for name in QUANTIZATIONS
+    ]
+
+
+def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:
+    """Write what the converter reads: the base as it is, or with the adapter merged."""
+    run = read_run(run_dir)
+    base = open_base(run.base_dir)
+    if not is_merged:
+        shutil.copytree(run.base_dir, out_dir)
+        return
+    adapter = read_adapter(run.adapter_dir, base.specs)
+    write_merged_hf(out_dir, base=base, adapter=adapter, chat_format=run.chat_format, report=lambda count: None)
+
+
+def digest_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_digests() -> dict[tuple[str, str, str], str]:
+    """Return (model, base or merged, type) -> sha256."""
+    lines = [line.split() for line in DIGESTS_FILE.read_text().splitlines() if not line.startswith("#")]
+    return {(model, kind, name): digest for model, kind, name, digest in lines}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The exported files are byte by byte those of llama.cpp's own converter and llama-quantize."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from tests.parity import llama_cpp_oracle as oracle
+from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
+from tests.parity.make_gguf_digests import digest_file, make_lines, read_digests, write_hf_folder
+from tests.parity.make_type_mix import TYPE_MIX_FILE, format_types, list_real_tensors, make_block
+from tests.tokenizer_files import fetch_or_skip, find_llama3_tokenizer
+from tune2gguf.architectures import ARCHITECTURES, LLAMA3_1_8B, LLAMA3_2_1B, Architecture
+from tune2gguf.export.gguf_llama import choose_types
+from tune2gguf.export.pipeline import export_base, export_run
+from tune2gguf.export.type_mix import QUANTIZATIONS
+from tune2gguf.gguf_to_hf import convert_gguf_to_hf
+from tune2gguf.pypi import SMOLLM2_GGUF
+from tune2gguf.random_base import write_random_base
+
+# Kernels compiled for other processors may fuse multiplications and additions.
+on_x86_64 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="bytes are those of x86-64")
+needs_oracle = pytest.mark.skipif(oracle.find_missing() is not None, reason=str(oracle.find_missing()))
+MODEL_NAMES = [model.name for model in SMALL_MODELS]
+
+
+@on_x86_64
+@pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
+def test_every_type_has_the_bytes_of_llama_cpp_with_the_adapter_merged(model, tmp_path):
+    run_dir = write_small_run(model, tmp_path)
+    exported = export_run(run_dir, quantizations=list(QUANTIZATIONS), num_threads=2, show=False)
+    digests = read_digests()
+    assert {file.quantization: digest_file(file.gguf_path) for file in exported} == {
+        name: digests[model.name, "merged", name] for name in QUANTIZATIONS
+    }
+
+
+@on_x86_64
+@pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
+def test_a_plain_base_has_the_bytes_of_llama_cpp(model, tmp_path):
+    write_small_run(model, tmp_path)
+    (tmp_path / "plain").mkdir()
+    base_dir = (tmp_path / "base").rename(tmp_path / "plain" / model.name)
+    digests = read_digests()
+    for name in ("BF16", "Q4_K_M", "IQ4_XS"):
+        target = tmp_path / f"{name}.gguf"
+        export_base(base_dir, target, quantization=name, chat_format=model.chat_format, show=False)
+        assert digest_file(target) == digests[model.name, "base", name]
+
+
+def test_an_adapter_changes_the_bytes():
+    """Negative control: the digests tell merged files from plain ones."""
+    digests = read_digests()
+    assert len(set(digests.values())) == len(digests) == 2 * len(SMALL_MODELS) * len(QUANTIZATIONS)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_types_are_those_of_llama_quantize(name):
+    architecture = ARCHITECTURES[name]
+    tensors = list_real_tensors(architecture)
+    lines = []
+    for quantization in QUANTIZATIONS.values():
+        lines += format_types(name, quantization.name, choose_types(tensors, architecture, quantization))
+    expected = [line for line in TYPE_MIX_FILE.read_text().splitlines(keepends=True) if line.startswith(f"{name} ")]
+    assert lines == expected
+
+
+@pytest.mark.oracle
+@needs_oracle
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_committed_types_are_what_llama_quantize_plans(name, tmp_path):
+    assert make_block(name, tmp_path / "sparse.gguf") in TYPE_MIX_FILE.read_text()
+
+
+@pytest.mark.oracle
+@needs_oracle
+@pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
+def test_committed_digests_are_what_llama_cpp_writes(model, tmp_path):
+    digests = read_digests()
+    expected = [
+        f"{model.name} {kind} {name} {digests[model.name, kind, name]}\n"
+        for kind in ("base", "merged")
+        for name in QUANTIZATIONS
+    ]
+    assert make_lines(model, tmp_path) == expected
+
+
+def write_real_smollm2(folder: Path) -> tuple[Path, str]:
+    return convert_gguf_to_hf(fetch_or_skip(SMOLLM2_GGUF), folder / "SmolLM2-135M-Instruct"), "chatml"
+
+
+def write_tied_llama(folder: Path) -> tuple[Path, str]:
+    shape = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 512}
+    architecture = Architecture(**{**vars(LLAMA3_2_1B), **shape, "head_dim": 32})
+    base_dir = folder / "Tiny-Llama-3.2-Instruct"
+    return write_random_base(architecture, base_dir, tokenizer_model=find_llama3_tokenizer()), "llama3"
+
+
+def write_untied_llama(folder: Path) -> tuple[Path, str]:
+    shape = {"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 768}
+    architecture = Architecture(**{**vars(LLAMA3_1_8B), **shape, "head_dim": 64})
+    base_dir = folder / "Tiny-Llama-3.1-Instruct"
+    tokenizer = find_llama3_tokenizer()
+    # Shards, as the real model has them.
+    return write_random_base(architecture, base_dir, tokenizer_model=tokenizer, max_shard_bytes=70_000_000), "llama3"
+
+
+@pytest.mark.oracle
+@pytest.mark.slow
+@needs_oracle
+@pytest.mark.parametrize("write_base", [write_real_smollm2, write_tied_llama, write_untied_llama])
+def test_real_tokenizers_and_widths_give_the_bytes_of_llama_cpp(write_base, tmp_path):
+    base_dir, chat_format = write_base(tmp_path / "bases")
+    run_dir = write_run(base_dir, tmp_path / "runs" / "Some-Run", chat_format=chat_format)
+    exported = export_run(run_dir, quantizations=list(QUANTIZATIONS), show=False)
+    write_hf_folder(run_dir, tmp_path / "merged" / run_dir.name, is_merged=True)
+    oracle.convert_to_bf16(tmp_path / "merged" / run_dir.name, tmp_path / "oracle.gguf")
+    for file in exported:
+        oracle.quantize(tmp_path / "oracle.gguf", tmp_path / "oracle-{}.gguf", [file.quantization])
+        expected = tmp_path / f"oracle-{file.quantization}.gguf"
+        assert digest_file(file.gguf_path) == digest_file(expected), file.quantization
+        expected.unlink()
