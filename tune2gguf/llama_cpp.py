@@ -90,13 +90,18 @@ class LlamaCppModel:
 
     def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the prompt that the file's chat template makes of the messages, up to where the reply begins."""
-        return self._post("/apply-template", {"messages": list(messages)})["prompt"]
+        return self.post("/apply-template", {"messages": list(messages)})["prompt"]
 
     def tokenize(self, text: str, *, adds_bos: bool = False) -> list[int]:
         """Return the ids of a text; special tokens in it are read as such."""
-        return self._post("/tokenize", {"content": text, "add_special": adds_bos, "parse_special": True})["tokens"]
+        return self.post("/tokenize", {"content": text, "add_special": adds_bos, "parse_special": True})["tokens"]
 
-    def _post(self, endpoint: str, content: dict) -> dict:
+    def post(self, endpoint: str, content: dict) -> dict:
+        """Send a request to an endpoint of llama.cpp's server and return its answer.
+
+        Raises:
+            ValueError: if it is refused
+        """
         request = urllib.request.Request(
             self.server.listening_address + endpoint,
             data=json.dumps(content).encode(),
