@@ -11,7 +11,6 @@ import torch
 from tests.conftest import TINY_TIED, TINY_UNTIED, write_tiny_base
 from tests.parity.gguf_models import write_run
 from tests.parity.make_gguf_digests import write_hf_folder
-from tune2gguf.architectures import Architecture
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.llama_cpp import LlamaCppModel, open_model
 
@@ -24,10 +23,7 @@ def served(request, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("served")
-    shape = TINY_UNTIED if request.param == "untied" else TINY_TIED
-    # llama.cpp wants head widths of at least 16... of the rope's pairs; larger ones are closer to real models, too.
-    architecture = Architecture(**{**vars(shape), "embed_dim": 128, "head_dim": 32})
-    base_dir = write_tiny_base(folder / "base", architecture)
+    base_dir = write_tiny_base(folder / "base", TINY_UNTIED if request.param == "untied" else TINY_TIED)
     run_dir = write_run(base_dir, folder / "run", chat_format="chatml")
     gguf_path = export_run(run_dir, quantizations=["F32"], show=False)[0].gguf_path
     write_hf_folder(run_dir, folder / "merged", is_merged=True)
@@ -37,7 +33,7 @@ def served(request, tmp_path_factory):
 
 def ask_log_probabilities(model: LlamaCppModel, tokens: list[int], *, count: int) -> torch.Tensor:
     """Return llama.cpp's log-probabilities of the next token, [count]."""
-    # The bias chooses the token, so that it is never the end or half a character; the probabilities are those before it.
+    # The bias chooses the token: never the end or half a character. Probabilities are those before it.
     request = {"prompt": tokens, "n_predict": 1, "n_probs": count, "temperature": 0, "logit_bias": [[40, 1000]]}
     found = model.post("/completion", request)["completion_probabilities"][0]["top_logprobs"]
     return torch.tensor([entry["logprob"] for entry in sorted(found, key=lambda entry: entry["id"])])
