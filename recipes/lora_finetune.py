@@ -98,7 +98,7 @@ class LoRAFinetuneRecipe:
         if self.world.is_main:
             try:
                 self.folder = create_run_folder(
-                    self.cfg.output_dir, self.cfg, ledger=self.data.ledger, device=str(self.world.device)
+                    self.cfg.output_dir, self.cfg, data=self.data, device=str(self.world.device)
                 )
                 self.metrics = MetricsFile(self.folder / "metrics.jsonl")
             except ValueError as found:

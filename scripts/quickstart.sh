@@ -4,8 +4,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-python scripts/download.py --config examples/quickstart/lora.yaml
-run=$(python scripts/name_run.py runs/quickstart)
-tune run recipes/lora_finetune.py --config examples/quickstart/lora.yaml output_dir="$run"
+config=examples/quickstart/lora.yaml
+python scripts/download.py --config "$config"
+run=$(python -c "from tune2gguf.runs import find_free_folder; print(find_free_folder('runs/quickstart'))")
+[ "$run" = runs/quickstart ] || echo "runs/quickstart is there from before and stays; this run is $run"
+tune run recipes/lora_finetune.py --config "$config" output_dir="$run"
 python scripts/export.py "$run"
-python scripts/show_quickstart.py "$run"
+python scripts/show_result.py "$run"
+cat <<END
+
+written: $run (adapters, metrics, config), $run/export (GGUF, Modelfile)
+next, after ". .venv/bin/activate":
+  serve it:       ollama create marlo -f $run/export/Modelfile && ollama run marlo
+  your own rows:  tune run recipes/lora_finetune.py --config $config output_dir=runs/mine dataset.files=[my.jsonl] dataset.validation_files=null dataset.validation_split=0.1
+  a Llama:        python scripts/download.py --config configs/llama3_2_1b/lora.yaml
+END

@@ -15,17 +15,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from tune2gguf.data import PreparedData
+
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
 
 
-def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, ledger: dict, device: str) -> Path:
-    """Create the folder of a new run with config.yaml, environment.json and data.json.
+def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: PreparedData, device: str) -> Path:
+    """Create the folder of a new run with config.yaml, environment.json, data.json and heldout.jsonl.
 
     Raises:
         ValueError: if the folder exists; a run never overwrites another
     """
     from omegaconf import OmegaConf
 
+    from tune2gguf.data.heldout import HELDOUT_FILE, format_heldout
+
+    # Read again before the folder is made: a data file that has vanished must not leave a folder behind.
+    heldout = format_heldout(data.validation, format=cfg.dataset.get("format", "auto"))
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True)
@@ -33,7 +39,8 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, ledger: dict, 
         raise ValueError(describe_existing(folder)) from None
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(folder / "environment.json", json.dumps(describe_environment(device), indent=2) + "\n")
-    write_text(folder / "data.json", json.dumps(ledger, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "data.json", json.dumps(data.ledger, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / HELDOUT_FILE, heldout)
     return folder
 
 

@@ -38,7 +38,7 @@ def test_launcher_trains_and_fills_the_run_folder(launcher, run_arguments, tmp_p
     folder = tmp_path / "runs" / "tiny"
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     adapters = {f"{name}/adapter_{part}" for name in ("last", "best") for part in ("config.json", "model.safetensors")}
-    assert written == {"config.yaml", "environment.json", "data.json", "metrics.jsonl"} | adapters
+    assert written == {"config.yaml", "environment.json", "data.json", "heldout.jsonl", "metrics.jsonl"} | adapters
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     num_processes = 2 if "2" in launcher else 1
     assert len([record for record in records if "loss" in record]) == -(-20 // (4 * num_processes))

@@ -1,0 +1,68 @@
+"""What a run changed, at a glance: the held-out loss, and held-out questions answered by base and tuned model.
+
+Both are asked through llama.cpp, as GGUF files of the same type: the tuned one is the very file that was exported.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune2gguf.data.heldout import cut_before_reply, read_heldout
+from tune2gguf.export.pipeline import export_base
+from tune2gguf.export.run_folder import read_run
+from tune2gguf.llama_cpp import open_model
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out question, its reference, and what the two models say."""
+
+    question: str
+    reference: str
+    before: str
+    after: str
+
+
+def read_heldout_losses(run_dir: Path) -> tuple[float, float]:
+    """Return the held-out loss before training and the lowest one after a step, in nats per supervised token.
+
+    Raises:
+        ValueError: if the run was not validated after training
+    """
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [record["val_loss"] for record in map(json.loads, lines) if "val_loss" in record]
+    if len(losses) < 2:
+        raise ValueError(f"{run_dir}: no held-out loss before and after training; give the run held-out rows")
+    return losses[0], min(losses[1:])
+
+
+def answer_before_and_after(run_dir: str | Path, gguf_path: str | Path, *, num_questions: int) -> list[Answer]:
+    """Ask the first held-out questions of a run to its base and to its exported file, greedily.
+
+    Raises:
+        ValueError: if the run, its base or the file is missing
+    """
+    conversations = [conversation for conversation in read_heldout(run_dir) if conversation.messages]
+    prompts = [cut_before_reply(conversation) for conversation in conversations[:num_questions]]
+    after = _ask(Path(gguf_path), prompts)
+    run = read_run(run_dir)
+    with tempfile.TemporaryDirectory(dir=run.export_dir) as folder:
+        base_path = export_base(
+            run.base_dir,
+            Path(folder) / "base.gguf",
+            quantization=run.quantization,
+            chat_format=run.chat_format.name,
+        )
+        before = _ask(base_path, prompts)
+    return [
+        Answer(question=prompt[-1]["content"], reference=reference, before=said_before, after=said_after)
+        for (prompt, reference), said_before, said_after in zip(prompts, before, after, strict=True)
+    ]
+
+
+def _ask(gguf_path: Path, prompts: list[tuple[list[dict[str, str]], str]]) -> list[str]:
+    model = open_model(gguf_path)
+    return [model.chat(prompt, max_tokens=100).text.strip() for prompt, _ in prompts]
