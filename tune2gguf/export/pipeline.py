@@ -194,7 +194,7 @@ def _replace_at_the_end(sizes: dict[Path, int]) -> Iterator[dict[Path, Path]]:
     """Yield a temporary path beside each path; they take the final names together, or vanish when the block fails.
 
     Raises:
-        ValueError: if the disk cannot hold `sizes` bytes
+        ValueError: if the disk cannot hold `sizes` bytes, or writing fails
     """
     folders = {path.parent for path in sizes}
     for folder in folders:
@@ -207,6 +207,10 @@ def _replace_at_the_end(sizes: dict[Path, int]) -> Iterator[dict[Path, Path]]:
         yield unfinished
         for path, temporary in unfinished.items():
             os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(
+            f"writing to {folders.pop()} failed: {error.strerror or error}; nothing was left there"
+        ) from None
     finally:
         for temporary in unfinished.values():
             temporary.unlink(missing_ok=True)

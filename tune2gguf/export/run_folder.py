@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
+from tune2gguf.checkpoints.digest import digest_base
 
 ADAPTERS = ("best", "last")
 _NEEDED_KEYS = ("base_dir", "chat_format", "max_seq_len", "quantization")
@@ -36,7 +38,8 @@ def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
         base_dir: where the base is now, if not where config.yaml says
 
     Raises:
-        ValueError: if the run, its adapter or its base is missing, or config.yaml is not a run's
+        ValueError: if the run, its adapter or its base is missing, the base is not the one it was trained on, or
+            config.yaml is not a run's
     """
     run_dir = Path(run_dir)
     config = _read_config(run_dir)
@@ -45,6 +48,7 @@ def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
     base_dir = Path(config["base_dir"] if base_dir is None else base_dir)
     if not base_dir.is_dir():
         raise ValueError(f"no base model in {base_dir}; if it has moved, say where it is with --base-dir")
+    _check_base(run_dir, base_dir)
     return FinishedRun(
         run_dir=run_dir,
         name=run_dir.resolve().name,
@@ -54,6 +58,17 @@ def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
         max_seq_len=config["max_seq_len"],
         quantization=config["quantization"],
     )
+
+
+def _check_base(run_dir: Path, base_dir: Path) -> None:
+    """Compare the base with the digest that the run recorded; an adapter on another base is another model."""
+    path = run_dir / "environment.json"
+    recorded = json.loads(path.read_text(encoding="utf-8")).get("base_digest") if path.is_file() else None
+    if recorded is not None and digest_base(base_dir) != recorded:
+        raise ValueError(
+            f"{base_dir} is not the base that {run_dir} was trained on, or it has changed since (digests differ); "
+            "say where the right one is with --base-dir"
+        )
 
 
 def _read_config(run_dir: Path) -> dict:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tune2gguf.checkpoints.base import BaseCheckpoint
+from tune2gguf.checkpoints.bnb4bit import StoredNf4
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import read_gguf_rows
 from tune2gguf.export.gguf_llama import GGUFTensor
@@ -57,7 +58,11 @@ def read_merged_rows(slab: Slab, *, base: BaseCheckpoint, adapter: Adapter | Non
     """
     spec = slab.tensor.spec
     assert spec is not None, "rope factors come from the architecture"
-    rows = read_gguf_rows(base.stored[spec.tune_name], spec, slab.begin, slab.end)
+    stored = base.stored[spec.tune_name]
+    if isinstance(stored, StoredNf4):
+        rows = base.read_rows(spec.tune_name, slab.begin, slab.end).numpy()
+    else:
+        rows = read_gguf_rows(stored, spec, slab.begin, slab.end)
     pair = None if adapter is None else adapter.pairs.get(spec.tune_name)
     if pair is not None:
         lora_b_rows = pair.lora_b[slab.begin : slab.end]
