@@ -39,6 +39,59 @@ def test_a_step_takes_the_same_rows_however_it_is_cut(num_rows, cut):
     assert sorted(row for rows in found for row in rows) == list(range(num_rows))
 
 
+LENGTHS = np.random.default_rng(0).lognormal(5, 1, 1000).astype(np.int64)
+
+
+@pytest.mark.parametrize("num_rows", [5, 8, 333, 1000])
+@pytest.mark.parametrize("cut", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_grouping_by_length_keeps_the_rows_of_a_step_however_it_is_cut(num_rows, cut):
+    batch_size, accumulation_steps, world_size = cut
+    plan = {"seed": 42, "epoch": 3, "lengths": LENGTHS[:num_rows]}
+    found = list_step_rows(
+        num_rows, batch_size=batch_size, accumulation_steps=accumulation_steps, world_size=world_size, **plan
+    )
+    whole = list_step_rows(num_rows, batch_size=8, accumulation_steps=1, world_size=1, **plan)
+    assert [sorted(rows) for rows in found] == [sorted(rows) for rows in whole]
+    assert sorted(row for rows in found for row in rows) == list(range(num_rows))
+
+
+def test_grouping_by_length_depends_on_seed_and_epoch():
+    plans = [
+        plan_epoch(333, seed=seed, epoch=epoch, batch_size=4, lengths=LENGTHS[:333])
+        for seed, epoch in [(1, 0), (1, 0), (1, 1), (2, 0)]
+    ]
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2] and plans[0] != plans[3] and plans[2] != plans[3]
+
+
+def count_padded(steps: list[list[list[int]]]) -> int:
+    return sum(len(batch) * int(LENGTHS[batch].max()) for step in steps for batch in step)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation_steps", "at_most"), [(2, 4, 1.05), (4, 2, 1.15), (8, 1, 1.35)])
+def test_grouping_by_length_leaves_little_padding(batch_size, accumulation_steps, at_most):
+    options = {"seed": 0, "epoch": 0, "batch_size": batch_size, "accumulation_steps": accumulation_steps}
+    grouped = count_padded(plan_epoch(1000, lengths=LENGTHS, **options))
+    shuffled = count_padded(plan_epoch(1000, **options))
+    assert grouped / LENGTHS.sum() < at_most
+    assert shuffled / grouped > 1.4
+
+
+def test_grouping_does_not_order_the_epoch_by_length():
+    steps = plan_epoch(1000, seed=0, epoch=0, batch_size=8, lengths=LENGTHS)
+    means = [LENGTHS[step[0]].mean() for step in steps]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.3
+
+
+def test_ranks_get_like_lengths_in_the_same_micro_batch():
+    ranks = [
+        plan_epoch(1000, seed=0, epoch=0, batch_size=2, accumulation_steps=2, world_size=2, rank=rank, lengths=LENGTHS)
+        for rank in range(2)
+    ]
+    totals = [np.array([LENGTHS[batch].sum() for step in steps for batch in step]) for steps in ranks]
+    assert np.abs(totals[0] - totals[1]).sum() < 0.1 * totals[0].sum()
+
+
 def test_order_depends_on_seed_and_epoch_and_repeats_for_the_same():
     def plan(seed, epoch):
         return plan_epoch(50, seed=seed, epoch=epoch, batch_size=4)

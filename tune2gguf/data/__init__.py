@@ -2,11 +2,12 @@
 
 rows: files → rows with file and line · messages: row → conversation · tokenize: conversation → ids, supervised flags
 select: which row goes where · ledger: what became of every row · prepare: all of it in one call
-batches: which rows a step takes, and the tensors they become
+packing: several rows in one sequence · batches: which rows a step takes, and the tensors they become
 """
 
 from tune2gguf.data.batches import Batch, Step, collate, plan_epoch
 from tune2gguf.data.messages import Conversation, Message
+from tune2gguf.data.packing import Pack, PackedRows
 from tune2gguf.data.prepare import PreparedData, chat_dataset, check_files
 from tune2gguf.data.rows import Source
 from tune2gguf.data.tokenize import TokenizedRow, TokenizedRows
@@ -15,6 +16,8 @@ __all__ = [
     "Batch",
     "Conversation",
     "Message",
+    "Pack",
+    "PackedRows",
     "PreparedData",
     "Source",
     "Step",

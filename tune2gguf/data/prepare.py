@@ -10,6 +10,7 @@ import numpy as np
 
 from tune2gguf.data.ledger import make_ledger
 from tune2gguf.data.messages import FORMATS
+from tune2gguf.data.packing import PackedRows, pack_rows
 from tune2gguf.data.rows import find_files
 from tune2gguf.data.select import Selection, find_smallest_split, select_rows
 from tune2gguf.data.token_cache import tokenize_once
@@ -28,6 +29,12 @@ class PreparedData:
     train: TokenizedRows
     validation: TokenizedRows
     ledger: dict[str, Any]
+    sequences: TokenizedRows | PackedRows  # what a batch is made of: the training rows, or packs of them
+
+    @property
+    def lengths_to_group(self) -> np.ndarray | None:
+        """The lengths by which plan_epoch groups the sequences, [sequences]; None for packs, which are all full."""
+        return self.train.lengths() if self.sequences is self.train else None
 
 
 def chat_dataset(
@@ -41,6 +48,7 @@ def chat_dataset(
     format: str = "auto",
     on_bad_row: str = "error",
     on_long_row: str = "truncate",
+    packing: bool = False,
 ) -> PreparedData:
     """Prepare the rows of a run: the component `dataset` of the configs.
 
@@ -55,6 +63,7 @@ def chat_dataset(
         format: the shape of the rows, one of messages.FORMATS, or auto
         on_bad_row: error | drop, for rows that cannot be trained on and for repeated ones
         on_long_row: truncate | drop | error, for rows of more than max_seq_len tokens
+        packing: train on sequences of max_seq_len that hold several rows, none of which sees another
 
     Raises:
         ValueError: with every problem found, those of rows with file and line
@@ -66,17 +75,14 @@ def chat_dataset(
         "format": format,
         "on_bad_row": on_bad_row,
         "on_long_row": on_long_row,
+        "packing": packing,
     }
     problems = check_files(options)
     if problems:
         raise ValueError("\n".join(problems))
     validation_names = [] if validation_files is None else find_files(validation_files)
-    tokenized, problems = [], []
-    for name in [*validation_names, *find_files(files)]:
-        try:
-            tokenized.append(tokenize_once(name, tokenizer, format=format, stop_at_problem=on_bad_row == "error"))
-        except ValueError as error:
-            problems.append(str(error))
+    names = [*validation_names, *find_files(files)]
+    tokenized, problems = _tokenize_files(names, tokenizer, format=format, stop_at_problem=on_bad_row == "error")
     selection = select_rows(
         tokenized,
         num_validation_files=len(validation_names),
@@ -89,7 +95,21 @@ def chat_dataset(
     _require_rows(selection, tokenized, validation_split=validation_split, seed=seed)
     train = TokenizedRows(tokenized, np.array(selection.train, np.int64).reshape(-1, 2), max_seq_len)
     validation = TokenizedRows(tokenized, np.array(selection.validation, np.int64).reshape(-1, 2), max_seq_len)
-    return PreparedData(train, validation, make_ledger(tokenized, selection, train=train, validation=validation))
+    ledger = make_ledger(tokenized, selection, train=train, validation=validation)
+    return PreparedData(train, validation, ledger, pack_rows(train, seed=seed) if packing else train)
+
+
+def _tokenize_files(
+    names: Sequence[str], tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool
+) -> tuple[list[TokenizedFile], list[str]]:
+    """Return the files that can be read, and what is wrong with those that cannot."""
+    tokenized, problems = [], []
+    for name in names:
+        try:
+            tokenized.append(tokenize_once(name, tokenizer, format=format, stop_at_problem=stop_at_problem))
+        except ValueError as error:
+            problems.append(str(error))
+    return tokenized, problems
 
 
 def check_files(dataset: Mapping[str, Any]) -> list[str]:
@@ -107,6 +127,8 @@ def _find_option_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
         value = dataset.get(key, known[0])
         if value not in known:
             yield f"dataset.{key}={value} is not one of {', '.join(known)}"
+    if not isinstance(dataset.get("packing", False), bool):
+        yield f"dataset.packing={dataset['packing']} must be true or false"
     fraction = dataset.get("validation_split")
     if fraction is not None:
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:

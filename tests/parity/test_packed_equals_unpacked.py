@@ -1,0 +1,78 @@
+"""Packing changes what a forward pass costs, not what it computes: losses and adapter gradients stay the same."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tests.conftest import make_conversations, write_rows
+from tune2gguf.checkpoints.load import load_base
+from tune2gguf.data import Batch, PreparedData, chat_dataset, collate
+from tune2gguf.models import CausalLM, lora_llama
+from tune2gguf.tokenizers import load_tokenizer
+
+MAX_SEQ_LEN = 512
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base) -> CausalLM:
+    model = lora_llama(
+        str(tiny_base),
+        architecture=None,
+        lora_rank=4,
+        lora_alpha=4.0,
+        lora_dropout=0.0,
+        lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
+        apply_lora_to_mlp=True,
+        max_seq_len=MAX_SEQ_LEN,
+    )
+    load_base(model, str(tiny_base), device=torch.device("cpu"), base_weights="fp32", show=False)
+    # A zero lora_b would leave half of the gradients zero.
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def data(tiny_base, tmp_path_factory) -> PreparedData:
+    path = write_rows(tmp_path_factory.mktemp("rows") / "a.jsonl", make_conversations(24))
+    tokenizer = load_tokenizer(tiny_base, chat_format="chatml")
+    return chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=MAX_SEQ_LEN, seed=0, packing=True)
+
+
+def measure(model: CausalLM, batches: list[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the losses of all supervised positions, and the adapter's gradients of their sum."""
+    model.zero_grad()
+    losses = [model(batch.tokens, batch.labels, mask=batch.mask, input_pos=batch.input_pos) for batch in batches]
+    torch.cat(losses).sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return torch.cat(losses).detach(), gradients
+
+
+def make_batches(data: PreparedData) -> tuple[list[Batch], list[Batch]]:
+    """Return the packs in batches of two, and the same rows in the same order one by one."""
+    packs = [data.sequences[index] for index in range(len(data.sequences))]
+    packed = [collate(packs[start : start + 2], pad_id=0) for start in range(0, len(packs), 2)]
+    return packed, [collate([row], pad_id=0) for pack in packs for row in pack.rows]
+
+
+def test_packed_losses_and_gradients_equal_those_of_the_rows_alone(model, data):
+    packed, alone = make_batches(data)
+    assert len(packed) * 6 < len(alone), "several rows share a pack, and several packs a batch"
+    losses, gradients = measure(model, packed)
+    expected_losses, expected_gradients = measure(model, alone)
+    assert losses.numel() == sum(data.train[index].num_supervised for index in range(len(data.train)))
+    torch.testing.assert_close(losses, expected_losses, atol=1e-5, rtol=0)
+    largest = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for name, gradient in gradients.items():
+        assert (gradient - expected_gradients[name]).abs().max() < 1e-5 * largest, name
+
+
+def test_a_causal_mask_without_blocks_gives_other_losses(model, data):
+    """Negative control: rows that see the rows before them in their pack."""
+    packed, alone = make_batches(data)
+    broken = [dataclasses.replace(batch, mask=None) for batch in packed]
+    expected, _ = measure(model, alone)
+    assert (measure(model, broken)[0] - expected).abs().max() > 1e-2

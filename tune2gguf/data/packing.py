@@ -1,0 +1,114 @@
+"""Several rows in one sequence of max_seq_len, none of which sees another: only the end of a pack is padding."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from tune2gguf.data.tokenize import TokenizedRow, TokenizedRows
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows that share a sequence; to whoever counts or collates it looks like one long row."""
+
+    rows: tuple[TokenizedRow, ...]
+
+    @property
+    def row_lengths(self) -> list[int]:
+        return [len(row.tokens) for row in self.rows]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[seq] int32"""
+        return np.concatenate([row.tokens for row in self.rows])
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """[seq] bool; never a row's first token, which the last one of the row before must not learn to predict."""
+        flags = np.concatenate([row.supervised for row in self.rows])
+        flags[np.cumsum([0, *self.row_lengths[:-1]])] = False
+        return flags
+
+    @property
+    def num_supervised(self) -> int:
+        return sum(row.num_supervised for row in self.rows)
+
+    @property
+    def source(self) -> str:
+        return " + ".join(str(row.source) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class PackedRows(Sequence[Pack]):
+    """Rows in packs: `packs[i]` are the indices of the rows of pack i."""
+
+    rows: TokenizedRows
+    packs: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Pack:
+        return Pack(tuple(self.rows[row] for row in self.packs[index]))
+
+    @cached_property
+    def fill(self) -> float:
+        """The share of max_seq_len that is tokens, over all packs but the least filled one."""
+        lengths = self.rows.lengths()
+        filled = sorted(int(lengths[pack].sum()) for pack in self.packs)[1:]
+        return sum(filled) / (len(filled) * self.rows.max_seq_len) if filled else 1.0
+
+
+def pack_rows(rows: TokenizedRows, *, seed: int) -> PackedRows:
+    """Put every row into a pack of at most max_seq_len tokens; the packs are the same for all epochs of a run.
+
+    Best fit decreasing: the longest row first, each into the fullest pack that has room for it. Among rows of equal
+    length the seed decides.
+    """
+    lengths = rows.lengths()
+    shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    by_length = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
+    packs: list[list[int]] = []
+    packs_by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of packs_by_room, in order
+    for row, length in zip(by_length.tolist(), lengths[by_length].tolist(), strict=True):
+        position = bisect_left(rooms, length)
+        if position == len(rooms):
+            room, pack = rows.max_seq_len, len(packs)
+            packs.append([])
+        else:
+            room = rooms[position]
+            pack = packs_by_room[room].pop()
+            if not packs_by_room[room]:
+                del packs_by_room[room], rooms[position]
+        packs[pack].append(row)
+        left = room - length
+        if left not in packs_by_room:
+            packs_by_room[left] = []
+            insort(rooms, left)
+        packs_by_room[left].append(pack)
+    return PackedRows(rows, packs)
+
+
+def make_packed_attention(row_lengths: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which positions attend to which and each token's position in its own row.
+
+    Padding counts as one more row: it attends to itself, as a position that attends to nothing would give NaN.
+
+    Args:
+        row_lengths: of the rows in each sequence
+        seq_len: of the batch
+
+    Returns:
+        mask [batch, seq, seq] bool, causal within each row; input_pos [batch, seq] int64
+    """
+    lengths = [[*lengths, seq_len - sum(lengths)] for lengths in row_lengths]
+    row_ids = np.stack([np.repeat(np.arange(len(rows)), rows) for rows in lengths])
+    input_pos = np.stack([np.concatenate([np.arange(length) for length in rows]) for rows in lengths])
+    mask = (row_ids[:, :, None] == row_ids[:, None, :]) & np.tri(seq_len, dtype=bool)
+    return mask, input_pos.astype(np.int64)
