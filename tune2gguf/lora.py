@@ -6,6 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import NF4Tensor
+
+from tune2gguf.nf4 import dequantize_nf4_tensor
 
 
 class LoRALinear(nn.Module):
@@ -60,7 +63,7 @@ def draw_keep_mask(x: Tensor, dropout: float) -> Tensor:
 
 def to_dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a base weight as a plain tensor: NF4 is dequantized, any other stays as it is."""
-    return weight.to(dtype) if hasattr(weight, "quantized_scalers") else weight
+    return dequantize_nf4_tensor(weight, dtype) if isinstance(weight, NF4Tensor) else weight
 
 
 class _LoRAProduct(torch.autograd.Function):

@@ -82,6 +82,8 @@ def test_training_lowers_the_held_out_loss_and_best_is_its_lowest(run_arguments,
 def test_saved_adapter_gives_the_trained_logits_in_peft(run_arguments, tiny_base, tmp_path, monkeypatch):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
+    # peft refuses the torchao that torchtune needs, although plain LoRA has no use for it.
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
     run_recipe([*run_arguments, "epochs=3", "learning_rate=0.02"], monkeypatch)
     folder = tmp_path / "runs/tiny"
     base = transformers.LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -96,13 +98,13 @@ def test_saved_adapter_gives_the_trained_logits_in_peft(run_arguments, tiny_base
 def measure_heldout_loss(model, base_dir: Path, path: Path) -> float:
     import torch
 
-    from tune2gguf.data import load_rows
+    from tune2gguf.data.tokenize import read_conversations
     from tune2gguf.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(base_dir, chat_format="chatml")
     total, count = 0.0, 0
-    for row in load_rows([path]):
-        ids, supervised = tokenizer.encode_conversation(row.messages)
+    for _, conversation in read_conversations(str(path), format="auto"):
+        ids, supervised = tokenizer.encode_conversation(conversation.messages)
         log_probabilities = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
         for position in range(1, len(ids)):
             if supervised[position]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tune2gguf.checkpoints.base import open_base
 from tune2gguf.lora import LoRALinear
+from tune2gguf.nf4 import Nf4Weight, quantize_nf4
 
 if TYPE_CHECKING:
     from tune2gguf.models import CausalLM
@@ -20,7 +21,8 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
     """Load the frozen base into the model, make room for its adapters and build its rope tables, all on the device.
 
     Args:
-        base_weights: bf16 or fp32, the dtype of every base weight; nf4 for the linear layers' 4-bit form
+        base_weights: bf16 or fp32, the dtype of embedding, head and layers; nf4 for 4-bit layers between a bf16
+            embedding and head
         show: whether to show a progress bar
 
     Raises:
@@ -30,13 +32,17 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
 
     base = open_base(base_dir)
     decoder = model.decoder
-    bar = tqdm(total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
-    for name, tensor in base.iterate_tensors(dtype=_DTYPES[base_weights]):
-        # The norms are computed in float32; a weight in another dtype sends them down torch's slow path.
-        tensor = tensor.float() if tensor.dim() == 1 else tensor
-        _set_frozen(decoder, name, tensor.to(device))
-        bar.update()
-    bar.close()
+    # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read.
+    weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights))
+    bar = tqdm(weights, total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
+    for name, weight in bar:
+        if base_weights == "nf4" and base.specs[name].is_linear:
+            weight = weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight)
+            weight = weight.to_torchao()
+        else:
+            # The norms are computed in float32; a weight in another dtype sends them down torch's slow path.
+            weight = weight.to(torch.float32 if weight.dim() == 1 else _DTYPES.get(base_weights, torch.bfloat16))
+        _set_frozen(decoder, name, weight.to(device=device))
     for module in decoder.modules():
         if isinstance(module, LoRALinear):
             module.lora_a.to_empty(device=device)
