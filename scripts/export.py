@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from tune2gguf.export.pipeline import export_run
+from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.type_mix import QUANTIZATIONS
 
 
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--adapter", choices=("best", "last"), help="default: best where there is one, else last")
     parser.add_argument("--base-dir", help="where the base model is, if it has moved since the run")
     parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
+    parser.add_argument("--no-cache", action="store_true", help="neither use nor keep quantized tensors of the base")
     arguments = parser.parse_args()
     try:
         models = export_run(
@@ -29,6 +31,7 @@ def main() -> None:
             adapter=arguments.adapter,
             base_dir=arguments.base_dir,
             overwrite=arguments.force,
+            max_cache_bytes=0 if arguments.no_cache else DEFAULT_MAX_BYTES,
         )
     except ValueError as error:
         sys.exit(f"export.py: {error}")

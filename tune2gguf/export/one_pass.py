@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from tune2gguf.checkpoints.base import BaseCheckpoint
+from tune2gguf.checkpoints.bnb4bit import StoredNf4
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import ALIGNMENT, GGUFTensor, compute_rope_factors
 from tune2gguf.export.kernels import Kernels
 from tune2gguf.export.merge import round_to_bfloat16, widen_bfloat16
+from tune2gguf.export.quantized_cache import CACHED_TYPES, QuantizedCache
 from tune2gguf.export.slabs import Slab, iterate_slabs, read_merged_rows
 
 
@@ -28,13 +30,61 @@ class Output:
     types: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Converter:
+    """Turns slabs into the bytes of the file; `cache` is None where nothing is kept."""
+
+    base: BaseCheckpoint
+    adapter: Adapter | None
+    kernels: Kernels
+    cache: QuantizedCache | None
+
+    def convert(self, slab: Slab, types: set[str]) -> dict[str, np.ndarray]:
+        """Return the slab's bytes in each of the types.
+
+        Raises:
+            ValueError: if a merged weight is not finite, or a base file has become shorter
+        """
+        if slab.tensor.spec is None:
+            return {"F32": compute_rope_factors(self.base.architecture)}
+        keys = self._make_keys(slab, types)
+        kept = {ggml_type: self.cache.read(key) for ggml_type, key in keys.items()}
+        converted = {ggml_type: quantized for ggml_type, quantized in kept.items() if quantized is not None}
+        if converted.keys() != types:
+            converted |= self._quantize(slab, types - converted.keys())
+        for ggml_type, key in keys.items():
+            if kept[ggml_type] is None:
+                self.cache.write(key, converted[ggml_type])
+        return converted
+
+    def _make_keys(self, slab: Slab, types: set[str]) -> dict[str, str]:
+        """Return the cache's keys of the types that are kept: the expensive ones of weights that no adapter changes."""
+        spec = slab.tensor.spec
+        stored = self.base.stored[spec.tune_name]
+        is_touched = self.adapter is not None and spec.tune_name in self.adapter.pairs
+        if self.cache is None or is_touched or isinstance(stored, StoredNf4):
+            return {}
+        return {
+            ggml_type: self.cache.make_key(stored, spec, slab.begin, slab.end, ggml_type)
+            for ggml_type in types & CACHED_TYPES
+        }
+
+    def _quantize(self, slab: Slab, types: set[str]) -> dict[str, np.ndarray]:
+        rows = read_merged_rows(slab, base=self.base, adapter=self.adapter)
+        if rows.ndim == 1:
+            return {"F32": rows}
+        bits = round_to_bfloat16(rows)
+        converted = {"BF16": bits, "F32": widen_bfloat16(bits)}
+        for ggml_type in types - converted.keys():
+            converted[ggml_type] = self.kernels.quantize(converted["F32"], ggml_type)
+        return {ggml_type: converted[ggml_type] for ggml_type in types}
+
+
 def append_tensors(
     outputs: list[Output],
     tensors: list[GGUFTensor],
     *,
-    base: BaseCheckpoint,
-    adapter: Adapter | None,
-    kernels: Kernels,
+    converter: Converter,
     num_threads: int,
     report: Callable[[int], None],
 ) -> None:
@@ -50,7 +100,7 @@ def append_tensors(
 
     def convert(slab: Slab) -> dict[str, np.ndarray]:
         types = {output.types[slab.tensor.name] for output in outputs}
-        return convert_slab(slab, types, base=base, adapter=adapter, kernels=kernels)
+        return converter.convert(slab, types)
 
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(num_threads))
@@ -83,25 +133,3 @@ def _map_in_order(
     finally:
         for _, future in pending:
             future.cancel()
-
-
-def convert_slab(
-    slab: Slab, types: set[str], *, base: BaseCheckpoint, adapter: Adapter | None, kernels: Kernels
-) -> dict[str, np.ndarray]:
-    """Return the slab's bytes in each of the types."""
-    if slab.tensor.spec is None:
-        return {"F32": compute_rope_factors(base.architecture)}
-    rows = read_merged_rows(slab, base=base, adapter=adapter)
-    if rows.ndim == 1:
-        return {"F32": rows}
-    bits = round_to_bfloat16(rows)
-    rounded = widen_bfloat16(bits)
-    return {ggml_type: _convert_rows(bits, rounded, ggml_type, kernels) for ggml_type in types}
-
-
-def _convert_rows(bits: np.ndarray, rows: np.ndarray, ggml_type: str, kernels: Kernels) -> np.ndarray:
-    if ggml_type == "BF16":
-        return bits
-    if ggml_type == "F32":
-        return rows
-    return kernels.quantize(rows, ggml_type)

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tune2gguf.cache import get_cache_dir
 from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
 from tune2gguf.checkpoints.base import BaseCheckpoint, open_base
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.gguf_llama import choose_types, list_gguf_tensors, write_metadata
 from tune2gguf.export.kernels import load_kernels
 from tune2gguf.export.modelfile import make_modelfile
-from tune2gguf.export.one_pass import Output, append_tensors
+from tune2gguf.export.one_pass import Converter, Output, append_tensors
+from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES, QuantizedCache
 from tune2gguf.export.run_folder import FinishedRun, read_run
 from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, count_bytes, get_quantization
 from tune2gguf.export.vocabulary import read_vocabulary
@@ -39,6 +41,7 @@ def export_run(
     base_dir: str | Path | None = None,
     overwrite: bool = False,
     num_threads: int | None = None,
+    max_cache_bytes: int = DEFAULT_MAX_BYTES,
     system_prompt: str | None = None,
     show: bool = True,
 ) -> list[ExportedModel]:
@@ -50,6 +53,7 @@ def export_run(
         base_dir: where the base is now, if not where the run's config.yaml says
         overwrite: replace files of an earlier export
         num_threads: None takes all cores
+        max_cache_bytes: how much of the base's quantized tensors to keep for the next export; 0 keeps none
         system_prompt: goes into the Modelfile; only for a run whose rows all had this one
         show: progress bar
 
@@ -78,6 +82,7 @@ def export_run(
         name=run.name,
         chat_format=run.chat_format,
         num_threads=num_threads,
+        max_cache_bytes=max_cache_bytes,
         show=show,
     )
     for path, text in texts.items():
@@ -93,6 +98,7 @@ def export_base(
     chat_format: str,
     overwrite: bool = False,
     num_threads: int | None = None,
+    max_cache_bytes: int = DEFAULT_MAX_BYTES,
     show: bool = True,
 ) -> Path:
     """Write a base without an adapter as one GGUF, through the same code as a run's.
@@ -113,6 +119,7 @@ def export_base(
         name=base_dir.resolve().name,
         chat_format=CHAT_FORMATS[chat_format],
         num_threads=num_threads,
+        max_cache_bytes=max_cache_bytes,
         show=show,
     )
     return out_path
@@ -147,6 +154,7 @@ def _write_ggufs(
     name: str,
     chat_format: ChatFormat,
     num_threads: int | None,
+    max_cache_bytes: int,
     show: bool,
 ) -> None:
     from tqdm import tqdm
@@ -161,6 +169,7 @@ def _write_ggufs(
         for quantization, path in paths.items()
     }
     kernels = load_kernels()
+    cache = QuantizedCache(get_cache_dir() / "quantized", max_cache_bytes) if max_cache_bytes > 0 else None
     with _replace_at_the_end(sizes) as unfinished:
         for quantization, path in paths.items():
             write_metadata(
@@ -181,12 +190,12 @@ def _write_ggufs(
             append_tensors(
                 [Output(unfinished[path], types[quantization]) for quantization, path in paths.items()],
                 tensors,
-                base=base,
-                adapter=adapter,
-                kernels=kernels,
+                converter=Converter(base, adapter, kernels, cache),
                 num_threads=_count_cores() if num_threads is None else num_threads,
                 report=bar.update,
             )
+    if cache is not None:
+        cache.remove_oldest()
 
 
 @contextmanager
