@@ -1,0 +1,7 @@
+"""The config: read with its overrides, checked before anything slow is loaded, its components built."""
+
+from tune2gguf.config.check import check_config
+from tune2gguf.config.plan import check_plan
+from tune2gguf.config.read import build_component, load_config, read_config
+
+__all__ = ["build_component", "check_config", "check_plan", "load_config", "read_config"]

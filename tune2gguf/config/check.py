@@ -1,0 +1,79 @@
+"""Find every mistake in a config before a weight, a tokenizer or a row is loaded, and raise them as one error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tune2gguf.config.components import COMPONENTS, find_build_problems, find_component_problems
+from tune2gguf.config.guide import RATIO_ADVICE, RATIO_LIMITS
+from tune2gguf.config.keys import KEYS, find_settled, find_value_problems
+from tune2gguf.config.names import suggest
+from tune2gguf.config.places import (
+    find_base_problems,
+    find_base_warnings,
+    find_data_problems,
+    find_device_problems,
+    find_output_problems,
+)
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def check_config(config: DictConfig) -> list[str]:
+    """Check keys, types, ranges, references, device and files; return warnings about what is legal but unusual.
+
+    Raises:
+        ValueError: with every problem, one a line
+    """
+    values = _resolve(config)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = [*_find_key_problems(values), *find_component_problems(values)]
+    # A rule across keys is asked only where the values that it needs are right by themselves.
+    settled = find_settled(values)
+    components = {name: values[name] for name in COMPONENTS if isinstance(values.get(name), dict)}
+    problems += _find_precision_problems(settled)
+    problems += find_device_problems(settled, num_processes=num_processes)
+    problems += find_output_problems(settled)
+    problems += find_base_problems(settled, components.get("model", {}))
+    problems += find_data_problems(settled, components.get("dataset"), num_processes=num_processes)
+    if not problems:
+        problems += find_build_problems(values)
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return [*_find_ratio_warnings(settled), *find_base_warnings(settled)]
+
+
+def _resolve(config: DictConfig) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the config does not resolve: {str(error).splitlines()[0]}") from None
+
+
+def _find_key_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    known = [*KEYS, *COMPONENTS]
+    for name, value in values.items():
+        if name not in known:
+            yield f"unknown config key {str(name)!r}{suggest(str(name), known)}"
+        elif name in KEYS:
+            yield from find_value_problems(name, value, KEYS[name])
+    yield from (f"missing config key {name!r}" for name in known if name not in values)
+
+
+def _find_precision_problems(settled: Mapping[str, Any]) -> Iterator[str]:
+    base_weights, dtype = settled.get("base_weights"), settled.get("dtype")
+    if None not in (base_weights, dtype) and base_weights not in ("nf4", dtype):
+        yield f"base_weights={base_weights} with dtype={dtype}: unquantized weights are kept in dtype"
+
+
+def _find_ratio_warnings(settled: Mapping[str, Any]) -> Iterator[str]:
+    alpha, rank = settled["lora_alpha"], settled["lora_rank"]
+    lowest, highest = RATIO_LIMITS
+    if not lowest <= alpha / rank <= highest:
+        yield f"lora_alpha / lora_rank = {alpha} / {rank} = {alpha / rank:g}. The guide says: {RATIO_ADVICE}"

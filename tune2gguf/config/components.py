@@ -1,0 +1,132 @@
+"""The components of a config: their keys are their callables' parameters, and flat keys reach them by reference."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tune2gguf.architectures import ARCHITECTURES
+from tune2gguf.config.keys import KEYS, Key, find_value_problems
+from tune2gguf.config.names import suggest
+
+COMPONENTS = ("model", "tokenizer", "dataset", "optimizer", "lr_scheduler")
+
+# Given by the recipe when it builds the component, so they may not stand in the YAML.
+_GIVEN_BY_RECIPE = {
+    "dataset": {"tokenizer", "max_seq_len", "seed"},
+    "optimizer": {"params"},
+    "lr_scheduler": {"optimizer", "num_training_steps"},
+}
+
+# One fact stands in one place: these component keys are what the flat key says.
+_REFERENCES = {
+    "model.base_dir": "base_dir",
+    "model.lora_rank": "lora_rank",
+    "model.lora_alpha": "lora_alpha",
+    "model.lora_dropout": "lora_dropout",
+    "model.max_seq_len": "max_seq_len",
+    "tokenizer.base_dir": "base_dir",
+    "tokenizer.chat_format": "chat_format",
+    "optimizer.lr": "learning_rate",
+    "optimizer.weight_decay": "weight_decay",
+    "lr_scheduler.name": "scheduler",
+    "lr_scheduler.num_warmup_steps": "warmup_steps",
+}
+
+
+def find_component_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the components' callables, keys and references."""
+    for name in COMPONENTS:
+        if name not in values:
+            continue  # said already
+        node = values[name]
+        if not isinstance(node, dict) or not isinstance(node.get("_component_"), str):
+            yield f"{name} needs a _component_, the dotted path of what builds it"
+            continue
+        options = {key: value for key, value in node.items() if key != "_component_"}
+        try:
+            parameters = inspect.signature(_find_callable(node["_component_"])).parameters
+        except ValueError as error:
+            yield f"{name}._component_={node['_component_']}: {error}"
+            continue
+        given = _GIVEN_BY_RECIPE.get(name, set())
+        settable = [parameter for parameter in parameters if parameter not in given]
+        yield from _find_name_problems(name, options, settable)
+        required = {key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+        yield from (f"missing config key {f'{name}.{key}'!r}" for key in sorted(required - given - options.keys()))
+        yield from _find_reference_problems(name, options, values, settable=settable)
+        if name == "model":
+            yield from _find_model_problems(options)
+
+
+def _find_callable(path: str) -> Callable:
+    """Return what a dotted path names; a ValueError says why there is nothing to call."""
+    from torchtune.config._errors import InstantiationError
+    from torchtune.config._utils import _get_component_from_path
+
+    try:
+        found = _get_component_from_path(path)
+    except (InstantiationError, ValueError, ImportError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if not callable(found):
+        raise ValueError(f"is a {type(found).__name__}, not something to call")
+    return found
+
+
+def _find_name_problems(component: str, options: dict, settable: list[str]) -> Iterator[str]:
+    for key, value in options.items():
+        name = f"{component}.{key}"
+        if key not in settable:
+            yield f"unknown config key {name!r}{suggest(name, settable, flat=KEYS)}"
+        elif isinstance(value, dict):
+            # No component takes a mapping; without this, what is too deep would reach it as a value.
+            for inner in value:
+                yield f"unknown config key {f'{name}.{inner}'!r}; {name} holds a value, not keys"
+
+
+def _find_reference_problems(
+    component: str, options: dict, values: Mapping[str, Any], *, settable: list[str]
+) -> Iterator[str]:
+    for path, flat in _REFERENCES.items():
+        name, _, key = path.partition(".")
+        if name != component or flat not in values:
+            continue
+        if key not in settable:
+            yield f"{flat} is read by nothing: what {component}._component_ names takes no {key!r}"
+        elif key not in options:
+            yield f"{flat} is read by nothing: {path} must be ${{{flat}}}"
+        elif not isinstance(options[key], dict) and options[key] != values[flat]:
+            yield f"{path}={options[key]} contradicts {flat}={values[flat]}; set {flat} only"
+
+
+def _find_model_problems(options: dict) -> Iterator[str]:
+    from tune2gguf.models import LORA_ATTN_MODULES
+
+    keys = {
+        "architecture": Key(str, choices=tuple(ARCHITECTURES), optional=True),
+        "lora_attn_modules": Key(list, choices=LORA_ATTN_MODULES),
+        "apply_lora_to_mlp": Key(bool),
+    }
+    for key, accepted in keys.items():
+        if key in options:
+            yield from find_value_problems(f"model.{key}", options[key], accepted)
+    if options.get("lora_attn_modules") == [] and options.get("apply_lora_to_mlp") is False:
+        yield "model.lora_attn_modules=[] and model.apply_lora_to_mlp=false leave nothing to train"
+
+
+def find_build_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why optimizer or schedule refuse their values, by building them for a single weight."""
+    import torch
+
+    def build(name: str, *arguments: Any, **given: Any) -> Any:
+        options = {key: value for key, value in values[name].items() if key != "_component_"}
+        return _find_callable(values[name]["_component_"])(*arguments, **options, **given)
+
+    name = "optimizer"
+    try:
+        optimizer = build(name, [torch.nn.Parameter(torch.zeros(1))])
+        name = "lr_scheduler"
+        build(name, optimizer, num_training_steps=1)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        yield f"{name} refuses its keys: {type(error).__name__}: {' '.join(str(error).split())}"

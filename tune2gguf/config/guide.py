@@ -1,0 +1,55 @@
+"""The twelve parameters of the fine-tuning guide: what each is called here, where it goes and what it does.
+
+README's table and the head of every YAML say the same; a test keeps them in step with this list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GuideParameter:
+    """One parameter. `component` is the config key that it is handed to; without one, what reads it."""
+
+    guide: str
+    key: str
+    default: float | int | str  # the guide's recommendation, as the configs of its models have it
+    component: str
+    effect: str
+
+
+GUIDE_PARAMETERS = (
+    GuideParameter(
+        "LearningRate", "learning_rate", 1e-4, "optimizer.lr", "peak after warm-up; also try 2.0e-4, 5.0e-5"
+    ),
+    GuideParameter("Epochs", "epochs", 3, "recipe", "passes over the training rows"),
+    GuideParameter("LoraRank", "lora_rank", 16, "model.lora_rank", "a higher rank captures more and costs memory"),
+    GuideParameter(
+        "LoraAlpha", "lora_alpha", 16, "model.lora_alpha", "the adapter counts alpha / rank; ratio 1, also try 2, 0.5"
+    ),
+    GuideParameter(
+        "LoraDropout", "lora_dropout", 0.1, "model.lora_dropout", "share of the adapter's inputs dropped in training"
+    ),
+    GuideParameter(
+        "MaxSeqLength", "max_seq_len", 2048, "model.max_seq_len, dataset", "tokens kept of a row; memory grows with it"
+    ),
+    GuideParameter(
+        "WarmupSteps", "warmup_steps", 10, "lr_scheduler.num_warmup_steps", "optimizer steps up to the peak; 0: none"
+    ),
+    GuideParameter(
+        "SchedulerType", "scheduler", "cosine", "lr_scheduler.name", "after the peak: cosine, linear, constant"
+    ),
+    GuideParameter("Seed", "seed", 42, "recipe, dataset", "adapter, row order, split and dropout follow from it"),
+    GuideParameter("BatchSize", "batch_size", 2, "recipe", "rows per device and forward pass"),
+    GuideParameter("Quantization", "quantization", "Q4_K_M", "scripts/export.py", "type of the GGUF, nothing else"),
+    GuideParameter(
+        "WeightDecay", "weight_decay", 0.01, "optimizer.weight_decay", "decoupled, adapter only; also try 0.1, 0.001, 0"
+    ),
+)
+
+RATIO_LIMITS = 0.5, 2.0
+RATIO_ADVICE = (
+    "A ratio of 1 is generally recommended, but feel free to experiment with ratios of 2 or 0.5 based on your specific "
+    "needs."
+)

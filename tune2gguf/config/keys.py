@@ -1,0 +1,131 @@
+"""The flat keys of a config: what each accepts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tune2gguf.export.type_mix import QUANTIZATIONS
+from tune2gguf.schedules import SCHEDULERS
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a key accepts. Limits are inclusive unless said otherwise; None as a limit means none."""
+
+    kind: type
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None  # exclusive minimum
+    below: float | None = None  # exclusive maximum
+    choices: Sequence[str] = ()  # of the value, or of each element of a list
+    optional: bool = False  # null is a value
+    or_false: bool = False  # false is a value, too
+    why_not: str = ""  # why a value outside the limits makes no sense
+
+
+KEYS = {
+    "learning_rate": Key(float, above=0, maximum=1, why_not="at 0 nothing is learned"),
+    "epochs": Key(int, minimum=1, why_not="without an epoch nothing is learned"),
+    "lora_rank": Key(int, minimum=1, why_not="an adapter of rank 0 has no weights"),
+    "lora_alpha": Key(float, above=0, why_not="at 0 the adapter has no effect"),
+    "lora_dropout": Key(float, minimum=0, below=1, why_not="at 1 nothing passes the adapter"),
+    "max_seq_len": Key(int, minimum=2, why_not="a row needs a token to predict from and one to predict"),
+    "warmup_steps": Key(int, minimum=0, why_not="0 turns warm-up off"),
+    "scheduler": Key(str, choices=SCHEDULERS),
+    "seed": Key(int, minimum=0, maximum=2**32 - 1),
+    "batch_size": Key(int, minimum=1, why_not="a forward pass needs a row"),
+    "quantization": Key(str, choices=tuple(QUANTIZATIONS)),
+    "weight_decay": Key(float, minimum=0, why_not="a negative decay would make weights grow"),
+    "gradient_accumulation_steps": Key(int, minimum=1, why_not="1 accumulates nothing"),
+    "max_steps_per_epoch": Key(int, minimum=1, optional=True, why_not="null runs every row"),
+    "clip_grad_norm": Key(float, above=0, optional=True, why_not="null turns clipping off"),
+    "base_dir": Key(str),
+    "base_source": Key(str, optional=True),
+    "base_weights": Key(str, choices=("bf16", "fp32", "nf4")),
+    "chat_format": Key(str, choices=("llama3", "chatml")),
+    "output_dir": Key(str),
+    "device": Key(str),
+    "dtype": Key(str, choices=("bf16", "fp32")),
+    "enable_activation_checkpointing": Key(bool),
+    "save_every_n_steps": Key(int, minimum=1, optional=True, why_not="null is about every 5 % of the run"),
+    "keep_last": Key(int, minimum=1, why_not="without a checkpoint a run cannot be resumed"),
+    "resume": Key(str, or_false=True),
+    "parallel": Key(str, choices=("auto", "replicate", "shard")),
+    "on_nonfinite": Key(str, choices=("stop", "skip")),
+}
+
+_KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list of texts",
+}
+
+
+def find_value_problems(name: str, value: Any, key: Key) -> Iterator[str]:
+    """Yield what is wrong with the value of one key, by itself."""
+    if value is None:
+        if not key.optional:
+            yield f"{name} is empty; it needs a value"
+    elif value is False and key.or_false:
+        return
+    elif not _is_kind(value, key.kind):
+        yield f"{name}={value!r} is {_describe_type(value)}; it must be {_KIND_NAMES[key.kind]}"
+    elif key.kind in (int, float):
+        if not _is_within(value, key):
+            reason = f" ({key.why_not})" if key.why_not else ""
+            yield f"{name}={value} is out of range: it must be {_describe_limits(key)}{reason}"
+    elif key.kind is str and not value.strip():
+        yield f"{name} is empty; it needs a value"
+    elif key.kind is str and key.choices and value not in key.choices:
+        yield f"{name}={value!r} is not one of {', '.join(key.choices)}{_suggest_choice(value, key.choices)}"
+    elif key.kind is list and not set(value) <= set(key.choices):
+        yield f"{name}={value} may hold only {', '.join(key.choices)}"
+
+
+def find_settled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flat keys whose values are right by themselves, so that rules across keys can rely on them."""
+    return {name: values[name] for name in KEYS if name in values and not [*_problems_of(name, values)]}
+
+
+def _problems_of(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    return find_value_problems(name, values[name], KEYS[name])
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(element, str) for element in value)
+    accepted = (int, float) if kind is float else kind
+    # In Python true is a number.
+    return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+
+
+def _describe_type(value: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "a mapping of keys to values" if isinstance(value, dict) else type(value).__name__)
+
+
+def _is_within(value: float, key: Key) -> bool:
+    return (
+        math.isfinite(value)
+        and (key.minimum is None or value >= key.minimum)
+        and (key.maximum is None or value <= key.maximum)
+        and (key.above is None or value > key.above)
+        and (key.below is None or value < key.below)
+    )
+
+
+def _describe_limits(key: Key) -> str:
+    limits = {"at least": key.minimum, "above": key.above, "at most": key.maximum, "below": key.below}
+    return " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None) or "finite"
+
+
+def _suggest_choice(value: str, choices: Sequence[str]) -> str:
+    by_lower_case = {choice.lower(): choice for choice in choices}
+    nearest = difflib.get_close_matches(value.lower(), by_lower_case, n=1)
+    return f"; did you mean {by_lower_case[nearest[0]]}?" if nearest else ""

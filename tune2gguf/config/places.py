@@ -1,0 +1,168 @@
+"""What a config names outside itself: the device, the base folder, the data files and the run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tune2gguf.config.plan import find_plan_problems
+
+MAX_COUNTED_BYTES = 20_000_000  # data files beyond hold enough rows for any step
+
+
+def find_device_problems(settled: Mapping[str, Any], *, num_processes: int) -> Iterator[str]:
+    """Yield why the device cannot be used, or not in this dtype."""
+    import torch
+
+    device, dtype = settled.get("device"), settled.get("dtype")
+    if device is None:
+        return
+    name = re.fullmatch(r"cpu|cuda(:\d+)?", device)
+    if name is None:
+        yield f"device={device!r} is not one of cpu, cuda, cuda:0, cuda:1, …"
+        return
+    if device == "cpu":
+        return
+    num_devices = torch.cuda.device_count()
+    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    index = int(device.partition(":")[2]) if ":" in device else None
+    if num_devices == 0:
+        yield f"device={device}: torch finds no CUDA device on this machine; use device=cpu"
+    elif index is not None and index >= num_devices:
+        yield f"device={device}: this machine has {num_devices} CUDA devices, counted from 0"
+    elif index is not None and num_processes > 1:
+        yield f"device={device} with {num_processes} processes: they need a device each; use device=cuda"
+    elif index is None and num_local_processes > num_devices:
+        yield f"{num_local_processes} processes on this machine, but {num_devices} CUDA devices; start fewer"
+    elif dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield f"dtype=bf16: {torch.cuda.get_device_name(index or 0)} cannot compute in bf16; use dtype=fp32"
+
+
+def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why the run folder cannot be made."""
+    from tune2gguf.runs import describe_existing
+
+    if "output_dir" not in settled:
+        return
+    folder = Path(settled["output_dir"])
+    if os.path.lexists(folder):
+        yield describe_existing(folder)
+        return
+    nearest = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    try:
+        # The file has no name and is gone at once; permissions alone do not tell of a read-only disk.
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        yield f"output_dir={folder} cannot be made in {nearest}: {error.strerror}"
+
+
+def find_base_problems(settled: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with the base folder, from its config.json and the headers of its weights."""
+    from tune2gguf.checkpoints.base import open_base
+    from tune2gguf.download import TOKENIZER_FILES, parse_base_source
+
+    if settled.get("base_source") is not None:
+        try:
+            parse_base_source(settled["base_source"])
+        except ValueError as error:
+            yield str(error)
+    if "base_dir" not in settled:
+        return
+    base_dir = Path(settled["base_dir"])
+    if not base_dir.is_dir():
+        yield f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config … (and your overrides)"
+        return
+    if not any((base_dir / name).is_file() for name in TOKENIZER_FILES):
+        yield f"{base_dir}: has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}"
+    try:
+        architecture = open_base(base_dir).architecture
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from _find_architecture_problems(settled, model.get("architecture"), base_dir, architecture)
+
+
+def _find_architecture_problems(settled, name, base_dir, architecture) -> Iterator[str]:
+    from tune2gguf.architectures import ARCHITECTURES, find_architecture_differences
+    from tune2gguf.checkpoints.layout import list_tensors
+    from tune2gguf.nf4 import BLOCK_SIZE
+
+    if isinstance(name, str) and name in ARCHITECTURES:
+        differences = find_architecture_differences(ARCHITECTURES[name], architecture)
+        if differences:
+            yield f"{base_dir} does not hold {name}:\n  " + "\n  ".join(differences)
+    limit = architecture.max_position_embeddings
+    if settled.get("max_seq_len", 0) > limit:
+        yield f"max_seq_len={settled['max_seq_len']}: {base_dir} was made for at most {limit} tokens"
+    if settled.get("base_weights") == "nf4":
+        ragged = [spec for spec in list_tensors(architecture) if spec.is_linear and math.prod(spec.shape) % BLOCK_SIZE]
+        if ragged:
+            shape = " x ".join(map(str, ragged[0].shape))
+            yield (
+                f"base_weights=nf4: {ragged[0].hf_name} has {shape} weights, which do not divide into blocks of "
+                f"{BLOCK_SIZE}; use base_weights=bf16"
+            )
+
+
+def find_base_warnings(settled: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is legal but probably not meant about a base folder without problems."""
+    base_dir, source = Path(settled["base_dir"]), settled.get("base_source")
+    record = base_dir / "base.json"
+    if source is not None and record.exists():
+        held = json.loads(record.read_text(encoding="utf-8")).get("source")
+        if held != source.partition("@")[0]:
+            yield f"{base_dir} holds {held}, not base_source={source}, which the adapter will name as its base"
+    is_4bit = "quantization_config" in json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    if is_4bit and settled["base_weights"] != "nf4":
+        yield (
+            f"base_weights={settled['base_weights']}: {base_dir} has 4 bits a weight, so that this costs memory and "
+            "brings no precision; use base_weights=nf4"
+        )
+    if is_4bit and settled["quantization"] in ("F32", "F16", "BF16"):
+        yield f"quantization={settled['quantization']}: {base_dir} has 4 bits a weight; a larger GGUF is no better"
+
+
+def find_data_problems(
+    settled: Mapping[str, Any], dataset: Mapping[str, Any] | None, *, num_processes: int
+) -> Iterator[str]:
+    """Yield what is wrong with the data files, and whether they hold too few rows for a step or the warm-up."""
+    from tune2gguf.data import check_files
+
+    if dataset is None:
+        return
+    problems = check_files(dataset)
+    yield from problems
+    needed = ("batch_size", "gradient_accumulation_steps", "epochs", "warmup_steps", "max_steps_per_epoch")
+    if problems or any(name not in settled for name in needed):
+        return
+    num_rows = _count_rows(dataset["files"])
+    if num_rows is None:
+        return
+    rows_per_step = settled["batch_size"] * settled["gradient_accumulation_steps"] * num_processes
+    steps = -(-num_rows // rows_per_step)
+    if settled["max_steps_per_epoch"] is not None:
+        steps = min(steps, settled["max_steps_per_epoch"])
+    yield from find_plan_problems(
+        num_rows=num_rows,
+        rows_per_step=rows_per_step,
+        num_training_steps=settled["epochs"] * steps,
+        warmup_steps=settled["warmup_steps"],
+    )
+
+
+def _count_rows(files: str | list[str]) -> int | None:
+    """Return how many rows small JSONL files hold at most, None for any other: then the recipe counts them later."""
+    from tune2gguf.data.rows import find_files
+
+    paths = [Path(name) for name in find_files(files)]
+    if any(path.suffix not in (".jsonl", ".ndjson") for path in paths):
+        return None
+    if sum(path.stat().st_size for path in paths) > MAX_COUNTED_BYTES:
+        return None
+    return sum(1 for path in paths for line in path.read_bytes().splitlines() if line.strip())
