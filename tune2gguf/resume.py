@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tune2gguf.runs import describe_existing
 def find_path_problems(resume: str | bool, output_dir: Path) -> Iterator[str]:
     """Yield why `resume` and `output_dir` do not fit together: a run never overwrites another."""
     if resume is False:
-        if output_dir.exists():
+        if os.path.lexists(output_dir):
             yield describe_existing(output_dir)
     elif resume == "auto":
         if output_dir.exists() and not (output_dir / "config.yaml").is_file():

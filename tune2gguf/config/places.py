@@ -45,14 +45,14 @@ def find_device_problems(settled: Mapping[str, Any], *, num_processes: int) -> I
 
 
 def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why the run folder cannot be made."""
-    from tune2gguf.runs import describe_existing
+    """Yield why the run folder cannot be made, or not be resumed."""
+    from tune2gguf.resume import find_path_problems
 
-    if "output_dir" not in settled:
+    if "output_dir" not in settled or "resume" not in settled:
         return
     folder = Path(settled["output_dir"])
+    yield from find_path_problems(settled["resume"], folder)
     if os.path.lexists(folder):
-        yield describe_existing(folder)
         return
     nearest = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
     try:
