@@ -44,7 +44,8 @@ def _shrink(architecture: Architecture, **changes: int) -> Architecture:
     return Architecture(**{**vars(architecture), "vocab_size": 288, "max_position_embeddings": 512, **changes})
 
 
-# True K-quant widths with grouped-query factors of 4 and 2, and SmolLM2's columns that need the fallback types.
+# True K-quant widths with grouped-query factors of 4 and 2, and SmolLM2's columns that need the fallback types; with
+# more than ten layers the order by number is not that by name.
 SMALL_MODELS = (
     SmallModel(
         "Small-Llama-3.2-Instruct",
@@ -62,7 +63,7 @@ SMALL_MODELS = (
     ),
     SmallModel(
         "Small-SmolLM2-Instruct",
-        _shrink(SMOLLM2_135M, num_layers=8, num_heads=3, num_kv_heads=1, embed_dim=192, intermediate_dim=320),
+        _shrink(SMOLLM2_135M, num_layers=12, num_heads=3, num_kv_heads=1, embed_dim=192, intermediate_dim=320),
         "chatml",
     ),
 )

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run
-from tests.parity.llama_cpp_oracle import convert_to_bf16, find_missing, quantize
+from tests.parity.llama_cpp_oracle import convert_adapter, convert_to_bf16, find_missing, quantize
 from tune2gguf.checkpoints.base import open_base
 from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.merged_hf import write_merged_hf
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def make_lines(model: SmallModel, folder: Path) -> list[str]:
-    """Return `MODEL base|merged TYPE DIGEST` for all types; files in `folder` are called `KIND-TYPE.gguf`."""
+    """Return `MODEL base|merged TYPE DIGEST` for all types, and `MODEL adapter F32 DIGEST`."""
     run_dir = write_small_run(model, folder)
     # The model's name in the file is that of the folder, so both kinds are converted from a folder of the same name.
     for kind, parent in (("base", folder / "plain"), ("merged", folder / "merged")):
@@ -45,11 +45,16 @@ def make_lines(model: SmallModel, folder: Path) -> list[str]:
         pre = "llama-bpe" if model.chat_format == "llama3" else "smollm"
         convert_to_bf16(parent / model.name, folder / f"{kind}.gguf", pre=pre)
         quantize(folder / f"{kind}.gguf", folder / (kind + "-{}.gguf"), list(QUANTIZATIONS))
+    shutil.copytree(run_dir / "last", folder / "adapter" / model.name)
+    convert_adapter(folder / "adapter" / model.name, folder / "base", folder / "adapter-F32.gguf")
     return [
-        f"{model.name} {kind} {name} {digest_file(folder / f'{kind}-{name}.gguf')}\n"
-        for kind in ("base", "merged")
-        for name in QUANTIZATIONS
+        f"{model.name} {kind} {name} {digest_file(folder / f'{kind}-{name}.gguf')}\n" for kind, name in list_files()
     ]
+
+
+def list_files() -> list[tuple[str, str]]:
+    """Return (base, merged or adapter, type) of each file that has a digest."""
+    return [(kind, name) for kind in ("base", "merged") for name in QUANTIZATIONS] + [("adapter", "F32")]
 
 
 def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:
@@ -68,7 +73,7 @@ def digest_file(path: Path) -> str:
 
 
 def read_digests() -> dict[tuple[str, str, str], str]:
-    """Return (model, base or merged, type) -> sha256."""
+    """Return (model, base, merged or adapter, type) -> sha256."""
     lines = [line.split() for line in DIGESTS_FILE.read_text().splitlines() if not line.startswith("#")]
     return {(model, kind, name): digest for model, kind, name, digest in lines}
 

@@ -7,10 +7,13 @@ import pytest
 
 from tests.parity import llama_cpp_oracle as oracle
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
-from tests.parity.make_gguf_digests import digest_file, make_lines, read_digests, write_hf_folder
+from tests.parity.make_gguf_digests import digest_file, list_files, make_lines, read_digests, write_hf_folder
 from tests.parity.make_type_mix import TYPE_MIX_FILE, format_types, list_real_tensors, make_block
 from tests.tokenizer_files import fetch_or_skip, find_llama3_tokenizer
 from tune2gguf.architectures import ARCHITECTURES, LLAMA3_1_8B, LLAMA3_2_1B, Architecture
+from tune2gguf.checkpoints.base import open_base
+from tune2gguf.export.adapter import read_adapter
+from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.gguf_llama import choose_types
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.type_mix import QUANTIZATIONS
@@ -48,10 +51,19 @@ def test_a_plain_base_has_the_bytes_of_llama_cpp(model, tmp_path):
         assert digest_file(target) == digests[model.name, "base", name]
 
 
+@pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
+def test_adapter_file_has_the_bytes_of_llama_cpp(model, tmp_path):
+    run_dir = write_small_run(model, tmp_path)
+    specs = open_base(tmp_path / "base").specs
+    adapter = read_adapter(run_dir / "last", specs)
+    write_adapter_gguf(tmp_path / "adapter.gguf", adapter, specs=specs, name=run_dir.name)
+    assert digest_file(tmp_path / "adapter.gguf") == read_digests()[model.name, "adapter", "F32"]
+
+
 def test_an_adapter_changes_the_bytes():
     """Negative control: the digests tell merged files from plain ones."""
     digests = read_digests()
-    assert len(set(digests.values())) == len(digests) == 2 * len(SMALL_MODELS) * len(QUANTIZATIONS)
+    assert len(set(digests.values())) == len(digests) == len(SMALL_MODELS) * len(list_files())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -77,11 +89,7 @@ def test_committed_types_are_what_llama_quantize_plans(name, tmp_path):
 @pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
 def test_committed_digests_are_what_llama_cpp_writes(model, tmp_path):
     digests = read_digests()
-    expected = [
-        f"{model.name} {kind} {name} {digests[model.name, kind, name]}\n"
-        for kind in ("base", "merged")
-        for name in QUANTIZATIONS
-    ]
+    expected = [f"{model.name} {kind} {name} {digests[model.name, kind, name]}\n" for kind, name in list_files()]
     assert make_lines(model, tmp_path) == expected
 
 
