@@ -47,17 +47,18 @@ class LoRAFinetuneRecipe:
         self.data = build_component(cfg.dataset, tokenizer=self.tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
         self.rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.world.size
         self.plan_epoch = lambda epoch: plan_epoch(
-            len(self.data.train),
+            len(self.data.sequences),
             seed=cfg.seed,
             epoch=epoch,
             batch_size=cfg.batch_size,
             accumulation_steps=cfg.gradient_accumulation_steps,
             world_size=self.world.size,
             rank=self.world.rank,
+            lengths=self.data.lengths_to_group,
         )[: cfg.max_steps_per_epoch]
         self.num_training_steps = cfg.epochs * len(self.plan_epoch(0))
         check_plan(
-            num_rows=len(self.data.train),
+            num_rows=len(self.data.sequences),
             rows_per_step=self.rows_per_step,
             num_training_steps=self.num_training_steps,
             warmup_steps=cfg.warmup_steps,
@@ -114,9 +115,14 @@ class LoRAFinetuneRecipe:
         trainable = sum(parameter.numel() for parameter in self.adapter_params)
         print(f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {trainable:,} float32 weights, on {world.device}")
         print(f"rows: {len(self.data.train)} to train on, {len(self.data.validation)} held out")
+        if self.data.unit == "packs":
+            print(f"packs: {len(self.data.sequences)} of {cfg.max_seq_len} tokens, {self.data.sequences.fill:.1%} full")
+        for note in self.data.ledger["notes"]:
+            print(f"note: {note}")
         print(
-            f"rows per step: {cfg.batch_size} x {cfg.gradient_accumulation_steps} x {world.size} = {self.rows_per_step}"
-            f" (batch x accumulation x processes); {self.num_training_steps} steps in {cfg.epochs} epochs"
+            f"{self.data.unit} per step: {cfg.batch_size} x {cfg.gradient_accumulation_steps} x {world.size}"
+            f" = {self.rows_per_step} (batch x accumulation x processes); "
+            f"{self.num_training_steps} steps in {cfg.epochs} epochs"
         )
 
     def train(self) -> None:
@@ -145,7 +151,7 @@ class LoRAFinetuneRecipe:
         from tune2gguf.steps import count_tokens, require_finite
 
         started = time.perf_counter()
-        rows = [[self.data.train[index] for index in indices] for indices in micro_batches]
+        rows = [[self.data.sequences[index] for index in indices] for indices in micro_batches]
         tokens, supervised_tokens = count_tokens(rows, self.world)
         loss = self._accumulate_gradients(rows, supervised_tokens)
         require_finite(loss, step=self.step + 1, rows=[row for batch in rows for row in batch])
@@ -185,7 +191,7 @@ class LoRAFinetuneRecipe:
         for number, batch in enumerate(batches, start=1):
             wait = self.world.size > 1 and number < len(batches)
             with self.trained_model.no_sync() if wait else nullcontext():
-                losses = self.trained_model(batch.tokens.to(device), batch.labels.to(device))
+                losses = self.trained_model(**vars(batch.to(device)))
                 # Divide by the count over all ranks, so that 2 x 4 rows equal 1 x 8; DDP then averages over ranks.
                 (losses.sum() * (self.world.size / supervised_tokens)).backward()
             summed_loss += losses.detach().sum()

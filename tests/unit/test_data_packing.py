@@ -18,6 +18,7 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
         digests=np.zeros((len(lengths), 16), np.uint8),
         problems=[],
         num_characters=0,
+        unit="line",
         lines_that_spell_special=[],
     )
     tokens = np.arange(lengths.sum(), dtype=np.int32)

@@ -240,7 +240,7 @@ def test_ambiguous_rows_ask_for_a_format_even_where_bad_rows_are_dropped(tmp_pat
 def test_damaged_files_and_bad_rows_are_in_one_error_even_where_bad_rows_are_dropped(tmp_path, tokenizer):
     (tmp_path / "a.json").write_text('[{"text": "x"}, {"text"')
     (tmp_path / "b.json").write_text("[1")
-    with pytest.raises(ValueError, match=r"a\.json, line 1: malformed JSON.*\n.*b\.json, line 1: malformed JSON"):
+    with pytest.raises(ValueError, match=r"a\.json, row 2: malformed JSON.*\n.*b\.json, row 1: malformed JSON"):
         chat_dataset(
             [f"{tmp_path}/a.json", f"{tmp_path}/b.json"],
             tokenizer=tokenizer,

@@ -34,8 +34,8 @@ def read(path):
         ("a.jsonl", write_jsonl, [1, 2, 3]),
         ("a.ndjson", write_jsonl, [1, 2, 3]),
         ("a.json", write_jsonl, [1, 2, 3]),
-        ("a.json", lambda path: path.write_text(json.dumps(ROWS)), [1, 1, 1]),
-        ("a.json", lambda path: path.write_text(json.dumps(ROWS, indent=1)), [2, 6, 10]),
+        ("a.json", lambda path: path.write_text(json.dumps(ROWS)), [1, 2, 3]),
+        ("a.json", lambda path: path.write_text(json.dumps(ROWS, indent=1)), [1, 2, 3]),
         # Each answer holds a line break, so a record takes two lines.
         ("a.csv", write_csv, [2, 4, 6]),
         ("a.parquet", lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path), [1, 2, 3]),
@@ -109,9 +109,13 @@ def test_messages_in_a_csv_column_are_json(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json, line 2: malformed JSON: .*nothing after it can be read"),
-        ("a.json", b'[{"a": 1}\n {"a": 2}]', r"a\.json, line 1: malformed JSON: ',' or '\]' is missing after this row"),
-        ("a.json", b'[{"a": 1},\n', r"a\.json, line 2: malformed JSON: Expecting value"),
+        (
+            "a.json",
+            b'[{"a": 1},\n {"a" 2}]',
+            r"a\.json, row 2: malformed JSON: .* line 2 column 7 .*nothing after it can be read",
+        ),
+        ("a.json", b'[{"a": 1}\n {"a": 2}]', r"a\.json, row 1: malformed JSON: ',' or '\]' is missing after this row"),
+        ("a.json", b'[{"a": 1},\n', r"a\.json, row 2: malformed JSON: Expecting value: line 2"),
         ("a.json", b'[{"a": 1}] []', r"a\.json: malformed JSON: there is text behind the array's end"),
         ("a.json", b'[\n{"a": "\xff"}]', r"a\.json, line 2: invalid UTF-8 at byte 9"),
         ("a.csv", b'a,b\nx,"y\n', r"a\.csv, line 2: malformed CSV: unexpected end of data"),
@@ -159,3 +163,4 @@ def test_rows_are_counted_for_the_progress_bar(tmp_path):
 
 def test_source_reads_as_a_place():
     assert str(Source("train.jsonl", 17)) == "train.jsonl, line 17"
+    assert str(Source("train.parquet", 17, "row")) == "train.parquet, row 17"

@@ -23,6 +23,7 @@ def make_ledger(
     `read` counts the rows of all files and is the sum of four counts: `trained` and `validated` are whole rows,
     `truncated` are rows of either side that were cut to max_seq_len, `dropped` are rows that were not used. Cut and
     dropped rows are listed with file, line and reason, held-out ones with file and line; all others are trained on.
+    In files whose `unit` is row, a line is the number of a row.
     """
     cut = Counter(row.split for row in selection.truncated)
     return {
@@ -39,6 +40,7 @@ def make_ledger(
         "files": [
             {
                 "file": file.name,
+                "unit": file.index.unit,
                 "read": file.index.num_read,
                 "validation_lines": file.index.lines[validation.picks[validation.picks[:, 0] == index, 1]].tolist(),
             }
@@ -84,10 +86,11 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
     for file in files:
         lines = file.index.lines_that_spell_special
         if lines:
+            unit = file.index.unit
             shown = ", ".join(map(str, lines[:MAX_LINES_SHOWN])) + (", …" if len(lines) > MAX_LINES_SHOWN else "")
             notes.append(
-                f"{file.name}: rows that spell a special token: {len(lines)} (lines {shown}); trained as plain text, "
-                "while a server would read the token"
+                f"{file.name}: rows that spell a special token: {len(lines)} ({unit}s {shown}); "
+                "it is trained as plain text, while a server would read the token"
             )
     return notes
 

@@ -29,7 +29,12 @@ class PreparedData:
     train: TokenizedRows
     validation: TokenizedRows
     ledger: dict[str, Any]
-    sequences: TokenizedRows | PackedRows  # what a batch is made of: the training rows, or packs of them
+    sequences: TokenizedRows | PackedRows  # what a step takes: the training rows, or packs of them
+
+    @property
+    def unit(self) -> str:
+        """What a sequence is called."""
+        return "rows" if self.sequences is self.train else "packs"
 
     @property
     def lengths_to_group(self) -> np.ndarray | None:

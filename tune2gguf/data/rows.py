@@ -31,13 +31,14 @@ _INVALID_BYTE = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a row stands. `line` counts from 1; in Parquet files and hub data sets it is the number of the row."""
+    """Where a row stands: its line, or its number where a file has no lines (JSON arrays, Parquet, hub data sets)."""
 
     file: str
-    line: int
+    line: int  # from 1
+    unit: str = "line"  # line | row
 
     def __str__(self) -> str:
-        return f"{self.file}, line {self.line}"
+        return f"{self.file}, {self.unit} {self.line}"
 
 
 @dataclass(frozen=True)
@@ -217,14 +218,14 @@ def _read_json_array(name: str, file: BinaryIO) -> Iterator[Row]:
     skip = re.compile(r"[ \t\r\n]*").match
     decoder = json.JSONDecoder()
     position = skip(text, text.index("[") + 1).end()
-    line, counted = 1, 0
+    number = 0
     while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        source = Source(name, line)
+        number += 1
+        source = Source(name, number, "row")
         try:
             value, end = decoder.raw_decode(text, position)
         except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise ValueError(f"{source}: malformed JSON: {reason}; nothing after it can be read") from None
         is_too_long = end - position > MAX_ROW_BYTES
         yield Row(source, problem=_describe_too_long(end - position)) if is_too_long else _require_object(value, source)
@@ -290,14 +291,14 @@ def _read_parquet(name: str) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1000):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(Source(name, number), value)
+                    yield Row(Source(name, number, "row"), value)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet behind row {number} ({error})") from None
 
 
 def _read_hub(name: str) -> Iterator[Row]:
     for number, value in enumerate(_load_hub(name), start=1):
-        yield Row(Source(name, number), value)
+        yield Row(Source(name, number, "row"), value)
 
 
 def _load_hub(name: str) -> Dataset:

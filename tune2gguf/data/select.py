@@ -59,11 +59,11 @@ def select_rows(
     seen: dict[bytes, tuple[Source, str]] = {}
     for file_index, file in enumerate(files):
         index = file.index
-        selection.dropped += [Dropped(Source(file.name, line), reason) for line, reason in index.problems]
+        selection.dropped += [Dropped(file.locate(line), reason) for line, reason in index.problems]
         lengths = (index.offsets[1:] - index.offsets[:-1]).tolist()
         lines, first_supervised = index.lines.tolist(), index.first_supervised.tolist()
         for row, row_digest in enumerate(map(bytes, index.digests)):
-            source = Source(file.name, lines[row])
+            source = file.locate(lines[row])
             is_held_out = file_index < num_validation_files or _draw(row_digest, seed) < validation_split
             split = "validation" if is_held_out else "train"
             if row_digest in seen:

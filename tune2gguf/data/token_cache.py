@@ -88,7 +88,8 @@ def _fill(folder: Path, name: str, tokenizer: ChatTokenizer, *, format: str, sto
                 desc=f"tokenizing {Path(name).name}",
                 total=count_rows(name),
                 unit=" rows",
-                disable=None,
+                # One bar, by the first process of torchrun, and none where stderr is no terminal.
+                disable=None if os.environ.get("RANK", "0") == "0" else True,
                 leave=False,
             )
             writer = TokenWriter(tokenizer, tokens, supervised)

@@ -49,12 +49,13 @@ class TokenIndex:
     """
 
     offsets: np.ndarray  # [rows + 1] int64
-    lines: np.ndarray  # [rows] int64
+    lines: np.ndarray  # [rows] int64, as in Source
     num_supervised: np.ndarray  # [rows] int64, trained positions
     first_supervised: np.ndarray  # [rows] int64, the first trained position in the row
     digests: np.ndarray  # [rows, DIGEST_BYTES] uint8
     problems: list[tuple[int, str]]  # line and reason
     num_characters: int  # of the good rows' rendered text
+    unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
 
     @property
@@ -70,6 +71,10 @@ class TokenizedFile:
     tokens: np.ndarray  # [tokens of all rows] int32
     supervised: np.ndarray  # [tokens of all rows] bool
     index: TokenIndex
+
+    def locate(self, line: int) -> Source:
+        """Return where a line, or row, of the file stands."""
+        return Source(self.name, line, self.index.unit)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return TokenizedRow(
             tokens=file.tokens[start:stop],
             supervised=file.supervised[start:stop],
-            source=Source(file.name, int(file.index.lines[row])),
+            source=file.locate(int(file.index.lines[row])),
         )
 
     def lengths(self) -> np.ndarray:
@@ -128,7 +133,7 @@ def read_conversations(name: str, *, format: str) -> Iterator[tuple[Row, Convers
         ValueError: if the format is to be detected and a row fits more than one
     """
     decided = None if format == "auto" else format
-    decided_by = 0
+    decided_by = ""
     for row in read_rows(name):
         if row.problem is not None:
             yield row, row.problem
@@ -137,9 +142,9 @@ def read_conversations(name: str, *, format: str) -> Iterator[tuple[Row, Convers
             if format == "auto":
                 found = detect_format(row.value)
                 if decided is None:
-                    decided, decided_by = found, row.source.line
+                    decided, decided_by = found, f"{row.source.unit} {row.source.line}"
                 elif found != decided:
-                    raise ValueError(f"its shape is {found}, but the file's is {decided} since line {decided_by}")
+                    raise ValueError(f"its shape is {found}, but the file's is {decided} since {decided_by}")
             conversation: Conversation | str = read_conversation(row.value, format=decided)
         except AmbiguousFormatError as error:
             raise ValueError(f"{row.source}: {error}") from None
@@ -175,8 +180,9 @@ def write_tokens(
 ) -> TokenIndex:
     """Write the good rows' tokens and return the index of all rows."""
     lines, digests, problems, spelling = [], [], [], []
+    unit = "line"
     for row, conversation in rows:
-        line = row.source.line
+        line, unit = row.source.line, row.source.unit
         spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
         if spelled is not None and conversation.text is not None:
             conversation = f"'text' spells the special token {spelled}; give the turns as 'messages' instead"
@@ -197,6 +203,7 @@ def write_tokens(
         digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
         problems=problems,
         num_characters=writer.num_characters,
+        unit=unit,
         lines_that_spell_special=spelling,
     )
 
