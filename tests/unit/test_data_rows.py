@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tune2gguf.data.rows import MAX_ROW_BYTES, Source, count_rows, find_files, read_rows
+from tune2gguf.data.rows import MAX_ROW_BYTES, Source, compute_content_digest, count_rows, find_files, read_rows
 
 ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer\n{number}."} for number in range(3)]
 
@@ -164,3 +164,30 @@ def test_rows_are_counted_for_the_progress_bar(tmp_path):
 def test_source_reads_as_a_place():
     assert str(Source("train.jsonl", 17)) == "train.jsonl, line 17"
     assert str(Source("train.parquet", 17, "row")) == "train.parquet, row 17"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("hub:someone/chats", ROWS), ("hub:someone/chats:train[:2]", ROWS[:2]), ("hub:someone/chats:test", ROWS[2:])],
+)
+def test_hub_data_set_is_read_by_name_and_split(tmp_path, monkeypatch, name, expected):
+    """`datasets` takes a folder of the same name for the repository, as a mirror without a network would have it."""
+    folder = tmp_path / "someone" / "chats"
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "train.jsonl")
+    write_jsonl(folder / "test.jsonl", ROWS[2:])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert find_files(name) == [name]
+    rows = list(read_rows(name))
+    assert [row.value for row in rows] == expected
+    assert str(rows[0].source) == f"{name}, row 1"
+    assert compute_content_digest(name) == compute_content_digest(name)
+
+
+def test_hub_data_set_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="hub:someone/else: cannot be loaded from the hub"):
+        list(read_rows("hub:someone/else"))
