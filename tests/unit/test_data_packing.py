@@ -18,6 +18,8 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
         digests=np.zeros((len(lengths), 16), np.uint8),
         problems=[],
         num_characters=0,
+        num_text_tokens=0,
+        role_counts={},
         unit="line",
         lines_that_spell_special=[],
     )

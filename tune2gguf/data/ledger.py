@@ -51,7 +51,8 @@ def make_ledger(
             for row in selection.truncated
         ],
         "rows_dropped": [
-            {"file": row.source.file, "line": row.source.line, "reason": row.reason} for row in selection.dropped
+            {"file": row.source.file, "line": row.source.line, "kind": row.kind, "reason": row.reason}
+            for row in selection.dropped
         ],
     }
 

@@ -158,16 +158,15 @@ def _find_file_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _require_good_rows(selection: Selection, file_problems: list[str], *, on_bad_row: str, on_long_row: str) -> None:
-    outcome = {True: on_long_row, False: on_bad_row}
-    faulty = [row for row in selection.dropped if outcome[row.is_long] == "error"]
+    faulty = [row for row in selection.dropped if (on_long_row if row.kind == "long" else on_bad_row) == "error"]
     if not faulty and not file_problems:
         return
     lines = [*file_problems, *(f"{row.source}: {row.reason}" for row in faulty[:MAX_PROBLEMS_SHOWN])]
     if len(faulty) > MAX_PROBLEMS_SHOWN:
         lines.append(f"and {len(faulty) - MAX_PROBLEMS_SHOWN} more")
-    if any(not row.is_long for row in faulty):
+    if any(row.kind != "long" for row in faulty):
         lines.append("Correct these rows, or leave them out with dataset.on_bad_row=drop")
-    if any(row.is_long for row in faulty):
+    if any(row.kind == "long" for row in faulty):
         lines.append("Raise max_seq_len, or set dataset.on_long_row=truncate or drop")
     raise ValueError("\n".join(lines))
 

@@ -12,11 +12,11 @@ from tune2gguf.data.tokenize import TokenizedFile
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that is not used, and why. `is_long` says that on_long_row decides about it, not on_bad_row."""
+    """A row that is not used, and why."""
 
     source: Source
     reason: str
-    is_long: bool = False
+    kind: str  # bad | repeated | in both splits | nothing supervised | long
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def select_rows(
     seen: dict[bytes, tuple[Source, str]] = {}
     for file_index, file in enumerate(files):
         index = file.index
-        selection.dropped += [Dropped(file.locate(line), reason) for line, reason in index.problems]
+        selection.dropped += [Dropped(file.locate(line), reason, "bad") for line, reason in index.problems]
         lengths = (index.offsets[1:] - index.offsets[:-1]).tolist()
         lines, first_supervised = index.lines.tolist(), index.first_supervised.tolist()
         for row, row_digest in enumerate(map(bytes, index.digests)):
@@ -67,15 +67,15 @@ def select_rows(
             is_held_out = file_index < num_validation_files or _draw(row_digest, seed) < validation_split
             split = "validation" if is_held_out else "train"
             if row_digest in seen:
-                selection.dropped.append(Dropped(source, _describe_repeat(*seen[row_digest], split=split)))
+                selection.dropped.append(_drop_repeat(source, split, *seen[row_digest]))
                 continue
             seen[row_digest] = source, split
             if lengths[row] > max_seq_len and not keep_long:
                 reason = f"{lengths[row]} tokens, more than max_seq_len={max_seq_len}"
-                selection.dropped.append(Dropped(source, reason, is_long=True))
+                selection.dropped.append(Dropped(source, reason, "long"))
             elif not 0 < first_supervised[row] < max_seq_len:
                 reason = f"its supervised tokens begin at {first_supervised[row]}, behind max_seq_len={max_seq_len}"
-                selection.dropped.append(Dropped(source, reason))
+                selection.dropped.append(Dropped(source, reason, "nothing supervised"))
             else:
                 (selection.validation if is_held_out else selection.train).append((file_index, row))
                 if lengths[row] > max_seq_len:
@@ -95,7 +95,7 @@ def find_smallest_split(files: Sequence[TokenizedFile], seed: int) -> float:
     return (int(smallest * 100) + 1) / 100
 
 
-def _describe_repeat(first: Source, first_split: str, *, split: str) -> str:
-    if first_split != split:
-        return f"stands in both training and validation; the validation copy is {first}"
-    return f"repeats {first}"
+def _drop_repeat(source: Source, split: str, first: Source, first_split: str) -> Dropped:
+    if first_split == split:
+        return Dropped(source, f"repeats {first}", "repeated")
+    return Dropped(source, f"stands in both training and validation; the validation copy is {first}", "in both splits")

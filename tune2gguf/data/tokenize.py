@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, overload
@@ -54,7 +55,9 @@ class TokenIndex:
     first_supervised: np.ndarray  # [rows] int64, the first trained position in the row
     digests: np.ndarray  # [rows, DIGEST_BYTES] uint8
     problems: list[tuple[int, str]]  # line and reason
-    num_characters: int  # of the good rows' rendered text
+    num_characters: int  # of the good rows' text, special tokens not counted
+    num_text_tokens: int  # of the good rows, special tokens not counted
+    role_counts: dict[str, int]  # messages of the good rows; raw texts count as "text"
     unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
 
@@ -180,7 +183,7 @@ def write_tokens(
 ) -> TokenIndex:
     """Write the good rows' tokens and return the index of all rows."""
     lines, digests, problems, spelling = [], [], [], []
-    unit = "line"
+    unit, role_counts = "line", Counter()
     for row, conversation in rows:
         line, unit = row.source.line, row.source.unit
         spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
@@ -192,6 +195,7 @@ def write_tokens(
             writer.add(conversation)
             lines.append(line)
             digests.append(digest(conversation))
+            role_counts.update([message.role for message in conversation.messages] or ["text"])
             if spelled is not None:
                 spelling.append(line)
     writer.flush()
@@ -203,6 +207,8 @@ def write_tokens(
         digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
         problems=problems,
         num_characters=writer.num_characters,
+        num_text_tokens=writer.num_text_tokens,
+        role_counts=dict(role_counts),
         unit=unit,
         lines_that_spell_special=spelling,
     )
@@ -223,7 +229,7 @@ class TokenWriter:
         self.lengths: list[int] = []
         self.num_supervised: list[int] = []
         self.first_supervised: list[int] = []  # 0 where nothing is
-        self.num_characters = 0
+        self.num_characters = self.num_text_tokens = 0
         self._waiting: list[list[Segment]] = []
         self._waiting_characters = 0
 
@@ -233,12 +239,15 @@ class TokenWriter:
         else:
             segments = self.tokenizer.render_document(conversation.text)
         self._waiting.append(segments)
-        self._waiting_characters += sum(len(segment.text) for segment in segments)
+        self._waiting_characters += sum(len(segment.text) for segment in segments if not segment.is_special)
         if self._waiting_characters >= CHUNK_CHARACTERS:
             self.flush()
 
     def flush(self) -> None:
-        for tokens, supervised in self.tokenizer.encode_segments(self._waiting):
+        for segments, (tokens, supervised) in zip(
+            self._waiting, self.tokenizer.encode_segments(self._waiting), strict=True
+        ):
+            self.num_text_tokens += len(tokens) - sum(segment.is_special for segment in segments)
             self.tokens_file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
             self.supervised_file.write(supervised.tobytes())
             # The first token is never trained: nothing predicts it.
