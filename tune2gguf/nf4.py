@@ -49,8 +49,9 @@ class Nf4Weight:
     shape: tuple[int, ...]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the dense weight: value of the code times scale in float32, rounded once to dtype where it is given."""
-        return _dequantize(self.codes, self.scales, self.shape, self.scales.dtype if dtype is None else dtype)
+        """Return the dense weight: value of the code times scale, computed in float32 and rounded once to dtype."""
+        table = get_nf4_table(self.codes.device)
+        return _dequantize(self.codes, self.scales, table, self.shape, self.scales.dtype if dtype is None else dtype)
 
     def reorder_rows(self, reorder: Callable[[Tensor], Tensor]) -> Nf4Weight:
         """Return the weight with `reorder` applied to its rows, which must hold whole blocks.
@@ -165,15 +166,14 @@ def dequantize_nf4_tensor(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a torchao NF4Tensor as a dense tensor, as its own `.to(dtype)` does but without full-size temporaries."""
     deviations = weight.quantized_scalers.view(-1, weight.scaler_block_size) / weight.quantization_factor.unsqueeze(1)
     scales = deviations.flatten() + weight.scaler_mean
-    return _dequantize(weight.quantized_data, scales, tuple(weight.shape), dtype)
+    return _dequantize(weight.quantized_data, scales, weight.nf4.float(), tuple(weight.shape), dtype)
 
 
-def _dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _dequantize(codes: Tensor, scales: Tensor, table: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     import torch
 
     dense = torch.empty(math.prod(shape), dtype=dtype, device=codes.device)
     block_size = dense.numel() // scales.numel()
-    table = get_nf4_table(codes.device)
     # One look-up gives both weights of a byte.
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1).view(torch.int64).flatten()
     # On a GPU one pass beats many small ones.

@@ -38,7 +38,7 @@ def write_random_base(
 ) -> Path:
     """Write a base folder with normal weights (standard deviation 0.02), norms of 1; its loss is near ln(vocab_size).
 
-    The weights are made and written a slab of rows at a time; memory stays under 200 MB whatever the model's size.
+    The weights are made and written a slab of rows at a time; memory stays under 0.5 GB whatever the model's size.
 
     Args:
         kind: `bf16`, `float32`, or `bnb-4bit`: NF4 as bitsandbytes stores it in the layers' matrices, else bf16

@@ -113,6 +113,8 @@ def _open_weight(weight_name: str, state_tensor: StoredTensor, found: dict[str, 
             nested_block_size=int(state["nested_blocksize"]) if is_nested else 1,
             nested_offset=float(state["nested_offset"]) if is_nested else 0.0,
         )
+        if weight.block_size < 1 or weight.nested_block_size < 1 or len(weight.shape) != 2:
+            raise ValueError(f"shape {weight.shape}, block sizes {weight.block_size} and {weight.nested_block_size}")
         problems = _find_problems(weight, parts["quant_map"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{state_tensor.path}: {weight_name} has a broken 4-bit state ({error!r})") from None

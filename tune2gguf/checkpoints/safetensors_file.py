@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OWN_MAPPING_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
 # The format's dtype names, their torch names, and bytes per element.
@@ -128,7 +130,7 @@ def read_rows(stored: StoredTensor, begin: int, end: int) -> Tensor:
 
     dtype, element_bytes = DTYPES[stored.dtype]
     row_bytes = math.prod(stored.shape[1:]) * element_bytes
-    tensor = torch.empty((end - begin, *stored.shape[1:]), dtype=getattr(torch, dtype))
+    tensor = _allocate((end - begin, *stored.shape[1:]), getattr(torch, dtype))
     buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.begin + begin * row_bytes)
@@ -142,6 +144,21 @@ def read_rows(stored: StoredTensor, begin: int, end: int) -> Tensor:
                 )
             filled += num_read
     return tensor
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialized tensor; a large one has a memory mapping of its own.
+
+    malloc keeps what is freed between pieces that stay, which nearly doubled the peak of quantizing a model on load.
+    """
+    import torch
+
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < OWN_MAPPING_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    # A child process must not share what it writes; on Windows it never does.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, num_bytes, **private), dtype=dtype).view(shape)
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
