@@ -14,6 +14,9 @@ def main() -> None:
     parser.add_argument("--kind", default="bf16", choices=KINDS)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument(
+        "--tokenizer-json", action="store_true", help="tokenizer.json instead of Meta's tokenizer.model"
+    )
     arguments = parser.parse_args()
 
     from dataclasses import astuple
@@ -30,6 +33,7 @@ def main() -> None:
             kind=arguments.kind,
             seed=arguments.seed,
             tokenizer_model=fetch_pypi_file(*astuple(LLAMA3_TOKENIZER)),
+            as_tokenizer_json=arguments.tokenizer_json,
         )
     except ValueError as error:
         sys.exit(f"error: {error}")

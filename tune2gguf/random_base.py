@@ -14,6 +14,7 @@ from tune2gguf.checkpoints.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_
 from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
 from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
+from tune2gguf.tokenizers import make_llama3_tokenizer_json
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ def write_random_base(
     kind: str = "bf16",
     seed: int = 0,
     tokenizer_model: Path | None = None,
+    as_tokenizer_json: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write a base folder with normal weights (standard deviation 0.02), norms of 1; its loss is near ln(vocab_size).
@@ -43,6 +45,7 @@ def write_random_base(
     Args:
         kind: `bf16`, `float32`, or `bnb-4bit`: NF4 as bitsandbytes stores it in the layers' matrices, else bf16
         tokenizer_model: Llama 3's tokenizer.model, copied to where Meta's repositories have it, `original/`
+        as_tokenizer_json: write it as the tokenizer.json of the hub's repositories instead
 
     Raises:
         ValueError: if the folder exists or the kind is unknown
@@ -67,10 +70,15 @@ def write_random_base(
             chunks.append(rows)
         write_shards(folder, tensors, itertools.chain.from_iterable(chunks), max_shard_bytes=max_shard_bytes)
         record = {"source": "random weights", "kind": kind, "seed": seed}
-        (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "base.json", record)
         quantization = {"quantization_config": QUANTIZATION_CONFIG} if kind == "bnb-4bit" else {}
         _write_configs(folder, architecture, {"torch_dtype": str(dtype).removeprefix("torch."), **quantization})
-        if tokenizer_model is not None:
+        if tokenizer_model is not None and as_tokenizer_json:
+            content = make_llama3_tokenizer_json(tokenizer_model)
+            # The published file, byte for byte.
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
+        elif tokenizer_model is not None:
             (folder / "original").mkdir()
             shutil.copyfile(tokenizer_model, folder / "original" / "tokenizer.model")
     return base_dir
@@ -99,4 +107,8 @@ def _write_configs(folder: Path, architecture: Architecture, more: dict[str, Any
         config |= token_ids
         generation_config = token_ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     for name, content in (("config.json", config), ("generation_config.json", generation_config)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / name, content)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

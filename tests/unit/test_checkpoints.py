@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torchtune.models.convert_weights import hf_to_tune
 
 from tests.conftest import TINY_TIED, TINY_UNTIED
+from tests.tokenizer_files import find_llama3_tokenizer
 from tune2gguf.checkpoints.base import open_base
-from tune2gguf.checkpoints.digest import digest_base
+from tune2gguf.checkpoints.digest import digest_base, digest_file
 from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.layout import to_hf_rows, to_tune_rows
 from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_safetensors
@@ -275,3 +276,14 @@ def test_digest_of_an_unchanged_base_reads_no_file(single_base, tmp_path, monkey
     before = digest_base(single_base)
     monkeypatch.setattr("tune2gguf.checkpoints.digest.digest_file", lambda path: pytest.fail(f"read {path}"))
     assert digest_base(single_base) == before
+
+
+def test_random_base_takes_the_real_tokenizer_in_either_form(tmp_path):
+    model = find_llama3_tokenizer()
+    as_model = write_random_base(TINY_TIED, tmp_path / "model", tokenizer_model=model)
+    as_json = write_random_base(TINY_TIED, tmp_path / "json", tokenizer_model=model, as_tokenizer_json=True)
+    assert (as_model / "original" / "tokenizer.model").read_bytes() == model.read_bytes()
+    # The sha256 of Llama-3.2's tokenizer.json on the hub.
+    published = "6b9e4e7fb171f92fd137b777cc2714bf87d11576700a1dcd7a399e7bbe39537b"
+    assert digest_file(as_json / "tokenizer.json") == published
+    assert not (as_json / "original").exists()
