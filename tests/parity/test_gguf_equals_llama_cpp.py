@@ -31,7 +31,7 @@ MODEL_NAMES = [model.name for model in SMALL_MODELS]
 @pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
 def test_every_type_has_the_bytes_of_llama_cpp_with_the_adapter_merged(model, tmp_path):
     run_dir = write_small_run(model, tmp_path)
-    exported = export_run(run_dir, quantizations=list(QUANTIZATIONS), num_threads=2, show=False)
+    exported = export_run(run_dir, quantizations=list(QUANTIZATIONS), num_threads=2, show=False).models
     digests = read_digests()
     assert {file.quantization: digest_file(file.gguf_path) for file in exported} == {
         name: digests[model.name, "merged", name] for name in QUANTIZATIONS
@@ -120,7 +120,7 @@ def write_untied_llama(folder: Path) -> tuple[Path, str]:
 def test_real_tokenizers_and_widths_give_the_bytes_of_llama_cpp(write_base, tmp_path):
     base_dir, chat_format = write_base(tmp_path / "bases")
     run_dir = write_run(base_dir, tmp_path / "runs" / "Some-Run", chat_format=chat_format)
-    exported = export_run(run_dir, quantizations=list(QUANTIZATIONS), show=False)
+    exported = export_run(run_dir, quantizations=list(QUANTIZATIONS), show=False).models
     write_hf_folder(run_dir, tmp_path / "merged" / run_dir.name, is_merged=True)
     oracle.convert_to_bf16(tmp_path / "merged" / run_dir.name, tmp_path / "oracle.gguf")
     for file in exported:

@@ -76,7 +76,7 @@ def find_largest_differences(
 
 @pytest.fixture(scope="module")
 def gguf_weights(run_dir) -> dict[str, dict[str, np.ndarray]]:
-    files = export_run(run_dir, quantizations=["F32", "Q8_0"], show=False)
+    files = export_run(run_dir, quantizations=["F32", "Q8_0"], show=False).models
     return {file.quantization: read_gguf(file.gguf_path) for file in files}
 
 

@@ -25,7 +25,7 @@ def served(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     base_dir = write_tiny_base(folder / "base", TINY_UNTIED if request.param == "untied" else TINY_TIED)
     run_dir = write_run(base_dir, folder / "run", chat_format="chatml")
-    gguf_path = export_run(run_dir, quantizations=["F32"], show=False)[0].gguf_path
+    gguf_path = export_run(run_dir, quantizations=["F32"], show=False).models[0].gguf_path
     write_hf_folder(run_dir, folder / "merged", is_merged=True)
     reference = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
     return open_model(gguf_path, context_length=512), reference

@@ -31,7 +31,7 @@ def run_dir(tmp_path) -> Path:
 
 
 def export(run_dir: Path, **options) -> list[bytes]:
-    files = export_run(run_dir, quantizations=TYPES, overwrite=True, show=False, **options)
+    files = export_run(run_dir, quantizations=TYPES, overwrite=True, show=False, **options).models
     return [file.gguf_path.read_bytes() for file in files]
 
 

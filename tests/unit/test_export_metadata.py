@@ -37,7 +37,7 @@ def read_keys(gguf_path) -> dict:
 
 
 def test_llama_file_holds_the_keys_in_llama_cpp_order(llama_dir):
-    file = export_run(llama_dir / LLAMA_MODEL.name, show=False)[0]
+    file = export_run(llama_dir / LLAMA_MODEL.name, show=False).models[0]
     keys = read_keys(file.gguf_path)
     assert list(keys) == [
         "general.architecture",

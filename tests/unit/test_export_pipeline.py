@@ -42,9 +42,9 @@ def list_files(folder: Path) -> list[str]:
 def test_script_writes_what_the_run_asks_for_and_prints_it(run_dir):
     command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert list_files(run_dir / "export") == ["Modelfile", "ferry-Q4_K_M.gguf"]
-    printed = [line.split(" (")[0] for line in finished.stdout.splitlines()]
-    assert printed == [str(run_dir / "export" / "ferry-Q4_K_M.gguf"), str(run_dir / "export" / "Modelfile")]
+    assert list_files(run_dir / "export") == ["Modelfile", "README.md", "ferry-Q4_K_M.gguf"]
+    names = ["ferry-Q4_K_M.gguf", "Modelfile", "README.md"]
+    assert finished.stdout.splitlines() == [str(run_dir / "export" / name) for name in names]
 
 
 def test_script_says_in_one_line_what_is_wrong(tmp_path):
@@ -52,38 +52,38 @@ def test_script_says_in_one_line_what_is_wrong(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert finished.stderr == (
-        f"export.py: {tmp_path}: no run here (config.yaml is missing); give the folder of a run, such as runs/NAME\n"
+        f"error: {tmp_path}: no run here (config.yaml is missing); give the folder of a run, such as runs/NAME\n"
     )
 
 
 def test_several_types_in_one_reading_have_the_bytes_of_single_exports(run_dir, tmp_path):
     names = ["Q8_0", "Q4_K_M", "BF16"]
-    together = export_run(run_dir, quantizations=names, num_threads=3, show=False)
+    together = export_run(run_dir, quantizations=names, num_threads=3, show=False).models
     assert [file.modelfile_path.name for file in together] == [f"Modelfile-{name}" for name in names]
     bytes_together = [file.gguf_path.read_bytes() for file in together]
     alone = [export_run(run_dir, quantizations=[name], num_threads=1, overwrite=True, show=False) for name in names]
-    assert [file[0].gguf_path.read_bytes() for file in alone] == bytes_together
+    assert [export.models[0].gguf_path.read_bytes() for export in alone] == bytes_together
 
 
 def test_slabs_do_not_change_the_bytes(run_dir, monkeypatch):
     """Sums of the small adapter are exact, so that any cut of the rows gives the same bytes."""
-    whole = export_run(run_dir, quantizations=["Q8_0"], show=False)[0].gguf_path.read_bytes()
+    whole = export_run(run_dir, quantizations=["Q8_0"], show=False).models[0].gguf_path.read_bytes()
     monkeypatch.setattr("tune2gguf.export.slabs.SLAB_ELEMENTS", 256)
-    cut = export_run(run_dir, quantizations=["Q8_0"], overwrite=True, show=False)[0].gguf_path.read_bytes()
+    cut = export_run(run_dir, quantizations=["Q8_0"], overwrite=True, show=False).models[0].gguf_path.read_bytes()
     assert cut == whole
 
 
 def test_best_is_exported_where_there_is_one_and_last_on_demand(run_dir, tiny_base):
-    last = export_run(run_dir, show=False)[0].gguf_path.read_bytes()
+    last = export_run(run_dir, show=False).models[0].gguf_path.read_bytes()
     os.rename(run_dir / "last", run_dir / "best")
     write_run(tiny_base, run_dir, chat_format="chatml")
     edit_adapter(run_dir, lambda weights: {name: weight / 2 for name, weight in weights.items()})
-    assert export_run(run_dir, overwrite=True, show=False)[0].gguf_path.read_bytes() == last
-    assert export_run(run_dir, adapter="last", overwrite=True, show=False)[0].gguf_path.read_bytes() != last
+    assert export_run(run_dir, overwrite=True, show=False).models[0].gguf_path.read_bytes() == last
+    assert export_run(run_dir, adapter="last", overwrite=True, show=False).models[0].gguf_path.read_bytes() != last
 
 
 def test_an_earlier_export_is_replaced_on_demand_only(run_dir):
-    gguf_path = export_run(run_dir, show=False)[0].gguf_path
+    gguf_path = export_run(run_dir, show=False).models[0].gguf_path
     before = gguf_path.stat().st_mtime_ns
     with pytest.raises(ValueError, match=r"ferry-Q4_K_M\.gguf, .*Modelfile: exists already; --force replaces it"):
         export_run(run_dir, show=False)
@@ -110,14 +110,14 @@ def test_a_base_that_moved_is_found_where_the_user_says(run_dir, tiny_base, tmp_
     edit_json(run_dir / "config.yaml", base_dir=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"no base model in .*gone; if it has moved, say where it is with --base-dir"):
         export_run(run_dir, show=False)
-    assert export_run(run_dir, base_dir=tiny_base, show=False)[0].gguf_path.is_file()
+    assert export_run(run_dir, base_dir=tiny_base, show=False).models[0].gguf_path.is_file()
 
 
 def test_a_base_that_changed_since_training_is_refused(run_dir, tiny_base, tiny_untied_base):
     (run_dir / "environment.json").write_text(json.dumps({"base_digest": digest_base(tiny_base)}))
     with pytest.raises(ValueError, match=r"is not the base that .* was trained on, or it has changed since"):
         export_run(run_dir, base_dir=tiny_untied_base, show=False)
-    assert export_run(run_dir, show=False)[0].gguf_path.is_file()
+    assert export_run(run_dir, show=False).models[0].gguf_path.is_file()
 
 
 def test_an_adapter_for_another_base_is_refused_with_the_shapes(tmp_path):
@@ -178,13 +178,13 @@ def spoil_last_norm(base_dir: Path, target: Path) -> Path:
 
 
 def test_a_failure_keeps_the_earlier_export(run_dir, tiny_base, tmp_path):
-    gguf_path = export_run(run_dir, show=False)[0].gguf_path
+    gguf_path = export_run(run_dir, show=False).models[0].gguf_path
     before = gguf_path.read_bytes()
     base_dir = spoil_last_norm(tiny_base, tmp_path / "base")
     with pytest.raises(ValueError, match="holds NaN"):
         export_run(run_dir, base_dir=base_dir, overwrite=True, show=False)
     assert gguf_path.read_bytes() == before
-    assert list_files(run_dir / "export") == ["Modelfile", "ferry-Q4_K_M.gguf"]
+    assert list_files(run_dir / "export") == ["Modelfile", "README.md", "ferry-Q4_K_M.gguf"]
 
 
 def limit_file_size() -> None:
@@ -251,7 +251,7 @@ def test_nf4_base_is_merged_from_its_dequantized_weights(tmp_path):
     files = []
     for base_dir in (quantized_dir, plain_dir):
         run_dir = write_run(base_dir, base_dir.parent / "run", chat_format="chatml")
-        files.append(export_run(run_dir, quantizations=["Q8_0"], show=False)[0].gguf_path.read_bytes())
+        files.append(export_run(run_dir, quantizations=["Q8_0"], show=False).models[0].gguf_path.read_bytes())
     assert files[0] == files[1]
 
 

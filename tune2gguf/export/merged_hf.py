@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +12,7 @@ import numpy as np
 
 from tune2gguf.chat_formats import ChatFormat
 from tune2gguf.checkpoints.base import BaseCheckpoint
+from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import to_hf_rows
@@ -42,17 +41,9 @@ def write_merged_hf(
     Raises:
         ValueError: if the folder exists, or a merged weight is not finite
     """
-    if out_dir.exists():
-        raise ValueError(f"{out_dir}: exists already")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with create_folder(out_dir) as unfinished:
         _write_weights(unfinished, base, adapter, report)
         _write_configs(unfinished, base.base_dir, chat_format)
-        unfinished.chmod(0o755)
-        os.rename(unfinished, out_dir)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report: Callable[[int], None]) -> None:

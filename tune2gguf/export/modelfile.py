@@ -9,16 +9,22 @@ NEUTRAL_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, 
 
 
 def make_modelfile(
-    gguf_name: str, *, chat_format: ChatFormat, context_length: int, system_prompt: str | None = None
+    gguf_name: str,
+    *,
+    chat_format: ChatFormat,
+    context_length: int,
+    system_prompt: str | None = None,
+    licence: str | None = None,
 ) -> str:
     """Return the Modelfile of a GGUF in the same folder (https://docs.ollama.com/modelfile).
 
     Args:
         context_length: tokens; max_seq_len of the run
         system_prompt: the one system prompt that all rows were trained with, or None
+        licence: text of the licence, or None
 
     Raises:
-        ValueError: if the system prompt cannot be written in a Modelfile
+        ValueError: if the system prompt or the licence cannot be written in a Modelfile
     """
     lines = [
         "# ollama create NAME -f THIS_FILE",
@@ -27,18 +33,17 @@ def make_modelfile(
         f'TEMPLATE """{chat_format.ollama_template}"""',
     ]
     if system_prompt is not None:
-        lines.append(f"SYSTEM {_quote(system_prompt)}")
+        lines.append(f"SYSTEM {_quote(system_prompt, 'system prompt')}")
     lines += [f'PARAMETER stop "{stop}"' for stop in chat_format.stops]
     lines.append(f"PARAMETER num_ctx {context_length}")
     lines.append("# The distribution as trained; lower the temperature for more predictable answers.")
     lines += [f"PARAMETER {name} {value:g}" for name, value in NEUTRAL_SAMPLING.items()]
+    if licence is not None:
+        lines.append(f"LICENSE {_quote(licence, 'licence')}")
     return "\n".join(lines) + "\n"
 
 
-def _quote(text: str) -> str:
+def _quote(text: str, what: str) -> str:
     if '"""' in text or text.endswith('"'):
-        raise ValueError(
-            'the system prompt holds """ or ends with ", which a Modelfile cannot hold; change it in the rows: '
-            + text[:80]
-        )
+        raise ValueError(f'the {what} holds """ or ends with ", which a Modelfile cannot hold: {text[-80:]!r}')
     return f'"""{text}"""'

@@ -1,27 +1,28 @@
-"""`python scripts/export.py runs/NAME`: from a run folder, or a plain base, to GGUF files and their Modelfiles."""
+"""`python scripts/export.py runs/NAME`: from a run folder, or a plain base, to all that serves it."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.cache import get_cache_dir
-from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
+from tune2gguf.chat_formats import CHAT_FORMATS
 from tune2gguf.checkpoints.base import BaseCheckpoint, open_base
 from tune2gguf.export.adapter import Adapter, read_adapter
-from tune2gguf.export.gguf_llama import choose_types, list_gguf_tensors, write_metadata
-from tune2gguf.export.kernels import load_kernels
+from tune2gguf.export.adapter_gguf import write_adapter_gguf
+from tune2gguf.export.gguf_files import replace_at_the_end, write_gguf_files
+from tune2gguf.export.licence import Licence, find_licence
+from tune2gguf.export.merged_hf import write_merged_hf
+from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
-from tune2gguf.export.one_pass import Converter, Output, append_tensors
-from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES, QuantizedCache
+from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.run_folder import FinishedRun, read_run
-from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, count_bytes, get_quantization
-from tune2gguf.export.vocabulary import read_vocabulary
+from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, get_quantization
+from tune2gguf.runs import write_text
+
+MODEL_CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -33,61 +34,84 @@ class ExportedModel:
     modelfile_path: Path
 
 
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote."""
+
+    run: FinishedRun
+    models: list[ExportedModel]
+    adapter_path: Path | None
+    merged_dir: Path | None
+    model_card_path: Path
+
+    def list_paths(self) -> list[Path]:
+        """Return everything that was written."""
+        files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
+        extras = [path for path in (self.adapter_path, self.merged_dir) if path is not None]
+        return [*files, *extras, self.model_card_path]
+
+
 def export_run(
     run_dir: str | Path,
     *,
     quantizations: Sequence[str] | None = None,
     adapter: str | None = None,
     base_dir: str | Path | None = None,
+    with_adapter_gguf: bool = False,
+    with_merged_hf: bool = False,
     overwrite: bool = False,
     num_threads: int | None = None,
     max_cache_bytes: int = DEFAULT_MAX_BYTES,
-    system_prompt: str | None = None,
     show: bool = True,
-) -> list[ExportedModel]:
-    """Merge a run's adapter into its base and write GGUF files and Modelfiles to the run's `export` folder.
+) -> Export:
+    """Merge a run's adapter into its base; write GGUF files, Modelfiles and a model card to the run's `export` folder.
 
     Args:
         quantizations: None takes the one in the run's config.yaml
         adapter: `best` or `last`; None takes best where there is one
         base_dir: where the base is now, if not where the run's config.yaml says
+        with_adapter_gguf: also write the adapter as a GGUF of its own
+        with_merged_hf: also write the merged model as a Hugging Face folder
         overwrite: replace files of an earlier export
         num_threads: None takes all cores
         max_cache_bytes: how much of the base's quantized tensors to keep for the next export; 0 keeps none
-        system_prompt: goes into the Modelfile; only for a run whose rows all had this one
         show: progress bar
 
     Raises:
-        ValueError: for anything missing or unfitting; no file is written under its final name
+        ValueError: for anything missing or unfitting; then no file has been left under its final name
     """
     run = read_run(run_dir, adapter=adapter, base_dir=base_dir)
     chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
-    models = [_name_files(run, quantization, is_only=len(chosen) == 1) for quantization in chosen]
-    texts = {
-        model.modelfile_path: make_modelfile(
-            model.gguf_path.name,
-            chat_format=run.chat_format,
-            context_length=run.max_seq_len,
-            system_prompt=system_prompt,
-        )
-        for model in models
-    }
+    export = Export(
+        run=run,
+        models=[_name_model(run, quantization, is_only=len(chosen) == 1) for quantization in chosen],
+        adapter_path=run.export_dir / f"{run.name}-adapter.gguf" if with_adapter_gguf else None,
+        merged_dir=run.export_dir / f"{run.name}-merged" if with_merged_hf else None,
+        model_card_path=run.export_dir / MODEL_CARD,
+    )
     if not overwrite:
-        _refuse_existing([path for model in models for path in (model.gguf_path, model.modelfile_path)])
+        # The card describes what is in the folder, and is written anew with each export.
+        _refuse_existing([path for path in export.list_paths() if path != export.model_card_path])
+    licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_format.name == "llama3")
+    modelfiles = _make_modelfiles(export, licence)
     base = open_base(run.base_dir)
-    _write_ggufs(
-        {quantization: model.gguf_path for quantization, model in zip(chosen, models, strict=True)},
+    lora = read_adapter(run.adapter_dir, base.specs)
+    # The small and the quick first: what fails, fails before the long part.
+    _write_extras(export, base, lora, show=show)
+    write_gguf_files(
+        {get_quantization(model.quantization): model.gguf_path for model in export.models},
         base=base,
-        adapter=read_adapter(run.adapter_dir, base.specs),
+        adapter=lora,
         name=run.name,
         chat_format=run.chat_format,
         num_threads=num_threads,
         max_cache_bytes=max_cache_bytes,
         show=show,
     )
-    for path, text in texts.items():
-        _write_text(path, text)
-    return models
+    for path, text in modelfiles.items():
+        write_text(path, text)
+    write_text(export.model_card_path, make_model_card(run, licence=licence, files=_list_served(run)))
+    return export
 
 
 def export_base(
@@ -107,12 +131,12 @@ def export_base(
         ValueError: for anything missing or unfitting; no file is written under its final name
     """
     base_dir, out_path = Path(base_dir), Path(out_path)
-    chosen = get_quantization(quantization)
+    [chosen] = _get_quantizations([quantization])
     if chat_format not in CHAT_FORMATS:
         raise ValueError(f"unknown chat_format {chat_format!r}; choose from {', '.join(CHAT_FORMATS)}")
     if not overwrite:
         _refuse_existing([out_path])
-    _write_ggufs(
+    write_gguf_files(
         {chosen: out_path},
         base=open_base(base_dir),
         adapter=None,
@@ -134,10 +158,26 @@ def _get_quantizations(names: Sequence[str]) -> list[Quantization]:
     return list(dict.fromkeys(get_quantization(name) for name in names))
 
 
-def _name_files(run: FinishedRun, quantization: Quantization, *, is_only: bool) -> ExportedModel:
-    stem = f"{run.name}-{quantization.name}"
-    modelfile = "Modelfile" if is_only else f"Modelfile-{quantization.name}"
-    return ExportedModel(quantization.name, run.export_dir / f"{stem}.gguf", run.export_dir / modelfile)
+def _name_model(run: FinishedRun, quantization: Quantization, *, is_only: bool) -> ExportedModel:
+    gguf_path = run.export_dir / f"{run.name}-{quantization.name}.gguf"
+    modelfile = run.export_dir / "Modelfile"
+    # A type that is exported later does not take the first one's Modelfile away.
+    is_taken = modelfile.is_file() and _read_served_name(modelfile) != gguf_path.name
+    if not is_only or is_taken:
+        modelfile = run.export_dir / f"Modelfile-{quantization.name}"
+    return ExportedModel(quantization.name, gguf_path, modelfile)
+
+
+def _read_served_name(modelfile: Path) -> str:
+    lines = modelfile.read_text(encoding="utf-8").splitlines()
+    return next((line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./")), "")
+
+
+def _list_served(run: FinishedRun) -> list[tuple[Path, str]]:
+    """Return each GGUF in the export folder that a Modelfile serves, with the Modelfile's name."""
+    modelfiles = sorted(run.export_dir.glob("Modelfile*"))
+    served = [(run.export_dir / _read_served_name(modelfile), modelfile.name) for modelfile in modelfiles]
+    return [(path, name) for path, name in served if path.is_file()]
 
 
 def _refuse_existing(paths: list[Path]) -> None:
@@ -146,105 +186,42 @@ def _refuse_existing(paths: list[Path]) -> None:
         raise ValueError(f"{', '.join(existing)}: exists already; --force replaces it")
 
 
-def _write_ggufs(
-    paths: dict[Quantization, Path],
-    *,
-    base: BaseCheckpoint,
-    adapter: Adapter | None,
-    name: str,
-    chat_format: ChatFormat,
-    num_threads: int | None,
-    max_cache_bytes: int,
-    show: bool,
-) -> None:
+def _make_modelfiles(export: Export, licence: Licence) -> dict[Path, str]:
+    return {
+        model.modelfile_path: make_modelfile(
+            model.gguf_path.name,
+            chat_format=export.run.chat_format,
+            context_length=export.run.max_seq_len,
+            system_prompt=export.run.system_prompt,
+            licence=licence.text,
+        )
+        for model in export.models
+    }
+
+
+def _write_extras(export: Export, base: BaseCheckpoint, adapter: Adapter, *, show: bool) -> None:
     from tqdm import tqdm
 
-    architecture = base.architecture
-    tensors = list_gguf_tensors(base.specs, architecture)
-    vocabulary = read_vocabulary(base.base_dir, vocab_size=architecture.vocab_size, chat_format=chat_format)
-    types = {quantization: choose_types(tensors, architecture, quantization) for quantization in paths}
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    sizes = {
-        path: sum(count_bytes(types[quantization][name], shape) for name, shape in shapes.items())
-        for quantization, path in paths.items()
-    }
-    kernels = load_kernels()
-    cache = QuantizedCache(get_cache_dir() / "quantized", max_cache_bytes) if max_cache_bytes > 0 else None
-    with _replace_at_the_end(sizes) as unfinished:
-        for quantization, path in paths.items():
-            write_metadata(
-                unfinished[path],
-                tensors,
-                types[quantization],
-                name=name,
-                architecture=architecture,
-                quantization=quantization,
-                vocabulary=vocabulary,
-                chat_template=chat_format.jinja_template,
-                hf_config=_read_json(base.base_dir / "config.json"),
-                generation_config=_read_json(base.base_dir / "generation_config.json"),
-            )
-        num_elements = sum(_count_elements(shape) for shape in shapes.values())
-        label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
-        with tqdm(total=num_elements, desc=label, unit="", unit_scale=True, disable=not show, leave=False) as bar:
-            append_tensors(
-                [Output(unfinished[path], types[quantization]) for quantization, path in paths.items()],
-                tensors,
-                converter=Converter(base, adapter, kernels, cache),
-                num_threads=_count_cores() if num_threads is None else num_threads,
-                report=bar.update,
-            )
-    if cache is not None:
-        cache.remove_oldest()
+    run = export.run
+    if export.adapter_path is not None:
+        size = sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
+        with replace_at_the_end({export.adapter_path: size}) as unfinished:
+            write_adapter_gguf(unfinished[export.adapter_path], adapter, specs=base.specs, name=run.name)
+    if export.merged_dir is not None:
+        num_elements = sum(
+            spec.shape[0] * (spec.shape[-1] if len(spec.shape) == 2 else 1) for spec in base.specs.values()
+        )
+        new_dir = export.merged_dir.with_name(f".{export.merged_dir.name}.unfinished")
+        shutil.rmtree(new_dir, ignore_errors=True)
+        with tqdm(total=num_elements, desc="merging", unit="", unit_scale=True, disable=not show, leave=False) as bar:
+            write_merged_hf(new_dir, base=base, adapter=adapter, chat_format=run.chat_format, report=bar.update)
+        _replace_folder(export.merged_dir, new_dir)
 
 
-@contextmanager
-def _replace_at_the_end(sizes: dict[Path, int]) -> Iterator[dict[Path, Path]]:
-    """Yield a temporary path beside each path; they take the final names together, or vanish when the block fails.
-
-    Raises:
-        ValueError: if the disk cannot hold `sizes` bytes, or writing fails
-    """
-    folders = {path.parent for path in sizes}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(sizes.values()), min(shutil.disk_usage(folder).free for folder in folders)
-    if needed > free:
-        raise ValueError(f"the files need {needed / 1e9:.1f} GB, but {folders.pop()} has {free / 1e9:.1f} GB free")
-    unfinished = {path: path.with_name(f".{path.name}.unfinished") for path in sizes}
-    try:
-        yield unfinished
-        for path, temporary in unfinished.items():
-            os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(
-            f"writing to {folders.pop()} failed: {error.strerror or error}; nothing was left there"
-        ) from None
-    finally:
-        for temporary in unfinished.values():
-            temporary.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> dict:
-    """Return {} where there is no such file: generation_config.json is optional."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def _count_elements(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) == 2 else 1)
-
-
-def _count_cores() -> int:
-    """Cores this process may use, which a container can limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _replace_folder(path: Path, new_dir: Path) -> None:
+    old_dir = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(old_dir, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old_dir)
+    os.rename(new_dir, path)
+    shutil.rmtree(old_dir, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
 from tune2gguf.checkpoints.digest import digest_base
@@ -15,7 +16,13 @@ _NEEDED_KEYS = ("base_dir", "chat_format", "max_seq_len", "quantization")
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run folder, its adapter, and the config keys that the export needs."""
+    """A run folder, its adapter, and the config keys that the export needs.
+
+    Attributes:
+        base_name: what the user calls the base: where it came from, else its folder
+        config: all of config.yaml
+        system_prompt: the one system prompt that every training row had, or None
+    """
 
     run_dir: Path
     name: str
@@ -24,6 +31,9 @@ class FinishedRun:
     chat_format: ChatFormat
     max_seq_len: int
     quantization: str
+    base_name: str
+    config: dict[str, Any]
+    system_prompt: str | None
 
     @property
     def export_dir(self) -> Path:
@@ -57,7 +67,15 @@ def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
         chat_format=CHAT_FORMATS[config["chat_format"]],
         max_seq_len=config["max_seq_len"],
         quantization=config["quantization"],
+        base_name=str(config.get("base_source") or base_dir.resolve().name),
+        config=config,
+        system_prompt=_read_system_prompt(run_dir / "data.json"),
     )
+
+
+def _read_system_prompt(path: Path) -> str | None:
+    """Return what the ledger says of the rows' system prompts: one that all have, or nothing."""
+    return json.loads(path.read_text(encoding="utf-8")).get("system_prompt") if path.is_file() else None
 
 
 def _check_base(run_dir: Path, base_dir: Path) -> None:

@@ -1,0 +1,141 @@
+"""Write GGUF files of several types in one reading of the base; they get their names together, at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tune2gguf.cache import get_cache_dir
+from tune2gguf.chat_formats import ChatFormat
+from tune2gguf.checkpoints.base import BaseCheckpoint
+from tune2gguf.export.adapter import Adapter
+from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, list_gguf_tensors, write_metadata
+from tune2gguf.export.kernels import load_kernels
+from tune2gguf.export.one_pass import Converter, Output, append_tensors
+from tune2gguf.export.quantized_cache import QuantizedCache
+from tune2gguf.export.type_mix import Quantization, count_bytes
+from tune2gguf.export.vocabulary import read_vocabulary
+
+
+def write_gguf_files(
+    paths: dict[Quantization, Path],
+    *,
+    base: BaseCheckpoint,
+    adapter: Adapter | None,
+    name: str,
+    chat_format: ChatFormat,
+    num_threads: int | None,
+    max_cache_bytes: int,
+    show: bool,
+) -> None:
+    """Write one file for each type; existing files are replaced.
+
+    Args:
+        adapter: None writes the base as it is
+        name: general.name of the files
+        num_threads: None takes all cores
+        max_cache_bytes: 0 neither uses nor keeps quantized tensors
+
+    Raises:
+        ValueError: if the tokenizer cannot be written, the disk is too small, or a weight is not finite; then no file
+            is left, and none is replaced
+    """
+    from tqdm import tqdm
+
+    tensors = list_gguf_tensors(base.specs, base.architecture)
+    types = {quantization: choose_types(tensors, base.architecture, quantization) for quantization in paths}
+    sizes = {path: _count_file_bytes(tensors, types[quantization]) for quantization, path in paths.items()}
+    cache = QuantizedCache(get_cache_dir() / "quantized", max_cache_bytes) if max_cache_bytes > 0 else None
+    converter = Converter(base, adapter, load_kernels(), cache)
+    with replace_at_the_end(sizes) as unfinished:
+        outputs = {quantization: Output(unfinished[path], types[quantization]) for quantization, path in paths.items()}
+        _write_headers(outputs, tensors, base=base, name=name, chat_format=chat_format)
+        num_elements = sum(_count_elements(tensor.shape) for tensor in tensors)
+        label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
+        with tqdm(total=num_elements, desc=label, unit="", unit_scale=True, disable=not show, leave=False) as bar:
+            append_tensors(
+                list(outputs.values()),
+                tensors,
+                converter=converter,
+                num_threads=_count_cores() if num_threads is None else num_threads,
+                report=bar.update,
+            )
+    if cache is not None:
+        cache.remove_oldest()
+
+
+def _write_headers(
+    outputs: dict[Quantization, Output],
+    tensors: list[GGUFTensor],
+    *,
+    base: BaseCheckpoint,
+    name: str,
+    chat_format: ChatFormat,
+) -> None:
+    vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_format=chat_format)
+    for quantization, output in outputs.items():
+        write_metadata(
+            output.path,
+            tensors,
+            output.types,
+            name=name,
+            architecture=base.architecture,
+            quantization=quantization,
+            vocabulary=vocabulary,
+            chat_template=chat_format.jinja_template,
+            hf_config=_read_json(base.base_dir / "config.json"),
+            generation_config=_read_json(base.base_dir / "generation_config.json"),
+        )
+
+
+@contextmanager
+def replace_at_the_end(sizes: dict[Path, int]) -> Iterator[dict[Path, Path]]:
+    """Yield a temporary path beside each path; they take the final names together, or vanish when the block fails.
+
+    Raises:
+        ValueError: if the disk cannot hold `sizes` bytes, or writing fails
+    """
+    folders = {path.parent for path in sizes}
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(sizes.values()), min(shutil.disk_usage(folder).free for folder in folders)
+    if needed > free:
+        raise ValueError(f"the files need {needed / 1e9:.1f} GB, but {folders.pop()} has {free / 1e9:.1f} GB free")
+    unfinished = {path: path.with_name(f".{path.name}.unfinished") for path in sizes}
+    try:
+        yield unfinished
+        for path, temporary in unfinished.items():
+            os.replace(temporary, path)
+    except OSError as error:
+        folder = folders.pop()
+        raise ValueError(f"writing to {folder} failed: {error.strerror or error}; nothing was left there") from None
+    finally:
+        for temporary in unfinished.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict:
+    """Return {} where there is no such file: generation_config.json is optional."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def _count_file_bytes(tensors: list[GGUFTensor], types: dict[str, str]) -> int:
+    return sum(count_bytes(types[tensor.name], tensor.shape) for tensor in tensors)
+
+
+def _count_elements(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) == 2 else 1)
+
+
+def _count_cores() -> int:
+    """Cores this process may use, which a container can limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,85 @@
+"""README.md of an export: what the model is, what it was made of, how well it does, and how to run it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tune2gguf.export.licence import Licence
+from tune2gguf.export.run_folder import FinishedRun
+
+GUIDE_PARAMETERS = (
+    "learning_rate",
+    "epochs",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "max_seq_len",
+    "warmup_steps",
+    "scheduler",
+    "seed",
+    "batch_size",
+    "quantization",
+    "weight_decay",
+)
+
+
+def make_model_card(run: FinishedRun, *, licence: Licence, files: Sequence[tuple[Path, str]]) -> str:
+    """Return the card as Markdown with front matter.
+
+    Args:
+        files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
+    """
+    parts = [
+        _make_front_matter(run, licence),
+        f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf.",
+        f"## Licence\n\n{licence.duties}",
+        _describe_run(run, files),
+        _describe_quality(run.run_dir / "metrics.jsonl"),
+        _describe_data(run.run_dir / "data.json"),
+        "## Parameters\n\n| parameter | value |\n|---|---|\n"
+        + "\n".join(f"| {name} | {run.config[name]} |" for name in GUIDE_PARAMETERS if name in run.config),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _make_front_matter(run: FinishedRun, licence: Licence) -> str:
+    # JSON strings are YAML strings, whatever the name holds.
+    lines = [f"base_model: {json.dumps(run.base_name)}"]
+    lines += [] if licence.identifier is None else [f"license: {licence.identifier}"]
+    return "\n".join(["---", *lines, "tags: [lora, gguf, torchtune]", "---"])
+
+
+def _describe_run(run: FinishedRun, files: Sequence[tuple[Path, str]]) -> str:
+    rows = [f"| {path.name} | {path.stat().st_size / 1e6:.0f} MB | {modelfile} |" for path, modelfile in files]
+    serve = f"ollama create {run.name.lower()} -f {files[0][1]} && ollama run {run.name.lower()}"
+    return (
+        "## Run it\n\n| file | size | Modelfile |\n|---|---|---|\n" + "\n".join(rows) + f"\n\n```\n{serve}\n```\n\n"
+        f"Chat format: {run.chat_format.name}, context as trained: {run.max_seq_len} tokens. "
+        "The file holds tokenizer and chat template; llama.cpp needs nothing else."
+    )
+
+
+def _describe_quality(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    losses = [record for record in records if "val_loss" in record]
+    if not losses:
+        return ""
+    best = min(losses, key=lambda record: record["val_loss"])
+    return (
+        "## Held-out loss\n\n"
+        f"{losses[0]['val_loss']:.3f} before training, {best['val_loss']:.3f} at step {best['step']} "
+        f"({best['val_rows']} rows, nats per supervised token)."
+    )
+
+
+def _describe_data(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    ledger = json.loads(path.read_text(encoding="utf-8"))
+    counts = ", ".join(f"{name} {ledger[name]}" for name in ("trained", "validated", "truncated", "dropped"))
+    files = "\n".join(f"- {file['file']}: {file['read']} rows" for file in ledger["files"])
+    return f"## Data\n\nRows read {ledger['read']}: {counts}.\n\n{files}"

@@ -1,0 +1,79 @@
+"""Hand an exported model to Ollama and ask it once."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tune2gguf.data.heldout import HELDOUT_FILE, cut_before_reply, read_heldout
+
+if TYPE_CHECKING:
+    from tune2gguf.export.pipeline import Export
+
+
+def serve_with_ollama(export: Export, name: str) -> str:
+    """Make the model in Ollama and ask it a held-out question; without Ollama, return the command that would.
+
+    Raises:
+        ValueError: if Ollama fails
+    """
+    modelfile_path = export.models[0].modelfile_path
+    program = find_ollama()
+    if program is None:
+        return f"Ollama is not on PATH. Where it is: {format_create_command(name, modelfile_path)}"
+    create_ollama_model(program, name, modelfile_path)
+    question = find_question(export.run.run_dir)
+    if question is None:
+        return f"made {name}; the run has no held-out question to ask it"
+    return f"made {name}\nQ {question}\nA {ask_ollama(program, name, question)}"
+
+
+def find_question(run_dir: Path) -> str | None:
+    """Return the first held-out question that stands alone: `ollama run` takes one message."""
+    if not (run_dir / HELDOUT_FILE).is_file():
+        return None
+    prompts = [cut_before_reply(conversation)[0] for conversation in read_heldout(run_dir) if conversation.messages]
+    return next((prompt[0]["content"] for prompt in prompts if len(prompt) == 1), None)
+
+
+def find_ollama() -> str | None:
+    """Return the path of the `ollama` program, or None."""
+    return shutil.which("ollama")
+
+
+def format_create_command(name: str, modelfile_path: Path) -> str:
+    """Return the command line that makes the model, for whoever has Ollama elsewhere."""
+    return shlex.join(["ollama", "create", name, "-f", str(modelfile_path)])
+
+
+def create_ollama_model(program: str, name: str, modelfile_path: Path) -> None:
+    """Run `ollama create`; its progress goes to the terminal.
+
+    Raises:
+        ValueError: if it fails
+    """
+    command = [program, "create", name, "-f", str(modelfile_path)]
+    finished = subprocess.run(command, check=False)
+    if finished.returncode != 0:
+        raise ValueError(
+            f"{shlex.join(command)} ended with exit code {finished.returncode}; is `ollama serve` running?"
+        )
+
+
+def ask_ollama(program: str, name: str, prompt: str, *, timeout_seconds: float = 600) -> str:
+    """Ask a model once and return its reply.
+
+    Raises:
+        ValueError: if it fails or takes longer than the limit
+    """
+    command = [program, "run", name, prompt]
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"ollama run {name} gave no reply within {timeout_seconds:g} seconds") from None
+    if finished.returncode != 0:
+        raise ValueError(f"ollama run {name} failed: {finished.stderr.strip()}")
+    return finished.stdout.strip()
