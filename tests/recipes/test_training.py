@@ -72,6 +72,15 @@ def test_same_seed_gives_identical_bytes_and_another_seed_another_adapter(run_ar
     assert measure_difference(tmp_path / "first", tmp_path / "other") > 1e-3
 
 
+def test_activation_checkpointing_changes_no_byte_of_the_adapter(run_arguments, tmp_path, monkeypatch):
+    for name, is_on in (("kept", "false"), ("recomputed", "true")):
+        recomputed = [f"enable_activation_checkpointing={is_on}", "lora_dropout=0.1", f"output_dir={tmp_path / name}"]
+        run_recipe([*run_arguments, *recomputed], monkeypatch)
+    kept, recomputed = (read_adapter(tmp_path / name) for name in ("kept", "recomputed"))
+    assert kept.keys() == recomputed.keys()
+    assert all(np.array_equal(kept[name], recomputed[name]) for name in kept)
+
+
 def test_training_lowers_the_held_out_loss_and_best_is_its_lowest(run_arguments, tmp_path, monkeypatch):
     run_recipe([*run_arguments, "epochs=6", "learning_rate=0.02"], monkeypatch)
     losses = [record["val_loss"] for record in read_records(tmp_path / "runs/tiny", "val_loss")]

@@ -19,9 +19,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def collect_adapter(model: CausalLM) -> dict[str, Tensor]:
-    """Return the trainable parameters by torchtune's names (`layers.0.attn.q_proj.lora_a.weight` …), on the CPU."""
-    parameters = model.decoder.named_parameters()
-    return {name: parameter.detach().cpu() for name, parameter in parameters if parameter.requires_grad}
+    """Return the adapter by torchtune's names (`layers.0.attn.q_proj.lora_a.weight` …), on the CPU."""
+    # state_dict names parameters as in the model without activation checkpointing, which wraps the layers.
+    weights = model.decoder.state_dict()
+    return {name: weight.detach().cpu() for name, weight in weights.items() if ".lora_" in name}
 
 
 def to_peft_layout(adapter: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
