@@ -1,0 +1,48 @@
+"""Look at data before training: rows, tokens, padding, and which tokens are supervised.
+
+python scripts/inspect_data.py --config configs/llama3_2_1b/lora.yaml dataset.files=[my.jsonl]
+python scripts/inspect_data.py my.jsonl --base-dir models/Llama-3.2-1B-Instruct --chat-format llama3
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tune2gguf.data.inspect import inspect_config, inspect_files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", help="data files; with --config, key=value overrides")
+    parser.add_argument("--config", type=Path, help="a run's YAML; data, tokenizer and step are taken from it")
+    parser.add_argument("--base-dir", type=Path, help="without --config: the base folder whose tokenizer counts")
+    parser.add_argument("--chat-format", default="llama3", help="without --config: llama3 (default) or chatml")
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="without --config: tokens kept of a row")
+    parser.add_argument("--rows", type=int, default=3, help="rows to print with their supervised tokens coloured")
+    parser.add_argument("--html", type=Path, help="write the same as a page, to a file that does not exist yet")
+    arguments = parser.parse_args()
+    if (arguments.config is None) == (arguments.base_dir is None):
+        parser.error("give either --config, or data files and --base-dir")
+    try:
+        if arguments.config is not None:
+            inspection = inspect_config(arguments.config, arguments.arguments, num_rows=arguments.rows)
+        else:
+            inspection = inspect_files(
+                arguments.arguments,
+                arguments.base_dir,
+                chat_format=arguments.chat_format,
+                max_seq_len=arguments.max_seq_len,
+                num_rows=arguments.rows,
+            )
+        print(inspection.format(colored=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        if arguments.html is not None:
+            print(f"\nwrote {inspection.write_html(arguments.html)}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

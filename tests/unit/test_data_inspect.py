@@ -1,0 +1,156 @@
+"""What inspect_data.py says of a data set: figures that can be counted by hand, and no character that acts."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY, make_conversations, write_rows
+from tune2gguf.data import collate, plan_epoch
+from tune2gguf.data.inspect import Inspection, inspect_config, inspect_files
+from tune2gguf.data.packing import pack_rows
+from tune2gguf.data.show import MARKS, escape, format_row, make_histogram
+from tune2gguf.tokenizers import load_tokenizer
+
+
+def converse(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def inspect(path, tiny_base, *, max_seq_len=120, num_rows=2) -> Inspection:
+    return inspect_files([str(path)], tiny_base, chat_format="chatml", max_seq_len=max_seq_len, num_rows=num_rows)
+
+
+@pytest.fixture
+def mixed_file(tmp_path):
+    rows = [*make_conversations(40), make_conversations(1)[0], converse("Hi", ""), converse("Hi", "word " * 60)]
+    rows[5]["messages"].insert(0, {"role": "system", "content": "Be kind."})
+    return write_rows(tmp_path / "mixed.jsonl", rows)
+
+
+def test_rows_roles_and_reasons_are_counted(mixed_file, tiny_base):
+    summary = inspect(mixed_file, tiny_base).summary
+    assert summary.shapes == {str(mixed_file): "openai"}
+    assert summary.roles == {"user": 42, "assistant": 42, "system": 1}
+    assert summary.dropped == {"repeated": 1, "bad": 1}
+    assert summary.data.ledger["truncated"] == 1
+    text = inspect(mixed_file, tiny_base).format(colored=False)
+    assert "rows: 43 read = 40 trained + 0 validated + 1 truncated + 2 dropped" in text
+    assert "mixed.jsonl, line 42: message 2, the assistant's, is empty" in text
+    assert "max_seq_len=120 cuts 1 rows" in text
+
+
+def test_suggested_max_seq_len_keeps_its_share_and_one_token_less_does_not(mixed_file, tiny_base):
+    summary = inspect(mixed_file, tiny_base).summary
+    assert summary.max_seq_lens.keys() == {1.0, 0.99, 0.95}
+    for share, length in summary.max_seq_lens.items():
+        assert (summary.lengths <= length).mean() >= share
+        assert (summary.lengths <= length - 1).mean() < share
+
+
+def test_characters_per_token_and_supervised_share_are_measured(tmp_path, tiny_base):
+    path = write_rows(tmp_path / "a.jsonl", [converse("ab", "cd")])
+    summary = inspect(path, tiny_base).summary
+    tokenizer = load_tokenizer(tiny_base, chat_format="chatml")
+    texts = ["user\nab", "\n", "assistant\n", "cd", "\n"]
+    num_tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    assert summary.characters_per_token == pytest.approx(sum(map(len, texts)) / num_tokens)
+    supervised = len(tokenizer.encode("cd")) + 1
+    assert summary.supervised_share == pytest.approx(supervised / (num_tokens + 4))
+
+
+def test_padding_is_what_the_batches_of_an_epoch_hold(tmp_path, tiny_base):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(40))
+    summary = inspect(path, tiny_base, max_seq_len=256).summary
+    rows, lengths = summary.data.train, summary.data.train.lengths()
+
+    def count_positions(sequences, grouped_by=None) -> int:
+        plan = plan_epoch(len(sequences), seed=0, epoch=0, batch_size=2, accumulation_steps=4, lengths=grouped_by)
+        batches = [[sequences[index] for index in batch] for step in plan for batch in step]
+        return sum(collate(batch, pad_id=0).tokens.numel() for batch in batches)
+
+    shuffled, grouped, packed = summary.epochs
+    assert shuffled.num_positions == count_positions(rows)
+    assert grouped.num_positions == count_positions(rows, lengths)
+    assert packed.num_positions == count_positions(pack_rows(rows, seed=0))
+    assert shuffled.num_tokens == grouped.num_tokens == packed.num_tokens == lengths.sum()
+    assert (shuffled.num_steps, grouped.num_steps) == (5, 5)
+    assert shuffled.padding == pytest.approx(1 - lengths.sum() / shuffled.num_positions)
+    assert shuffled.padding > grouped.padding
+
+
+def test_histogram_counts_every_row_once():
+    lengths = np.random.default_rng(0).lognormal(5, 1, 5000).astype(int)
+    bins = make_histogram(lengths)
+    assert sum(entry.count for entry in bins) == 5000
+    for entry in bins[:-1]:
+        assert entry.count == ((lengths >= entry.start) & (lengths < entry.stop)).sum()
+    assert bins[-1].stop is None and bins[-1].count <= 50
+    assert [entry.start for entry in make_histogram(np.array([7])) if entry.count == 1] == [7]
+
+
+def test_supervised_text_is_marked_and_nothing_else(tmp_path, tiny_base):
+    inspection = inspect(write_rows(tmp_path / "a.jsonl", [converse("Hi", "Höhö 👋")]), tiny_base)
+    plain = format_row(inspection.rows[0], inspection.tokenizer, colored=False)
+    assert plain.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Höhö 👋<|im_end|>⟧\n")
+    assert MARKS == ("⟦", "⟧")
+    colored = format_row(inspection.rows[0], inspection.tokenizer, colored=True)
+    assert "\033[32mHöhö 👋<|im_end|>\033[0m" in colored
+    assert colored.count("\033[32m") == 1
+
+
+def test_control_characters_of_the_data_are_spelled_out(tmp_path, tiny_base):
+    assert escape("a\033[31mb\r\n\tc\u202e") == "a\\x1b[31mb\\r\n\tc\\u202e"
+    path = write_rows(tmp_path / "a.jsonl", [converse("\033[2J", "\033]0;x\a")])
+    assert "\033" not in inspect(path, tiny_base).format(colored=False)
+
+
+def test_page_holds_figures_and_rows_and_escapes_the_data(tmp_path, tiny_base):
+    path = write_rows(tmp_path / "<b>.jsonl", [converse("<script>alert(1)</script>", "a & b")])
+    page = inspect(path, tiny_base).write_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<b>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<mark>a &amp; b&lt;|im_end|&gt;</mark>" in page
+    assert page.count("<rect") >= 1
+
+
+def test_page_that_exists_is_not_overwritten(tmp_path, tiny_base):
+    inspection = inspect(write_rows(tmp_path / "a.jsonl", make_conversations(2)), tiny_base)
+    (tmp_path / "page.html").write_text("mine")
+    with pytest.raises(ValueError, match=r"page\.html exists and is not overwritten"):
+        inspection.write_html(tmp_path / "page.html")
+
+
+def test_config_is_inspected_with_its_own_tokenizer_split_and_step(run_arguments):
+    inspection = inspect_config(run_arguments[1], run_arguments[2:], num_rows=1)
+    assert inspection.summary.data.ledger["trained"] == 20
+    assert inspection.summary.data.ledger["validated"] == 5
+    assert len(inspection.rows) == 1
+
+
+def test_unreadable_data_or_tokenizer_is_one_sentence(tmp_path, tiny_base):
+    with pytest.raises(ValueError, match=r"missing\.jsonl: no such file"):
+        inspect(tmp_path / "missing.jsonl", tiny_base)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        inspect(write_rows(tmp_path / "a.jsonl", make_conversations(1)), tmp_path)
+
+
+def test_script_prints_and_writes(tmp_path, tiny_base, mixed_file):
+    arguments = [str(mixed_file), "--base-dir", str(tiny_base), "--chat-format", "chatml", "--rows", "1"]
+    command = [sys.executable, "scripts/inspect_data.py", *arguments, "--html", str(tmp_path / "page.html")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tokens per row: median" in done.stdout
+    assert done.stdout.endswith(f"wrote {tmp_path / 'page.html'}\n")
+    refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr == f"error: {tmp_path / 'page.html'} exists and is not overwritten\n"
+
+
+def test_ambiguous_shape_is_one_sentence_too(tmp_path, tiny_base):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(make_conversations(1)[0] | {"text": "x"}))
+    with pytest.raises(ValueError, match="fit the formats openai and text"):
+        inspect(path, tiny_base)

@@ -1,0 +1,100 @@
+"""Look at a data set as a run would see it: what scripts/inspect_data.py prints and writes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune2gguf.data.html import make_html
+from tune2gguf.data.prepare import check_files
+from tune2gguf.data.show import format_row, format_summary
+from tune2gguf.data.summary import DataSummary, summarize_data
+from tune2gguf.data.tokenize import TokenizedRow
+from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+
+# The guide's batch size at the configs' accumulation, for files without a config.
+BATCH_SIZE, ACCUMULATION_STEPS = 2, 4
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A summary with a few of the training rows."""
+
+    summary: DataSummary
+    rows: list[TokenizedRow]
+    tokenizer: ChatTokenizer
+
+    def format(self, *, colored: bool) -> str:
+        """Return the figures and the rows as text."""
+        shown = [format_row(row, self.tokenizer, colored=colored) for row in self.rows]
+        return "\n\n".join([format_summary(self.summary), *shown])
+
+    def write_html(self, path: Path) -> Path:
+        """Write figures and rows as a page.
+
+        Raises:
+            ValueError: if the file exists
+        """
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(make_html(self.summary, self.rows, self.tokenizer))
+        except FileExistsError:
+            raise ValueError(f"{path} exists and is not overwritten") from None
+        return path
+
+
+def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspection:
+    """Look at the data of a run's config.
+
+    Raises:
+        ValueError: if config, tokenizer or data cannot be read
+    """
+    from omegaconf import OmegaConf
+
+    from tune2gguf.config import read_config
+
+    config = read_config(path, overrides)
+    dataset = OmegaConf.to_container(config.dataset, resolve=True)
+    dataset.pop("_component_")
+    tokenizer = load_tokenizer(config.base_dir, chat_format=config.chat_format)
+    summary = summarize_data(
+        dataset,
+        tokenizer=tokenizer,
+        max_seq_len=config.max_seq_len,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+    )
+    return Inspection(summary, _draw_rows(summary, num_rows, seed=config.seed), tokenizer)
+
+
+def inspect_files(
+    files: Sequence[str], base_dir: Path, *, chat_format: str, max_seq_len: int, num_rows: int
+) -> Inspection:
+    """Look at data files with the tokenizer of a base folder.
+
+    Raises:
+        ValueError: if tokenizer or data cannot be read
+    """
+    dataset = {"files": list(files)}
+    problems = check_files(dataset)
+    if problems:
+        raise ValueError("\n".join(problems))
+    tokenizer = load_tokenizer(base_dir, chat_format=chat_format)
+    summary = summarize_data(
+        dataset,
+        tokenizer=tokenizer,
+        max_seq_len=max_seq_len,
+        seed=0,
+        batch_size=BATCH_SIZE,
+        accumulation_steps=ACCUMULATION_STEPS,
+    )
+    return Inspection(summary, _draw_rows(summary, num_rows, seed=0), tokenizer)
+
+
+def _draw_rows(summary: DataSummary, num_rows: int, *, seed: int) -> list[TokenizedRow]:
+    train = summary.data.train
+    drawn = random.Random(seed).sample(range(len(train)), min(num_rows, len(train)))
+    return [train[index] for index in sorted(drawn)]

@@ -1,0 +1,141 @@
+"""What a data set holds, in figures: looked at before training, as the run would see it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tune2gguf.data.batches import Step, plan_epoch
+from tune2gguf.data.messages import AmbiguousFormatError, detect_format
+from tune2gguf.data.packing import pack_rows
+from tune2gguf.data.prepare import PreparedData, chat_dataset
+from tune2gguf.data.rows import read_rows
+
+if TYPE_CHECKING:
+    from tune2gguf.tokenizers import ChatTokenizer
+
+KEPT_SHARES = (1.0, 0.99, 0.95)
+
+
+@dataclass(frozen=True)
+class EpochCost:
+    """One way to make batches of the training rows: `positions` are what the model computes, padding included."""
+
+    name: str
+    num_steps: int
+    num_tokens: int
+    num_positions: int
+
+    @property
+    def padding(self) -> float:
+        """The share of the positions that is padding."""
+        return 1 - self.num_tokens / self.num_positions
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """The figures of a data set, with the rows behind them.
+
+    Attributes:
+        shapes: format of each file's rows, "" where no row shows one
+        roles: messages of each role
+        lengths: tokens of every good row before it is cut, validation rows included, [rows]
+        max_seq_lens: share of the rows -> the max_seq_len that keeps so many whole
+        characters_per_token: of all that stands between special tokens
+        dropped: kind -> rows
+        epochs: what one costs with rows in shuffled order, rows grouped by length, and packs
+    """
+
+    data: PreparedData
+    max_seq_len: int
+    rows_per_step: int
+    shapes: dict[str, str]
+    roles: dict[str, int]
+    lengths: np.ndarray
+    max_seq_lens: dict[float, int]
+    characters_per_token: float
+    dropped: dict[str, int]
+    epochs: list[EpochCost]
+
+    @property
+    def supervised_share(self) -> float:
+        training = self.data.ledger["training"]
+        return training["supervised_tokens"] / training["tokens"]
+
+
+def summarize_data(
+    dataset: Mapping[str, Any],
+    *,
+    tokenizer: ChatTokenizer,
+    max_seq_len: int,
+    seed: int,
+    batch_size: int,
+    accumulation_steps: int,
+    world_size: int = 1,
+) -> DataSummary:
+    """Read a data set as a run would, except that bad rows are counted instead of ending it.
+
+    Args:
+        dataset: the options of chat_dataset
+        batch_size, accumulation_steps, world_size: of the run, for its steps
+
+    Raises:
+        ValueError: if a file cannot be read, or there is no row to train on
+    """
+    options = {**dataset, "on_bad_row": "drop", "on_long_row": "truncate", "packing": False}
+    data = chat_dataset(**options, tokenizer=tokenizer, max_seq_len=max_seq_len, seed=seed)
+    indices = [file.index for file in data.train.files]
+    lengths = np.concatenate([np.diff(index.offsets) for index in indices])
+    cut = {"batch_size": batch_size, "accumulation_steps": accumulation_steps, "world_size": world_size}
+    return DataSummary(
+        data=data,
+        max_seq_len=max_seq_len,
+        rows_per_step=batch_size * accumulation_steps * world_size,
+        shapes={file.name: _find_shape(file.name, dataset.get("format", "auto")) for file in data.train.files},
+        roles=dict(sum((Counter(index.role_counts) for index in indices), Counter())),
+        lengths=lengths,
+        max_seq_lens={share: int(np.quantile(lengths, share, method="higher")) for share in KEPT_SHARES},
+        characters_per_token=sum(index.num_characters for index in indices)
+        / sum(index.num_text_tokens for index in indices),
+        dropped=dict(Counter(row["kind"] for row in data.ledger["rows_dropped"])),
+        epochs=list(_compute_epochs(data, seed, cut)),
+    )
+
+
+def _find_shape(name: str, format: str) -> str:
+    """Return the named format, or that of the first row that shows one, which decides when a run detects it."""
+    if format != "auto":
+        return format
+    for row in read_rows(name):
+        try:
+            if row.problem is None:
+                return detect_format(row.value)
+        except AmbiguousFormatError:
+            raise
+        except ValueError:
+            continue
+    return ""
+
+
+def _compute_epochs(data: PreparedData, seed: int, cut: dict[str, int]) -> Iterator[EpochCost]:
+    lengths = data.train.lengths()
+    for name, grouped_by in (("rows in shuffled order", None), ("rows grouped by length", lengths)):
+        plan = [
+            plan_epoch(len(lengths), seed=seed, epoch=0, rank=rank, lengths=grouped_by, **cut)
+            for rank in range(cut["world_size"])
+        ]
+        yield _compute_cost(name, plan, lengths)
+    packed = pack_rows(data.train, seed=seed)
+    pack_lengths = np.array([int(lengths[pack].sum()) for pack in packed.packs])
+    plan = [plan_epoch(len(packed), seed=seed, epoch=0, rank=rank, **cut) for rank in range(cut["world_size"])]
+    yield _compute_cost("packed", plan, pack_lengths)
+
+
+def _compute_cost(name: str, plan: list[list[Step]], lengths: np.ndarray) -> EpochCost:
+    batches = [batch for steps in plan for step in steps for batch in step]
+    num_positions = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return EpochCost(name, len(plan[0]), int(lengths.sum()), num_positions)
