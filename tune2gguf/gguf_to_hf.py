@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.architectures import Architecture, make_hf_config
-from tune2gguf.checkpoints.digest import digest_file
+from tune2gguf.checkpoints.digest import RECORD_FILE, digest_file
 from tune2gguf.checkpoints.folder import create_folder, refuse_existing
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors, to_hf_rows
 from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
@@ -78,8 +78,12 @@ def convert_gguf_to_hf(
         tokenizer.save(str(folder / "tokenizer.json"))
         for name, content in _make_configs(keys, architecture, dtype).items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        record = {"source": gguf_path.name if source is None else source, "gguf_sha256": digest_file(gguf_path)}
-        (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = {
+            "source": gguf_path.name if source is None else source,
+            "gguf_sha256": digest_file(gguf_path),
+            "sha256": {path.name: digest_file(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return base_dir
 
 

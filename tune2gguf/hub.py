@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune2gguf.checkpoints.base import open_base
-from tune2gguf.checkpoints.digest import digest_file, digest_file_once
+from tune2gguf.checkpoints.digest import RECORD_FILE, digest_file, digest_file_once
 from tune2gguf.checkpoints.folder import refuse_existing
 from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, SINGLE_FILE
 
@@ -207,7 +207,7 @@ def _write_record(revision: HubRevision, folder: Path) -> None:
         file.name: digest_file(folder / file.name) if file.sha256 is None else file.sha256 for file in revision.files
     }
     record = {"source": f"hf://{revision.repo}", "revision": revision.commit, "sha256": digests}
-    (folder / "base.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def explain_hub_error(error: Exception, repo: str, *, revision: str | None) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune2gguf.architectures import Architecture, make_hf_config
 from tune2gguf.checkpoints.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
+from tune2gguf.checkpoints.digest import RECORD_FILE
 from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
 from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
@@ -70,7 +71,7 @@ def write_random_base(
             chunks.append(rows)
         write_shards(folder, tensors, itertools.chain.from_iterable(chunks), max_shard_bytes=max_shard_bytes)
         record = {"source": "random weights", "kind": kind, "seed": seed}
-        _write_json(folder / "base.json", record)
+        _write_json(folder / RECORD_FILE, record)
         quantization = {"quantization_config": QUANTIZATION_CONFIG} if kind == "bnb-4bit" else {}
         _write_configs(folder, architecture, {"torch_dtype": str(dtype).removeprefix("torch."), **quantization})
         if tokenizer_model is not None and as_tokenizer_json:

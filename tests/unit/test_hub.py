@@ -78,6 +78,12 @@ def test_download_fetches_what_is_needed_and_pins_the_commit(tmp_path, hub, repo
     again = run_download(tmp_path, hub, "someone/tiny")
     assert again.returncode == 0 and "already there" in again.stdout
     assert hub.requests == []
+    shard = next(base.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    damaged = run_download(tmp_path, hub, "someone/tiny")
+    assert damaged.returncode == 1 and f"changed since they were written: {shard.name}" in damaged.stderr
 
 
 def test_interrupted_download_continues_inside_the_file(tmp_path, hub, repo_files):
