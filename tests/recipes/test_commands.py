@@ -56,8 +56,11 @@ def test_tune_validate_accepts_every_yaml(yaml):
 def test_every_model_has_its_yaml():
     assert {path.relative_to(REPOSITORY).as_posix() for path in YAMLS} == {
         "configs/llama3_1_8b/lora.yaml",
+        "configs/llama3_1_8b/qlora.yaml",
         "configs/llama3_2_1b/lora.yaml",
+        "configs/llama3_2_1b/qlora.yaml",
         "configs/llama3_2_3b/lora.yaml",
+        "configs/llama3_2_3b/qlora.yaml",
         "examples/quickstart/lora.yaml",
     }
 

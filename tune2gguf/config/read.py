@@ -49,7 +49,7 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
             raise ValueError(f"{path}: a config is a mapping of keys to values")
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
         base_dir = derive_base_dir(config.get("base_source"))
-        if "base_dir" in config and config.base_dir is None and base_dir is not None:
+        if config.get("base_dir", "") is None and base_dir is not None:
             config.base_dir = base_dir
         return config
     except (FileNotFoundError, IsADirectoryError):
