@@ -32,6 +32,22 @@ GGML_TYPE_NUMBERS = {
     "BF16": 30,
 }
 
+_DEQUANTIZERS = {
+    "F16": "ggml_fp16_to_fp32_row",
+    "BF16": "ggml_bf16_to_fp32_row",
+    "Q4_0": "dequantize_row_q4_0",
+    "Q5_0": "dequantize_row_q5_0",
+    "Q5_1": "dequantize_row_q5_1",
+    "Q8_0": "dequantize_row_q8_0",
+    "Q2_K": "dequantize_row_q2_K",
+    "Q3_K": "dequantize_row_q3_K",
+    "Q4_K": "dequantize_row_q4_K",
+    "Q5_K": "dequantize_row_q5_K",
+    "Q6_K": "dequantize_row_q6_K",
+    "IQ4_NL": "dequantize_row_iq4_nl",
+    "IQ4_XS": "dequantize_row_iq4_xs",
+}
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -50,6 +66,18 @@ class Kernels:
         )
         assert written == quantized.nbytes, f"ggml_quantize_chunk wrote {written} of {quantized.nbytes} bytes"
         return quantized
+
+    def dequantize(self, quantized: np.ndarray, ggml_type: str) -> np.ndarray:
+        """Return the float32 rows [num_rows, columns] of quantized bytes [num_rows, bytes per row]."""
+        assert quantized.dtype == np.uint8 and quantized.flags.c_contiguous, "the kernels read contiguous bytes"
+        elements, block_bytes = BLOCKS[ggml_type]
+        if ggml_type == "F32":
+            return quantized.view(np.float32)
+        rows = np.empty((quantized.shape[0], quantized.shape[1] // block_bytes * elements), np.float32)
+        function = getattr(self.library, _DEQUANTIZERS[ggml_type])
+        function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        function(quantized.ctypes.data, rows.ctypes.data, rows.size)
+        return rows
 
 
 def load_kernels() -> Kernels:

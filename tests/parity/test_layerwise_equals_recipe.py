@@ -1,0 +1,106 @@
+"""The layer-by-layer evaluation of an export's steps gives what the recipe's model gives for the same weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parity.gguf_models import write_run
+from tune2gguf.checkpoints.base import open_base
+from tune2gguf.export.adapter import read_adapter
+from tune2gguf.export.kernels import load_kernels
+from tune2gguf.export.layerwise import WeightSource, compute_hidden
+from tune2gguf.export.pipeline import export_run
+from tune2gguf.export.type_mix import BLOCKS, QUANTIZATIONS
+from tune2gguf.export.weight_sources import (
+    open_base_source,
+    open_gguf_source,
+    open_merged_source,
+    open_quantized_source,
+)
+
+ROWS = [np.arange(30) * 7 % 384, np.arange(5) * 11 % 384, np.arange(17) * 5 % 384]
+
+
+@pytest.fixture(scope="module", params=["tied with rope scaling", "untied"])
+def run_dir(request, tiny_base, tiny_untied_base, tmp_path_factory) -> Path:
+    base_dir = tiny_untied_base if request.param == "untied" else tiny_base
+    return write_run(base_dir, tmp_path_factory.mktemp("runs") / "run", chat_format="chatml")
+
+
+@pytest.fixture(scope="module")
+def base(run_dir):
+    import json
+
+    return open_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
+
+
+def compute_logits(source: WeightSource) -> torch.Tensor:
+    return source.multiply_head(compute_hidden(source, ROWS))
+
+
+def compute_recipe_logits(base, adapter) -> torch.Tensor:
+    """The recipe's own model, with the adapter's weights put in."""
+    from tune2gguf.checkpoints.load import load_base
+    from tune2gguf.lora import initialize_adapters
+    from tune2gguf.models import lora_llama
+
+    model = lora_llama(
+        str(base.base_dir),
+        architecture=None,
+        lora_rank=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
+        apply_lora_to_mlp=True,
+        max_seq_len=64,
+    )
+    load_base(model, str(base.base_dir), device=torch.device("cpu"), base_weights="fp32", show=False)
+    initialize_adapters(model, 0)
+    with torch.no_grad():
+        for name, module in model.decoder.named_modules():
+            pair = adapter.pairs.get(f"{name}.weight")
+            if pair is not None:
+                module.lora_a.weight.copy_(torch.from_numpy(pair.lora_a))
+                module.lora_b.weight.copy_(torch.from_numpy(pair.lora_b))
+        model.eval()
+        hidden = torch.cat([model.compute_hidden(torch.from_numpy(row)[None])[0] for row in ROWS])
+        return hidden @ model.head_weight.T
+
+
+def test_unmerged_adapter_gives_the_logits_of_the_recipes_model(base, run_dir):
+    adapter = read_adapter(run_dir / "last", base.specs)
+    expected = compute_recipe_logits(base, adapter)
+    found = compute_logits(open_base_source(base, adapter=adapter))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    plain = compute_logits(open_base_source(base, adapter=None))
+    assert (plain - expected).std() > 0.1 * expected.std(), "negative control: without the adapter it is another model"
+
+
+def test_merged_weights_differ_by_rounding_only(base, run_dir):
+    adapter = read_adapter(run_dir / "last", base.specs)
+    expected = compute_logits(open_base_source(base, adapter=adapter))
+    found = compute_logits(open_merged_source(base, adapter))
+    assert 0 < (found - expected).std() < 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K_M", "F16", "BF16"])
+def test_a_file_holds_what_its_type_would_hold(base, run_dir, name):
+    adapter, kernels = read_adapter(run_dir / "last", base.specs), load_kernels()
+    path = export_run(run_dir, quantizations=[name], overwrite=True, show=False).models[0].gguf_path
+    from_file = compute_logits(open_gguf_source(path, base, kernels))
+    simulated = compute_logits(open_quantized_source(base, adapter, QUANTIZATIONS[name], kernels))
+    assert torch.equal(from_file, simulated)
+
+
+@pytest.mark.parametrize("ggml_type", BLOCKS)
+def test_dequantized_values_are_those_of_the_gguf_library(ggml_type):
+    from gguf import GGMLQuantizationType, dequantize
+
+    rows = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    kernels = load_kernels()
+    quantized = kernels.quantize(rows, ggml_type)
+    expected = dequantize(quantized, GGMLQuantizationType[ggml_type])
+    np.testing.assert_array_equal(kernels.dequantize(quantized, ggml_type), expected)
+    assert np.abs(expected - rows).max() < 1.0

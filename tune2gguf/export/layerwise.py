@@ -1,0 +1,150 @@
+"""A Llama's hidden states and losses in float32 with one matrix in memory at a time, from any source of weights.
+
+The base, the base with an unmerged adapter, the merged weights and a GGUF's dequantized tensors all go through the same
+few lines, so that what differs between two results is the weights. An 8B model needs less than 2 GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.architectures import Architecture
+from tune2gguf.export.adapter import Adapter
+from tune2gguf.export.gguf_llama import compute_rope_factors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# (torchtune's name, begin, end) -> float32 rows [end - begin, in], query and key in torchtune's and GGUF's order.
+ReadRows = Callable[[str, int, int], np.ndarray]
+HEAD_ROWS = 8192  # vocabulary rows that are multiplied at a time
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where weights come from; `adapter` is applied beside them, unmerged."""
+
+    architecture: Architecture
+    read_rows: ReadRows
+    adapter: Adapter | None = None
+
+    def read(self, name: str, begin: int, end: int) -> Tensor:
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(self.read_rows(name, begin, end)))
+
+    def multiply(self, name: str, x: Tensor, *, num_rows: int) -> Tensor:
+        """Return x W^T, [n, num_rows], with the adapter's part where the weight has one."""
+        import torch
+
+        product = x @ self.read(name, 0, num_rows).T
+        pair = None if self.adapter is None else self.adapter.pairs.get(name)
+        if pair is not None:
+            low_rank = x @ torch.from_numpy(pair.lora_a).T * (self.adapter.alpha / self.adapter.rank)
+            product += low_rank @ torch.from_numpy(pair.lora_b).T
+        return product
+
+    def embed(self, tokens: np.ndarray) -> Tensor:
+        """Return the embeddings of token ids, [n, dim]; only the rows in use are read."""
+        import torch
+
+        unique, places = np.unique(tokens, return_inverse=True)
+        rows = torch.cat([self.read("tok_embeddings.weight", int(token), int(token) + 1) for token in unique])
+        return rows[torch.from_numpy(places)]
+
+    def multiply_head(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states [n, dim], [n, vocab]."""
+        import torch
+
+        shape = self.architecture
+        name = "tok_embeddings.weight" if shape.tied else "output.weight"
+        logits = torch.empty(hidden.shape[0], shape.vocab_size)
+        for begin in range(0, shape.vocab_size, HEAD_ROWS):
+            end = min(begin + HEAD_ROWS, shape.vocab_size)
+            logits[:, begin:end] = hidden @ self.read(name, begin, end).T
+        return logits
+
+
+def compute_hidden(
+    source: WeightSource, rows: Sequence[np.ndarray], *, report: Callable[[int], None] = lambda count: None
+) -> Tensor:
+    """Return the states after the final norm of all tokens of all rows, [tokens, dim]; no row sees another.
+
+    Args:
+        rows: token ids of each row
+        report: called with the number of layers done
+    """
+    import torch
+
+    shape = source.architecture
+    lengths = [len(row) for row in rows]
+    with torch.no_grad():
+        cos, sin = _compute_rope(shape, max(lengths))
+        hidden = source.embed(np.concatenate(rows))
+        for layer in range(shape.num_layers):
+            prefix = f"layers.{layer}."
+            normed = _normalize(hidden, source.read(f"{prefix}sa_norm.scale", 0, shape.embed_dim), shape.norm_eps)
+            hidden = hidden + _attend(source, f"{prefix}attn.", normed, lengths, cos, sin)
+            normed = _normalize(hidden, source.read(f"{prefix}mlp_norm.scale", 0, shape.embed_dim), shape.norm_eps)
+            hidden = hidden + _feed_forward(source, f"{prefix}mlp.", normed)
+            report(1)
+        return _normalize(hidden, source.read("norm.scale", 0, shape.embed_dim), shape.norm_eps)
+
+
+def _normalize(hidden: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return hidden * (hidden.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * scale
+
+
+def _attend(source: WeightSource, prefix: str, x: Tensor, lengths: list[int], cos: Tensor, sin: Tensor) -> Tensor:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shape = source.architecture
+    query_dim, key_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    query = source.multiply(f"{prefix}q_proj.weight", x, num_rows=query_dim).view(-1, shape.num_heads, shape.head_dim)
+    key = source.multiply(f"{prefix}k_proj.weight", x, num_rows=key_dim).view(-1, shape.num_kv_heads, shape.head_dim)
+    value = source.multiply(f"{prefix}v_proj.weight", x, num_rows=key_dim).view(-1, shape.num_kv_heads, shape.head_dim)
+    attended = []
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        heads = scaled_dot_product_attention(
+            _rotate(q, cos, sin).transpose(0, 1)[None],
+            _rotate(k, cos, sin).transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            is_causal=True,
+            enable_gqa=True,
+        )
+        attended.append(heads[0].transpose(0, 1).reshape(-1, query_dim))
+    return source.multiply(f"{prefix}output_proj.weight", torch.cat(attended), num_rows=shape.embed_dim)
+
+
+def _feed_forward(source: WeightSource, prefix: str, x: Tensor) -> Tensor:
+    from torch.nn.functional import silu
+
+    shape = source.architecture
+    gate = source.multiply(f"{prefix}w1.weight", x, num_rows=shape.intermediate_dim)
+    up = source.multiply(f"{prefix}w3.weight", x, num_rows=shape.intermediate_dim)
+    return source.multiply(f"{prefix}w2.weight", silu(gate) * up, num_rows=shape.embed_dim)
+
+
+def _compute_rope(shape: Architecture, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, [positions, 1, head_dim / 2]."""
+    import torch
+
+    frequencies = shape.rope_base ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    if shape.rope_scaling is not None:
+        frequencies = frequencies / torch.from_numpy(compute_rope_factors(shape))
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (2 i, 2 i + 1) of [positions, heads, head_dim]."""
+    import torch
+
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[: x.shape[0]], sin[: x.shape[0]]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

@@ -1,0 +1,83 @@
+"""The weights of each step of an export: base, base with adapter, merged, and what a quantized file holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.checkpoints.base import BaseCheckpoint
+from tune2gguf.export.adapter import Adapter
+from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, get_gguf_name, list_gguf_tensors
+from tune2gguf.export.kernels import Kernels
+from tune2gguf.export.layerwise import WeightSource
+from tune2gguf.export.merge import round_to_bfloat16, widen_bfloat16
+from tune2gguf.export.slabs import Slab, read_merged_rows
+from tune2gguf.export.type_mix import Quantization
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
+
+
+def open_base_source(base: BaseCheckpoint, *, adapter: Adapter | None) -> WeightSource:
+    """Return the base's weights as stored, the adapter unmerged beside them."""
+
+    def read_rows(name: str, begin: int, end: int) -> np.ndarray:
+        return base.read_rows(name, begin, end).float().numpy()
+
+    return WeightSource(base.architecture, read_rows, adapter)
+
+
+def open_merged_source(base: BaseCheckpoint, adapter: Adapter) -> WeightSource:
+    """Return the merged weights, rounded to bfloat16 as every file has them."""
+    reader = _MergedRows(base, adapter)
+    return WeightSource(base.architecture, reader.read)
+
+
+def open_quantized_source(
+    base: BaseCheckpoint, adapter: Adapter, quantization: Quantization, kernels: Kernels
+) -> WeightSource:
+    """Return what a file of this type would hold, without writing it."""
+    tensors = list_gguf_tensors(base.specs, base.architecture)
+    types = choose_types(tensors, base.architecture, quantization)
+    reader = _MergedRows(base, adapter)
+
+    def read_rows(name: str, begin: int, end: int) -> np.ndarray:
+        rows, ggml_type = reader.read(name, begin, end), types[get_gguf_name(name)]
+        if rows.ndim == 1 or ggml_type in ("F32", "BF16"):
+            return rows
+        return kernels.dequantize(kernels.quantize(rows, ggml_type), ggml_type)
+
+    return WeightSource(base.architecture, read_rows)
+
+
+def open_gguf_source(path: Path, base: BaseCheckpoint, kernels: Kernels) -> WeightSource:
+    """Return the dequantized tensors of a GGUF file."""
+    from gguf import GGUFReader
+
+    tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+
+    def read_rows(name: str, begin: int, end: int) -> np.ndarray:
+        tensor = tensors[get_gguf_name(name)]
+        ggml_type = tensor.tensor_type.name
+        if len(tensor.shape) == 1:
+            return np.array(tensor.data[begin:end], np.float32)
+        data = np.ascontiguousarray(tensor.data[begin:end]).view(np.uint8).reshape(end - begin, -1)
+        return kernels.dequantize(data, ggml_type)
+
+    return WeightSource(base.architecture, read_rows)
+
+
+@dataclass(frozen=True)
+class _MergedRows:
+    base: BaseCheckpoint
+    adapter: Adapter
+
+    def read(self, name: str, begin: int, end: int) -> np.ndarray:
+        spec = self.base.specs[name]
+        rows = read_merged_rows(
+            Slab(GGUFTensor(name, spec.shape, spec), begin, end), base=self.base, adapter=self.adapter
+        )
+        return rows if rows.ndim == 1 else widen_bfloat16(round_to_bfloat16(rows))
