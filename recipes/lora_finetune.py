@@ -65,12 +65,10 @@ class LoRAFinetuneRecipe:
         )
 
     def _setup_model(self) -> None:
-        from torchtune import training
-        from torchtune.modules import TransformerSelfAttentionLayer
-
         from tune2gguf.checkpoints.load import load_base
         from tune2gguf.distributed import replicate
         from tune2gguf.lora import initialize_adapters
+        from tune2gguf.models import prepare_training
         from tune2gguf.seeds import seed_dropout
 
         cfg = self.cfg
@@ -79,8 +77,11 @@ class LoRAFinetuneRecipe:
             self.model, cfg.base_dir, device=self.world.device, base_weights=cfg.base_weights, show=self.world.is_main
         )
         initialize_adapters(self.model, cfg.seed)
-        if cfg.enable_activation_checkpointing:
-            training.set_activation_checkpointing(self.model.decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
+        prepare_training(
+            self.model,
+            compile=cfg.compile,
+            enable_activation_checkpointing=cfg.enable_activation_checkpointing,
+        )
         self.trained_model = replicate(self.model)
         seed_dropout(cfg.seed, rank=self.world.rank)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torchtune import training
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.modules import (
     FeedForward,
@@ -44,26 +46,64 @@ class CausalLM(nn.Module):
         output = self.decoder.output
         return output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
 
-    def compute_hidden(self, tokens: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None) -> Tensor:
-        """Return the last hidden states after the final norm, [batch, seq, dim]; causal where no mask is given."""
+    def compute_hidden(
+        self, tokens: Tensor, *, row_ids: Tensor | None = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """Return the last hidden states after the final norm, [batch, seq, dim]; arguments as in forward."""
+        mask = None if row_ids is None else make_row_mask(row_ids)
         hidden = self.decoder.tok_embeddings(tokens)
         for layer in self.decoder.layers:
             hidden = layer(hidden, mask=mask, input_pos=input_pos)
         return self.decoder.norm(hidden)
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, *, mask: Tensor | None = None, input_pos: Tensor | None = None
+        self, tokens: Tensor, labels: Tensor, *, row_ids: Tensor | None = None, input_pos: Tensor | None = None
     ) -> Tensor:
         """Return the cross entropy of each supervised position, [n] in float32, row by row.
 
         Args:
             tokens: [batch, seq]
             labels: [batch, seq], not shifted; IGNORED_LABEL where a token is not supervised
-            mask: True where a position attends, [batch, seq, seq]
-            input_pos: position of each token in its own row, [batch, seq]
+            row_ids: which row of its pack a token is of, [batch, seq]; None where a sequence is one row
+            input_pos: position of each token in its own row, [batch, seq]; None where a sequence is one row
         """
-        hidden, targets = select_supervised(self.compute_hidden(tokens, mask=mask, input_pos=input_pos), labels)
+        hidden, targets = select_supervised(self.compute_hidden(tokens, row_ids=row_ids, input_pos=input_pos), labels)
         return cross_entropy_of_supervised(hidden, self.head_weight, targets)
+
+
+def make_row_mask(row_ids: Tensor) -> Tensor | BlockMask:
+    """Return the mask that lets a token attend to the tokens before it in its own row.
+
+    Args:
+        row_ids: which row of its pack a token is of, [batch, seq]
+
+    Returns:
+        on a CPU a bool tensor [batch, seq, seq]; on a GPU a block mask, of which attention skips the empty blocks
+    """
+    batch, seq = row_ids.shape
+    if row_ids.device.type == "cpu":
+        same_row = row_ids[:, :, None] == row_ids[:, None, :]
+        return same_row & torch.ones(seq, seq, dtype=torch.bool).tril()
+
+    def attends(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (row_ids[b, query] == row_ids[b, key])
+
+    return create_block_mask(attends, batch, None, seq, seq, device=row_ids.device.type)
+
+
+def prepare_training(model: CausalLM, *, compile: bool, enable_activation_checkpointing: bool) -> None:
+    """Wrap and compile the layers of a loaded model, in place.
+
+    Args:
+        compile: compile each layer; they share one compiled graph
+        enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
+    """
+    layers = model.decoder.layers
+    if enable_activation_checkpointing:
+        training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
+    if compile:
+        for layer in layers:
+            layer.compile()
 
 
 def build_lora_llama(

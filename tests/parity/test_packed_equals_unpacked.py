@@ -45,7 +45,7 @@ def data(tiny_base, tmp_path_factory) -> PreparedData:
 def measure(model: CausalLM, batches: list[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the losses of all supervised positions, and the adapter's gradients of their sum."""
     model.zero_grad()
-    losses = [model(batch.tokens, batch.labels, mask=batch.mask, input_pos=batch.input_pos) for batch in batches]
+    losses = [model(batch.tokens, batch.labels, row_ids=batch.row_ids, input_pos=batch.input_pos) for batch in batches]
     torch.cat(losses).sum().backward()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     return torch.cat(losses).detach(), gradients
@@ -73,6 +73,6 @@ def test_packed_losses_and_gradients_equal_those_of_the_rows_alone(model, data):
 def test_a_causal_mask_without_blocks_gives_other_losses(model, data):
     """Negative control: rows that see the rows before them in their pack."""
     packed, alone = make_batches(data)
-    broken = [dataclasses.replace(batch, mask=None) for batch in packed]
+    broken = [dataclasses.replace(batch, row_ids=None) for batch in packed]
     expected, _ = measure(model, alone)
     assert (measure(model, broken)[0] - expected).abs().max() > 1e-2

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tune2gguf.data import Pack, Source, TokenizedRow, TokenizedRows, collate
-from tune2gguf.data.packing import make_packed_attention, pack_rows
+from tune2gguf.data.packing import make_positions, pack_rows
 from tune2gguf.data.tokenize import TokenIndex, TokenizedFile
+from tune2gguf.models import make_row_mask
 
 
 def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRows:
@@ -74,10 +76,11 @@ def test_pack_is_one_long_row_in_which_no_row_predicts_the_next_ones_first_token
 
 
 def test_attention_is_causal_within_a_row_and_padding_is_a_row_of_its_own():
-    mask, input_pos = make_packed_attention([[2, 1], [4]], 4)
+    row_ids, input_pos = make_positions([[2, 1], [4]], 4)
+    mask = make_row_mask(torch.from_numpy(row_ids))
     assert input_pos.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
-    assert mask[0].astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert mask[1].astype(int).tolist() == np.tri(4, dtype=int).tolist()
+    assert mask[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert mask[1].int().tolist() == np.tri(4, dtype=int).tolist()
 
 
 def test_packs_are_collated_with_mask_and_positions_and_rows_without():
@@ -86,6 +89,6 @@ def test_packs_are_collated_with_mask_and_positions_and_rows_without():
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 9, 9, 9]]
     assert batch.labels.tolist() == [[-100, 2, 3, -100, 5], [-100, 7, -100, -100, -100]]
     assert batch.input_pos.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
-    assert batch.mask.shape == (2, 5, 5)
+    assert batch.row_ids.shape == (2, 5)
     alone = collate(rows, pad_id=9)
-    assert alone.mask is None and alone.input_pos is None
+    assert alone.row_ids is None and alone.input_pos is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +32,27 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
     from tqdm import tqdm
 
     base = open_base(base_dir)
-    decoder = model.decoder
     # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read.
     weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights))
     bar = tqdm(weights, total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
-    for name, weight in bar:
-        if base_weights == "nf4" and base.specs[name].is_linear:
+    fill_model(model, bar, device=device, base_weights=base_weights)
+
+
+def fill_model(
+    model: CausalLM, weights: Iterable[tuple[str, Tensor | Nf4Weight]], *, device: torch.device, base_weights: str
+) -> None:
+    """Give a model from the meta device its base weights, room for its adapters and its rope tables.
+
+    Args:
+        weights: (torchtune's parameter name, weight) of every base weight
+        base_weights: as in load_base
+
+    Raises:
+        ValueError: if a weight has another shape than the model's
+    """
+    decoder = model.decoder
+    for name, weight in weights:
+        if base_weights == "nf4" and _is_layer_matrix(decoder, name):
             weight = weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight)
             weight = weight.to_torchao()
         else:
@@ -51,7 +67,12 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
             with torch.device(device):
                 module.rope_init()
     unfilled = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
-    assert not unfilled, f"open_base checks that every tensor is there; not filled: {unfilled}"
+    assert not unfilled, f"every base weight is to be given; not filled: {unfilled}"
+
+
+def _is_layer_matrix(decoder: nn.Module, name: str) -> bool:
+    module_name = name.rsplit(".", 1)[0]
+    return name.startswith("layers.") and isinstance(decoder.get_submodule(module_name), (nn.Linear, LoRALinear))
 
 
 def _set_frozen(decoder: nn.Module, name: str, tensor: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.data.packing import Pack, make_packed_attention
+from tune2gguf.data.packing import Pack, make_positions
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +30,13 @@ class Batch:
     Attributes:
         tokens: [batch, seq] int64
         labels: [batch, seq] int64, not shifted: the token where it is supervised, else loss.IGNORED_LABEL
-        mask: [batch, seq, seq] bool, True where a position attends; None where rows are not packed, for plain causal
+        row_ids: [batch, seq] int64, which row of its pack a token is of; None where rows are not packed
         input_pos: [batch, seq] int64, the position of each token in its own row; None where rows are not packed
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    mask: torch.Tensor | None = None
+    row_ids: torch.Tensor | None = None
     input_pos: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
@@ -108,7 +108,5 @@ def collate(sequences: Sequence[TokenizedRow | Pack], *, pad_id: int) -> Batch:
     packs = [sequence.row_lengths for sequence in sequences if isinstance(sequence, Pack)]
     if not packs:
         return Batch(torch.from_numpy(tokens), torch.from_numpy(labels))
-    mask, input_pos = make_packed_attention(packs, longest)
-    return Batch(
-        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask), torch.from_numpy(input_pos)
-    )
+    positions = make_positions(packs, longest)
+    return Batch(*map(torch.from_numpy, (tokens, labels, *positions)))

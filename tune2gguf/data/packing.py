@@ -95,20 +95,16 @@ def pack_rows(rows: TokenizedRows, *, seed: int) -> PackedRows:
     return PackedRows(rows, packs)
 
 
-def make_packed_attention(row_lengths: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which positions attend to which and each token's position in its own row.
+def make_positions(row_lengths: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which row of its pack each token is of, and its position in that row, both [batch, seq] int64.
 
     Padding counts as one more row: it attends to itself, as a position that attends to nothing would give NaN.
 
     Args:
         row_lengths: of the rows in each sequence
         seq_len: of the batch
-
-    Returns:
-        mask [batch, seq, seq] bool, causal within each row; input_pos [batch, seq] int64
     """
     lengths = [[*lengths, seq_len - sum(lengths)] for lengths in row_lengths]
     row_ids = np.stack([np.repeat(np.arange(len(rows)), rows) for rows in lengths])
     input_pos = np.stack([np.concatenate([np.arange(length) for length in rows]) for rows in lengths])
-    mask = (row_ids[:, :, None] == row_ids[:, None, :]) & np.tri(seq_len, dtype=bool)
-    return mask, input_pos.astype(np.int64)
+    return row_ids, input_pos.astype(np.int64)
