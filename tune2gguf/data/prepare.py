@@ -166,6 +166,8 @@ def _require_good_rows(selection: Selection, file_problems: list[str], *, on_bad
         lines.append(f"and {len(faulty) - MAX_PROBLEMS_SHOWN} more")
     if any(row.kind != "long" for row in faulty):
         lines.append("Correct these rows, or leave them out with dataset.on_bad_row=drop")
+    if any(row.kind == "nothing supervised" for row in faulty):
+        lines.append("A larger max_seq_len would reach the replies that lie behind it")
     if any(row.kind == "long" for row in faulty):
         lines.append("Raise max_seq_len, or set dataset.on_long_row=truncate or drop")
     raise ValueError("\n".join(lines))
