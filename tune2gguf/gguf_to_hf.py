@@ -68,12 +68,10 @@ def convert_gguf_to_hf(
     architecture = _read_gguf_architecture(keys, tensors, gguf_path)
     tokenizer = _build_tokenizer(keys, gguf_path)
     specs = list_tensors(architecture)
-    missing = [name for name in map(_get_gguf_name, specs) if name not in tensors]
-    if missing:
-        raise ValueError(f"{gguf_path}: lacks {len(missing)} tensors, among them {missing[0]!r}")
+    _check_tensors(specs, tensors, gguf_path)
     with create_folder(base_dir) as folder:
         to_write = [TensorToWrite(spec.hf_name, DTYPES[dtype], spec.shape) for spec in specs]
-        chunks = _dequantize(specs, tensors, dtype=dtype, gguf_path=gguf_path)
+        chunks = _dequantize(specs, tensors, dtype)
         write_shards(folder, to_write, chunks, max_shard_bytes=5_000_000_000)
         tokenizer.save(str(folder / "tokenizer.json"))
         for name, content in _make_configs(keys, architecture, dtype).items():
@@ -136,22 +134,28 @@ def _get_gguf_name(spec: TensorSpec) -> str:
     return f"blk.{layer}.{_GGUF_PARTS[part]}"
 
 
-def _dequantize(
-    specs: list[TensorSpec], tensors: dict[str, ReaderTensor], *, dtype: str, gguf_path: Path
-) -> Iterator[Tensor]:
-    import numpy
-    import torch
-    from gguf import quants
-
+def _check_tensors(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], gguf_path: Path) -> None:
+    missing = [name for name in map(_get_gguf_name, specs) if name not in tensors]
+    if missing:
+        raise ValueError(f"{gguf_path}: lacks {len(missing)} tensors, among them {missing[0]!r}")
     for spec in specs:
         tensor = tensors[_get_gguf_name(spec)]
         # GGUF names the fastest dimension first.
         shape = tuple(int(length) for length in reversed(tensor.shape))
         if shape != spec.shape:
             raise ValueError(f"{gguf_path}: {tensor.name!r} is {list(shape)}, not {list(spec.shape)} as its keys say")
+
+
+def _dequantize(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], dtype: str) -> Iterator[Tensor]:
+    import numpy
+    import torch
+    from gguf import quants
+
+    for spec in specs:
+        tensor = tensors[_get_gguf_name(spec)]
         # A copy, because float32 tensors come as read-only views of the file.
         weight = torch.from_numpy(numpy.array(quants.dequantize(tensor.data, tensor.tensor_type), dtype=numpy.float32))
-        weight = weight.reshape(shape)
+        weight = weight.reshape(spec.shape)
         yield (weight if spec.num_heads is None else to_hf_rows(weight, spec.num_heads)).to(getattr(torch, dtype))
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tune2gguf.architectures import Architecture, make_hf_config
 from tune2gguf.checkpoints.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
@@ -51,38 +51,43 @@ def write_random_base(
     Raises:
         ValueError: if the folder exists or the kind is unknown
     """
-    import torch
-
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
     base_dir = Path(base_dir)
     with create_folder(base_dir) as folder:
-        specs = list_tensors(architecture)
-        dtype = torch.float32 if kind == "float32" else torch.bfloat16
-        generator = torch.Generator().manual_seed(seed)
-        tensors, chunks = [], []
-        for spec in specs:
-            rows = (chunk.to(dtype) for chunk in _draw_rows(spec, generator))
-            if kind == "bnb-4bit" and spec.is_linear:
-                tensors += list_nf4_tensors(spec.hf_name, spec.shape)
-                rows = encode_nf4(rows, spec.shape, dtype="bfloat16")
-            else:
-                tensors.append(TensorToWrite(spec.hf_name, KINDS[kind], spec.shape))
-            chunks.append(rows)
-        write_shards(folder, tensors, itertools.chain.from_iterable(chunks), max_shard_bytes=max_shard_bytes)
-        record = {"source": "random weights", "kind": kind, "seed": seed}
-        _write_json(folder / RECORD_FILE, record)
-        quantization = {"quantization_config": QUANTIZATION_CONFIG} if kind == "bnb-4bit" else {}
-        _write_configs(folder, architecture, {"torch_dtype": str(dtype).removeprefix("torch."), **quantization})
-        if tokenizer_model is not None and as_tokenizer_json:
-            content = make_llama3_tokenizer_json(tokenizer_model)
-            # The published file, byte for byte.
-            text = json.dumps(content, indent=2, ensure_ascii=False)
-            (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
-        elif tokenizer_model is not None:
-            (folder / "original").mkdir()
-            shutil.copyfile(tokenizer_model, folder / "original" / "tokenizer.model")
+        _write_weights(folder, architecture, kind=kind, seed=seed, max_shard_bytes=max_shard_bytes)
+        _write_json(folder / RECORD_FILE, {"source": "random weights", "kind": kind, "seed": seed})
+        _write_configs(folder, architecture, kind)
+        if tokenizer_model is not None:
+            _write_tokenizer(folder, tokenizer_model, as_json=as_tokenizer_json)
     return base_dir
+
+
+def _write_weights(folder: Path, architecture: Architecture, *, kind: str, seed: int, max_shard_bytes: int) -> None:
+    import torch
+
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    generator = torch.Generator().manual_seed(seed)
+    tensors, chunks = [], []
+    for spec in list_tensors(architecture):
+        rows = (chunk.to(dtype) for chunk in _draw_rows(spec, generator))
+        if kind == "bnb-4bit" and spec.is_linear:
+            tensors += list_nf4_tensors(spec.hf_name, spec.shape)
+            rows = encode_nf4(rows, spec.shape, dtype="bfloat16")
+        else:
+            tensors.append(TensorToWrite(spec.hf_name, KINDS[kind], spec.shape))
+        chunks.append(rows)
+    write_shards(folder, tensors, itertools.chain.from_iterable(chunks), max_shard_bytes=max_shard_bytes)
+
+
+def _write_tokenizer(folder: Path, tokenizer_model: Path, *, as_json: bool) -> None:
+    if as_json:
+        # The published file, byte for byte.
+        text = json.dumps(make_llama3_tokenizer_json(tokenizer_model), indent=2, ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
+    else:
+        (folder / "original").mkdir()
+        shutil.copyfile(tokenizer_model, folder / "original" / "tokenizer.model")
 
 
 def _draw_rows(spec: TensorSpec, generator: torch.Generator) -> Iterator[Tensor]:
@@ -99,8 +104,11 @@ def _draw_rows(spec: TensorSpec, generator: torch.Generator) -> Iterator[Tensor]
         yield chunk.normal_(std=INIT_STD, generator=generator)
 
 
-def _write_configs(folder: Path, architecture: Architecture, more: dict[str, Any]) -> None:
-    config = make_hf_config(architecture) | {"initializer_range": INIT_STD} | more
+def _write_configs(folder: Path, architecture: Architecture, kind: str) -> None:
+    dtype = "float32" if kind == "float32" else "bfloat16"
+    config = make_hf_config(architecture) | {"initializer_range": INIT_STD, "torch_dtype": dtype}
+    if kind == "bnb-4bit":
+        config["quantization_config"] = QUANTIZATION_CONFIG
     generation_config = {}
     if architecture.vocab_size == LLAMA3_VOCAB_SIZE:
         # As in Meta's repositories: <|begin_of_text|>; <|end_of_text|>, <|eom_id|>, <|eot_id|>.
