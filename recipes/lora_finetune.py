@@ -4,9 +4,10 @@ tune run recipes/lora_finetune.py --config configs/llama3_2_1b/lora.yaml [key=va
 tune run --nproc_per_node 2 recipes/lora_finetune.py --config …
 """
 
+import math
 import sys
 import time
-from contextlib import nullcontext
+from pathlib import Path
 
 try:
     import tune2gguf  # noqa: F401
@@ -19,25 +20,24 @@ from tune2gguf.config import build_component, check_config, check_plan, load_con
 class LoRAFinetuneRecipe:
     """One run. Every process of it does the same, on its own rows; only the main one writes and talks."""
 
-    def __init__(self, cfg) -> None:
+    def __init__(self, cfg, warnings: list[str]) -> None:
         self.cfg = cfg
+        self.warnings = warnings
 
     def setup(self) -> None:
         """Bring rows, model, optimizer and run folder into being; whatever the user got wrong shows up here."""
-        from tune2gguf.distributed import share_error, start_world
+        from tune2gguf.distributed import agree_on_errors, broadcast_from_main, start_world
 
         self.world = start_world(self.cfg.device)
-        error = None
-        try:
+        with agree_on_errors():
             self._setup_data()
-            self._setup_model()
-        except ValueError as found:
-            error = str(found)
-        error = share_error(error)
-        if error is not None:
-            raise ValueError(error)
+        with agree_on_errors():
+            checkpoint = self._open_checkpoint()
+        self._setup_model()
         self._setup_optimizer()
-        self._setup_run_folder()
+        self._restore(broadcast_from_main(checkpoint))
+        with agree_on_errors():
+            self._setup_run_folder()
 
     def _setup_data(self) -> None:
         from tune2gguf.data import plan_epoch
@@ -64,26 +64,46 @@ class LoRAFinetuneRecipe:
             warmup_steps=cfg.warmup_steps,
         )
 
+    def _open_checkpoint(self):
+        """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
+        from tune2gguf.checkpoints.digest import digest_base
+        from tune2gguf.parallel import choose_parallel
+        from tune2gguf.resume import describe_run, open_checkpoint
+
+        cfg, world = self.cfg, self.world
+        self.parallel = choose_parallel(cfg.parallel, cfg.base_dir, base_weights=cfg.base_weights, world=world)
+        if not world.is_main:
+            return None
+        self.run = describe_run(
+            cfg,
+            base_digest=digest_base(cfg.base_dir),
+            data_fingerprint=self.data.ledger["fingerprint"],
+            num_processes=world.size,
+            parallel=self.parallel,
+        )
+        return open_checkpoint(cfg.resume, Path(cfg.output_dir), self.run)
+
     def _setup_model(self) -> None:
         from tune2gguf.checkpoints.load import load_base
-        from tune2gguf.distributed import replicate
+        from tune2gguf.distributed import agree_on_errors
         from tune2gguf.lora import initialize_adapters
         from tune2gguf.models import prepare_training
+        from tune2gguf.parallel import replicate, shard
         from tune2gguf.seeds import seed_dropout
 
-        cfg = self.cfg
-        self.model = build_component(cfg.model)
-        load_base(
-            self.model, cfg.base_dir, device=self.world.device, base_weights=cfg.base_weights, show=self.world.is_main
-        )
-        initialize_adapters(self.model, cfg.seed)
+        cfg, world = self.cfg, self.world
+        with agree_on_errors():
+            self.model = build_component(cfg.model)
         prepare_training(
-            self.model,
-            compile=cfg.compile,
-            enable_activation_checkpointing=cfg.enable_activation_checkpointing,
+            self.model, compile=cfg.compile, enable_activation_checkpointing=cfg.enable_activation_checkpointing
         )
-        self.trained_model = replicate(self.model)
-        seed_dropout(cfg.seed, rank=self.world.rank)
+        if self.parallel == "shard":
+            shard(self.model, world)
+        with agree_on_errors():
+            load_base(self.model, cfg.base_dir, device=world.device, base_weights=cfg.base_weights, show=world.is_main)
+        initialize_adapters(self.model, cfg.seed)
+        self.trained_model = replicate(self.model, world) if self.parallel == "replicate" else self.model
+        seed_dropout(cfg.seed, rank=world.rank)
 
     def _setup_optimizer(self) -> None:
         self.adapter_params = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -92,24 +112,36 @@ class LoRAFinetuneRecipe:
             self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_training_steps
         )
 
-    def _setup_run_folder(self) -> None:
-        from tune2gguf.distributed import share_error
-        from tune2gguf.runs import MetricsFile, create_run_folder
+    def _restore(self, checkpoint) -> None:
+        """Bring adapter, optimizer, schedule and random numbers to where the checkpoint has them."""
+        from tune2gguf.architectures import read_architecture
+        from tune2gguf.checkpoints.adapter import from_peft_layout, restore_adapter
+        from tune2gguf.resume import Progress, read_progress
+        from tune2gguf.seeds import capture_random_state, restore_random_state
+        from tune2gguf.steps import advance_schedule, restore_optimizer
 
-        error = None
-        if self.world.is_main:
-            try:
-                self.folder = create_run_folder(
-                    self.cfg.output_dir, self.cfg, data=self.data, device=str(self.world.device)
-                )
-                self.metrics = MetricsFile(self.folder / "metrics.jsonl")
-            except ValueError as found:
-                error = str(found)
-        error = share_error(error)
-        if error is not None:
-            raise ValueError(error)
-        if self.world.is_main:
-            self._print_plan()
+        self.progress = Progress() if checkpoint is None else read_progress(checkpoint)
+        if checkpoint is not None:
+            restore_adapter(self.model, from_peft_layout(checkpoint.adapter, read_architecture(self.cfg.base_dir)))
+            restore_optimizer(self.optimizer, checkpoint.state["optimizer"])
+            advance_schedule(self.schedule, self.progress.step)
+            restore_random_state(checkpoint.state["random"][self.world.rank], self.world.device)
+        # As of the start of the step: a step that is broken off is taken again with the same masks.
+        self.random_state = capture_random_state(self.world.device)
+        self.checkpoint = checkpoint
+
+    def _setup_run_folder(self) -> None:
+        from tune2gguf.checkpoints.state import CheckpointWriter
+        from tune2gguf.resume import enter_run_folder
+        from tune2gguf.runs import MetricsFile
+
+        if not self.world.is_main:
+            return
+        cfg, device = self.cfg, str(self.world.device)
+        self.folder = enter_run_folder(self.checkpoint, self.progress, cfg, data=self.data, device=device)
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.writer = CheckpointWriter(self.folder, keep_last=cfg.keep_last)
+        self._print_plan()
 
     def _print_plan(self) -> None:
         cfg, world = self.cfg, self.world
@@ -118,7 +150,7 @@ class LoRAFinetuneRecipe:
         print(f"rows: {len(self.data.train)} to train on, {len(self.data.validation)} held out")
         if self.data.unit == "packs":
             print(f"packs: {len(self.data.sequences)} of {cfg.max_seq_len} tokens, {self.data.sequences.fill:.1%} full")
-        for note in self.data.ledger["notes"]:
+        for note in [*self.warnings, *self.data.ledger["notes"]]:
             print(f"note: {note}")
         print(
             f"{self.data.unit} per step: {cfg.batch_size} x {cfg.gradient_accumulation_steps} x {world.size}"
@@ -127,120 +159,154 @@ class LoRAFinetuneRecipe:
         )
 
     def train(self) -> None:
-        """Run all epochs; validate before, after each epoch, and keep the adapter with the lowest held-out loss."""
+        """Run all epochs, saving on the way; a signal or a step that is not finite ends them with all of it saved."""
+        from tune2gguf.distributed import AgreedError
+        from tune2gguf.signals import StopRequested, StopSignals
+
+        with StopSignals(show=self.world.is_main) as self.stop:
+            try:
+                self._train_epochs()
+            except (StopRequested, AgreedError):
+                self._save_checkpoint()
+                if self.world.is_main:
+                    self.writer.wait()
+                    print(f"saved {self.writer.newest}; to go on from there: the same command with resume=auto")
+                raise
+            finally:
+                if self.world.is_main:
+                    self.writer.close()
+
+    def _train_epochs(self) -> None:
         from tqdm import tqdm
 
         self.model.train()
-        self.step, self.epoch, self.best_loss = 0, 0, float("inf")
-        self.validate()
-        bar = tqdm(total=self.num_training_steps, unit="step", disable=not self.world.is_main, dynamic_ncols=True)
-        for epoch in range(self.cfg.epochs):
-            for micro_batches in self.plan_epoch(epoch):
-                record = self._train_step(micro_batches)
+        at = self.progress
+        num_steps, is_quiet = self.num_training_steps, not self.world.is_main
+        save_every = self.cfg.save_every_n_steps or math.ceil(num_steps / 20)
+        bar = tqdm(total=num_steps, initial=at.step, unit="step", disable=is_quiet, dynamic_ncols=True)
+        while True:
+            if at.step_in_epoch == 0 and at.validated_step != at.step:
+                self.validate()
+                if at.step > 0:
+                    self._save_checkpoint()
+            if at.epoch == self.cfg.epochs:
+                break
+            steps = self.plan_epoch(at.epoch)
+            while at.step_in_epoch < len(steps):
+                record = self._train_step(steps[at.step_in_epoch])
                 if self.world.is_main:
                     self.metrics.write(record)
-                    bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['tokens_per_second']:.0f} tokens/s")
+                    self.writer.raise_if_failed()
+                    bar.set_postfix_str(describe_speed(record))
                     bar.update()
-            self.epoch = epoch + 1
-            self.validate()
+                if at.step % save_every == 0 and at.step_in_epoch < len(steps):
+                    self._save_checkpoint()
+            at.finish_epoch()
         bar.close()
 
     def _train_step(self, micro_batches: list[list[int]]) -> dict:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
-        from torch.nn.utils import clip_grad_norm_, get_total_norm
-
-        from tune2gguf.steps import count_tokens, require_finite
+        from tune2gguf.seeds import capture_random_state
+        from tune2gguf.steps import compute_grad_norm, count_step, find_nonfinite
 
         started = time.perf_counter()
         rows = [[self.data.sequences[index] for index in indices] for indices in micro_batches]
-        tokens, supervised_tokens = count_tokens(rows, self.world)
-        loss = self._accumulate_gradients(rows, supervised_tokens)
-        require_finite(loss, step=self.step + 1, rows=[row for batch in rows for row in batch])
-        gradients = [parameter.grad for parameter in self.adapter_params]
-        if self.cfg.clip_grad_norm is None:
-            grad_norm = get_total_norm(gradients)
+        counts = count_step(rows)
+        loss, batch_losses = self._accumulate_gradients(rows, counts)
+        grad_norm = compute_grad_norm(self.adapter_params, clip_to=self.cfg.clip_grad_norm)
+        record = {"step": self.progress.step + 1, "epoch": self.progress.epoch}
+        problem = find_nonfinite(loss, grad_norm)
+        if problem is None:
+            record |= {"loss": loss, "lr": self.schedule.get_last_lr()[0], "grad_norm": grad_norm}
+            self.optimizer.step()
         else:
-            grad_norm = clip_grad_norm_(self.adapter_params, self.cfg.clip_grad_norm)
-        rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
+            record["skipped"] = self._skip_or_stop(problem, rows, batch_losses)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        self.step += 1
+        self.progress.finish_step()
+        self.random_state = capture_random_state(self.world.device)
         seconds = time.perf_counter() - started
-        return {
-            "step": self.step,
-            "epoch": self.epoch,
-            "loss": loss,
-            "lr": rate,
-            "grad_norm": float(grad_norm),
-            "tokens_per_second": tokens / seconds,
-            "supervised_tokens_per_second": supervised_tokens / seconds,
+        return record | {
+            "tokens_per_second": counts.tokens / seconds,
+            "supervised_tokens_per_second": counts.supervised_tokens / seconds,
         }
 
-    def _accumulate_gradients(self, rows: list[list], supervised_tokens: int) -> float:
-        """Add up the gradients of this rank's micro-batches, reduced over ranks once; return the step's mean loss."""
+    def _accumulate_gradients(self, rows: list[list], counts) -> tuple[float, list]:
+        """Add up the gradients of the step's micro-batches, reduced over ranks once.
+
+        Returns:
+            the step's mean loss over all ranks, and this rank's summed loss of each micro-batch
+        """
         import torch
 
         from tune2gguf.data import collate
         from tune2gguf.distributed import sum_over_ranks
+        from tune2gguf.parallel import reduce_gradients
         from tune2gguf.steps import make_empty_batch
 
-        device = self.world.device
-        summed_loss = torch.zeros((), dtype=torch.float64, device=device)
-        # A rank without rows in the last group takes part in the reduction with gradients of zero.
-        batches = [collate(batch, pad_id=self.tokenizer.pad_id) for batch in rows] or [make_empty_batch()]
-        for number, batch in enumerate(batches, start=1):
-            wait = self.world.size > 1 and number < len(batches)
-            with self.trained_model.no_sync() if wait else nullcontext():
-                losses = self.trained_model(**vars(batch.to(device)))
-                # Divide by the count over all ranks, so that 2 x 4 rows equal 1 x 8; DDP then averages over ranks.
-                (losses.sum() * (self.world.size / supervised_tokens)).backward()
-            summed_loss += losses.detach().sum()
-        return sum_over_ranks(summed_loss).item() / supervised_tokens
+        batch_losses = []
+        for number in range(counts.micro_batches):
+            self.stop.raise_if_requested()
+            # In the last group a rank may have fewer rows than others, or none; all compute equally often.
+            is_empty = number >= len(rows)
+            batch = make_empty_batch() if is_empty else collate(rows[number], pad_id=self.tokenizer.pad_id)
+            with reduce_gradients(self.trained_model, is_last=number == counts.micro_batches - 1):
+                losses = self.trained_model(**vars(batch.to(self.world.device)))
+                # Divide by the count over all ranks, so that 2 x 4 rows equal 1 x 8; torch then averages over ranks.
+                (losses.sum() * (self.world.size / counts.supervised_tokens)).backward()
+            batch_losses.append(losses.detach().double().sum())
+        summed_loss = sum_over_ranks(torch.stack(batch_losses).sum())
+        return summed_loss.item() / counts.supervised_tokens, batch_losses
+
+    def _skip_or_stop(self, problem: str, rows: list[list], batch_losses: list) -> str:
+        """Say which rows made a step that cannot be applied; stop there, unless on_nonfinite says to go on."""
+        from tune2gguf.distributed import AgreedError
+        from tune2gguf.steps import describe_rows, name_rows
+
+        sources = describe_rows(name_rows(rows, batch_losses))
+        message = f"step {self.progress.step + 1}: {problem}, so it is not applied; its rows: {sources}"
+        if self.cfg.on_nonfinite == "stop":
+            raise AgreedError(f"{message}. To leave such steps out: on_nonfinite=skip")
+        if self.world.is_main:
+            print(f"note: {message}")
+        return message
 
     def validate(self) -> None:
         """Measure the held-out loss; save the adapter as best/ if it is the lowest yet."""
         from tune2gguf.validate import compute_heldout_loss
 
-        if not self.data.validation:
-            return
-        held_out = compute_heldout_loss(
-            self.model,
-            self.data.validation,
-            batch_size=self.cfg.batch_size,
-            pad_id=self.tokenizer.pad_id,
-            world=self.world,
-        )
-        if not self.world.is_main:
-            return
-        print(f"step {self.step}: held-out loss {held_out.mean:.4f} on {len(held_out.row_sums)} rows")
-        self.metrics.write(
-            {
-                "step": self.step,
-                "epoch": self.epoch,
-                "val_loss": held_out.mean,
-                "val_rows": len(held_out.row_sums),
-                "val_tokens": sum(held_out.row_tokens),
-            }
-        )
-        if self.step > 0 and held_out.mean < self.best_loss:
-            self.best_loss = held_out.mean
-            self._save_adapter("best")
+        at = self.progress
+        if self.data.validation:
+            held_out = compute_heldout_loss(
+                self.model,
+                self.data.validation,
+                batch_size=self.cfg.batch_size,
+                pad_id=self.tokenizer.pad_id,
+                world=self.world,
+                before_batch=self.stop.raise_if_requested,
+            )
+            if self.world.is_main:
+                print(f"step {at.step}: held-out loss {held_out.mean:.4f} on {len(held_out.row_sums)} rows")
+                self.metrics.write({"step": at.step, "epoch": at.epoch, **held_out.summarize()})
+            if at.step > 0 and (at.best_loss is None or held_out.mean < at.best_loss):
+                at.best_loss, at.best_step, at.best_sha256 = held_out.mean, at.step, self._save_adapter("best")
+        at.validated_step = at.step
 
     def save(self) -> None:
         """Write the final adapter as last/."""
         from tune2gguf.distributed import stop_world, wait_for_all
 
+        self._save_adapter("last")
         if self.world.is_main:
-            self._save_adapter("last")
             print(f"wrote {self.folder}")
             print(f"next: python scripts/export.py {self.folder}")
         wait_for_all()
         stop_world()
 
-    def _save_adapter(self, name: str) -> None:
+    def _collect_adapter(self) -> tuple[dict, dict]:
+        """Return the adapter's weights and config in PEFT's layout; every process has to ask for it."""
         from tune2gguf.architectures import read_architecture
-        from tune2gguf.checkpoints.adapter import collect_adapter, make_peft_config, save_adapter, to_peft_layout
+        from tune2gguf.checkpoints.adapter import collect_adapter, make_peft_config, to_peft_layout
 
         cfg = self.cfg
         weights = to_peft_layout(collect_adapter(self.model), read_architecture(cfg.base_dir))
@@ -251,20 +317,47 @@ class LoRAFinetuneRecipe:
             dropout=cfg.lora_dropout,
             base_model_name=cfg.base_source or cfg.base_dir,
         )
-        save_adapter(self.folder / name, weights, config)
+        return weights, config
+
+    def _save_adapter(self, name: str) -> str | None:
+        from tune2gguf.checkpoints.adapter import save_adapter
+
+        weights, config = self._collect_adapter()
+        return save_adapter(self.folder / name, weights, config) if self.world.is_main else None
+
+    def _save_checkpoint(self) -> None:
+        """Begin to write all that the run needs to go on from its last whole step."""
+        from tune2gguf.checkpoints.state import Checkpoint
+        from tune2gguf.distributed import gather_over_ranks
+        from tune2gguf.parallel import copy_to_cpu
+
+        adapter, adapter_config = self._collect_adapter()
+        optimizer = copy_to_cpu(self.optimizer.state_dict()["state"])
+        state = {"optimizer": optimizer, "random": gather_over_ranks(self.random_state)}
+        if self.world.is_main:
+            progress = {**vars(self.progress), "metrics_bytes": self.metrics.sync(), "run": self.run}
+            self.writer.start(self.progress.step, Checkpoint(adapter, adapter_config, state, progress))
+
+
+def describe_speed(record: dict) -> str:
+    """Return what the progress bar says of a step."""
+    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
+    return f"{loss}, {record['tokens_per_second']:.0f} tokens/s"
 
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
-    try:
-        cfg = load_config(sys.argv[1:])
-        check_config(cfg)
-        recipe = LoRAFinetuneRecipe(cfg)
+    from tune2gguf.distributed import agree_on_errors
+    from tune2gguf.failures import end_together
+
+    with end_together():
+        with agree_on_errors():
+            cfg = load_config(sys.argv[1:])
+            warnings = check_config(cfg)
+        recipe = LoRAFinetuneRecipe(cfg, warnings)
         recipe.setup()
         recipe.train()
         recipe.save()
-    except (ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

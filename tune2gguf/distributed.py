@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,21 +26,31 @@ class World:
         return self.rank == 0
 
 
+class AgreedError(ValueError):
+    """An error that every process raises for the same reason, so that one of them speaks for all."""
+
+
+def join_processes() -> None:
+    """Join the processes that torchrun started; stand alone where it did not."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # What the processes tell each other beside gradients is on the CPU: no GPU has to wait for it.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
 def start_world(device: str) -> World:
-    """Join the processes that torchrun started, or stand alone where it did not.
+    """Take this process's place and device among the joined processes.
 
     Args:
         device: cpu or cuda; with several GPUs each process takes the one of its local rank
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    join_processes()
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
     torch_device = torch.device(device)
     if torch_device.type == "cuda" and torch_device.index is None:
         torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
-    if size > 1:
-        dist.init_process_group("nccl" if torch_device.type == "cuda" else "gloo")
     return World(rank=rank, size=size, device=torch_device)
 
 
@@ -55,28 +68,60 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def max_over_ranks(number: int) -> int:
+    """Return the largest of the processes' numbers."""
+    if not dist.is_initialized():
+        return number
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def gather_over_ranks(record: Any) -> list[Any]:
+    """Return every process's record, in the order of the ranks, on every process."""
+    if not dist.is_initialized():
+        return [record]
+    records: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(records, record)
+    return records
+
+
+def broadcast_from_main(record: Any) -> Any:
+    """Return the record of rank 0 on every process."""
+    if not dist.is_initialized():
+        return record
+    records = [record]
+    dist.broadcast_object_list(records, src=0)
+    return records[0]
+
+
 def wait_for_all() -> None:
     """Return when every process has come here."""
-    if dist.is_initialized():
-        dist.barrier()
+    max_over_ranks(0)
 
 
-def share_error(error: str | None) -> str | None:
-    """Return the first error of any process on every process, so that all of them stop for the same reason."""
-    if not dist.is_initialized():
-        return error
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return next((found for found in errors if found is not None), None)
+@contextmanager
+def agree_on_errors() -> Iterator[None]:
+    """Leave the block together: what one process raises, all of them raise, so that none waits for another.
+
+    Raises:
+        AgreedError: with the message of the first process that raised a ValueError or an OSError
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        own = error
+    messages = gather_over_ranks(None if own is None else describe_error(own))
+    found = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+    if found:
+        rank, message = found[0]
+        is_shared = len(found) == len(messages)
+        raise AgreedError(message if is_shared or rank == 0 else f"process {rank}: {message}") from own
 
 
-def replicate(model: nn.Module) -> nn.Module:
-    """Average the adapter's gradients over the processes; the frozen base stays where it is and never travels."""
-    if not dist.is_initialized():
-        return model
-    from torch.nn.parallel import DistributedDataParallel
-
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    buffers = [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+def describe_error(error: Exception) -> str:
+    """Return an error's message; for a file that could not be read or written, which one and why."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

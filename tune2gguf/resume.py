@@ -1,12 +1,118 @@
-"""Go on with a run: what must be the same, and what to say where it is not."""
+"""Go on with a run: where it stood, what must be the same, and what to say where it is not."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tune2gguf.runs import describe_existing
+from tune2gguf.checkpoints.adapter import ADAPTER_WEIGHTS, save_adapter
+from tune2gguf.checkpoints.digest import digest_file
+from tune2gguf.checkpoints.state import (
+    CHECKPOINTS,
+    get_step,
+    list_checkpoints,
+    read_checkpoint,
+    remove_checkpoint,
+    remove_leftovers,
+)
+from tune2gguf.runs import (
+    MetricsFile,
+    create_run_folder,
+    describe_existing,
+    find_free_folder,
+    record_resume,
+    write_config,
+)
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from tune2gguf.checkpoints.state import Checkpoint
+    from tune2gguf.data import PreparedData
+
+# Neither the weights nor the metrics of a step depend on these; the base and the rows are compared by their content.
+FREE_KEYS = {
+    "output_dir",
+    "resume",
+    "save_every_n_steps",
+    "keep_last",
+    "on_nonfinite",
+    "parallel",
+    "base_source",
+    "base_dir",
+    "model.base_dir",
+    "tokenizer.base_dir",
+    "dataset.files",
+    "dataset.validation_files",
+}
+
+
+@dataclass
+class Progress:
+    """How far a run is. With a seed and a plan of the epoch this is all that decides which rows come next."""
+
+    step: int = 0  # optimizer steps taken
+    epoch: int = 0  # epochs finished
+    step_in_epoch: int = 0  # steps taken of the epoch after them
+    validated_step: int | None = None  # step of the last validation
+    best_loss: float | None = None  # lowest held-out loss
+    best_step: int | None = None
+    best_sha256: str | None = None  # of the weights in best/
+
+    def finish_epoch(self) -> None:
+        """Stand before the next epoch."""
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+
+    def finish_step(self) -> None:
+        """Stand before the next step."""
+        self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
+
+
+def describe_run(
+    cfg: DictConfig, *, base_digest: str, data_fingerprint: str, num_processes: int, parallel: str
+) -> dict[str, Any]:
+    """Return what decides a run's result: its config, flat, and what base, rows and processes it has."""
+    from omegaconf import OmegaConf
+
+    config = dict(_flatten(OmegaConf.to_container(cfg, resolve=True)))
+    return {
+        "config": {key: value for key, value in config.items() if key not in FREE_KEYS},
+        "base": base_digest,
+        "data": data_fingerprint,
+        "processes": num_processes,
+        "parallel": parallel if num_processes > 1 else "replicate",
+    }
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return why the run of a checkpoint is not this one; more epochs are no reason."""
+    differences = []
+    for key in sorted(saved["config"].keys() | now["config"].keys()):
+        before, after = saved["config"].get(key), now["config"].get(key)
+        if key == "epochs" and after > before:
+            continue
+        if before != after:
+            only_raised = " (it may only be raised)" if key == "epochs" else ""
+            differences.append(f"{key}: {before} in the checkpoint, {after} now{only_raised}")
+    if saved["base"] != now["base"]:
+        differences.append("the base model: its files are not those that the run was started with")
+    if saved["data"] != now["data"]:
+        differences.append("the data: the rows are not those that the run was started with")
+    for key, what in (("processes", "the number of processes"), ("parallel", "parallel")):
+        if saved[key] != now[key]:
+            differences.append(f"{what}: {saved[key]} in the checkpoint, {now[key]} now")
+    return differences
 
 
 def find_path_problems(resume: str | bool, output_dir: Path) -> Iterator[str]:
@@ -24,3 +130,89 @@ def find_path_problems(resume: str | bool, output_dir: Path) -> Iterator[str]:
             f"resume={resume} is not a checkpoint of output_dir={output_dir}; "
             f"to go on with its run: output_dir={Path(resume).parent.parent}"
         )
+
+
+def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]) -> Checkpoint | None:
+    """Read the checkpoint to go on from; None where there is none yet and the run starts from its beginning.
+
+    Args:
+        resume: auto for the newest, or a checkpoint folder
+        run: from describe_run
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or is that of another run
+    """
+    if resume is False:
+        return None
+    if resume == "auto":
+        checkpoints = list_checkpoints(output_dir / CHECKPOINTS)
+        if not checkpoints:
+            return None
+        folder = checkpoints[-1]
+    else:
+        folder = Path(resume)
+    checkpoint = read_checkpoint(folder)
+    differences = find_differences(checkpoint.progress["run"], run)
+    if differences:
+        raise ValueError(
+            f"{folder} is a checkpoint of another run than this one; what differs:\n  "
+            + "\n  ".join(differences)
+            + f"\nStart a run of its own: resume=false output_dir={find_free_folder(output_dir)}"
+        )
+    return checkpoint
+
+
+def read_progress(checkpoint: Checkpoint) -> Progress:
+    """Return where the run of a checkpoint stood."""
+    return Progress(**{field.name: checkpoint.progress[field.name] for field in fields(Progress)})
+
+
+def enter_run_folder(
+    checkpoint: Checkpoint | None, progress: Progress, cfg: DictConfig, *, data: PreparedData, device: str
+) -> Path:
+    """Return the run folder as it was at the checkpoint, or a new one; `progress` learns whether best/ is lost.
+
+    Raises:
+        ValueError: if the folder exists and is not to be resumed, or its metrics are lost
+    """
+    folder = Path(cfg.output_dir)
+    if cfg.resume is False or not folder.exists():
+        return create_run_folder(folder, cfg, data=data, device=device)
+    if checkpoint is None:
+        _rewind(folder, step=0, metrics_bytes=0)
+        print(f"resume: {folder} has no checkpoint yet; starting from the beginning")
+    else:
+        _rewind(folder, step=progress.step, metrics_bytes=checkpoint.progress["metrics_bytes"])
+        _restore_best(folder, checkpoint, progress)
+        print(f"resume: going on after step {progress.step}, in epoch {progress.epoch + 1}")
+        before = checkpoint.progress["run"]["config"]["epochs"]
+        if before != cfg.epochs:
+            print(
+                f"resume: {before} epochs have become {cfg.epochs}; the learning rate now follows the longer schedule"
+            )
+    write_config(folder, cfg)
+    record_resume(folder, step=progress.step, device=device)
+    return folder
+
+
+def _rewind(output_dir: Path, *, step: int, metrics_bytes: int) -> None:
+    MetricsFile(output_dir / "metrics.jsonl").cut(metrics_bytes)
+    checkpoints_dir = output_dir / CHECKPOINTS
+    checkpoints_dir.mkdir(exist_ok=True)
+    remove_leftovers(checkpoints_dir)
+    for folder in list_checkpoints(checkpoints_dir):
+        if get_step(folder) > step:
+            remove_checkpoint(folder)
+            print(f"resume: removed {folder}, which this run comes to again")
+
+
+def _restore_best(output_dir: Path, checkpoint: Checkpoint, progress: Progress) -> None:
+    """Make best/ what it was; where it has gone on since and cannot be had back, the next validation is the best."""
+    if progress.best_step is None:
+        return
+    weights = output_dir / "best" / ADAPTER_WEIGHTS
+    if progress.best_step == progress.step:
+        save_adapter(output_dir / "best", checkpoint.adapter, checkpoint.adapter_config)
+    elif not weights.is_file() or digest_file(weights) != progress.best_sha256:
+        print(f"resume: best/ is not the adapter of step {progress.best_step} any more; the search for the best is new")
+        progress.best_loss = progress.best_step = progress.best_sha256 = None

@@ -21,34 +21,48 @@ _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers"
 
 
 def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: PreparedData, device: str) -> Path:
-    """Create the folder of a new run with config.yaml, environment.json, data.json and heldout.jsonl.
+    """Create the folder of a new run with config.yaml, environment.json, data.json and heldout.jsonl, in one move.
 
     Raises:
         ValueError: if the folder exists; a run never overwrites another
     """
-    from omegaconf import OmegaConf
-
+    from tune2gguf.checkpoints.folder import create_folder
     from tune2gguf.data.heldout import HELDOUT_FILE, format_heldout
 
     # Read again before the folder is made: a data file that has vanished must not leave a folder behind.
     heldout = format_heldout(data.validation, format=cfg.dataset.get("format", "auto"))
     folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(describe_existing(folder)) from None
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_text(folder / "environment.json", json.dumps(describe_environment(device), indent=2) + "\n")
-    write_text(folder / "data.json", json.dumps(data.ledger, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / HELDOUT_FILE, heldout)
+    if os.path.lexists(folder):
+        raise ValueError(describe_existing(folder))
+    with create_folder(folder) as unfinished:
+        write_config(unfinished, cfg)
+        write_text(unfinished / "environment.json", json.dumps(describe_environment(device), indent=2) + "\n")
+        write_text(unfinished / "data.json", json.dumps(data.ledger, indent=2, ensure_ascii=False) + "\n")
+        write_text(unfinished / HELDOUT_FILE, heldout)
     return folder
 
 
+def write_config(folder: Path, cfg: DictConfig) -> None:
+    """Write config.yaml, the resolved config of a run."""
+    from omegaconf import OmegaConf
+
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def record_resume(folder: Path, *, step: int, device: str) -> None:
+    """Add to environment.json where, when and from which step the run went on."""
+    path = folder / "environment.json"
+    environment = json.loads(path.read_text(encoding="utf-8"))
+    environment.setdefault("resumed", []).append({"step": step, **describe_environment(device)})
+    write_text(path, json.dumps(environment, indent=2) + "\n")
+
+
 def describe_existing(output_dir: Path) -> str:
-    """Return the error for a run folder that is taken, with a name that is free."""
+    """Return the error for a run folder that is taken: how to go on with it, and a name that is free."""
+    way_on = "To go on with that run, add resume=auto. " if (output_dir / "config.yaml").is_file() else ""
     return (
-        f"output_dir={output_dir} exists, and a run never overwrites another. "
-        f"Give the run another name: output_dir={find_free_folder(output_dir)}"
+        f"output_dir={output_dir} exists, and a run never overwrites another. {way_on}"
+        f"Give {'a new' if way_on else 'the'} run another name: output_dir={find_free_folder(output_dir)}"
     )
 
 
@@ -75,8 +89,31 @@ class MetricsFile:
         self.path = path
 
     def write(self, record: dict) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def sync(self) -> int:
+        """Return the size in bytes when all of it is on the disk."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def cut(self, num_bytes: int) -> None:
+        """Forget what was written after the first bytes.
+
+        Raises:
+            ValueError: if the file is shorter
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < num_bytes:
+            raise ValueError(f"{self.path} has {size} bytes, but had {num_bytes} at the checkpoint; bring it back")
+        if size > num_bytes:
+            os.truncate(self.path, num_bytes)
 
 
 def describe_environment(device: str) -> dict:

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from tune2gguf.distributed import World, sum_over_ranks
+from tune2gguf.distributed import gather_over_ranks, max_over_ranks, sum_over_ranks
 from tune2gguf.loss import IGNORED_LABEL
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
     from tune2gguf.data import Batch, TokenizedRow
+    from tune2gguf.data.packing import Pack
+
+MAX_ROWS_NAMED = 20
 
 
-def count_tokens(micro_batches: list[list[TokenizedRow]], world: World) -> tuple[int, int]:
-    """Return the tokens and the supervised tokens of a step's rows over all ranks, padding not counted."""
+@dataclass(frozen=True)
+class StepCounts:
+    """What all ranks take together in one step; padding is not counted."""
+
+    tokens: int
+    supervised_tokens: int
+    micro_batches: int  # of the rank with the most
+
+
+def count_step(micro_batches: list[list[TokenizedRow | Pack]]) -> StepCounts:
+    """Return the counts of a step, of which this rank has these micro-batches."""
     rows = [row for batch in micro_batches for row in batch]
     own = [sum(len(row.tokens) for row in rows), sum(row.num_supervised for row in rows)]
-    tokens, supervised_tokens = sum_over_ranks(torch.tensor(own, device=world.device)).tolist()
-    return tokens, supervised_tokens
+    tokens, supervised_tokens = sum_over_ranks(torch.tensor(own)).tolist()
+    return StepCounts(tokens, supervised_tokens, max_over_ranks(len(micro_batches)))
 
 
 def make_empty_batch() -> Batch:
@@ -29,12 +47,70 @@ def make_empty_batch() -> Batch:
     return Batch(tokens=torch.zeros((1, 2), dtype=torch.long), labels=torch.full((1, 2), IGNORED_LABEL))
 
 
-def require_finite(loss: float, *, step: int, rows: list[TokenizedRow]) -> None:
-    """Stop before a step whose loss is NaN or infinite reaches the weights.
+def compute_grad_norm(parameters: list[Tensor], *, clip_to: float | None) -> float:
+    """Return the norm of all gradients together, scaled down to `clip_to` where it is larger, unless None."""
+    from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-    Raises:
-        FloatingPointError: naming the rows of this rank's step
-    """
+    from tune2gguf.parallel import to_whole
+
+    if clip_to is None:
+        return float(to_whole(get_total_norm([parameter.grad for parameter in parameters])))
+    return float(to_whole(clip_grad_norm_(parameters, clip_to)))
+
+
+def find_nonfinite(loss: float, grad_norm: float) -> str | None:
+    """Return what of a step is NaN or infinite, so that it must not reach the weights; None where all is well."""
     if not math.isfinite(loss):
-        places = ", ".join(str(row.source) for row in rows)
-        raise FloatingPointError(f"step {step}: the loss is {loss}; its rows are {places}")
+        return f"the loss is {loss}"
+    return None if math.isfinite(grad_norm) else f"the gradient's norm is {grad_norm}"
+
+
+def name_rows(micro_batches: list[list[TokenizedRow | Pack]], batch_losses: Iterable[Tensor]) -> list[str]:
+    """Return file and line of the rows, of all ranks, in micro-batches whose own loss is not finite; if none is, all.
+
+    Every rank has to ask.
+    """
+    own = [
+        (str(row.source), bool(loss.isfinite()))
+        for batch, loss in zip(micro_batches, batch_losses, strict=False)  # behind the rows' batches come empty ones
+        for row in batch
+    ]
+    rows = [row for rows in gather_over_ranks(own) for row in rows]
+    return [source for source, is_finite in rows if not is_finite] or [source for source, _ in rows]
+
+
+def describe_rows(sources: list[str]) -> str:
+    """Return the rows in one line."""
+    more = f" and {len(sources) - MAX_ROWS_NAMED} more" if len(sources) > MAX_ROWS_NAMED else ""
+    return ", ".join(sources[:MAX_ROWS_NAMED]) + more
+
+
+def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
+    """Set the state of each parameter, whole and on the CPU, as saved from `optimizer.state_dict()["state"]`."""
+    from tune2gguf.parallel import take_share
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shares = {
+        index: {
+            name: take_share(value, parameters[index]) if _is_like(value, parameters[index]) else value
+            for name, value in values.items()
+        }
+        for index, values in state.items()
+    }
+    optimizer.load_state_dict({"state": shares, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _is_like(value: object, parameter: Tensor) -> bool:
+    """Whether a value is one for each weight, not a counter."""
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def advance_schedule(schedule: LRScheduler, num_steps: int) -> None:
+    """Bring a new schedule to where it is after so many steps; exact for any length that the run now has."""
+    import warnings
+
+    with warnings.catch_warnings():
+        # It asks for the optimizer's step before its own; those steps were taken by the run that goes on.
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        for _ in range(num_steps):
+            schedule.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,24 +27,41 @@ class HeldOutLoss:
         """Cross entropy per supervised token, in nats."""
         return sum(self.row_sums) / sum(self.row_tokens)
 
+    def summarize(self) -> dict[str, float]:
+        """Return what metrics.jsonl says of it."""
+        return {"val_loss": self.mean, "val_rows": len(self.row_sums), "val_tokens": sum(self.row_tokens)}
+
 
 @torch.no_grad()
 def compute_heldout_loss(
-    model: CausalLM, rows: list[TokenizedRow], *, batch_size: int, pad_id: int, world: World
+    model: CausalLM,
+    rows: list[TokenizedRow],
+    *,
+    batch_size: int,
+    pad_id: int,
+    world: World,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> HeldOutLoss:
     """Return the loss of each row without dropout; each process takes every world.size-th batch.
 
     Rows of similar length share a batch, so that little is padded; a row's loss does not depend on its batch.
+
+    Args:
+        before_batch: called by all processes equally often; may raise to give up
     """
     from tune2gguf.data import collate
+    from tune2gguf.steps import make_empty_batch
 
     was_training = model.training
     model.eval()
     row_sums = torch.zeros(len(rows), dtype=torch.float64)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
     batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    for indices in batches[world.rank :: world.size]:
-        batch = collate([rows[index] for index in indices], pad_id=pad_id)
+    # A sharded model computes in all processes or in none: one without rows left takes an empty batch.
+    for start in range(0, len(batches), world.size):
+        before_batch()
+        indices = batches[start + world.rank] if start + world.rank < len(batches) else []
+        batch = collate([rows[index] for index in indices], pad_id=pad_id) if indices else make_empty_batch()
         losses = model(batch.tokens.to(world.device), batch.labels.to(world.device)).double().cpu()
         parts = losses.split([rows[index].num_supervised for index in indices])
         for index, part in zip(indices, parts, strict=True):

@@ -38,10 +38,14 @@ def test_launcher_trains_and_fills_the_run_folder(launcher, run_arguments, tmp_p
     folder = tmp_path / "runs" / "tiny"
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     adapters = {f"{name}/adapter_{part}" for name in ("last", "best") for part in ("config.json", "model.safetensors")}
-    assert written == {"config.yaml", "environment.json", "data.json", "heldout.jsonl", "metrics.jsonl"} | adapters
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     num_processes = 2 if "2" in launcher else 1
-    assert len([record for record in records if "loss" in record]) == -(-20 // (4 * num_processes))
+    num_steps = -(-20 // (4 * num_processes))
+    assert len([record for record in records if "loss" in record]) == num_steps
+    parts = ("adapter_config.json", "adapter_model.safetensors", "manifest.json", "progress.json", "state.pt")
+    checkpoints = {f"checkpoints/step_{step}/{part}" for step in (num_steps - 1, num_steps) for part in parts}
+    files = {"config.yaml", "environment.json", "data.json", "heldout.jsonl", "metrics.jsonl"}
+    assert written == files | adapters | checkpoints
     assert [record["val_rows"] for record in records if "val_loss" in record] == [5, 5]
     assert json.loads((folder / "last/adapter_config.json").read_text())["r"] == 8
     assert f"wrote {folder}" in done.stdout

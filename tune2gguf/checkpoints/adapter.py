@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tune2gguf.checkpoints.durable import sync_folder, to_json, write_durably
+from tune2gguf.checkpoints.layout import list_tensors, to_tune_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +22,33 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def collect_adapter(model: CausalLM) -> dict[str, Tensor]:
-    """Return the adapter by torchtune's names (`layers.0.attn.q_proj.lora_a.weight` …), on the CPU."""
-    # state_dict names parameters as in the model without activation checkpointing, which wraps the layers.
-    weights = model.decoder.state_dict()
-    return {name: weight.detach().cpu() for name, weight in weights.items() if ".lora_" in name}
+    """Return copies of the trainable parameters by torchtune's names (`layers.0.attn.q_proj.lora_a.weight` …).
+
+    They are on the CPU and whole; where the model is sharded, every process has to ask for them.
+    """
+    from tune2gguf.parallel import copy_to_cpu
+
+    return {name: copy_to_cpu(parameter) for name, parameter in _list_adapter_parameters(model)}
+
+
+def restore_adapter(model: CausalLM, adapter: dict[str, Tensor]) -> None:
+    """Set the trainable parameters to what collect_adapter returned."""
+    import torch
+
+    from tune2gguf.parallel import take_share
+
+    with torch.no_grad():
+        for name, parameter in _list_adapter_parameters(model):
+            parameter.copy_(take_share(adapter[name].to(parameter.device), parameter))
+
+
+def _list_adapter_parameters(model: CausalLM) -> list[tuple[str, Tensor]]:
+    # Activation checkpointing wraps the layers, which shows in the names.
+    return [
+        (name.replace("_checkpoint_wrapped_module.", ""), parameter)
+        for name, parameter in model.decoder.named_parameters()
+        if parameter.requires_grad
+    ]
 
 
 def to_peft_layout(adapter: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
@@ -37,6 +63,21 @@ def to_peft_layout(adapter: dict[str, Tensor], architecture: Architecture) -> di
         head_dim=architecture.head_dim,
     )
     return {name: weight.contiguous() for name, weight in weights.items()}
+
+
+def from_peft_layout(weights: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """Undo to_peft_layout, bit for bit."""
+    adapter = {}
+    for spec in list_tensors(architecture):
+        hf_module, module = spec.hf_name.removesuffix(".weight"), spec.tune_name.removesuffix(".weight")
+        lora_a = weights.get(f"base_model.model.{hf_module}.lora_A.weight")
+        if lora_a is not None:
+            lora_b = weights[f"base_model.model.{hf_module}.lora_B.weight"]
+            adapter[f"{module}.lora_a.weight"] = lora_a
+            adapter[f"{module}.lora_b.weight"] = (
+                lora_b if spec.num_heads is None else to_tune_rows(lora_b, spec.num_heads)
+            )
+    return adapter
 
 
 def make_peft_config(
@@ -59,18 +100,24 @@ def make_peft_config(
     }
 
 
-def save_adapter(folder: Path, weights: dict[str, Tensor], config: dict) -> None:
-    """Write an adapter folder in one move: a killed process leaves the old folder or the new one, never half of one."""
-    from safetensors.torch import save_file
+def save_adapter(folder: Path, weights: dict[str, Tensor], config: dict) -> str:
+    """Write an adapter folder and return the sha256 of its weights.
+
+    A killed process leaves the old folder or the new one, never half of one.
+    """
+    from safetensors.torch import save
 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file(weights, unfinished / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (unfinished / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    content = save(weights, metadata={"format": "pt"})
+    write_durably(unfinished / ADAPTER_WEIGHTS, content)
+    write_durably(unfinished / ADAPTER_CONFIG, to_json(config))
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         os.rename(folder, replaced)
     os.rename(unfinished, folder)
     shutil.rmtree(replaced, ignore_errors=True)
+    sync_folder(folder.parent)
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,111 @@
+"""Starts the recipe in processes that can be killed, without the seconds that importing torch takes in each."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import REPOSITORY
+
+# Each run is forked from one process that has imported everything and done nothing yet.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["recipes.lora_finetune", "torchtune.training", "tune2gguf.models", "tune2gguf.data", "tune2gguf.checkpoints.load"]
+)
+TIMING = ("tokens_per_second", "supervised_tokens_per_second")
+
+
+class Launch:
+    """The processes of one run; `log` has what they print."""
+
+    def __init__(self, arguments: list[str], log: Path, *, num_processes: int = 1, environment=None) -> None:
+        self.log = log
+        common = dict(environment or {})
+        if num_processes > 1:
+            common |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+        self.processes = [
+            CONTEXT.Process(
+                target=run_recipe, args=(arguments, log, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            )
+            for rank in range(num_processes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def signal(self, signum: int, *, rank: int | None = None) -> None:
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.is_alive():
+                os.kill(process.pid, signum)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, timeout: float = 120.0) -> list[int]:
+        """Return the exit codes, negative for a signal; kill what is left after the timeout, and fail."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hanging = [process for process in self.processes if process.is_alive()]
+        for process in hanging:
+            process.kill()
+            process.join()
+        assert not hanging, f"still running after {timeout} s:\n{self.log.read_text()}"
+        return [process.exitcode for process in self.processes]
+
+    def wait_until(self, condition, timeout: float = 60.0) -> None:
+        """Return when the condition holds, at once when the run has ended before."""
+        deadline = time.monotonic() + timeout
+        while not condition() and any(process.is_alive() for process in self.processes):
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.002)
+
+
+def run_recipe(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    """Be the command: its arguments, its output, its exit code."""
+    descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    import torch
+
+    torch.set_num_threads(1)
+    from recipes.lora_finetune import recipe_main
+
+    sys.argv = ["lora_finetune.py", *arguments]
+    recipe_main()
+
+
+def run_to_end(arguments: list[str], log: Path, **options) -> str:
+    """Run, require success, return what was printed."""
+    launch = Launch(arguments, log, **options)
+    codes = launch.wait()
+    assert set(codes) == {0}, log.read_text()
+    return log.read_text()
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def read_outcome(folder: Path) -> dict:
+    """Return all that a run leaves, timing apart: two runs that are the same have the same."""
+    import json
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "metrics": [{key: value for key, value in record.items() if key not in TIMING} for record in records],
+        **{name: (folder / name / "adapter_model.safetensors").read_bytes() for name in ("last", "best")},
+        "checkpoints": {path.name for path in (folder / "checkpoints").iterdir()},
+    }

@@ -1,0 +1,205 @@
+"""Step checkpoints: checkpoints/step_N/ holds the adapter in PEFT's layout and all else that a run needs to go on.
+
+    adapter_model.safetensors, adapter_config.json   the adapter after step N
+    state.pt                                         optimizer, schedule, random numbers of every rank
+    progress.json                                    position in the run, and what the run is (see resume.py)
+    manifest.json                                    size and sha256 of every other file
+
+A folder appears in one move when all of it is on disk; one that is cut or altered later does not match its manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune2gguf.checkpoints.digest import digest_file
+from tune2gguf.checkpoints.durable import sync_folder, to_json, write_durably
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHECKPOINTS = "checkpoints"
+MANIFEST, STATE, PROGRESS = "manifest.json", "state.pt", "progress.json"
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds. `adapter` is in PEFT's layout, all tensors are on the CPU."""
+
+    adapter: dict[str, Tensor]
+    adapter_config: dict[str, Any]
+    state: dict[str, Any]  # tensors, numbers, text, and lists and dicts of them
+    progress: dict[str, Any]
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint folder: all of it is on disk before its name appears.
+
+    Raises:
+        OSError: if it cannot be written; nothing but an unfinished folder is left then
+    """
+    import torch
+    from safetensors.torch import save
+
+    from tune2gguf.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    buffer = io.BytesIO()
+    torch.save(checkpoint.state, buffer)
+    manifest = {}
+    # Serialized in memory: safetensors and torch.save hide what the disk says behind errors of their own.
+    for name, content in (
+        (ADAPTER_WEIGHTS, save(checkpoint.adapter, metadata={"format": "pt"})),
+        (ADAPTER_CONFIG, to_json(checkpoint.adapter_config)),
+        (STATE, buffer.getbuffer()),
+        (PROGRESS, to_json(checkpoint.progress)),
+    ):
+        write_durably(unfinished / name, content)
+        manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_durably(unfinished / MANIFEST, to_json({"files": manifest}))
+    sync_folder(unfinished)
+    os.rename(unfinished, folder)
+    sync_folder(folder.parent)
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint by its manifest; None where every byte is as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    for name, (num_bytes, sha256) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != num_bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {num_bytes}"
+        if digest_file(path) != sha256:
+            return f"{name} was altered: its sha256 is not the manifest's"
+    missing = {STATE, PROGRESS} - expected.keys()
+    return f"{MANIFEST} does not name {min(missing)}" if missing else None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint whose manifest was checked; no code in it can run.
+
+    Raises:
+        ValueError: if it is damaged; the newest good one of the run is named
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from tune2gguf.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+    damage = find_damage(folder)
+    if damage is not None:
+        raise ValueError(describe_damage(folder, damage))
+    return Checkpoint(
+        adapter=load_file(folder / ADAPTER_WEIGHTS),
+        adapter_config=json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")),
+        state=torch.load(folder / STATE, map_location="cpu", weights_only=True),
+        progress=read_progress(folder),
+    )
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's progress.json."""
+    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+
+
+def describe_damage(folder: Path, damage: str) -> str:
+    """Return the error for a damaged checkpoint, with the newest good one and how to take it."""
+    others = [other for other in reversed(list_checkpoints(folder.parent)) if other != folder]
+    good = next((other for other in others if find_damage(other) is None), None)
+    if good is None:
+        way_out = "No other checkpoint of this run is good; start again under another output_dir"
+    else:
+        way_out = f"The newest good one is {good}; to go on from there: resume={good}"
+    return f"{folder}: {damage}, so it is not loaded. {way_out}"
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """Return the step folders, the oldest first."""
+    if not checkpoints_dir.is_dir():
+        return []
+    steps = [path for path in checkpoints_dir.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(steps, key=get_step)
+
+
+def get_step(folder: Path) -> int:
+    """Return N of a folder step_N."""
+    return int(_STEP_FOLDER.fullmatch(folder.name)[1])
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; whoever looks meanwhile sees all of it or nothing."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    os.rename(folder, removed)
+    shutil.rmtree(removed)
+
+
+def remove_leftovers(checkpoints_dir: Path) -> None:
+    """Remove what a killed process left of checkpoints that it was writing or removing."""
+    for pattern in (".step_*.unfinished", ".step_*.removed"):
+        for path in checkpoints_dir.glob(pattern):
+            shutil.rmtree(path)
+
+
+class CheckpointWriter:
+    """Writes checkpoints beside the training, one at a time, and keeps the newest `keep_last`."""
+
+    def __init__(self, run_dir: Path, *, keep_last: int) -> None:
+        self.checkpoints_dir = run_dir / CHECKPOINTS
+        self.keep_last = keep_last
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is on disk."""
+        return next(reversed(list_checkpoints(self.checkpoints_dir)), None)
+
+    def start(self, step: int, checkpoint: Checkpoint) -> None:
+        """Begin to write step_N from tensors that nobody changes any more, when the one before is on disk.
+
+        A step has one state, so that its checkpoint is never written twice.
+        """
+        self.wait()
+        folder = self.checkpoints_dir / f"step_{step}"
+        if not folder.exists():
+            self._pending = self._thread.submit(self._write, folder, checkpoint)
+
+    def wait(self) -> None:
+        """Return when the checkpoint that was begun is on disk; raise the error that kept it from there."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def raise_if_failed(self) -> None:
+        """Raise the error of a write that has failed meanwhile; do not wait for one that goes on."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Let the thread end after its last write."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self, folder: Path, checkpoint: Checkpoint) -> None:
+        write_checkpoint(folder, checkpoint)
+        for old in list_checkpoints(self.checkpoints_dir)[: -self.keep_last]:
+            remove_checkpoint(old)

@@ -1,0 +1,112 @@
+"""The end of a run that fails: one process says why in one line, and all of them end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+from torch import OutOfMemoryError
+
+from tune2gguf.distributed import AgreedError, broadcast_from_main, describe_error, join_processes, wait_for_all
+from tune2gguf.signals import StopRequested
+
+# What a user can mend, said in one line; anything else is our mistake and shows where it happened.
+_ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
+_GRACE_SECONDS = 10.0
+
+
+@contextmanager
+def end_together() -> Iterator[None]:
+    """Join the processes, run the block, and turn its failure into one line and an exit code of every process."""
+    join_processes()
+    reporter = _Reporter()
+    try:
+        yield
+    except AgreedError as error:
+        _leave(f"error: {error}", exit_code=1)
+    except StopRequested as stop:
+        _leave(str(stop), exit_code=128 + stop.signum)
+    except KeyboardInterrupt:
+        reporter.fail("stopped before the training began; nothing was lost", exit_code=130)
+    except _ONE_LINE as error:
+        reporter.fail(f"error: {reporter.prefix}{describe_error(error)}", exit_code=1)
+    except Exception as error:
+        # The boundary of the process: alone it shows its traceback as ever, among others only the first to fail does.
+        if not dist.is_initialized():
+            raise
+        reporter.fail(reporter.describe_unexpected(error), exit_code=1)
+
+
+def _leave(message: str, *, exit_code: int) -> NoReturn:
+    """End for a reason that every process has; rank 0 says it before any of them is gone."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+    wait_for_all()
+    sys.exit(exit_code)
+
+
+class _Reporter:
+    """Lets the first process that fails speak, and ends this one when it is left waiting for one that is gone."""
+
+    def __init__(self) -> None:
+        self.is_alone = not dist.is_initialized()
+        self.prefix = "" if self.is_alone else f"process {dist.get_rank()}: "
+        if not self.is_alone:
+            # Of this start only: torchrun keeps its store over restarts.
+            self._key = f"tune2gguf/failed/{broadcast_from_main(time.time_ns())}"
+            self._store = _connect()
+            threading.Thread(target=self._watch, name="watch for failed processes", daemon=True).start()
+
+    def fail(self, message: str, *, exit_code: int) -> NoReturn:
+        """Say why, unless another process was first, and end without waiting for the others."""
+        if self.is_alone:
+            print(message, file=sys.stderr, flush=True)
+            sys.exit(exit_code)
+        if self._is_first():
+            print(message, file=sys.stderr, flush=True)
+        # Leaving the process group in good order would wait for processes that may be gone.
+        os._exit(exit_code)
+
+    def describe_unexpected(self, error: Exception) -> str:
+        """Return the traceback, or one line where the error is that another process is gone."""
+        text = str(error)
+        if isinstance(error, RuntimeError) and ("onnection" in text or "NCCL" in text or "imed out" in text):
+            return "error: another process of the run is gone; was it killed, or did its machine run out of memory?"
+        return f"{self.prefix}{''.join(traceback.format_exception(error)).rstrip()}"
+
+    def _is_first(self) -> bool:
+        own = str(dist.get_rank())
+        try:
+            return self._store.compare_set(self._key, "", own).decode() == own
+        except RuntimeError:  # the store went with its machine; one process of each machine left speaks
+            return os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def _watch(self) -> None:
+        """End this process if another has failed and the news does not reach it, as in a GPU's collective."""
+        store = _connect()
+        try:
+            while not store.check([self._key]):
+                time.sleep(1.0)
+        except RuntimeError:
+            return  # without the store torchrun ends the process
+        time.sleep(_GRACE_SECONDS)
+        os._exit(1)
+
+
+def _connect() -> dist.TCPStore:
+    """Return a connection of its own to the store through which the processes found each other."""
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=30),
+    )

@@ -1,0 +1,99 @@
+"""How several processes share one model: each holds all of it (replicate), or a part of every weight (shard)."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tune2gguf.distributed import World
+
+if TYPE_CHECKING:
+    from tune2gguf.models import CausalLM
+
+# A base may take this part of a GPU for `auto` to replicate it; the rest is for activations, logits and the allocator.
+REPLICATE_LIMIT = 0.6
+BYTES_PER_WEIGHT = {"bf16": 2.0, "fp32": 4.0, "nf4": 0.52}
+
+
+def choose_parallel(parallel: str, base_dir: str, *, base_weights: str, world: World) -> str:
+    """Return replicate or shard: what was asked for, or for `auto` replicate where every device holds the base."""
+    from tune2gguf.architectures import read_architecture
+    from tune2gguf.checkpoints.layout import list_tensors
+
+    if world.size == 1:
+        return "replicate"
+    if parallel != "auto" or world.device.type != "cuda":
+        return "shard" if parallel == "shard" else "replicate"
+    base_bytes = sum(
+        math.prod(spec.shape) * BYTES_PER_WEIGHT[base_weights if spec.is_linear or base_weights == "fp32" else "bf16"]
+        for spec in list_tensors(read_architecture(base_dir))
+    )
+    memory = torch.cuda.get_device_properties(world.device).total_memory
+    return "replicate" if base_bytes <= REPLICATE_LIMIT * memory else "shard"
+
+
+def replicate(model: CausalLM, world: World) -> nn.Module:
+    """Average the adapter's gradients over the processes; the frozen base stays where it is and never travels."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from tune2gguf.steps import make_empty_batch
+
+    if world.size == 1:
+        return model
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
+    replicated = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # DDP sums in other buckets after its first backward than in it. A run that is resumed has its first backward later
+    # than one that was never stopped: taken here, on nothing, it makes no difference.
+    replicated(**vars(make_empty_batch().to(world.device))).sum().backward()
+    model.zero_grad(set_to_none=True)
+    return replicated
+
+
+def shard(model: nn.Module, world: World) -> None:
+    """Split every weight over the processes, in place: a layer is whole only while it computes.
+
+    Works on a model without weights (on the meta device), too: each process then fills in its own part.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torchtune.modules import TransformerSelfAttentionLayer
+    from torchtune.training import shard_model
+
+    shard_model(
+        model,
+        [lambda _, module: isinstance(module, TransformerSelfAttentionLayer)],
+        cpu_offload=False,
+        dp_mesh=init_device_mesh(world.device.type, (world.size,)),
+    )
+
+
+def reduce_gradients(model: nn.Module, *, is_last: bool) -> AbstractContextManager:
+    """Return the context of a micro-batch: gradients travel in the step's last one only, as the sum of all."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(is_last)
+    return model.no_sync() if hasattr(model, "no_sync") and not is_last else nullcontext()
+
+
+def to_whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that may be split; every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def take_share(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this process's part of a tensor that every process has whole, split as `like` is; nothing travels."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def copy_to_cpu(value: Any) -> Any:
+    """Return a nested structure with every tensor copied to the CPU, whole; every process has to ask for it."""
+    if isinstance(value, dict):
+        return {key: copy_to_cpu(element) for key, element in value.items()}
+    return to_whole(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
