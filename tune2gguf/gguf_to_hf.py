@@ -75,14 +75,15 @@ def convert_gguf_to_hf(
         write_shards(folder, to_write, chunks, max_shard_bytes=5_000_000_000)
         tokenizer.save(str(folder / "tokenizer.json"))
         for name, content in _make_configs(keys, architecture, dtype).items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        record = {
-            "source": gguf_path.name if source is None else source,
-            "gguf_sha256": digest_file(gguf_path),
-            "sha256": {path.name: digest_file(path) for path in sorted(folder.iterdir())},
-        }
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            _write_json(folder / name, content)
+        digests = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+        origin = gguf_path.name if source is None else source
+        _write_json(folder / RECORD_FILE, {"source": origin, "gguf_sha256": digest_file(gguf_path), "sha256": digests})
     return base_dir
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _open_gguf(gguf_path: Path) -> GGUFReader:
