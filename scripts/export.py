@@ -6,7 +6,8 @@ import argparse
 import sys
 
 from tune2gguf.export.ollama import serve_with_ollama
-from tune2gguf.export.pipeline import export_run
+from tune2gguf.export.pipeline import Export, export_run
+from tune2gguf.export.proof import PROOF_FILE, format_table, prove_export
 from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.type_mix import QUANTIZATIONS
 
@@ -25,6 +26,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--merged-hf", action="store_true", help="also write the merged model as a Hugging Face folder")
     parser.add_argument("--base-dir", help="where the base model is, if it has moved since the run")
     parser.add_argument("--ollama", metavar="NAME", help="make the model in Ollama, and ask it a held-out question")
+    parser.add_argument("--proof-rows", type=int, default=16, help="held-out rows to prove the files on; 0 skips it")
+    parser.add_argument(
+        "--max-loss-increase",
+        type=float,
+        default=0.05,
+        help="of the held-out loss over the trained model's; 0.05 = 5 %%",
+    )
     parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
     parser.add_argument("--no-cache", action="store_true", help="neither use nor keep quantized tensors of the base")
     return parser.parse_args()
@@ -45,10 +53,23 @@ def main() -> None:
         )
         for path in export.list_paths():
             print(path)
+        is_proven = arguments.proof_rows == 0 or show_proof(export, arguments)
         if arguments.ollama is not None:
             print(serve_with_ollama(export, arguments.ollama))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if not is_proven:
+        sys.exit(1)
+
+
+def show_proof(export: Export, arguments: argparse.Namespace) -> bool:
+    """Prove the export and print the result; return whether it holds."""
+    proof = prove_export(export, num_rows=arguments.proof_rows, max_loss_increase=arguments.max_loss_increase)
+    if proof is None:
+        print("not proven: the run has no held-out rows (dataset.validation_files or dataset.validation_split)")
+        return True
+    print(f"{export.run.export_dir / PROOF_FILE}\n\n{format_table(proof)}")
+    return not proof.failures
 
 
 if __name__ == "__main__":

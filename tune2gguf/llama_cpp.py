@@ -96,6 +96,26 @@ class LlamaCppModel:
         """Return the ids of a text; special tokens in it are read as such."""
         return self.post("/tokenize", {"content": text, "add_special": adds_bos, "parse_special": True})["tokens"]
 
+    def score(self, tokens: Sequence[int], positions: Sequence[int]) -> list[float | None]:
+        """Return the log-probability of tokens[position] after the tokens before it, in nats, for each position.
+
+        None where the server reports none: at a token that ends in the middle of a character.
+        """
+        scores: list[float | None] = []
+        for position in positions:
+            token = int(tokens[position])
+            request = {
+                "prompt": [int(before) for before in tokens[:position]],
+                "n_predict": 1,
+                "n_probs": 1,
+                "temperature": 0,
+                # Makes the token the one that is reported; the probabilities are those before the bias.
+                "logit_bias": [[token, 1e4]],
+            }
+            found = self.post("/completion", request).get("completion_probabilities")
+            scores.append(found[0]["logprob"] if found and found[0]["id"] == token else None)
+        return scores
+
     def post(self, endpoint: str, content: dict) -> dict:
         """Send a request to an endpoint of llama.cpp's server and return its answer.
 

@@ -1,0 +1,275 @@
+"""The proof of an export: its files serve what was trained, and lose no more than they may."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.checkpoints.base import BaseCheckpoint, open_base
+from tune2gguf.data.heldout import HELDOUT_FILE, read_heldout
+from tune2gguf.data.messages import Conversation
+from tune2gguf.export.adapter import Adapter, read_adapter
+from tune2gguf.export.gguf_llama import choose_types, list_gguf_tensors
+from tune2gguf.export.kernels import Kernels, load_kernels
+from tune2gguf.export.serving import ServedFile, serve_file
+from tune2gguf.export.step_losses import HeldOutRow, StepLoss, measure_steps
+from tune2gguf.export.type_mix import QUANTIZATIONS, count_bytes
+from tune2gguf.export.weight_sources import (
+    open_base_source,
+    open_gguf_source,
+    open_merged_source,
+    open_quantized_source,
+)
+from tune2gguf.runs import write_text
+from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from tune2gguf.export.pipeline import Export
+
+PROOF_FILE = "proof.json"
+BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
+COMPUTED_BY = "torch in float32; a file's weights are its dequantized tensors"
+# llama.cpp rounds activations to 8 bits and its cache to 16, so that its loss is not quite that of the weights.
+MAX_SCORE_DIFFERENCE = 0.1  # nats per token
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The result; it holds if there are no failures.
+
+    Attributes:
+        steps: base, adapter, merged bf16, then each type, in this order
+        lost_most: the step after the adapter that raised the loss most
+        files: by the type's name
+    """
+
+    num_rows: int
+    num_tokens: int
+    steps: dict[str, StepLoss]
+    lost_most: str
+    files: dict[str, ServedFile]
+    failures: list[str]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is proven, opened."""
+
+    base: BaseCheckpoint
+    adapter: Adapter
+    kernels: Kernels
+    tokenizer: ChatTokenizer
+    conversations: list[Conversation]
+    rows: list[HeldOutRow]
+
+
+def prove_export(
+    export: Export,
+    *,
+    num_rows: int = 16,
+    num_replies: int = 3,
+    max_loss_increase: float = 0.05,
+    num_threads: int = 1,
+    show: bool = True,
+) -> Proof | None:
+    """Prove an export on held-out rows and write proof.json; None where the run has no held-out rows.
+
+    Args:
+        num_rows: held-out rows to use, the first ones
+        num_replies: questions to ask each file
+        max_loss_increase: of a file's held-out loss over the trained model's, as a fraction
+        num_threads: of llama.cpp
+
+    Raises:
+        ValueError: if something that is needed is missing or cannot be loaded
+    """
+    subject = _open_subject(export, num_rows=num_rows)
+    if subject is None:
+        return None
+    paths = {model.quantization: model.gguf_path for model in export.models}
+    steps = _measure_export(subject, paths, show=show)
+    files = {
+        name: serve_file(
+            path,
+            subject.tokenizer,
+            subject.conversations,
+            subject.rows,
+            steps[name].token_losses,
+            context_length=export.run.max_seq_len,
+            num_replies=num_replies,
+            num_threads=num_threads,
+        )
+        for name, path in paths.items()
+    }
+    failures = [failure for name, served in files.items() for failure in _find_serving_failures(name, served)]
+    failures += _find_loss_failures(subject, steps, max_loss_increase)
+    proof = Proof(
+        num_rows=len(subject.rows),
+        num_tokens=len(steps[BASE].token_losses),
+        steps=steps,
+        lost_most=_find_step_that_lost_most(steps),
+        files=files,
+        failures=failures,
+    )
+    write_text(export.run.export_dir / PROOF_FILE, format_json(proof))
+    return proof
+
+
+def _open_subject(export: Export, *, num_rows: int) -> _Subject | None:
+    run = export.run
+    if not (run.run_dir / HELDOUT_FILE).is_file():
+        return None
+    tokenizer = load_tokenizer(run.base_dir, chat_format=run.chat_format.name)
+    conversations = read_heldout(run.run_dir)[:num_rows]
+    rows = make_rows(conversations, tokenizer, max_seq_len=run.max_seq_len)
+    if not rows:
+        return None
+    base = open_base(run.base_dir)
+    adapter = read_adapter(run.adapter_dir, base.specs)
+    return _Subject(base, adapter, load_kernels(), tokenizer, conversations, rows)
+
+
+def make_rows(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, max_seq_len: int) -> list[HeldOutRow]:
+    """Tokenize as for training; rows without a supervised token within max_seq_len are left out."""
+    rows = []
+    for conversation in conversations:
+        if conversation.messages:
+            tokens, supervised = tokenizer.encode_conversation(conversation.messages)
+        else:
+            tokens, supervised = tokenizer.encode_document(conversation.text)
+        row = HeldOutRow(np.array(tokens[:max_seq_len]), np.array(supervised[:max_seq_len], bool))
+        if len(row.positions) > 0:
+            rows.append(row)
+    return rows
+
+
+def _measure_export(subject: _Subject, paths: dict[str, Path], *, show: bool) -> dict[str, StepLoss]:
+    from tqdm import tqdm
+
+    base, adapter = subject.base, subject.adapter
+    sources = {
+        BASE: open_base_source(base, adapter=None),
+        ADAPTER: open_base_source(base, adapter=adapter),
+        MERGED: open_merged_source(base, adapter),
+    }
+    sources |= {name: open_gguf_source(path, base, subject.kernels) for name, path in paths.items()}
+    num_layers = len(sources) * base.architecture.num_layers
+    with tqdm(total=num_layers, desc="proving", unit="layer", disable=not show, leave=False) as bar:
+        return measure_steps(sources, subject.rows, reference=ADAPTER, report=bar.update)
+
+
+def _find_step_that_lost_most(steps: dict[str, StepLoss]) -> str:
+    """Merging starts from the adapter, every type from the merged weights."""
+    losses = {name: step.loss - steps[MERGED].loss for name, step in steps.items() if name not in (BASE, ADAPTER)}
+    losses[MERGED] = steps[MERGED].loss - steps[ADAPTER].loss
+    return max(losses, key=losses.__getitem__)
+
+
+def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: float) -> list[str]:
+    failures = []
+    for name, step in steps.items():
+        if name in (BASE, ADAPTER) or step.increase <= limit:
+            continue
+        failure = f"{name} raises the held-out loss by {step.increase:.1%}; the limit is {limit:.1%}"
+        if name in QUANTIZATIONS:
+            found = _find_smallest_type(subject, limit, larger_than=name)
+            failure += f". {found}" if found else ". No larger type stays within it"
+        failures.append(failure)
+    return failures
+
+
+def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
+    """Return a sentence that names the smallest larger type within the limit, without writing files."""
+    base, adapter = subject.base, subject.adapter
+    sizes = _compute_sizes(base)
+    larger = sorted((size, name) for name, size in sizes.items() if size > sizes[larger_than])
+    reference = open_base_source(base, adapter=adapter)
+    for _, name in larger:
+        source = open_quantized_source(base, adapter, QUANTIZATIONS[name], subject.kernels)
+        step = measure_steps({ADAPTER: reference, name: source}, subject.rows, reference=ADAPTER)[name]
+        if step.increase <= limit:
+            return f"The smallest type within it is {name} ({step.increase:+.1%}): --quantization {name}"
+    return None
+
+
+def _compute_sizes(base: BaseCheckpoint) -> dict[str, int]:
+    tensors = list_gguf_tensors(base.specs, base.architecture)
+    sizes = {}
+    for name, quantization in QUANTIZATIONS.items():
+        types = choose_types(tensors, base.architecture, quantization)
+        sizes[name] = sum(count_bytes(types[tensor.name], tensor.shape) for tensor in tensors)
+    return sizes
+
+
+def _find_serving_failures(name: str, served: ServedFile) -> list[str]:
+    failures = []
+    if served.tokens.first_difference is not None:
+        failures.append(f"{name}: llama.cpp serves other ids than were trained: {served.tokens.first_difference}")
+    if served.scores is not None and abs(served.scores.difference) > MAX_SCORE_DIFFERENCE:
+        failures.append(
+            f"{name}: llama.cpp's loss is {served.scores.loss_by_llama_cpp:.3f}, that of the file's weights "
+            f"{served.scores.loss_by_torch:.3f}"
+        )
+    endless = [reply for reply in served.replies if not reply.ended_by_itself]
+    if endless:
+        failures.append(f"{name}: {len(endless)} of {len(served.replies)} replies did not end by themselves")
+    return failures
+
+
+def format_json(proof: Proof) -> str:
+    """Return the content of proof.json."""
+    steps = {
+        name: {"loss": step.loss, "increase": step.increase, "kl_to_adapter": step.divergence, "top1": step.agreement}
+        for name, step in proof.steps.items()
+    }
+    content = {
+        "passed": not proof.failures,
+        "failures": proof.failures,
+        "rows": proof.num_rows,
+        "supervised_tokens": proof.num_tokens,
+        "losses_computed_by": COMPUTED_BY,
+        "steps": steps,
+        "lost_most": proof.lost_most,
+        "served_by_llama_cpp": {name: asdict(served) for name, served in proof.files.items()},
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def format_table(proof: Proof) -> str:
+    """Return the result for the terminal."""
+    lines = [f"proof on {proof.num_rows} held-out rows, {proof.num_tokens} supervised tokens ({COMPUTED_BY})", ""]
+    lines.append(f"  {'step':<12} {'loss':>7} {'vs adapter':>11} {'KL':>8} {'top-1':>7}")
+    for name, step in proof.steps.items():
+        increase = "" if name == ADAPTER else f"{step.increase:+.2%}"
+        lines.append(f"  {name:<12} {step.loss:7.4f} {increase:>11} {step.divergence:8.4f} {step.agreement:7.1%}")
+    lines += ["", f"the step that lost most: {proof.lost_most}"]
+    for name, served in proof.files.items():
+        lines += ["", *_format_served(name, served)]
+    if proof.failures:
+        lines += ["", "NOT PROVEN", *(f"  {failure}" for failure in proof.failures)]
+    else:
+        lines += ["", "proven: ids, losses and replies are within the limits"]
+    return "\n".join(lines)
+
+
+def _format_served(name: str, served: ServedFile) -> list[str]:
+    tokens, scores = served.tokens, served.scores
+    num_checked = tokens.num_equal + tokens.num_different
+    lines = [f"{name} in llama.cpp: {tokens.num_equal} of {num_checked} conversations have the ids that were trained"]
+    if tokens.num_skipped:
+        lines.append(f"  ({tokens.num_skipped} not compared: their text spells a special token)")
+    if scores is not None:
+        lines.append(
+            f"  loss of {scores.num_tokens} tokens {scores.loss_by_llama_cpp:.4f}, "
+            f"by the file's weights {scores.loss_by_torch:.4f}"
+        )
+    for reply in served.replies:
+        end = "" if reply.ended_by_itself else " [cut]"
+        question, text, reference = (" ".join(part.split()) for part in (reply.question, reply.reply, reply.reference))
+        lines += [f"  Q         {question}", f"  reply     {text}{end}", f"  reference {reference}"]
+    return lines

@@ -1,0 +1,168 @@
+"""What llama.cpp makes of an exported file: the ids it serves, the losses it computes, the replies it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tune2gguf.data.heldout import cut_before_reply
+from tune2gguf.data.messages import Conversation, trim
+from tune2gguf.export.step_losses import HeldOutRow
+from tune2gguf.llama_cpp import LlamaCppModel, open_model
+from tune2gguf.tokenizers import ChatTokenizer
+
+MAX_SCORED_TOKENS = 128  # each costs a request
+MAX_REPLY_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """Whether conversations are served as the ids that were trained.
+
+    Attributes:
+        num_equal: conversations whose ids are equal, with BOS exactly once where the format has one
+        num_different: the others
+        num_skipped: conversations whose text spells a special token, which is trained as text
+        first_difference: what differs first, or None
+    """
+
+    num_equal: int
+    num_different: int
+    num_skipped: int
+    first_difference: str | None
+
+
+@dataclass(frozen=True)
+class ScoreCheck:
+    """Loss of the same supervised tokens by llama.cpp, and in float32 from the file's dequantized tensors."""
+
+    num_tokens: int
+    loss_by_llama_cpp: float
+    loss_by_torch: float
+
+    @property
+    def difference(self) -> float:
+        return self.loss_by_llama_cpp - self.loss_by_torch
+
+
+@dataclass(frozen=True)
+class ServedReply:
+    """A greedy reply to a held-out question."""
+
+    question: str
+    reference: str
+    reply: str
+    ended_by_itself: bool
+
+
+@dataclass(frozen=True)
+class ServedFile:
+    """All of it for one file; `scores` is None where no token could be scored."""
+
+    tokens: TokenCheck
+    scores: ScoreCheck | None
+    replies: list[ServedReply]
+
+
+def serve_file(
+    path: Path,
+    tokenizer: ChatTokenizer,
+    conversations: Sequence[Conversation],
+    rows: Sequence[HeldOutRow],
+    token_losses: np.ndarray,
+    *,
+    context_length: int,
+    num_replies: int,
+    num_threads: int,
+) -> ServedFile:
+    """Load a file into llama.cpp and check ids, losses and replies.
+
+    Args:
+        rows: the conversations as trained
+        token_losses: torch's losses of the rows' supervised tokens, row by row
+        context_length: tokens of a conversation; the replies get room beyond it
+
+    Raises:
+        ValueError: if the file cannot be loaded
+    """
+    model = open_model(path, num_threads=num_threads, context_length=context_length + MAX_REPLY_TOKENS)
+    chats = [conversation for conversation in conversations if conversation.messages]
+    return ServedFile(
+        tokens=check_tokens(model, tokenizer, chats),
+        scores=check_scores(model, rows, token_losses, max_tokens=MAX_SCORED_TOKENS),
+        replies=ask_held_out(model, chats[:num_replies], max_tokens=MAX_REPLY_TOKENS),
+    )
+
+
+def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, chats: Sequence[Conversation]) -> TokenCheck:
+    """Compare the ids that llama.cpp serves of each conversation, up to its last reply, with the trained ones."""
+    num_equal = num_different = num_skipped = 0
+    first_difference = None
+    for number, chat in enumerate(chats, start=1):
+        if any(tokenizer.find_spelled_special(message.content) for message in chat.messages):
+            num_skipped += 1
+            continue
+        trained, _ = tokenizer.encode_conversation(chat.messages)
+        served = _serve(model, tokenizer, chat)
+        difference = _describe_difference(trained[: len(served)], served, tokenizer)
+        num_equal += difference is None
+        num_different += difference is not None
+        if difference is not None and first_difference is None:
+            first_difference = f"conversation {number}, {difference}"
+    return TokenCheck(num_equal, num_different, num_skipped, first_difference)
+
+
+def _serve(model: LlamaCppModel, tokenizer: ChatTokenizer, chat: Conversation) -> list[int]:
+    """Return the ids of the prompt as the server makes them, and those of the reply."""
+    prompt, reply = cut_before_reply(chat)
+    chat_format = tokenizer.chat_format
+    generated = trim(reply) + chat_format.end_of_turn + chat_format.turn_separator
+    return model.tokenize(model.apply_template(prompt), adds_bos=True) + model.tokenize(generated)
+
+
+def _describe_difference(trained: list[int], served: list[int], tokenizer: ChatTokenizer) -> str | None:
+    bos = tokenizer.special_ids.get(tokenizer.chat_format.beginning)
+    if bos is not None and served.count(bos) != 1:
+        return f"{tokenizer.chat_format.beginning} is served {served.count(bos)} times"
+    if trained == served:
+        return None
+    pairs = zip(trained, served, strict=False)
+    place = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(trained), len(served)))
+    shown = slice(max(0, place - 2), place + 3)
+    return (
+        f"token {place}: trained {tokenizer.decode(trained[shown])!r} {trained[shown]}, "
+        f"served {tokenizer.decode(served[shown])!r} {served[shown]}"
+    )
+
+
+def check_scores(
+    model: LlamaCppModel, rows: Sequence[HeldOutRow], token_losses: np.ndarray, *, max_tokens: int
+) -> ScoreCheck | None:
+    """Compare llama.cpp's losses of the first supervised tokens with torch's."""
+    by_llama_cpp: list[float] = []
+    by_torch: list[float] = []
+    place = 0
+    for row in rows:
+        positions = row.positions[: max_tokens - len(by_llama_cpp)]
+        scores = model.score(row.tokens.tolist(), positions.tolist())
+        for score, loss in zip(scores, token_losses[place:], strict=False):
+            if score is not None:
+                by_llama_cpp.append(-score)
+                by_torch.append(float(loss))
+        place += len(row.positions)
+    if not by_torch:
+        return None
+    return ScoreCheck(len(by_torch), float(np.mean(by_llama_cpp)), float(np.mean(by_torch)))
+
+
+def ask_held_out(model: LlamaCppModel, chats: Sequence[Conversation], *, max_tokens: int) -> list[ServedReply]:
+    """Ask for the last reply of each conversation, greedily."""
+    replies = []
+    for chat in chats:
+        prompt, reference = cut_before_reply(chat)
+        reply = model.chat(prompt, max_tokens=max_tokens)
+        replies.append(ServedReply(prompt[-1]["content"], reference, reply.text, reply.ended_by_itself))
+    return replies

@@ -1,0 +1,98 @@
+"""What each step of an export costs: held-out loss, and distance to the model that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.export.layerwise import WeightSource, compute_hidden
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POSITIONS_PER_CHUNK = 512  # 512 x 128256 logits are 263 MB
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """Token ids [seq] and which of them are supervised [seq], as trained."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions of the supervised tokens; the first token is never predicted."""
+        return np.flatnonzero(self.supervised[1:]) + 1
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """One step, over all supervised tokens.
+
+    Attributes:
+        loss: cross entropy, nats per token
+        increase: of the loss over the reference's, as a fraction of it
+        divergence: Kullback-Leibler divergence from the reference, nats per token
+        agreement: fraction of tokens at which the most probable token is the reference's
+        token_losses: cross entropy of each token, row by row
+    """
+
+    loss: float
+    increase: float
+    divergence: float
+    agreement: float
+    token_losses: np.ndarray
+
+
+def measure_steps(
+    sources: Mapping[str, WeightSource],
+    rows: Sequence[HeldOutRow],
+    *,
+    reference: str,
+    report: Callable[[int], None] = lambda count: None,
+) -> dict[str, StepLoss]:
+    """Return the losses of each source; `reference` names the one that the others are compared with.
+
+    Args:
+        report: called with the number of layers done
+    """
+    import torch
+
+    targets = torch.from_numpy(np.concatenate([row.tokens[row.positions] for row in rows]).astype(np.int64))
+    selected = {name: _select_hidden(source, rows, report) for name, source in sources.items()}
+    token_losses = {name: torch.empty(len(targets)) for name in sources}
+    divergences = dict.fromkeys(sources, 0.0)
+    agreements = dict.fromkeys(sources, 0)
+    with torch.no_grad():
+        for begin in range(0, len(targets), POSITIONS_PER_CHUNK):
+            chunk = slice(begin, begin + POSITIONS_PER_CHUNK)
+            expected = sources[reference].multiply_head(selected[reference][chunk]).log_softmax(-1)
+            for name, source in sources.items():
+                found = expected if name == reference else source.multiply_head(selected[name][chunk]).log_softmax(-1)
+                token_losses[name][chunk] = -found.gather(1, targets[chunk, None])[:, 0]
+                divergences[name] += float((expected.exp() * (expected - found)).sum())
+                agreements[name] += int((expected.argmax(-1) == found.argmax(-1)).sum())
+    reference_loss = float(token_losses[reference].double().mean())
+    return {
+        name: StepLoss(
+            loss=(loss := float(token_losses[name].double().mean())),
+            increase=loss / reference_loss - 1,
+            divergence=divergences[name] / len(targets),
+            agreement=agreements[name] / len(targets),
+            token_losses=token_losses[name].numpy(),
+        )
+        for name in sources
+    }
+
+
+def _select_hidden(source: WeightSource, rows: Sequence[HeldOutRow], report: Callable[[int], None]) -> Tensor:
+    """Return the states that predict the supervised tokens, [n, dim]."""
+    import torch
+
+    starts = np.cumsum([0, *(len(row.tokens) for row in rows[:-1])])
+    places = np.concatenate([start + row.positions - 1 for start, row in zip(starts, rows, strict=True)])
+    return compute_hidden(source, [row.tokens for row in rows], report=report)[torch.from_numpy(places)].clone()
