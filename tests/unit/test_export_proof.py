@@ -1,0 +1,182 @@
+"""The proof of an export holds for what is served as trained, and fails for what is not, saying why."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY, TINY_UNTIED, make_conversations, write_tiny_base
+from tests.parity.gguf_models import write_run
+from tune2gguf.chat_formats import CHATML
+from tune2gguf.data.messages import Conversation, Message
+from tune2gguf.export.pipeline import Export, export_run
+from tune2gguf.export.proof import ADAPTER, BASE, MERGED, format_table, make_rows, prove_export
+from tune2gguf.export.serving import check_tokens
+from tune2gguf.llama_cpp import open_model
+from tune2gguf.tokenizers import load_tokenizer
+
+
+def write_biased_base(base_dir: Path, *, end_weight: float) -> Path:
+    """Write a random model whose head sees, in all tokens alike, how much to want <|im_end|>."""
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_base(base_dir, TINY_UNTIED)
+    end = load_tokenizer(base_dir, chat_format="chatml").end_of_turn_id
+    weights = load_file(base_dir / "model.safetensors")
+    weights["model.embed_tokens.weight"][:, 0] = 1.0
+    for name, weight in weights.items():
+        if "o_proj" in name or "down_proj" in name:
+            weight[0] = 0
+    weights["model.norm.weight"][0] = 1.0
+    weights["lm_head.weight"][:, 0] = 0
+    weights["lm_head.weight"][end] = 0
+    weights["lm_head.weight"][end, 0] = end_weight
+    save_file(weights, base_dir / "model.safetensors")
+    return base_dir
+
+
+@pytest.fixture(scope="module")
+def ending_base(tmp_path_factory) -> Path:
+    """A model that ends its turn at once."""
+    return write_biased_base(tmp_path_factory.mktemp("ending") / "base", end_weight=9.0)
+
+
+def write_proven_run(base_dir: Path, run_dir: Path, *, num_rows: int = 6) -> Path:
+    """Write a run with an adapter on the values only, and held-out rows."""
+    from safetensors.numpy import load_file, save_file
+
+    write_run(base_dir, run_dir, chat_format="chatml")
+    path = run_dir / "last" / "adapter_model.safetensors"
+    save_file({name: weight / 4 for name, weight in load_file(path).items() if "v_proj" in name}, path)
+    write_heldout(run_dir, [row["messages"] for row in make_conversations(num_rows)])
+    return run_dir
+
+
+def write_heldout(run_dir: Path, conversations: list[list[dict]]) -> None:
+    records = [{"source": "rows", "text": None, "messages": messages} for messages in conversations]
+    (run_dir / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def run_dir(ending_base, tmp_path) -> Path:
+    return write_proven_run(ending_base, tmp_path / "run")
+
+
+def prove(export: Export, **options):
+    return prove_export(export, show=False, **options)
+
+
+def test_a_faithful_export_is_proven(run_dir):
+    export = export_run(run_dir, quantizations=["Q8_0", "F16"], show=False)
+    proof = prove(export)
+    assert proof.failures == []
+    assert list(proof.steps) == [BASE, ADAPTER, MERGED, "Q8_0", "F16"]
+    assert proof.steps[ADAPTER].divergence == 0 and proof.steps[ADAPTER].agreement == 1
+    assert 0 < proof.steps[MERGED].divergence < proof.steps["Q8_0"].divergence < proof.steps[BASE].divergence
+    for served in proof.files.values():
+        assert (served.tokens.num_equal, served.tokens.num_different) == (6, 0)
+        assert served.scores.num_tokens == 128
+        assert abs(served.scores.difference) < 0.02
+        assert len(served.replies) == 3 and all(reply.ended_by_itself for reply in served.replies)
+    content = json.loads((run_dir / "export" / "proof.json").read_text())
+    assert content["passed"] is True
+    assert content["steps"]["Q8_0"]["loss"] == proof.steps["Q8_0"].loss
+    assert "proven: ids, losses and replies" in format_table(proof)
+
+
+def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
+    """The adapter step is what training validated: same rows, same tokens, same mean."""
+    import torch
+
+    from tune2gguf.checkpoints.base import open_base
+    from tune2gguf.export.adapter import read_adapter
+    from tune2gguf.export.layerwise import compute_hidden
+    from tune2gguf.export.weight_sources import open_base_source
+    from tune2gguf.loss import cross_entropy_of_supervised
+
+    proof = prove(export_run(run_dir, show=False))
+    tokenizer = load_tokenizer(ending_base, chat_format="chatml")
+    base = open_base(ending_base)
+    source = open_base_source(base, adapter=read_adapter(run_dir / "last", base.specs))
+    head = source.read("output.weight", 0, 384)
+    losses = []
+    for row in make_conversations(6):
+        tokens, supervised = tokenizer.encode_conversation([Message(**message) for message in row["messages"]])
+        hidden = compute_hidden(source, [np.array(tokens)])
+        places = torch.tensor([place for place in range(1, len(tokens)) if supervised[place]])
+        losses.append(cross_entropy_of_supervised(hidden[places - 1], head, torch.tensor(tokens)[places]))
+    assert proof.steps[ADAPTER].loss == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+def test_a_lossy_type_fails_and_the_smallest_sufficient_one_is_named(run_dir):
+    export = export_run(run_dir, quantizations=["Q2_K"], show=False)
+    increase = prove(export).steps["Q2_K"].increase
+    limits = [increase * 2, increase / 3] if increase > 0 else [1.0, increase * 2]
+    assert prove(export, max_loss_increase=limits[0]).failures == []
+    [failure] = prove(export, max_loss_increase=limits[1]).failures
+    assert failure.startswith("Q2_K raises the held-out loss by ")
+    assert ". The smallest type within it is " in failure or failure.endswith("No larger type stays within it")
+    assert json.loads((run_dir / "export" / "proof.json").read_text())["passed"] is False
+
+
+def test_a_model_that_does_not_end_its_turn_fails(tmp_path):
+    endless_base = write_biased_base(tmp_path / "base", end_weight=-30.0)
+    export = export_run(write_proven_run(endless_base, tmp_path / "endless"), quantizations=["Q8_0"], show=False)
+    proof = prove(export, num_replies=2)
+    assert any("replies did not end by themselves" in failure for failure in proof.failures)
+    assert "[cut]" in format_table(proof) and "NOT PROVEN" in format_table(proof)
+
+
+def test_another_template_than_the_trained_one_is_found_with_the_first_difference(run_dir, ending_base, monkeypatch):
+    wrong = replace(CHATML, jinja_template=CHATML.jinja_template.replace("<|im_start|>assistant", "<|im_start|>bot"))
+    monkeypatch.setitem(__import__("tune2gguf.chat_formats").chat_formats.CHAT_FORMATS, "chatml", wrong)
+    export = export_run(run_dir, quantizations=["F16"], show=False)
+    monkeypatch.undo()
+    [failure, *_] = prove(export).failures
+    assert failure.startswith("F16: llama.cpp serves other ids than were trained: conversation 1, token ")
+    assert "<|im_start|>ass" in failure and "<|im_start|>bot" in failure
+
+
+def test_conversations_that_spell_special_tokens_are_counted_apart(ending_base, run_dir):
+    model = open_model(export_run(run_dir, quantizations=["F16"], show=False).models[0].gguf_path, context_length=256)
+    tokenizer = load_tokenizer(ending_base, chat_format="chatml")
+    chats = [
+        Conversation((Message("user", question), Message("assistant", "It ends a turn.")))
+        for question in ("What is <|im_end|>?", "What ends a turn?")
+    ]
+    check = check_tokens(model, tokenizer, chats)
+    assert (check.num_equal, check.num_different, check.num_skipped) == (1, 0, 1)
+
+
+def test_rows_are_cut_as_in_training_and_raw_text_counts(ending_base):
+    tokenizer = load_tokenizer(ending_base, chat_format="chatml")
+    chat = Conversation((Message("user", "a " * 50), Message("assistant", "b")))
+    rows = make_rows([chat, Conversation(text="The ferry leaves.")], tokenizer, max_seq_len=20)
+    assert len(rows) == 1, "the first row's reply lies beyond max_seq_len"
+    assert len(rows[0].positions) == len(rows[0].tokens) - 1, "all of a raw text is supervised"
+
+
+def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "scripts/export.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+
+def test_the_script_proves_and_fails_with_exit_code_1(run_dir):
+    finished = run_script(run_dir, "--quantization", "Q8_0")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.endswith("proven: ids, losses and replies are within the limits\n")
+    failed = run_script(run_dir, "--quantization", "Q8_0", "--force", "--max-loss-increase", "-1")
+    assert failed.returncode == 1
+    assert "NOT PROVEN" in failed.stdout and "proven: ids" not in failed.stdout
+
+
+def test_a_run_without_held_out_rows_is_said_to_be_unproven(run_dir):
+    (run_dir / "heldout.jsonl").write_text("")
+    finished = run_script(run_dir)
+    assert finished.returncode == 0
+    assert "not proven: the run has no held-out rows" in finished.stdout
+    assert not (run_dir / "export" / "proof.json").exists()
