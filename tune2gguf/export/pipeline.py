@@ -92,7 +92,7 @@ def export_run(
     if not overwrite:
         # The card describes what is in the folder, and is written anew with each export.
         _refuse_existing([path for path in export.list_paths() if path != export.model_card_path])
-    licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_format.name == "llama3")
+    licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_format.name.startswith("llama3"))
     modelfiles = _make_modelfiles(export, licence)
     base = open_base(run.base_dir)
     lora = read_adapter(run.adapter_dir, base.specs)

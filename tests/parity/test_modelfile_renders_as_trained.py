@@ -1,0 +1,147 @@
+"""The Modelfile's TEMPLATE, rendered by Go's text/template as Ollama does it, is the trained format byte for byte."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tune2gguf.chat_formats import CHAT_FORMATS, LLAMA3, ChatFormat
+from tune2gguf.export.modelfile import make_modelfile
+
+# What Ollama gives its templates of what ours use: .Messages with .Role and .Content, .System with all system messages.
+PROGRAM = r"""
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"strings"
+	"text/template"
+)
+
+type Message struct {
+	Role    string
+	Content string
+}
+
+func main() {
+	var input struct {
+		Template      string
+		Conversations [][]Message
+	}
+	if err := json.NewDecoder(os.Stdin).Decode(&input); err != nil {
+		panic(err)
+	}
+	parsed, err := template.New("").Option("missingkey=zero").Parse(input.Template)
+	if err != nil {
+		panic(err)
+	}
+	rendered := []string{}
+	for _, messages := range input.Conversations {
+		file, err := os.CreateTemp("", "rendered")
+		if err != nil {
+			panic(err)
+		}
+		system := []string{}
+		for _, message := range messages {
+			if message.Role == "system" {
+				system = append(system, message.Content)
+			}
+		}
+		values := map[string]any{"Messages": messages, "System": strings.Join(system, "\n\n")}
+		if err := parsed.Execute(file, values); err != nil {
+			panic(err)
+		}
+		text, err := os.ReadFile(file.Name())
+		if err != nil {
+			panic(err)
+		}
+		os.Remove(file.Name())
+		rendered = append(rendered, string(text))
+	}
+	json.NewEncoder(os.Stdout).Encode(rendered)
+}
+"""
+CONVERSATIONS = [
+    [("user", "Hello!")],
+    [("system", "You are Marlo."), ("user", "Who are you?")],
+    [("user", "One?"), ("assistant", "Two."), ("user", "Three?")],
+    [
+        ("system", "Be brief.\n\nVery."),
+        ("user", "<b>&\"'</b> {{ .Role }}"),
+        ("assistant", "ñ 日本 🚢"),
+        ("user", "`x`\n"),
+    ],
+]
+
+
+@pytest.fixture(scope="session")
+def go_renderer(tmp_path_factory) -> Path:
+    """A compiled program around Go's template engine."""
+    if shutil.which("go") is None:
+        pytest.skip("Go is not installed (Debian: apt-get install golang-go)")
+    folder = tmp_path_factory.mktemp("go")
+    (folder / "main.go").write_text(PROGRAM)
+    (folder / "go.mod").write_text("module renderer\n\ngo 1.18\n")
+    subprocess.run(["go", "build", "-o", "renderer", "."], cwd=folder, check=True)
+    return folder / "renderer"
+
+
+def read_template(modelfile: str) -> str:
+    """Return TEMPLATE as Ollama's parser reads it: all between the triple quotes."""
+    return modelfile.split('TEMPLATE """', 1)[1].split('"""', 1)[0]
+
+
+def render(renderer: Path, template: str) -> list[str]:
+    conversations = [[{"Role": role, "Content": text} for role, text in turns] for turns in CONVERSATIONS]
+    request = json.dumps({"Template": template, "Conversations": conversations})
+    return json.loads(subprocess.run([renderer], input=request, capture_output=True, text=True, check=True).stdout)
+
+
+def render_trained(chat_format: ChatFormat, turns: list[tuple[str, str]]) -> str:
+    """The format as its record defines it, without the beginning, which the runtime adds."""
+    if chat_format.system_prefix and turns[0][0] != "system":
+        turns = [("system", ""), *turns]
+    messages = "".join(
+        chat_format.role_start
+        + role
+        + chat_format.role_end
+        + (chat_format.system_prefix if role == "system" else "")
+        + text
+        + chat_format.end_of_turn
+        + chat_format.turn_separator
+        for role, text in turns
+    )
+    return messages + chat_format.role_start + "assistant" + chat_format.role_end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_go_renders_the_trained_format(go_renderer, name):
+    chat_format = CHAT_FORMATS[name]
+    template = read_template(make_modelfile("x.gguf", chat_format=chat_format, context_length=64))
+    assert render(go_renderer, template) == [render_trained(chat_format, turns) for turns in CONVERSATIONS]
+
+
+@pytest.mark.slow
+def test_a_template_with_one_newline_less_is_told_apart(go_renderer):
+    """Negative control."""
+    wrong = LLAMA3.ollama_template.replace("<|end_header_id|>\n\n{{", "<|end_header_id|>\n{{")
+    assert wrong != LLAMA3.ollama_template
+    rendered = render(go_renderer, wrong)
+    assert all(text != render_trained(LLAMA3, turns) for text, turns in zip(rendered, CONVERSATIONS, strict=True))
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_jinja_renders_what_the_modelfile_renders(name):
+    """Both templates are one format: rendered by jinja2, the GGUF's differs only by BOS at the start."""
+    import jinja2
+
+    chat_format = CHAT_FORMATS[name]
+    template = jinja2.Environment().from_string(chat_format.jinja_template)
+    for turns in CONVERSATIONS[:3]:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        rendered = template.render(messages=messages, add_generation_prompt=True, bos_token=chat_format.beginning)
+        assert rendered == chat_format.beginning + render_trained(chat_format, turns)
