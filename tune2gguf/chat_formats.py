@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class ChatFormat:
     jinja_template: str  # tokenizer.chat_template in the GGUF
     ollama_template: str  # TEMPLATE in the Modelfile; without BOS, which the runtime adds
     stops: tuple[str, ...]
+    system_prefix: str = ""  # before the system message's content; with one, every conversation has a system message
 
 
 # The jinja template is Llama 3.0's published one: it is the format torchtune trains on, and Ollama recognizes it.
@@ -45,6 +46,31 @@ LLAMA3 = ChatFormat(
     stops=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
 
+# The framing of Meta's Llama 3.1 and 3.2 templates without tools. Their date is that of the request where the runtime
+# tells it; here it is the fixed one they fall back to, or what is served would differ from what was trained.
+_DATED_PREFIX = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+LLAMA3_1 = replace(
+    LLAMA3,
+    name="llama3_1",
+    system_prefix=_DATED_PREFIX,
+    jinja_template=(
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set system_content = messages[0]['content'] | trim %}{% set loop_messages = messages[1:] %}"
+        "{% else %}{% set system_content = '' %}{% set loop_messages = messages %}{% endif %}"
+        "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\n"
+        + _DATED_PREFIX
+        + "' + system_content + '<|eot_id|>' }}{% for message in loop_messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+        " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    ollama_template=(
+        "<|start_header_id|>system<|end_header_id|>\n\n" + _DATED_PREFIX + "{{ .System }}<|eot_id|>"
+        '{{- range .Messages }}{{ if ne .Role "system" }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n'
+        "{{ .Content }}<|eot_id|>{{ end }}{{ end }}<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+)
+
 # No default system message: what is not in the training rows is not in the prompt that is served.
 CHATML = ChatFormat(
     name="chatml",
@@ -64,4 +90,4 @@ CHATML = ChatFormat(
     stops=("<|im_start|>", "<|im_end|>"),
 )
 
-CHAT_FORMATS = {chat_format.name: chat_format for chat_format in (LLAMA3, CHATML)}
+CHAT_FORMATS = {chat_format.name: chat_format for chat_format in (LLAMA3, LLAMA3_1, CHATML)}

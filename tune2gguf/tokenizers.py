@@ -137,13 +137,23 @@ class ChatTokenizer:
         """Return the segments of a whole conversation, as it is trained."""
         segments = self._split(self.chat_format.beginning)
         separator = self._split(self.chat_format.turn_separator)
-        for message in messages:
+        for message in self._settle_contents(messages):
             is_trained = message.role == "assistant" and message.is_trained
             segments += self._headers[message.role]
-            segments.append(Segment(trim(message.content), is_special=False, supervised=is_trained))
+            segments.append(Segment(message.content, is_special=False, supervised=is_trained))
             segments.append(Segment(self.chat_format.end_of_turn, is_special=True, supervised=is_trained))
             segments += separator
         return join_texts(segments)
+
+    def _settle_contents(self, messages: Sequence[Message]) -> list[Message]:
+        """Trim the contents; put the format's prefix before the system message, making one where there is none."""
+        settled = [Message(message.role, trim(message.content), message.is_trained) for message in messages]
+        prefix = self.chat_format.system_prefix
+        if prefix:
+            has_system = bool(settled) and settled[0].role == "system"
+            system_content = settled[0].content if has_system else ""
+            settled[:has_system] = [Message("system", prefix + system_content)]
+        return settled
 
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
         """Return the segments of a conversation and of the header of the reply to come, as it is served."""

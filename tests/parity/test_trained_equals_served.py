@@ -3,6 +3,7 @@
 llama.cpp runs in this process on a GGUF of our export, with the real tokenizers and a model of a few random weights.
 """
 
+import dataclasses
 import json
 import random
 import shutil
@@ -15,14 +16,12 @@ import pytest
 from tests.conftest import REPOSITORY, TINY_TIED
 from tests.tokenizer_files import find_llama3_tokenizer, make_random_texts, write_smollm2_tokenizer
 from tune2gguf.architectures import Architecture
+from tune2gguf.chat_formats import CHAT_FORMATS
 from tune2gguf.data import Message
 from tune2gguf.export.pipeline import export_base
 from tune2gguf.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.random_base import write_random_base
 from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
-
-# Meta's template of Llama 3.2, as far as it matters here: a system block with dates before everything else.
-DATED_HEADER = "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: "
 
 ODD_CONTENTS = [
     " leading", "trailing \n", "\n\n both \t", "\v\f\r\n odd \r\n", "a\r\nb", "tab\tinside", "two\n\nlines\n\n\nthree",
@@ -40,7 +39,7 @@ class Served(NamedTuple):
 
 def make_served(folder: Path, chat_format: str) -> Served:
     base_dir = folder / "base"
-    if chat_format == "llama3":
+    if chat_format.startswith("llama3"):
         write_random_base(_make_architecture(128_256), base_dir, kind="float32")
         shutil.copy(find_llama3_tokenizer(), base_dir)
     else:
@@ -54,7 +53,7 @@ def _make_architecture(vocab_size: int) -> Architecture:
     return Architecture(**{**vars(TINY_TIED), "vocab_size": vocab_size, "num_layers": 1})
 
 
-@pytest.fixture(scope="module", params=["llama3", "chatml"])
+@pytest.fixture(scope="module", params=["llama3", "llama3_1", "chatml"])
 def served(request, tmp_path_factory) -> Served:
     return make_served(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -144,16 +143,15 @@ def test_special_tokens_spelled_in_content_are_where_trained_and_served_differ(s
     spelled = served.tokenizer.chat_format.end_of_turn
     messages = [Message("user", f"What is {spelled}?")]
     trained, prompt = served.tokenizer.encode_prompt(messages), render_served(served, messages)
-    assert prompt.count(served.tokenizer.end_of_turn_id) == 2
-    assert trained.count(served.tokenizer.end_of_turn_id) == 1
+    end_of_turn = served.tokenizer.end_of_turn_id
+    assert prompt.count(end_of_turn) == trained.count(end_of_turn) + 1
 
 
-def test_a_template_with_a_date_block_is_found_different(served):
-    """Negative control: what Meta's 3.2 template puts before the conversation changes every prompt."""
-    if served.tokenizer.chat_format.name != "llama3":
-        pytest.skip("the template is Llama's")
-    for messages in make_corpus()[:20]:
-        trained = served.tokenizer.encode_prompt(messages[:-1])
-        text = served.model.apply_template([{"role": turn.role, "content": turn.content} for turn in messages[:-1]])
-        dated = DATED_HEADER + "26 Jul 2024\n\n<|eot_id|>" + text.removeprefix("<|begin_of_text|>")
-        assert served.model.tokenize(dated, adds_bos=True) != trained
+def test_another_template_is_found_different(served):
+    """Negative control: with or without the date block of Meta's templates, every prompt has other ids."""
+    other = {"llama3": "llama3_1", "llama3_1": "llama3"}.get(served.tokenizer.chat_format.name)
+    if other is None:
+        pytest.skip("the date block is Llama's")
+    trained = dataclasses.replace(served.tokenizer, chat_format=CHAT_FORMATS[other])
+    for messages in make_corpus()[:50]:
+        assert trained.encode_prompt(messages[:-1]) != render_served(served, messages[:-1])

@@ -1,11 +1,13 @@
 """Ids and supervised flags, exactly: what the model must generate is supervised, and nothing else."""
 
+import dataclasses
 import hashlib
 import json
 
 import pytest
 
 from tests.tokenizer_files import find_llama3_tokenizer, load_llama3
+from tune2gguf.chat_formats import LLAMA3_1
 from tune2gguf.data import Message
 from tune2gguf.tokenizers import ChatTokenizer, find_tokenizer_file, load_tokenizer, make_llama3_tokenizer_json
 
@@ -57,6 +59,20 @@ def test_multi_turn_row_has_these_ids_and_every_reply_is_supervised():
 def test_empty_system_message_is_a_block_without_content():
     ids, _ = load_llama3().encode_conversation([Message("system", ""), user("Hi"), assistant("Hello!")])
     assert ids[:11] == [BEGIN, *header(SYSTEM), EOT, *header(USER), 13347]
+
+
+@pytest.mark.parametrize(("system", "shown"), [(None, ""), (" Be brief.\n", "Be brief."), ("", "")])
+def test_llama3_1_puts_metas_date_block_before_the_system_message(system, shown):
+    tokenizer = dataclasses.replace(load_llama3(), chat_format=LLAMA3_1)
+    turns = [] if system is None else [Message("system", system)]
+    ids, supervised = tokenizer.encode_conversation([*turns, user("Hi"), assistant("Hello!")])
+    assert tokenizer.decode(ids) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{shown}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+    )
+    assert sum(supervised) == 3 and all(supervised[-3:])
 
 
 def test_unicode_reply_is_supervised_byte_for_byte():
@@ -171,7 +187,7 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path):
 def test_chat_format_that_does_not_fit_the_tokenizer_is_refused_with_the_one_that_does(tiny_base):
     with pytest.raises(ValueError, match=r"<\|eot_id\|>.* of chat_format=llama3; chat_format=chatml would fit"):
         load_tokenizer(tiny_base, chat_format="llama3")
-    with pytest.raises(ValueError, match=r"chat_format='mistral' is not one of llama3, chatml"):
+    with pytest.raises(ValueError, match=r"chat_format='mistral' is not one of llama3, llama3_1, chatml"):
         load_tokenizer(tiny_base, chat_format="mistral")
 
 
