@@ -6,7 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import NF4Tensor
+from torch.nn import functional
+from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
 
 from tune2gguf.nf4 import dequantize_nf4_tensor
 
@@ -33,6 +34,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_dim] to [..., out_dim]."""
+        if torch.compiler.is_compiling():
+            return self._compute_plainly(x)
         rows = x.reshape(-1, x.shape[-1])
         keep = draw_keep_mask(rows, self.dropout) if self.training and self.dropout > 0 else None
         out = _LoRAProduct.apply(
@@ -46,6 +49,16 @@ class LoRALinear(nn.Module):
             1.0 / (1.0 - self.dropout) if keep is not None else 1.0,
         )
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _compute_plainly(self, x: Tensor) -> Tensor:
+        """The same in plain operations, for the compiler, which plans itself what to keep for backward."""
+        dropped = functional.dropout(x, self.dropout, self.training)
+        low_rank = functional.linear(dropped, self.lora_a.weight.to(x.dtype)) * self.scaling
+        return _apply_frozen(x, self.weight) + functional.linear(low_rank, self.lora_b.weight.to(x.dtype))
+
+
+def _apply_frozen(x: Tensor, weight: Tensor) -> Tensor:
+    return linear_nf4(x, weight) if isinstance(weight, NF4Tensor) else functional.linear(x, weight)
 
 
 def draw_keep_mask(x: Tensor, dropout: float) -> Tensor:

@@ -99,11 +99,12 @@ def prepare_training(model: CausalLM, *, compile: bool, enable_activation_checkp
         enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
     """
     layers = model.decoder.layers
-    if enable_activation_checkpointing:
-        training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
+    # Compiled first: around a checkpoint the compiler would give up at the attention's graph break.
     if compile:
         for layer in layers:
             layer.compile()
+    if enable_activation_checkpointing:
+        training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
 
 
 def build_lora_llama(

@@ -1,0 +1,273 @@
+"""Training speed and memory on one GPU: this package, stock torchtune 0.6.1 and transformers + PEFT, side by side.
+
+    python benchmarks/gpu.py --out benchmarks/results/gpu.txt            # everything, in one command
+    python benchmarks/gpu.py --models 8b --kinds lora --seq-lengths 4096 # a part of it
+
+Random weights in the true shapes, made on the GPU; rank 16, alpha 16, all linear layers, no dropout, AdamW, bf16. A
+sequence is a pack of four rows, which attend to themselves only (ours and stock; PEFT attends causally to the whole
+sequence). All tokens are supervised: the hardest case for this package, which skips the head for all others. 4-bit
+bases run with activation checkpointing. Every case is a process of its own: two steps to warm up and compile, then the
+median of the timed steps. Model-FLOP utilization counts 4 N floating point operations a token (2 N forward, 2 N
+backward through frozen weights; attention and adapters not counted) against the device's dense bf16 peak. Needs torch,
+torchtune 0.6.1, torchao 0.13; transformers and peft for their side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+MODELS = {"1b": "llama3_2_1b", "3b": "llama3_2_3b", "8b": "llama3_1_8b"}
+RANK, ALPHA, ROWS_PER_PACK = 16, 16.0, 4
+BF16_PEAK = 989e12  # dense, of the H100 SXM and H200, by the vendor's data sheet
+ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
+
+
+def make_pack(vocab_size: int, batch: int, seq: int, device: str):
+    """Return tokens, labels [batch, seq], input_pos [batch, seq] and the packs' row lengths."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab_size, (batch, seq), generator=generator).to(device)
+    row = seq // ROWS_PER_PACK
+    input_pos = torch.arange(row, device=device).repeat(ROWS_PER_PACK).expand(batch, seq).contiguous()
+    return tokens, tokens.clone(), input_pos, [torch.full((ROWS_PER_PACK,), row)] * batch
+
+
+def make_ours(arguments, device: str):
+    import torch
+
+    from tune2gguf.architectures import ARCHITECTURES
+    from tune2gguf.checkpoints.layout import list_tensors
+    from tune2gguf.checkpoints.load import fill_model
+    from tune2gguf.lora import initialize_adapters
+    from tune2gguf.models import build_lora_llama, prepare_training
+
+    architecture = ARCHITECTURES[MODELS[arguments.model]]
+    with torch.device("meta"):
+        model = build_lora_llama(
+            architecture,
+            lora_rank=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=arguments.dropout,
+            lora_attn_modules=ATTENTION,
+            apply_lora_to_mlp=True,
+            max_seq_len=arguments.seq,
+        )
+
+    def draw(spec):
+        weight = torch.ones if len(spec.shape) == 1 else torch.randn
+        return weight(spec.shape, device=device, dtype=torch.bfloat16) * (1.0 if len(spec.shape) == 1 else 0.02)
+
+    weights = ((spec.tune_name, draw(spec)) for spec in list_tensors(architecture))
+    base_weights = "nf4" if arguments.kind == "qlora" else "bf16"
+    fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
+    initialize_adapters(model, 0)
+    prepare_training(model, compile=arguments.compile, enable_activation_checkpointing=arguments.checkpointing)
+    tokens, labels, input_pos, row_lengths = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
+    row_ids = torch.repeat_interleave(torch.arange(ROWS_PER_PACK, device=device), row_lengths[0].to(device))
+    row_ids = row_ids.expand(arguments.batch, -1).contiguous()
+
+    def compute_loss():
+        return model(tokens, labels, row_ids=row_ids, input_pos=input_pos).mean()
+
+    return model, compute_loss, architecture.vocab_size
+
+
+def make_stock(arguments, device: str):
+    """Stock torchtune with its best settings: packed with flex attention, model and loss compiled, chunked loss."""
+    import torch
+    from torchtune import training
+    from torchtune.models import llama3_1, llama3_2
+    from torchtune.modules import TransformerSelfAttentionLayer
+    from torchtune.modules.attention_utils import packed_block_causal_mask
+    from torchtune.modules.loss import CEWithChunkedOutputLoss
+    from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+    builders = {"1b": llama3_2.lora_llama3_2_1b, "3b": llama3_2.lora_llama3_2_3b, "8b": llama3_1.lora_llama3_1_8b}
+    with training.set_default_dtype(torch.bfloat16), torch.device(device):
+        model = builders[arguments.model](
+            lora_attn_modules=ATTENTION,
+            apply_lora_to_mlp=True,
+            lora_rank=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=arguments.dropout,
+            quantize_base=arguments.kind == "qlora",
+        )
+    set_trainable_params(model, get_adapter_params(model))
+    if arguments.checkpointing:
+        training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+    loss_module = CEWithChunkedOutputLoss()
+    model.set_num_output_chunks(loss_module.num_output_chunks)
+    if arguments.compile:
+        training.compile_model(model)
+        loss_module = training.compile_loss(loss_module)
+    vocab_size = model.tok_embeddings.num_embeddings
+    tokens, labels, input_pos, row_lengths = make_pack(vocab_size, arguments.batch, arguments.seq, device)
+    mask = packed_block_causal_mask(row_lengths)
+    ignored = torch.full((arguments.batch, 1), loss_module.ignore_index, device=device)
+    shifted = torch.hstack((labels[:, 1:], ignored))
+    return model, lambda: loss_module(model(tokens, mask=mask, input_pos=input_pos), shifted), vocab_size
+
+
+def make_peft(arguments, device: str):
+    import peft
+
+    # peft refuses the torchao that torchtune needs, although plain LoRA has no use for it.
+    import peft.tuners.lora.torchao as peft_torchao
+    import torch
+    import transformers
+
+    from tune2gguf.architectures import ARCHITECTURES, make_hf_config
+
+    peft_torchao.is_torchao_available = lambda: False
+    architecture = ARCHITECTURES[MODELS[arguments.model]]
+    with torch.device(device):
+        config = transformers.LlamaConfig(**make_hf_config(architecture))
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if arguments.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=arguments.dropout, target_modules="all-linear")
+    model = peft.get_peft_model(model, options)
+    tokens, labels, _, _ = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
+    return model, lambda: model(input_ids=tokens, labels=labels).loss, architecture.vocab_size
+
+
+def run_case(arguments) -> dict:
+    """Train a few steps and return tokens/s, peak memory and losses."""
+    import torch
+
+    device = arguments.device
+    torch.manual_seed(0)
+    side = {"ours": make_ours, "stock": make_stock, "peft": make_peft}[arguments.side]
+    model, compute_loss, _ = side(arguments, device)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    seconds, losses = [], []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(arguments.steps + 2):
+        synchronize(device)
+        started = time.perf_counter()
+        loss = compute_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+        losses.append(loss.item())
+    step = statistics.median(seconds[2:])
+    weights = count_weights(arguments.model)
+    assert losses[-1] != losses[0], "nothing was learned"
+    tokens_per_second = arguments.batch * arguments.seq / step
+    return {
+        "tokens_per_second": round(tokens_per_second),
+        "mfu": round(4 * weights * tokens_per_second / BF16_PEAK, 3),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None,
+        "first_step_s": round(seconds[0], 1),
+        "first_loss": round(losses[0], 4),
+        "last_loss": round(losses[-1], 4),
+    }
+
+
+def count_weights(model: str) -> int:
+    """Return the weights of a model's matrices, the output head counted once and the embedding's look-up not."""
+    from tune2gguf.architectures import ARCHITECTURES
+    from tune2gguf.checkpoints.layout import list_tensors
+
+    specs = list_tensors(ARCHITECTURES[MODELS[model]])
+    layers = sum(
+        spec.shape[0] * spec.shape[1] for spec in specs if spec.tune_name.startswith("layers.") and len(spec.shape) == 2
+    )
+    head = ARCHITECTURES[MODELS[model]]
+    return layers + head.vocab_size * head.embed_dim
+
+
+def synchronize(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def list_cases(arguments) -> list[dict]:
+    cases = []
+    for model in arguments.models:
+        for kind in arguments.kinds:
+            for seq in arguments.seq_lengths:
+                for side in arguments.sides:
+                    if side == "peft" and kind == "qlora":
+                        continue  # bitsandbytes would be another library's number
+                    case = {"side": side, "model": model, "kind": kind, "seq": seq, "batch": arguments.batch}
+                    compile = side != "peft" and not arguments.no_compile
+                    cases.append(case | {"compile": compile, "checkpointing": kind == "qlora"})
+    return cases
+
+
+def describe_machine() -> str:
+    import torch
+
+    def get_version(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "absent"
+
+    names = ("torch", "torchtune", "torchao", "transformers", "peft")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    packages = ", ".join(f"{name} {get_version(name)}" for name in names)
+    return f"{date.today()}, {device}, CUDA {torch.version.cuda}, python {platform.python_version()}, {packages}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora"])
+    parser.add_argument("--sides", nargs="+", default=["ours", "stock", "peft"])
+    parser.add_argument("--seq-lengths", nargs="+", type=int, default=[2048, 4096])
+    parser.add_argument("--batch", type=int, default=2, help="sequences a step")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument("--no-compile", action="store_true", help="eager, for all sides")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--timeout", type=int, default=300, help="seconds a case may take")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--cases", type=json.loads, help="a JSON list of cases instead of the product of the others")
+    parser.add_argument("--case", help="run one case, given as JSON, and print its result (used by the script itself)")
+    arguments = parser.parse_args()
+    if arguments.case:
+        case = json.loads(arguments.case)
+        print("RESULT " + json.dumps(run_case(argparse.Namespace(**case))))
+        return
+    shared = {"steps": arguments.steps, "dropout": arguments.dropout, "device": arguments.device}
+    lines = [describe_machine(), "command: python benchmarks/gpu.py " + " ".join(sys.argv[1:]), ""]
+    print("\n".join(lines), flush=True)
+    for case in arguments.cases or list_cases(arguments):
+        command = [sys.executable, __file__, "--case", json.dumps(case | shared)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout)
+            found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            result = found[0] if found else "failed: " + " | ".join(done.stderr.strip().splitlines()[-3:])
+        except subprocess.TimeoutExpired:
+            result = f"stopped after {arguments.timeout} s"
+        settings = ("compile" * case["compile"], "checkpointing" * case["checkpointing"])
+        label = f"{case['model']} {case['kind']} {case['batch']}x{case['seq']} {case['side']}"
+        label = " ".join(filter(None, (label, *settings)))
+        lines.append(f"{label:50} {result}")
+        print(lines[-1], flush=True)
+        if arguments.out:
+            arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
