@@ -86,8 +86,8 @@ class _Reporter:
         own = str(dist.get_rank())
         try:
             return self._store.compare_set(self._key, "", own).decode() == own
-        except RuntimeError:  # the store went with its machine; one process of each machine left speaks
-            return os.environ.get("LOCAL_RANK", "0") == "0"
+        except RuntimeError:
+            return True  # the store is gone with its process, and nobody else can be asked
 
     def _watch(self) -> None:
         """End this process if another has failed and the news does not reach it, as in a GPU's collective."""

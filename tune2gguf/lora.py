@@ -10,6 +10,7 @@ from torch.nn import functional
 from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
 
 from tune2gguf.nf4 import dequantize_nf4_tensor
+from tune2gguf.parallel import take_share
 
 
 class LoRALinear(nn.Module):
@@ -129,5 +130,6 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
         if isinstance(module, LoRALinear):
             bound = 1.0 / math.sqrt(module.weight.shape[1])
             draw = torch.empty(module.lora_a.weight.shape, dtype=torch.float32)
-            module.lora_a.weight.copy_(draw.uniform_(-bound, bound, generator=generator))
+            draw = draw.uniform_(-bound, bound, generator=generator).to(module.lora_a.weight.device)
+            module.lora_a.weight.copy_(take_share(draw, module.lora_a.weight))
             module.lora_b.weight.zero_()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torchao.dtypes.nf4tensor import NF4Tensor
 
 from tune2gguf.distributed import World
 
@@ -86,10 +87,25 @@ def to_whole(tensor: Tensor) -> Tensor:
 
 
 def take_share(whole: Tensor, like: Tensor) -> Tensor:
-    """Return this process's part of a tensor that every process has whole, split as `like` is; nothing travels."""
+    """Return this process's rows of a tensor that every process has whole, split as `like` is; nothing travels.
+
+    Raises:
+        ValueError: if the blocks of a 4-bit weight cannot be split between its rows
+    """
     if not isinstance(like, DTensor):
         return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    mesh = like.device_mesh
+    if not isinstance(whole, NF4Tensor):
+        return distribute_tensor(whole, mesh, like.placements, src_data_rank=None)
+    if whole.shape[0] % mesh.size() or whole.quantization_factor.numel() % mesh.size():
+        raise ValueError(
+            f"a 4-bit weight of shape {list(whole.shape)} cannot be split over {mesh.size()} processes; "
+            "use parallel=replicate, or base_weights=bf16"
+        )
+    rows = torch.chunk(whole, mesh.size())[mesh.get_local_rank()]
+    # A copy, so that the whole can be freed; torchao's own clone would quantize again.
+    rows = torch.empty_like(rows).copy_(rows)
+    return DTensor.from_local(rows, mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def copy_to_cpu(value: Any) -> Any:

@@ -1,12 +1,17 @@
 """Killed anywhere and resumed, a run ends with the bytes of one that was never stopped; what cannot be, is refused."""
 
+import json
+import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import make_conversations, write_rows
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
+from tests.recipes.test_training import read_records, run_recipe
 
 # Dropout, accumulation and a tail: 20 rows in steps of 6 are 3 whole steps and one of 2 rows, 12 steps in all.
 HARD = ["lora_dropout=0.1", "batch_size=2", "gradient_accumulation_steps=3", "epochs=3", "learning_rate=0.01"]
@@ -18,23 +23,23 @@ def arguments(run_arguments) -> list[str]:
     return [*run_arguments, *HARD, "save_every_n_steps=2"]
 
 
-def kill_and_resume(arguments: list[str], folder: Path, moments: list[float], **options) -> int:
-    """Kill the run at these moments, seconds after its first metrics or of its start where negative; then let it end.
+def kill_and_resume(arguments: list[str], folder: Path, moments: list[float], **options) -> list[int]:
+    """Kill the run these many seconds after the process's first line of metrics, then let it end.
 
-    Returns how many of the kills came before the run's end.
+    Returns the lines of metrics at each kill.
     """
     arguments, log = [*arguments, f"output_dir={folder}", "resume=auto"], folder.with_suffix(".log")
-    num_killed = 0
+    metrics, lines = folder / "metrics.jsonl", []
     for moment in moments:
         launch = Launch(arguments, log, **options)
-        if moment >= 0:
-            before = count_lines(folder / "metrics.jsonl")
-            launch.wait_until(lambda before=before: count_lines(folder / "metrics.jsonl") not in (0, before))
-        time.sleep(abs(moment))
+        started = time.time()
+        launch.wait_until(lambda started=started: metrics.exists() and metrics.stat().st_mtime > started)
+        time.sleep(moment)
         launch.signal(signal.SIGKILL)
-        num_killed += any(code == -signal.SIGKILL for code in launch.wait())
+        if -signal.SIGKILL in launch.wait():
+            lines.append(count_lines(metrics))
     run_to_end(arguments, log, **options)
-    return num_killed
+    return lines
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
@@ -42,9 +47,127 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
     arguments = [*arguments, f"dataset.packing={packing}", "max_seq_len=128"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log")
     whole = read_outcome(tmp_path / "whole")
-    # The last kill comes in a run that was resumed already.
-    kill_and_resume(arguments, tmp_path / "killed", [0.0, 0.02, 0.05])
+    # The later kills come in a run that was resumed already.
+    assert kill_and_resume(arguments, tmp_path / "killed", [0.0, 0.03, 0.06])
     assert read_outcome(tmp_path / "killed") == whole
     # Negative control: other masks end elsewhere.
     run_to_end([*arguments, "seed=43", f"output_dir={tmp_path / 'other'}"], tmp_path / "log")
     assert read_outcome(tmp_path / "other")["last"] != whole["last"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_killed_at_random_times_and_resumed_equals_never_stopped(arguments, tmp_path, num_processes):
+    """24 kills in runs of 1 process, 8 in runs of 2; every second checkpoint is being written when they come."""
+    arguments = [*arguments, "save_every_n_steps=1"]
+    run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log", num_processes=num_processes)
+    whole = read_outcome(tmp_path / "whole")
+    draw = random.Random(num_processes)
+    kills = []
+    for number in range(8 if num_processes == 1 else 4):
+        folder = tmp_path / f"killed-{number}"
+        moments = [draw.uniform(0.0, 0.3) for _ in range(4)]
+        kills += kill_and_resume(arguments, folder, moments, num_processes=num_processes)
+        assert read_outcome(folder) == whole
+    print(f"killed after these many lines of metrics: {kills}")
+    assert len(kills) >= (20 if num_processes == 1 else 8) and len(set(kills)) > 3
+
+
+def copy_run(arguments: list[str], tmp_path: Path) -> Path:
+    """Run to the end, in the folder that run_arguments names."""
+    run_to_end(arguments, tmp_path / "log")
+    return tmp_path / "runs/tiny"
+
+
+def refuse(arguments: list[str], monkeypatch, capsys) -> str:
+    """Run in this process, require the exit code of an error, return its message."""
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(arguments, monkeypatch)
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    assert "error: " in message
+    return message[message.index("error: ") :]
+
+
+def test_another_config_data_or_base_is_refused_with_what_differs(
+    arguments, tmp_path, tiny_untied_base, monkeypatch, capsys
+):
+    folder = copy_run(arguments, tmp_path)
+    before = read_outcome(folder)
+    arguments = [*arguments, "resume=auto"]
+    for change, said in (
+        (["learning_rate=0.02"], "learning_rate: 0.01 in the checkpoint, 0.02 now"),
+        (["seed=7", "batch_size=3"], "batch_size: 2 in the checkpoint, 3 now"),
+        (["epochs=2"], "epochs: 3 in the checkpoint, 2 now (it may only be raised)"),
+        ([f"base_dir={tiny_untied_base}"], "the base model: its files are not those"),
+        ([f"dataset.files=[{write_rows(tmp_path / 'o.jsonl', make_conversations(21))}]"], "the data: the rows are not"),
+    ):
+        message = refuse([*arguments, *change], monkeypatch, capsys)
+        assert said in message
+        assert f"resume=false output_dir={folder}-2" in message
+    assert read_outcome(folder) == before
+
+
+def test_moved_base_and_rows_are_the_same_run(arguments, tmp_path, tiny_base, monkeypatch):
+    folder = copy_run(arguments, tmp_path)
+    shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copy(tmp_path / "train.jsonl", tmp_path / "moved.jsonl")
+    before = read_outcome(folder)
+    moved = [f"base_dir={tmp_path / 'base'}", f"dataset.files=[{tmp_path / 'moved.jsonl'}]"]
+    run_recipe([*arguments, *moved, "resume=auto"], monkeypatch)
+    assert read_outcome(folder) == before
+
+
+def test_more_epochs_go_on_with_the_longer_schedule(arguments, tmp_path, monkeypatch, capsys):
+    folder = copy_run([*arguments, "scheduler=linear"], tmp_path)
+    run_recipe([*arguments, "scheduler=linear", "epochs=5", "resume=auto"], monkeypatch)
+    assert "3 epochs have become 5" in capsys.readouterr().out
+    rates = {record["step"]: record["lr"] for record in read_records(folder, "lr")}
+    assert sorted(rates) == list(range(1, 21))
+    # Linear after one step of warm-up: 1 - p with p = (step - warm-up) / (steps - warm-up), steps counted from 0.
+    assert rates[12] == pytest.approx(0.01 * (1 - 10 / 11))
+    assert rates[13] == pytest.approx(0.01 * (1 - 11 / 19))
+    assert "epochs: 5" in (folder / "config.yaml").read_text()
+    assert json.loads((folder / "environment.json").read_text())["resumed"][0]["step"] == 12
+
+
+def test_damaged_checkpoint_is_not_loaded_and_the_newest_good_one_is_named(arguments, tmp_path, monkeypatch, capsys):
+    folder = copy_run([*arguments, "keep_last=3"], tmp_path)
+    before = read_outcome(folder)
+    state = folder / "checkpoints/step_12/state.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    message = refuse([*arguments, "keep_last=3", "resume=auto"], monkeypatch, capsys)
+    assert "step_12: state.pt has" in message
+    good = folder / "checkpoints/step_10"
+    assert f"resume={good}" in message
+    run_recipe([*arguments, "keep_last=3", f"resume={good}"], monkeypatch)
+    assert read_outcome(folder) == before
+
+
+def test_best_adapter_that_has_gone_ahead_of_the_checkpoint_comes_back(arguments, tmp_path, monkeypatch):
+    """best/ of step 12 is there, but the run goes on from step 6, which knows the best of step 4."""
+    folder = copy_run([*arguments, "keep_last=20"], tmp_path)
+    before = read_outcome(folder)
+    run_recipe([*arguments, "keep_last=20", f"resume={folder / 'checkpoints/step_6'}"], monkeypatch)
+    assert read_outcome(folder) == before
+
+
+def test_existing_run_says_how_to_go_on(arguments, tmp_path, monkeypatch, capsys):
+    copy_run(arguments, tmp_path)
+    assert "To go on with that run, add resume=auto." in refuse(arguments, monkeypatch, capsys)
+
+
+def test_folder_that_is_no_run_is_not_resumed(arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs/tiny").mkdir(parents=True)
+    (tmp_path / "runs/tiny/mine").write_text("precious")
+    assert "is not the folder of a run" in refuse([*arguments, "resume=auto"], monkeypatch, capsys)
+    assert "no such checkpoint" in refuse([*arguments, "resume=nowhere"], monkeypatch, capsys)
+    assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == ["mine"]
+
+
+def test_only_the_last_checkpoints_are_kept(arguments, tmp_path):
+    assert read_outcome(copy_run([*arguments, "save_every_n_steps=1", "keep_last=3"], tmp_path))["checkpoints"] == {
+        "step_10",
+        "step_11",
+        "step_12",
+    }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tune2gguf.checkpoints.base import open_base
 from tune2gguf.lora import LoRALinear
 from tune2gguf.nf4 import Nf4Weight, quantize_nf4
+from tune2gguf.parallel import take_share
 
 if TYPE_CHECKING:
     from tune2gguf.models import CausalLM
@@ -78,7 +79,7 @@ def _is_layer_matrix(decoder: nn.Module, name: str) -> bool:
 def _set_frozen(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     module_name, parameter_name = name.rsplit(".", 1)
     module = decoder.get_submodule(module_name)
-    expected = getattr(module, parameter_name).shape
-    if tensor.shape != expected:
-        raise ValueError(f"{name} has shape {list(tensor.shape)} in the base, the model needs {list(expected)}")
-    setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))
+    parameter = getattr(module, parameter_name)
+    if tensor.shape != parameter.shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)} in the base, the model needs {list(parameter.shape)}")
+    setattr(module, parameter_name, nn.Parameter(take_share(tensor, parameter), requires_grad=False))

@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM: what was computed is saved, the way on is said, and the run goes on exactly there."""
+
+import signal
+import time
+
+import pytest
+
+from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
+from tests.recipes.test_resume import HARD
+
+
+@pytest.fixture
+def arguments(run_arguments) -> list[str]:
+    return [*run_arguments, *HARD, "save_every_n_steps=5"]
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "signum", "ranks"),
+    [(1, signal.SIGINT, [0]), (1, signal.SIGTERM, [0]), (2, signal.SIGTERM, [1]), (2, signal.SIGINT, [0, 1])],
+)
+def test_signal_saves_says_how_to_go_on_and_the_rest_is_the_same(arguments, tmp_path, num_processes, signum, ranks):
+    run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "whole.log", num_processes=num_processes)
+    folder, log = tmp_path / "stopped", tmp_path / "stopped.log"
+    arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
+    launch = Launch(arguments, log, num_processes=num_processes)
+    launch.wait_until(lambda: count_lines(folder / "metrics.jsonl") >= 3)
+    for rank in ranks:
+        launch.signal(signum, rank=rank)
+    assert set(launch.wait(timeout=30)) == {128 + signum}, log.read_text()
+    text = log.read_text()
+    steps = sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").iterdir())
+    assert (
+        f"saved {folder}/checkpoints/step_{steps[-1]}; to go on from there: the same command with resume=auto" in text
+    )
+    assert text.count(f"stopped by {signum.name}") == 1 and "Traceback" not in text
+    assert steps[-1] < 12
+    run_to_end(arguments, log, num_processes=num_processes)
+    assert read_outcome(folder) == read_outcome(tmp_path / "whole")
+
+
+def test_second_signal_ends_at_once_and_the_last_checkpoint_is_intact(arguments, tmp_path):
+    """One step that takes long: 400 rows in micro-batches of one."""
+    folder, log = tmp_path / "runs/tiny", tmp_path / "log"
+    launch = Launch([*arguments, "save_every_n_steps=1"], log)
+    launch.wait_until(lambda: count_lines(folder / "metrics.jsonl") >= 3)
+    for _ in range(2):
+        launch.signal(signal.SIGTERM)
+        time.sleep(0.001)
+    started = time.monotonic()
+    assert launch.wait(timeout=10) == [143]
+    assert time.monotonic() - started < 5
+    run_to_end([*arguments, "resume=auto"], log)
+
+
+def test_signal_before_training_ends_at_once_with_nothing_to_save(arguments, tmp_path):
+    log = tmp_path / "log"
+    launch = Launch([*arguments, "resume=auto"], log)
+    launch.wait_until(lambda: log.exists() and "loading the base" in log.read_text())
+    launch.signal(signal.SIGINT)
+    assert launch.wait(timeout=10) == [130]
+    assert "Traceback" not in log.read_text()
+    run_to_end([*arguments, "resume=auto"], log)
