@@ -27,14 +27,17 @@ class LoRAFinetuneRecipe:
     def setup(self) -> None:
         """Bring rows, model, optimizer and run folder into being; whatever the user got wrong shows up here."""
         from tune2gguf.distributed import agree_on_errors, broadcast_from_main, start_world
+        from tune2gguf.memory import explain_out_of_memory
 
         self.world = start_world(self.cfg.device)
         with agree_on_errors():
             self._setup_data()
         with agree_on_errors():
             checkpoint = self._open_checkpoint()
-        self._setup_model()
-        self._setup_optimizer()
+        self._plan_memory()
+        with explain_out_of_memory(self.shape, self.device):
+            self._setup_model()
+            self._setup_optimizer()
         self._restore(broadcast_from_main(checkpoint))
         with agree_on_errors():
             self._setup_run_folder()
@@ -82,6 +85,20 @@ class LoRAFinetuneRecipe:
             parallel=self.parallel,
         )
         return open_checkpoint(cfg.resume, Path(cfg.output_dir), self.run)
+
+    def _plan_memory(self) -> None:
+        """Say what the run will need before it takes it, and warn where it will not be there."""
+        from tune2gguf.config import get_shape
+        from tune2gguf.memory import find_warning, get_device, summarize
+
+        longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
+        self.shape = get_shape(self.cfg, longest_row=longest, num_devices=self.world.size, parallel=self.parallel)
+        self.device = get_device(str(self.world.device))
+        if self.world.is_main:
+            print(summarize(self.shape, self.device))
+            warning = find_warning(self.shape, self.device)
+            if warning is not None:
+                print(f"warning: {warning}", file=sys.stderr)
 
     def _setup_model(self) -> None:
         from tune2gguf.checkpoints.load import load_base
@@ -349,6 +366,7 @@ def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
     from tune2gguf.distributed import agree_on_errors
     from tune2gguf.failures import end_together
+    from tune2gguf.memory import explain_out_of_memory
 
     with end_together():
         with agree_on_errors():
@@ -356,7 +374,8 @@ def recipe_main() -> None:
             warnings = check_config(cfg)
         recipe = LoRAFinetuneRecipe(cfg, warnings)
         recipe.setup()
-        recipe.train()
+        with explain_out_of_memory(recipe.shape, recipe.device):
+            recipe.train()
         recipe.save()
 
 

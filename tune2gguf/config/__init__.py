@@ -1,7 +1,16 @@
 """The config: read with its overrides, checked before anything slow is loaded, its components built."""
 
-from tune2gguf.config.check import check_config
+from tune2gguf.config.check import check_config, check_values
 from tune2gguf.config.plan import check_plan
 from tune2gguf.config.read import build_component, load_config, read_config
+from tune2gguf.config.shape import get_shape
 
-__all__ = ["build_component", "check_config", "check_plan", "load_config", "read_config"]
+__all__ = [
+    "build_component",
+    "check_config",
+    "check_plan",
+    "check_values",
+    "get_shape",
+    "load_config",
+    "read_config",
+]

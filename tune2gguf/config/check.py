@@ -46,6 +46,19 @@ def check_config(config: DictConfig) -> list[str]:
     return [*_find_ratio_warnings(settled), *find_base_warnings(settled)]
 
 
+def check_values(config: DictConfig) -> None:
+    """Check keys, types, ranges and references only: what a config says, not whether this machine can do it.
+
+    Raises:
+        ValueError: with every problem, one a line
+    """
+    values = _resolve(config)
+    problems = [*_find_key_problems(values), *find_component_problems(values)]
+    problems += _find_precision_problems(find_settled(values))
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+
+
 def _resolve(config: DictConfig) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -1,0 +1,38 @@
+"""Say how much memory a run will need, part by part, where it fits, and what would make it fit. Nothing is loaded."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, type=Path, help="a YAML of configs/ or examples/")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="processes that train together; default 1")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipe")
+    arguments = parser.parse_intermixed_args()
+    if arguments.devices < 1:
+        parser.error(f"--devices {arguments.devices}: at least 1 is needed")
+
+    from tune2gguf.config import check_values, get_shape, read_config
+    from tune2gguf.memory import describe_estimate, describe_fit, estimate_memory, list_devices
+
+    try:
+        config = read_config(arguments.config, arguments.overrides)
+        check_values(config)
+        shape = get_shape(
+            config, longest_row=config.max_seq_len, num_devices=arguments.devices, parallel=config.parallel
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    devices = "one device" if shape.num_devices == 1 else f"each of {shape.num_devices} devices"
+    print(f"{shape.batch_size} rows of {shape.longest_row} tokens at a time, on {devices} ({shape.device_type}):")
+    print("\n".join(describe_estimate(estimate_memory(shape))))
+    print("on this machine:")
+    for device in list_devices():
+        print(f"  {describe_fit(replace(shape, device_type=device.kind), device)}")
+
+
+if __name__ == "__main__":
+    main()

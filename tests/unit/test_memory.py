@@ -1,0 +1,266 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY, write_tiny_tokenizer
+from tune2gguf.architectures import LLAMA3_1_8B, LLAMA3_2_1B, Architecture
+from tune2gguf.memory import Device, Shape, estimate_memory, explain_out_of_memory, find_warning
+from tune2gguf.memory.advice import advise, find_fitting_change, fits, list_changes
+from tune2gguf.memory.estimate import (
+    count_adapter_weights,
+    count_kept_activations,
+    list_layer_activations,
+)
+from tune2gguf.models import build_lora_llama
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
+SMALL = Architecture(
+    vocab_size=384,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=2,
+    embed_dim=64,
+    intermediate_dim=160,
+    head_dim=16,
+    max_position_embeddings=512,
+    tied=True,
+)
+
+
+def make_shape(architecture: Architecture = SMALL, **changed) -> Shape:
+    options = dict(
+        base_weights="bf16",
+        dtype="bf16",
+        lora_rank=4,
+        lora_dropout=0.1,
+        lora_attn_modules=ATTENTION,
+        apply_lora_to_mlp=True,
+        batch_size=2,
+        gradient_accumulation_steps=1,
+        longest_row=32,
+        enable_activation_checkpointing=False,
+    )
+    return Shape(architecture, **(options | changed))
+
+
+def measure_kept_bytes(shape: Shape) -> int:
+    """Count the distinct storages that autograd keeps of a forward pass, model and inputs not included."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype({"bf16": torch.bfloat16, "fp32": torch.float32}[shape.dtype])
+    try:
+        model = build_lora_llama(
+            shape.architecture,
+            lora_rank=shape.lora_rank,
+            lora_alpha=1.0,
+            lora_dropout=shape.lora_dropout,
+            lora_attn_modules=list(shape.lora_attn_modules),
+            apply_lora_to_mlp=shape.apply_lora_to_mlp,
+            max_seq_len=shape.longest_row,
+        )
+    finally:
+        torch.set_default_dtype(default)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+        elif "norm" in name:
+            parameter.data = parameter.data.float()
+    tokens = torch.randint(0, shape.architecture.vocab_size, (shape.batch_size, shape.longest_row))
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), tokens]}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = model(tokens, tokens)
+    assert losses.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"lora_dropout": 0.0},
+        {"dtype": "fp32", "base_weights": "fp32"},
+        {"dtype": "fp32", "base_weights": "fp32", "lora_dropout": 0.0},
+        {"lora_rank": 16, "batch_size": 4, "longest_row": 48},
+    ],
+    ids=str,
+)
+def test_kept_activations_are_what_autograd_saves(changed):
+    shape = make_shape(**changed)
+    assert measure_kept_bytes(shape) == pytest.approx(count_kept_activations(shape), rel=0.005)
+
+
+def test_a_further_layer_keeps_exactly_what_the_formula_says():
+    shape = make_shape()
+    deeper = replace(shape, architecture=replace(SMALL, num_layers=4))
+    casts = 2 * (count_adapter_weights(deeper) - count_adapter_weights(shape))
+    assert measure_kept_bytes(deeper) - measure_kept_bytes(shape) == sum(list_layer_activations(shape)) + casts
+
+
+def write_long_rows(path: Path, count: int) -> Path:
+    """Write rows that fill any max_seq_len of these tests, so that every batch has its full length."""
+    filler = " ".join(f"{number}" for number in range(3000))
+    rows = [
+        {"messages": [{"role": "user", "content": f"{row}?"}, {"role": "assistant", "content": filler}]}
+        for row in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_and_measure(arguments: list[str]) -> tuple[int, str]:
+    """Run the recipe; return its peak resident memory in bytes, and what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "recipes/lora_finetune.py", *arguments]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, output
+    return usage.ru_maxrss * 1024, output
+
+
+MEDIUM = Architecture(
+    vocab_size=32_000,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=4,
+    embed_dim=512,
+    intermediate_dim=2048,
+    head_dim=64,
+    max_position_embeddings=4096,
+    tied=True,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"batch_size": 8},
+        {"batch_size": 8, "enable_activation_checkpointing": True},
+        {"dtype": "fp32", "base_weights": "fp32", "lora_dropout": 0.0},
+        {"base_weights": "nf4", "lora_rank": 64},
+    ],
+    ids=str,
+)
+def test_estimate_is_within_15_percent_of_the_measured_peak(changed, tmp_path):
+    from tune2gguf.random_base import write_random_base
+
+    shape = make_shape(MEDIUM, **({"batch_size": 4, "longest_row": 512, "lora_rank": 16} | changed))
+    base = write_random_base(MEDIUM, tmp_path / "base")
+    write_tiny_tokenizer(base)
+    rows = write_long_rows(tmp_path / "train.jsonl", 2 * shape.batch_size)
+    names = ("base_weights", "dtype", "lora_rank", "lora_dropout", "batch_size", "enable_activation_checkpointing")
+    peak, _ = run_and_measure(
+        [
+            *("--config", "examples/quickstart/lora.yaml", f"base_dir={base}", "base_source=null"),
+            *("model.architecture=null", f"output_dir={tmp_path / 'run'}", "epochs=1", "warmup_steps=0"),
+            *(f"dataset.files=[{rows}]", "dataset.validation_files=null", f"max_seq_len={shape.longest_row}"),
+            *(f"{name}={getattr(shape, name)}" for name in names),
+        ]
+    )
+    assert estimate_memory(shape).peak == pytest.approx(peak, rel=0.15)
+
+
+def test_batch_rank_and_base_add_what_they_hold():
+    small, large = make_shape(LLAMA3_1_8B), make_shape(LLAMA3_1_8B, lora_rank=8)
+    # q, o: 4096 + 4096; k, v: 4096 + 1024; gate, up, down: 4096 + 14336.
+    assert count_adapter_weights(large) == 32 * 8 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    estimate = estimate_memory(large)
+    assert (estimate.adapter, estimate.gradients, estimate.optimizer) == tuple(
+        factor * count_adapter_weights(large) for factor in (4, 4, 8)
+    )
+    assert estimate_memory(small).weights == pytest.approx(2 * 8_030_261_248, rel=1e-4)
+    nf4 = estimate_memory(replace(small, base_weights="nf4")).weights
+    in_bf16 = 2 * 128_256 * 4096 * 2
+    assert nf4 == pytest.approx(in_bf16 + (8_030_261_248 - 2 * 128_256 * 4096) * 0.515869, rel=1e-3)
+
+
+def test_shards_hold_their_part_and_replicas_all_of_it():
+    shape = make_shape(LLAMA3_1_8B, device_type="cuda", num_devices=4)
+    alone = estimate_memory(replace(shape, num_devices=1))
+    assert estimate_memory(shape) == alone
+    assert estimate_memory(replace(shape, parallel="shard")).weights == alone.weights // 4
+
+
+BIG = make_shape(
+    LLAMA3_2_1B, device_type="cuda", batch_size=4, gradient_accumulation_steps=2, longest_row=2048, lora_rank=16
+)
+
+
+def need(**changed) -> int:
+    return estimate_memory(replace(BIG, **changed)).peak
+
+
+@pytest.mark.parametrize(
+    ("free", "change"),
+    [
+        (need(batch_size=2), {"batch_size": 2, "gradient_accumulation_steps": 4}),
+        (need(batch_size=1), {"batch_size": 1, "gradient_accumulation_steps": 8}),
+        (need(enable_activation_checkpointing=True), {"enable_activation_checkpointing": True}),
+        (
+            need(enable_activation_checkpointing=True, batch_size=1),
+            {"enable_activation_checkpointing": True, "batch_size": 1, "gradient_accumulation_steps": 8},
+        ),
+        (need(enable_activation_checkpointing=True, base_weights="nf4"), None),
+        (10**9, None),
+    ],
+)
+def test_first_change_that_fits_is_found_and_keeps_the_rows_of_a_step(free, change):
+    found = find_fitting_change(BIG, free)
+    if change is not None:
+        assert found == change
+    for option in list_changes(BIG):
+        assert option.get("batch_size", 4) * option.get("gradient_accumulation_steps", 2) == 8
+        if option == found:
+            break
+        assert not fits(replace(BIG, **option), free)
+
+
+def test_advice_is_overrides_or_says_that_none_helps():
+    assert advise(BIG, need(batch_size=1)).endswith("batch_size=1 gradient_accumulation_steps=8")
+    assert advise(BIG, 10**9).startswith("No setting makes it fit: at the least it needs ")
+    assert find_warning(BIG, Device("cuda:0", "a GPU", need())) is None
+    warning = find_warning(BIG, Device("cuda:0", "a GPU", need() - 1))
+    assert "will probably run out of memory" in warning and "batch_size=2" in warning
+
+
+def test_other_errors_are_not_called_out_of_memory():
+    device = Device("cpu", "memory", 10**9)
+    with pytest.raises(ValueError, match="out of memory on cpu"), explain_out_of_memory(BIG, device):
+        raise MemoryError
+    with pytest.raises(ValueError, match="out of memory on cpu"), explain_out_of_memory(BIG, device):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="something else"), explain_out_of_memory(BIG, device):
+        raise RuntimeError("something else")
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/estimate_memory.py", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_script_prints_the_estimate_of_a_config_without_its_base():
+    done = run_script("--config", "configs/llama3_1_8b/lora.yaml", "--devices", "2", "batch_size=1")
+    assert done.returncode == 0, done.stderr
+    assert "weights of the base        16.06 GB" in done.stdout
+    assert "  cpu (this machine's memory), " in done.stdout and "for each of 2 processes" in done.stdout
+    wrong = run_script("--config", "configs/llama3_1_8b/lora.yaml", "lora_rnk=1")
+    assert wrong.returncode == 1
+    assert wrong.stderr == "error: unknown config key 'lora_rnk'; did you mean 'lora_rank'?\n"

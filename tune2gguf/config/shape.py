@@ -1,0 +1,36 @@
+"""The part of a config that decides how much memory a run needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tune2gguf.architectures import ARCHITECTURES, read_architecture
+from tune2gguf.memory import Shape
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def get_shape(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> Shape:
+    """Return the shape of a config's run; the base folder is read only where the config names no architecture.
+
+    Raises:
+        ValueError: if the base folder's config.json cannot be read
+    """
+    name = config.model.architecture
+    return Shape(
+        architecture=read_architecture(config.base_dir) if name is None else ARCHITECTURES[name],
+        base_weights=config.base_weights,
+        dtype=config.dtype,
+        lora_rank=config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        lora_attn_modules=tuple(config.model.lora_attn_modules),
+        apply_lora_to_mlp=config.model.apply_lora_to_mlp,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        longest_row=longest_row,
+        enable_activation_checkpointing=config.enable_activation_checkpointing,
+        device_type=config.device.partition(":")[0],
+        num_devices=num_devices,
+        parallel=parallel,
+    )

@@ -1,0 +1,147 @@
+"""Whether a run fits into this machine's memory, and the first change that would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from tune2gguf.memory.devices import Device
+from tune2gguf.memory.estimate import Estimate, Shape, estimate_memory
+
+GIGABYTE = 1e9
+SHARED_BY = (2, 4, 8)  # devices that are tried for sharding
+
+
+def describe_estimate(estimate: Estimate) -> list[str]:
+    """Return a table of the parts, in GB."""
+    parts = {
+        "program": estimate.program,
+        "weights of the base": estimate.weights,
+        "adapter": estimate.adapter,
+        "its gradients": estimate.gradients,
+        "its optimizer": estimate.optimizer,
+        "activations": estimate.activations,
+        "logits and other work": estimate.work,
+        "peak of training": estimate.training,
+        "peak of loading": estimate.loading,
+    }
+    return [f"  {name:<24}{size / GIGABYTE:8.2f} GB" for name, size in parts.items()]
+
+
+def summarize(shape: Shape, device: Device) -> str:
+    """Return the estimate in one line, as the recipe prints it."""
+    estimate = estimate_memory(shape)
+    adapter = estimate.adapter + estimate.gradients + estimate.optimizer
+    parts = {"base": estimate.weights, "adapter": adapter, "activations": estimate.activations}
+    parts |= {"work": estimate.work, "program": estimate.program}
+    listed = ", ".join(f"{name} {size / GIGABYTE:.1f}" for name, size in parts.items())
+    free = f"{device.free / GIGABYTE:.1f} GB are free on {device.name}"
+    return f"memory: about {estimate.peak / GIGABYTE:.1f} GB ({listed}); {free}"
+
+
+def fits(shape: Shape, free: int) -> bool:
+    """Say whether the run fits into the bytes of its device; on a CPU all processes share them."""
+    sharing = shape.num_devices if shape.device_type == "cpu" else 1
+    return estimate_memory(shape).peak * sharing <= free
+
+
+def find_fitting_change(shape: Shape, free: int) -> dict[str, object] | None:
+    """Return the first overrides with which the run fits, None where none of them is enough.
+
+    Tried in this order, later ones together with the earlier: a smaller batch with more accumulation (the same step),
+    activation checkpointing (the same adapter, slower), a 4-bit base, sharding over devices.
+    """
+    return next((change for change in list_changes(shape) if fits(replace(shape, **change), free)), None)
+
+
+def list_changes(shape: Shape) -> Iterator[dict[str, object]]:
+    """Yield changes of a shape, each a mapping of its fields."""
+    rows = shape.batch_size * shape.gradient_accumulation_steps
+    batches = [size for size in range(shape.batch_size - 1, 0, -1) if rows % size == 0]
+    smaller = [{"batch_size": size, "gradient_accumulation_steps": rows // size} for size in batches]
+    recomputing = {} if shape.enable_activation_checkpointing else {"enable_activation_checkpointing": True}
+    yield from smaller
+    for change in ({}, *smaller):
+        if recomputing:
+            yield recomputing | change
+    least = recomputing | (smaller[-1] if smaller else {})
+    if shape.base_weights != "nf4":
+        for change in ({}, recomputing, least):
+            yield {"base_weights": "nf4"} | change
+        least = {"base_weights": "nf4"} | least
+    if shape.device_type == "cuda":
+        # Sharding splits the rows of a step over the devices, too.
+        for num_devices in SHARED_BY:
+            if num_devices >= shape.num_devices:
+                yield least | {"parallel": "shard", "num_devices": num_devices}
+
+
+def advise(shape: Shape, free: int) -> str:
+    """Return what to change for a run that does not fit."""
+    change = find_fitting_change(shape, free)
+    if change is not None:
+        return f"This would make it fit: {_to_command(change)}"
+    least = min((replace(shape, **change) for change in [{}, *list_changes(shape)]), key=_get_peak)
+    return (
+        f"No setting makes it fit: at the least it needs {_get_peak(least) / GIGABYTE:.1f} GB. "
+        f"Lower max_seq_len (rows have up to {shape.longest_row} tokens), or take a smaller model."
+    )
+
+
+def _get_peak(shape: Shape) -> int:
+    return estimate_memory(shape).peak
+
+
+def _to_command(change: dict[str, object]) -> str:
+    overrides = [f"{key}={str(value).lower()}" for key, value in change.items() if key != "num_devices"]
+    launch = f"tune run --nproc_per_node {change['num_devices']} … " if "num_devices" in change else ""
+    return launch + " ".join(overrides)
+
+
+def find_warning(shape: Shape, device: Device) -> str | None:
+    """Return the warning for a run that will probably not fit."""
+    if fits(shape, device.free):
+        return None
+    sharing = f" for each of {shape.num_devices} processes" if shape.num_devices > 1 else ""
+    return (
+        f"this run will probably run out of memory: it needs about {_get_peak(shape) / GIGABYTE:.1f} GB{sharing}, "
+        f"and {device.free / GIGABYTE:.1f} GB are free on {device.name}. {advise(shape, device.free)}"
+    )
+
+
+def describe_fit(shape: Shape, device: Device) -> str:
+    """Return in one line whether the run fits on a device of this machine."""
+    head = f"{device.name} ({device.title}), {device.free / GIGABYTE:.1f} GB free"
+    head += f": needs {_get_peak(shape) / GIGABYTE:.1f} GB"
+    if shape.num_devices > 1 and shape.device_type == "cpu":
+        head += f" for each of {shape.num_devices} processes"
+    return f"{head}, fits" if fits(shape, device.free) else f"{head}, does not fit. {advise(shape, device.free)}"
+
+
+@contextmanager
+def explain_out_of_memory(shape: Shape, device: Device) -> Iterator[None]:
+    """Turn running out of memory in the block into one error that says what to change.
+
+    Raises:
+        ValueError: where memory ran out; what was saved before is whole
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = f"it needs about {_get_peak(shape) / GIGABYTE:.1f} GB"
+        # What was free has proved too little, so that advice must need less than the estimate.
+        limit = min(device.free, _get_peak(shape) - 1)
+        raise ValueError(
+            f"out of memory on {device.name}: {needed}, {device.free / GIGABYTE:.1f} GB were free at the start. "
+            f"{advise(shape, limit)}\nCheckpoints and adapters that were saved are whole."
+        ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory ran out: Python's, CUDA's, or that of torch's CPU allocator."""
+    from torch import OutOfMemoryError
+
+    return isinstance(error, (MemoryError, OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

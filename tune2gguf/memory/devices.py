@@ -1,0 +1,64 @@
+"""The devices of this machine and the memory that is free on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device of this machine with the bytes that a process could take now."""
+
+    name: str  # cpu, cuda:0 …
+    title: str
+    free: int
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+
+def list_devices() -> list[Device]:
+    """Return the CPU and the GPUs of this machine."""
+    import torch
+
+    return [get_device("cpu"), *(get_device(f"cuda:{index}") for index in range(torch.cuda.device_count()))]
+
+
+def get_device(name: str) -> Device:
+    """Return one device of this machine: cpu, cuda:0, cuda:1 …"""
+    import torch
+
+    if name == "cpu":
+        return Device(name, "this machine's memory", get_free_host_memory())
+    free, _ = torch.cuda.mem_get_info(name)
+    return Device(name, torch.cuda.get_device_name(name), free)
+
+
+def get_free_host_memory() -> int:
+    """Return the bytes of memory that this process has or could get, within its control group's limit."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        own = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    except (FileNotFoundError, StopIteration):  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * page
+    return min([free, *_list_group_limits()]) + own
+
+
+def _list_group_limits() -> Iterator[int]:
+    for folder, limit_name, used_name in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = Path(folder, limit_name).read_text().strip()
+            used = int(Path(folder, used_name).read_text())
+        except FileNotFoundError:
+            continue
+        if limit != "max":
+            yield max(0, int(limit) - used)
