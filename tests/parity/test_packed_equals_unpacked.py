@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import make_conversations, write_rows
+from tests.recipes.test_training import measure_difference, read_records, run_recipe
 from tune2gguf.checkpoints.load import load_base
 from tune2gguf.data import Batch, PreparedData, chat_dataset, collate
 from tune2gguf.models import CausalLM, lora_llama
@@ -68,6 +69,19 @@ def test_packed_losses_and_gradients_equal_those_of_the_rows_alone(model, data):
     largest = max(gradient.abs().max() for gradient in expected_gradients.values())
     for name, gradient in gradients.items():
         assert (gradient - expected_gradients[name]).abs().max() < 1e-5 * largest, name
+
+
+def test_a_step_on_packs_is_the_step_on_their_rows(run_arguments, tmp_path, monkeypatch):
+    """All 20 rows in one step of the recipe, as rows or as packs: the same adapter."""
+    losses = {}
+    for name, batch_size in {"rows": 20, "packs": 5}.items():
+        options = [f"batch_size={batch_size}", "gradient_accumulation_steps=1", "max_seq_len=400"]
+        packing = f"dataset.packing={str(name == 'packs').lower()}"
+        run_recipe([*run_arguments, *options, packing, f"output_dir={tmp_path / name}"], monkeypatch)
+        [record] = read_records(tmp_path / name, "loss")
+        losses[name] = record["loss"]
+    assert losses["packs"] == pytest.approx(losses["rows"], abs=1e-6)
+    assert measure_difference(tmp_path / "rows", tmp_path / "packs") < 1e-6
 
 
 def test_a_causal_mask_without_blocks_gives_other_losses(model, data):

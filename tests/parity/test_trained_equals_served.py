@@ -6,7 +6,6 @@ llama.cpp runs in this process on a GGUF of our export, with the real tokenizers
 import dataclasses
 import json
 import random
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from tune2gguf.data import Message
 from tune2gguf.export.pipeline import export_base
 from tune2gguf.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.random_base import write_random_base
-from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer, make_llama3_tokenizer_json
 
 ODD_CONTENTS = [
     " leading", "trailing \n", "\n\n both \t", "\v\f\r\n odd \r\n", "a\r\nb", "tab\tinside", "two\n\nlines\n\n\nthree",
@@ -37,15 +36,21 @@ class Served(NamedTuple):
     model: LlamaCppModel
 
 
-def make_served(folder: Path, chat_format: str) -> Served:
-    base_dir = folder / "base"
-    if chat_format.startswith("llama3"):
+def make_base(base_dir: Path, tokenizer: str) -> None:
+    """Write a base of a few weights with the real tokenizer, as tokenizer.json, which loads faster."""
+    if tokenizer == "llama3":
         write_random_base(_make_architecture(128_256), base_dir, kind="float32")
-        shutil.copy(find_llama3_tokenizer(), base_dir)
+        content = make_llama3_tokenizer_json(find_llama3_tokenizer())
+        (base_dir / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     else:
         write_random_base(_make_architecture(49_152), base_dir, kind="float32")
         write_smollm2_tokenizer(base_dir)
-    gguf_path = export_base(base_dir, folder / "model.gguf", quantization="F16", chat_format=chat_format, show=False)
+
+
+def serve(base_dir: Path, chat_format: str) -> Served:
+    gguf_path = export_base(
+        base_dir, base_dir / f"{chat_format}.gguf", quantization="F16", chat_format=chat_format, show=False
+    )
     return Served(load_tokenizer(base_dir, chat_format=chat_format), open_model(gguf_path, context_length=512))
 
 
@@ -53,9 +58,17 @@ def _make_architecture(vocab_size: int) -> Architecture:
     return Architecture(**{**vars(TINY_TIED), "vocab_size": vocab_size, "num_layers": 1})
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
 @pytest.fixture(scope="module", params=["llama3", "llama3_1", "chatml"])
-def served(request, tmp_path_factory) -> Served:
-    return make_served(tmp_path_factory.mktemp(request.param), request.param)
+def served(request, bases) -> Served:
+    base_dir = bases / request.param.removesuffix("_1")
+    if not base_dir.exists():
+        make_base(base_dir, base_dir.name)
+    return serve(base_dir, request.param)
 
 
 @cache
