@@ -130,19 +130,20 @@ class LoRAFinetuneRecipe:
         )
 
     def _restore(self, checkpoint) -> None:
-        """Bring adapter, optimizer, schedule and random numbers to where the checkpoint has them."""
         from tune2gguf.architectures import read_architecture
-        from tune2gguf.checkpoints.adapter import from_peft_layout, restore_adapter
-        from tune2gguf.resume import Progress, read_progress
-        from tune2gguf.seeds import capture_random_state, restore_random_state
-        from tune2gguf.steps import advance_schedule, restore_optimizer
+        from tune2gguf.resume import Progress, restore_run
+        from tune2gguf.seeds import capture_random_state
 
-        self.progress = Progress() if checkpoint is None else read_progress(checkpoint)
+        self.progress = Progress()
         if checkpoint is not None:
-            restore_adapter(self.model, from_peft_layout(checkpoint.adapter, read_architecture(self.cfg.base_dir)))
-            restore_optimizer(self.optimizer, checkpoint.state["optimizer"])
-            advance_schedule(self.schedule, self.progress.step)
-            restore_random_state(checkpoint.state["random"][self.world.rank], self.world.device)
+            self.progress = restore_run(
+                checkpoint,
+                self.model,
+                architecture=read_architecture(self.cfg.base_dir),
+                optimizer=self.optimizer,
+                schedule=self.schedule,
+                world=self.world,
+            )
         # As of the start of the step: a step that is broken off is taken again with the same masks.
         self.random_state = capture_random_state(self.world.device)
         self.checkpoint = checkpoint
@@ -164,6 +165,8 @@ class LoRAFinetuneRecipe:
         cfg, world = self.cfg, self.world
         trainable = sum(parameter.numel() for parameter in self.adapter_params)
         print(f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {trainable:,} float32 weights, on {world.device}")
+        if world.size > 1:
+            print(f"processes: {world.size}, each with {'a part' if self.parallel == 'shard' else 'all'} of the base")
         print(f"rows: {len(self.data.train)} to train on, {len(self.data.validation)} held out")
         if self.data.unit == "packs":
             print(f"packs: {len(self.data.sequences)} of {cfg.max_seq_len} tokens, {self.data.sequences.fill:.1%} full")
@@ -177,7 +180,7 @@ class LoRAFinetuneRecipe:
 
     def train(self) -> None:
         """Run all epochs, saving on the way; a signal or a step that is not finite ends them with all of it saved."""
-        from tune2gguf.distributed import AgreedError
+        from tune2gguf.distributed import AgreedError, describe_error
         from tune2gguf.signals import StopRequested, StopSignals
 
         with StopSignals(show=self.world.is_main) as self.stop:
@@ -189,12 +192,19 @@ class LoRAFinetuneRecipe:
                     self.writer.wait()
                     print(f"saved {self.writer.newest}; to go on from there: the same command with resume=auto")
                 raise
+            except OSError as error:
+                raise ValueError(
+                    f"{describe_error(error)}. The checkpoints before this are intact; "
+                    "when it is mended, go on with the same command and resume=auto"
+                ) from error
             finally:
                 if self.world.is_main:
                     self.writer.close()
 
     def _train_epochs(self) -> None:
         from tqdm import tqdm
+
+        from tune2gguf.steps import describe_speed
 
         self.model.train()
         at = self.progress
@@ -214,6 +224,8 @@ class LoRAFinetuneRecipe:
                 if self.world.is_main:
                     self.metrics.write(record)
                     self.writer.raise_if_failed()
+                    if "skipped" in record:
+                        bar.write(f"note: {record['skipped']}")
                     bar.set_postfix_str(describe_speed(record))
                     bar.update()
                 if at.step % save_every == 0 and at.step_in_epoch < len(steps):
@@ -224,7 +236,7 @@ class LoRAFinetuneRecipe:
     def _train_step(self, micro_batches: list[list[int]]) -> dict:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
         from tune2gguf.seeds import capture_random_state
-        from tune2gguf.steps import compute_grad_norm, count_step, find_nonfinite
+        from tune2gguf.steps import compute_grad_norm, count_step, find_nonfinite, leave_out_step
 
         started = time.perf_counter()
         rows = [[self.data.sequences[index] for index in indices] for indices in micro_batches]
@@ -237,7 +249,9 @@ class LoRAFinetuneRecipe:
             record |= {"loss": loss, "lr": self.schedule.get_last_lr()[0], "grad_norm": grad_norm}
             self.optimizer.step()
         else:
-            record["skipped"] = self._skip_or_stop(problem, rows, batch_losses)
+            record["skipped"] = leave_out_step(
+                record["step"], problem, rows, batch_losses, on_nonfinite=self.cfg.on_nonfinite
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.progress.finish_step()
@@ -274,19 +288,6 @@ class LoRAFinetuneRecipe:
             batch_losses.append(losses.detach().double().sum())
         summed_loss = sum_over_ranks(torch.stack(batch_losses).sum())
         return summed_loss.item() / counts.supervised_tokens, batch_losses
-
-    def _skip_or_stop(self, problem: str, rows: list[list], batch_losses: list) -> str:
-        """Say which rows made a step that cannot be applied; stop there, unless on_nonfinite says to go on."""
-        from tune2gguf.distributed import AgreedError
-        from tune2gguf.steps import describe_rows, name_rows
-
-        sources = describe_rows(name_rows(rows, batch_losses))
-        message = f"step {self.progress.step + 1}: {problem}, so it is not applied; its rows: {sources}"
-        if self.cfg.on_nonfinite == "stop":
-            raise AgreedError(f"{message}. To leave such steps out: on_nonfinite=skip")
-        if self.world.is_main:
-            print(f"note: {message}")
-        return message
 
     def validate(self) -> None:
         """Measure the held-out loss; save the adapter as best/ if it is the lowest yet."""
@@ -354,12 +355,6 @@ class LoRAFinetuneRecipe:
         if self.world.is_main:
             progress = {**vars(self.progress), "metrics_bytes": self.metrics.sync(), "run": self.run}
             self.writer.start(self.progress.step, Checkpoint(adapter, adapter_config, state, progress))
-
-
-def describe_speed(record: dict) -> str:
-    """Return what the progress bar says of a step."""
-    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
-    return f"{loss}, {record['tokens_per_second']:.0f} tokens/s"
 
 
 def recipe_main() -> None:

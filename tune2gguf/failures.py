@@ -20,7 +20,7 @@ from tune2gguf.signals import StopRequested
 
 # What a user can mend, said in one line; anything else is our mistake and shows where it happened.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
-_GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.5
 
 
 @contextmanager
@@ -72,6 +72,9 @@ class _Reporter:
             sys.exit(exit_code)
         if self._is_first():
             print(message, file=sys.stderr, flush=True)
+        if dist.get_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(4 * _POLL_SECONDS)  # the store ends with this process; the others have to hear of it before
+        sys.stdout.flush()
         # Leaving the process group in good order would wait for processes that may be gone.
         os._exit(exit_code)
 
@@ -90,15 +93,15 @@ class _Reporter:
             return True  # the store is gone with its process, and nobody else can be asked
 
     def _watch(self) -> None:
-        """End this process if another has failed and the news does not reach it, as in a GPU's collective."""
-        store = _connect()
+        """End this process when another has failed: in a collective on a GPU it would not hear of it."""
+        store, own = _connect(), str(dist.get_rank())
         try:
             while not store.check([self._key]):
-                time.sleep(1.0)
+                time.sleep(_POLL_SECONDS)
+            if store.get(self._key).decode() != own:
+                os._exit(1)
         except RuntimeError:
             return  # without the store torchrun ends the process
-        time.sleep(_GRACE_SECONDS)
-        os._exit(1)
 
 
 def _connect() -> dist.TCPStore:

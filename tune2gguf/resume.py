@@ -29,9 +29,14 @@ from tune2gguf.runs import (
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
+    from tune2gguf.architectures import Architecture
     from tune2gguf.checkpoints.state import Checkpoint
     from tune2gguf.data import PreparedData
+    from tune2gguf.distributed import World
+    from tune2gguf.models import CausalLM
 
 # Neither the weights nor the metrics of a step depend on these; the base and the rows are compared by their content.
 FREE_KEYS = {
@@ -162,9 +167,26 @@ def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]
     return checkpoint
 
 
-def read_progress(checkpoint: Checkpoint) -> Progress:
-    """Return where the run of a checkpoint stood."""
-    return Progress(**{field.name: checkpoint.progress[field.name] for field in fields(Progress)})
+def restore_run(
+    checkpoint: Checkpoint,
+    model: CausalLM,
+    *,
+    architecture: Architecture,
+    optimizer: Optimizer,
+    schedule: LRScheduler,
+    world: World,
+) -> Progress:
+    """Bring adapter, optimizer, schedule and random numbers to where the checkpoint has them; return where that is."""
+    from tune2gguf.checkpoints.adapter import from_peft_layout, restore_adapter
+    from tune2gguf.seeds import restore_random_state
+    from tune2gguf.steps import advance_schedule, restore_optimizer
+
+    progress = Progress(**{field.name: checkpoint.progress[field.name] for field in fields(Progress)})
+    restore_adapter(model, from_peft_layout(checkpoint.adapter, architecture))
+    restore_optimizer(optimizer, checkpoint.state["optimizer"])
+    advance_schedule(schedule, progress.step)
+    restore_random_state(checkpoint.state["random"][world.rank], world.device)
+    return progress
 
 
 def enter_run_folder(

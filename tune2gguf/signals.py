@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -30,12 +31,16 @@ class StopSignals:
         self._show = show
         self._received_at = 0.0
         self._previous: dict[int, object] = {}
+        self._is_over = threading.Event()
 
     def __enter__(self) -> StopSignals:
         self._previous = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
+        if _is_launched():
+            threading.Thread(target=self._watch_launcher, args=(os.getppid(),), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_over.set()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -56,7 +61,18 @@ class StopSignals:
                 # print is not safe inside a handler: the signal may have come in the middle of another print.
                 os.write(2, b"\nstopping: the run is saved first; a second signal ends it at once\n")
             return
-        is_launched = "TORCHELASTIC_RUN_ID" in os.environ
-        if is_launched and time.monotonic() - self._received_at < SECONDS_OF_ONE_REQUEST:
+        if _is_launched() and time.monotonic() - self._received_at < SECONDS_OF_ONE_REQUEST:
             return
         os._exit(128 + signum)
+
+    def _watch_launcher(self, launcher: int) -> None:
+        """A launcher that was killed leaves its processes behind; they take it for SIGTERM."""
+        while not self._is_over.wait(timeout=1.0):
+            if os.getppid() != launcher:
+                self.request(signal.SIGTERM)
+                return
+
+
+def _is_launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ

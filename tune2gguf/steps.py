@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tune2gguf.distributed import gather_over_ranks, max_over_ranks, sum_over_ranks
+from tune2gguf.distributed import AgreedError, gather_over_ranks, max_over_ranks, sum_over_ranks
 from tune2gguf.loss import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -79,10 +79,26 @@ def name_rows(micro_batches: list[list[TokenizedRow | Pack]], batch_losses: Iter
     return [source for source, is_finite in rows if not is_finite] or [source for source, _ in rows]
 
 
-def describe_rows(sources: list[str]) -> str:
-    """Return the rows in one line."""
+def leave_out_step(
+    step: int, problem: str, micro_batches: list[list], batch_losses: Iterable[Tensor], *, on_nonfinite: str
+) -> str:
+    """Return why a step is not applied and which rows it has; every rank has to ask.
+
+    Raises:
+        AgreedError: with that reason, if on_nonfinite is stop
+    """
+    sources = name_rows(micro_batches, batch_losses)
     more = f" and {len(sources) - MAX_ROWS_NAMED} more" if len(sources) > MAX_ROWS_NAMED else ""
-    return ", ".join(sources[:MAX_ROWS_NAMED]) + more
+    reason = f"step {step}: {problem}, so it is not applied; its rows: {', '.join(sources[:MAX_ROWS_NAMED])}{more}"
+    if on_nonfinite == "stop":
+        raise AgreedError(f"{reason}. To leave such steps out: on_nonfinite=skip")
+    return reason
+
+
+def describe_speed(record: dict) -> str:
+    """Return what the progress bar says of a step."""
+    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
+    return f"{loss}, {record['tokens_per_second']:.0f} tokens/s"
 
 
 def restore_optimizer(optimizer: Optimizer, state: dict) -> None:

@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import resource
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 from tests.conftest import REPOSITORY
 
@@ -21,15 +23,33 @@ TIMING = ("tokens_per_second", "supervised_tokens_per_second")
 class Launch:
     """The processes of one run; `log` has what they print."""
 
-    def __init__(self, arguments: list[str], log: Path, *, num_processes: int = 1, environment=None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        *,
+        num_processes: int = 1,
+        limits: dict[int, tuple] | None = None,
+        base_dirs: dict[int, Path] | None = None,
+    ) -> None:
         self.log = log
-        common = dict(environment or {})
+        common = {}
+        own_arguments = {rank: [*arguments, f"base_dir={base}"] for rank, base in (base_dirs or {}).items()}
         if num_processes > 1:
             common |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+            # As torchrun's agent does, this process keeps the store through which the others meet.
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+            common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         self.processes = [
             CONTEXT.Process(
-                target=run_recipe, args=(arguments, log, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+                target=run_recipe,
+                args=(
+                    own_arguments.get(rank, arguments),
+                    log,
+                    {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    (limits or {}).get(rank),
+                ),
             )
             for rank in range(num_processes)
         ]
@@ -65,8 +85,8 @@ class Launch:
             time.sleep(0.002)
 
 
-def run_recipe(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
-    """Be the command: its arguments, its output, its exit code."""
+def run_recipe(arguments: list[str], log: Path, environment: dict[str, str], limit: tuple | None) -> None:
+    """Be the command: its arguments, its output, its exit code; `limit` is a resource and its soft and hard limit."""
     descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -75,6 +95,8 @@ def run_recipe(arguments: list[str], log: Path, environment: dict[str, str]) -> 
     import torch
 
     torch.set_num_threads(1)
+    if limit is not None:
+        resource.setrlimit(limit[0], (limit[1], limit[1]))
     from recipes.lora_finetune import recipe_main
 
     sys.argv = ["lora_finetune.py", *arguments]
@@ -87,12 +109,6 @@ def run_to_end(arguments: list[str], log: Path, **options) -> str:
     codes = launch.wait()
     assert set(codes) == {0}, log.read_text()
     return log.read_text()
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def count_lines(path: Path) -> int:

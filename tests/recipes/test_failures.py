@@ -1,0 +1,125 @@
+"""A run that fails: one line says why, what was saved is intact, and nothing wrong reaches the weights."""
+
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import TINY_UNTIED, make_conversations, write_rows, write_tiny_base
+from tests.recipes.launch import Launch, read_outcome, run_to_end
+from tests.recipes.test_training import read_adapter, read_records
+from tune2gguf.checkpoints.state import find_damage, list_checkpoints
+
+
+def test_full_disk_ends_in_one_line_and_the_checkpoints_before_are_intact(run_arguments, tmp_path):
+    """A limit on the size of a file stands for the disk: the metrics reach it while the run goes on."""
+    folder, log = tmp_path / "runs/tiny", tmp_path / "log"
+    arguments = [*run_arguments, "epochs=60", "save_every_n_steps=20", "lora_rank=1"]
+    launch = Launch(arguments, log, limits={0: (resource.RLIMIT_FSIZE, 50_000)})
+    assert launch.wait() == [1]
+    text = log.read_text()
+    assert "Traceback" not in text
+    assert f"error: {folder}/metrics.jsonl: File too large. The checkpoints before this are intact" in text
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    assert checkpoints and all(find_damage(path) is None for path in checkpoints)
+    run_to_end([*arguments, "resume=auto"], log)
+    run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], log)
+    assert read_outcome(folder) == read_outcome(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(mounted)], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield mounted
+    subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+def test_checkpoint_that_does_not_fit_leaves_the_one_before(run_arguments, tmp_path, small_disk):
+    folder, log = small_disk / "run", tmp_path / "log"
+    arguments = [*run_arguments, "save_every_n_steps=1", "keep_last=20", "lora_rank=8", f"output_dir={folder}"]
+    assert Launch(arguments, log).wait() == [1]
+    assert "No space left on device. The checkpoints before this are intact" in log.read_text()
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    assert checkpoints and all(find_damage(path) is None for path in checkpoints)
+
+
+@pytest.fixture(scope="module")
+def poisoned_base(tmp_path_factory) -> Path:
+    """A base in which one token, the tilde's, is infinite."""
+    from tokenizers import Tokenizer
+
+    base = write_tiny_base(tmp_path_factory.mktemp("bases") / "poisoned", TINY_UNTIED)
+    weights = load_file(base / "model.safetensors")
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    weights["model.embed_tokens.weight"][tokenizer.encode("~").ids[0]] = float("inf")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+@pytest.fixture
+def poisoned(run_arguments, poisoned_base, tmp_path) -> list[str]:
+    """Arguments of a run whose row 8 alone has the token, in micro-batches of one row."""
+    rows = make_conversations(20)
+    rows[7]["messages"][0]["content"] += " ~"
+    path = write_rows(tmp_path / "poisoned.jsonl", rows)
+    cut = ["batch_size=1", "gradient_accumulation_steps=4", "epochs=2"]
+    return [*run_arguments, *cut, f"base_dir={poisoned_base}", f"dataset.files=[{path}]"]
+
+
+def test_step_that_is_not_finite_stops_the_run_before_it_and_names_the_row(poisoned, tmp_path):
+    folder, log = tmp_path / "runs/tiny", tmp_path / "log"
+    assert Launch(poisoned, log).wait() == [1]
+    steps = read_records(folder, "loss")
+    message = f"error: step {len(steps) + 1}: the loss is nan, so it is not applied; its rows: "
+    assert f"{message}{tmp_path}/poisoned.jsonl, line 8. To leave such steps out: on_nonfinite=skip" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    assert newest.name == f"step_{len(steps)}" and find_damage(newest) is None
+    # The way out that the message names.
+    run_to_end([*poisoned, "resume=auto", "on_nonfinite=skip"], log)
+    assert len(read_records(folder, "skipped")) == 2 and len(read_records(folder, "loss")) == 8
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_skipped_step_leaves_the_adapter_finite_and_the_steps_counted(poisoned, tmp_path, num_processes):
+    folder, log = tmp_path / "runs/tiny", tmp_path / "log"
+    text = run_to_end([*poisoned, "on_nonfinite=skip"], log, num_processes=num_processes)
+    skipped = read_records(folder, "skipped")
+    assert len(skipped) == 2  # once an epoch
+    assert all(record["skipped"].endswith(f"{tmp_path}/poisoned.jsonl, line 8") for record in skipped)
+    assert text.count("note: step") == 2
+    steps = sorted(record["step"] for record in [*skipped, *read_records(folder, "loss")])
+    assert steps == list(range(1, 1 + 2 * (5 if num_processes == 1 else 3)))
+    assert all(np.isfinite(weight).all() for weight in read_adapter(folder).values())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_of_one_process_ends_all_with_its_line(run_arguments, tmp_path, rank):
+    """Its machine lacks the base."""
+    launch = Launch(run_arguments, tmp_path / "log", num_processes=2, base_dirs={rank: tmp_path / "absent"})
+    started = time.monotonic()
+    assert launch.wait(timeout=30) == [1, 1]
+    assert time.monotonic() - started < 30
+    text = (tmp_path / "log").read_text()
+    whose = "process 1: " if rank == 1 else ""
+    assert text.count("error: ") == 1 and f"error: {whose}no base model in {tmp_path / 'absent'}" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "runs/tiny").exists()
+
+
+def test_write_error_of_the_main_process_ends_all_with_its_line(run_arguments, tmp_path):
+    """The other process is in the middle of a step then, and learns of it there."""
+    limits = {0: (resource.RLIMIT_FSIZE, 50_000)}
+    launch = Launch([*run_arguments, "epochs=200", "lora_rank=1"], tmp_path / "log", num_processes=2, limits=limits)
+    assert launch.wait(timeout=60) == [1, 1]
+    text = (tmp_path / "log").read_text()
+    assert text.count("error: ") == 1 and "error: process 0: " in text and "File too large" in text
+    assert "Traceback" not in text

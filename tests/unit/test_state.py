@@ -1,0 +1,123 @@
+"""Step checkpoints on disk: whole or not there, and nothing is read that is not what was written."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from tune2gguf.checkpoints.state import (
+    Checkpoint,
+    CheckpointWriter,
+    find_damage,
+    list_checkpoints,
+    read_checkpoint,
+    remove_leftovers,
+    write_checkpoint,
+)
+
+
+def make_checkpoint(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    return Checkpoint(
+        adapter={"base_model.model.x.lora_A.weight": torch.randn(4, 8, generator=generator)},
+        adapter_config={"r": 4},
+        state={
+            "optimizer": {0: {"exp_avg": torch.randn(4, 8, generator=generator)}},
+            "random": [torch.get_rng_state()],
+        },
+        progress={"step": step, "best_loss": 0.1 + 0.2},
+    )
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    written = make_checkpoint(3)
+    write_checkpoint(tmp_path / "step_3", written)
+    found = read_checkpoint(tmp_path / "step_3")
+    assert found.progress == written.progress and found.adapter_config == written.adapter_config
+    name = "base_model.model.x.lora_A.weight"
+    assert torch.equal(found.adapter[name], written.adapter[name])
+    assert torch.equal(found.state["optimizer"][0]["exp_avg"], written.state["optimizer"][0]["exp_avg"])
+    assert torch.equal(found.state["random"][0], written.state["random"][0])
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "state.pt", "progress.json"])
+@pytest.mark.parametrize("damage", ["cut", "altered", "missing"])
+def test_every_damage_of_every_file_is_found(tmp_path, name, damage):
+    write_checkpoint(tmp_path / "step_1", make_checkpoint(1))
+    write_checkpoint(tmp_path / "step_2", make_checkpoint(2))
+    assert find_damage(tmp_path / "step_2") is None
+    path = tmp_path / "step_2" / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "altered":
+        flip_bit(path)
+    else:
+        path.unlink()
+    with pytest.raises(ValueError) as refused:
+        read_checkpoint(tmp_path / "step_2")
+    assert name in str(refused.value) and f"resume={tmp_path / 'step_1'}" in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"files": {"state.pt": 3}}', '{"files": {}}', "\x00"])
+def test_damaged_manifest_is_found(tmp_path, content):
+    write_checkpoint(tmp_path / "step_1", make_checkpoint(1))
+    manifest = tmp_path / "step_1/manifest.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json .* No other checkpoint of this run is good"):
+        read_checkpoint(tmp_path / "step_1")
+
+
+class Intruder:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_state_file_does_not_run(tmp_path):
+    """Even where someone has made the manifest fit."""
+    write_checkpoint(tmp_path / "step_1", Checkpoint({}, {}, {"x": Intruder(tmp_path / "ran")}, {}))
+    assert find_damage(tmp_path / "step_1") is None
+    with pytest.raises(pickle.UnpicklingError):
+        read_checkpoint(tmp_path / "step_1")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_newest_are_kept_and_a_step_is_written_once(tmp_path):
+    writer = CheckpointWriter(tmp_path, keep_last=2)
+    for step in (1, 2, 3, 9, 10, 10):
+        writer.start(step, make_checkpoint(step))
+    writer.wait()
+    writer.close()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_9", "step_10"]
+    assert all(find_damage(path) is None for path in list_checkpoints(tmp_path / "checkpoints"))
+    assert writer.newest.name == "step_10"
+
+
+def test_what_a_killed_write_left_is_no_checkpoint_and_is_removed(tmp_path):
+    write_checkpoint(tmp_path / "step_1", make_checkpoint(1))
+    for name in (".step_2.unfinished", ".step_0.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.pt").write_bytes(b"half")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_1"]
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_error_of_the_writing_thread_reaches_the_run(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    writer = CheckpointWriter(tmp_path, keep_last=2)
+    writer.start(1, make_checkpoint(1))
+    with pytest.raises(OSError):
+        writer.wait()
+    writer.close()
