@@ -108,7 +108,7 @@ def _is_kind(value: Any, kind: type) -> bool:
 
 
 def _describe_type(value: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    names = {bool: "a truth value", int: "a whole number", float: "a number", str: "text", list: "a list"}
     return names.get(type(value), "a mapping of keys to values" if isinstance(value, dict) else type(value).__name__)
 
 
