@@ -1,0 +1,170 @@
+"""The shipped configs: one model's differ from another's only where the models do, and all say what the guide says."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from tests.conftest import REPOSITORY
+from tune2gguf.config import check_values, get_shape, read_config
+from tune2gguf.config.components import COMPONENTS
+from tune2gguf.config.guide import GUIDE_PARAMETERS
+from tune2gguf.config.keys import KEYS
+from tune2gguf.memory import estimate_memory
+
+FOLDERS = ("llama3_2_1b", "llama3_2_3b", "llama3_1_8b")
+CONFIGS = [REPOSITORY / "configs" / folder / f"{kind}.yaml" for folder in FOLDERS for kind in ("lora", "qlora")]
+QUICKSTART = REPOSITORY / "examples/quickstart/lora.yaml"
+# The guide's table of base models (its section 3).
+GUIDE_BASES = {
+    "llama3_2_1b/lora": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3_2_1b/qlora": "unsloth/Llama-3.2-1B-Instruct-bnb-4bit",
+    "llama3_2_3b/lora": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama3_2_3b/qlora": "unsloth/Llama-3.2-3B-Instruct-bnb-4bit",
+    "llama3_1_8b/lora": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3_1_8b/qlora": "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit",
+}
+
+
+def get_name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def find_differences(first: Path, second: Path) -> set[str]:
+    """Return the dotted keys in which two files differ."""
+    first, second = (flatten(yaml.safe_load(path.read_text())) for path in (first, second))
+    return {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def test_every_base_of_the_guide_has_its_config():
+    assert {get_name(path) for path in (REPOSITORY / "configs").rglob("*.yaml")} == GUIDE_BASES.keys()
+    for path in CONFIGS:
+        config = read_config(path, [])
+        assert config.base_source == f"hf://{GUIDE_BASES[get_name(path)]}"
+        assert config.base_dir == f"models/{GUIDE_BASES[get_name(path)].split('/')[1]}"
+
+
+def test_kinds_of_a_model_differ_only_in_their_base():
+    for folder in FOLDERS:
+        lora, qlora = (REPOSITORY / "configs" / folder / f"{kind}.yaml" for kind in ("lora", "qlora"))
+        assert find_differences(lora, qlora) == {"base_source", "base_weights", "output_dir"}
+
+
+def test_models_of_a_kind_differ_only_in_the_model_and_what_it_leaves_of_memory():
+    allowed = {"base_source", "output_dir", "model.architecture", "enable_activation_checkpointing"}
+    for kind in ("lora", "qlora"):
+        files = [REPOSITORY / "configs" / folder / f"{kind}.yaml" for folder in FOLDERS]
+        for first, second in itertools.combinations(files, 2):
+            assert {"base_source", "output_dir", "model.architecture"} <= find_differences(first, second) <= allowed
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=get_name)
+def test_config_has_every_key_once_and_floats_that_every_reader_takes(path):
+    check_values(read_config(path, []))
+    values = yaml.safe_load(path.read_text())
+    assert set(values) == {*KEYS, *COMPONENTS}
+    # 2e-4 is text to some readers of YAML.
+    assert not re.search(r"(?<![.\d])\d+e-?\d", path.read_text())
+    assert isinstance(values["learning_rate"], float)
+
+
+def format_number(value: float | int | str) -> str:
+    return f"{value:.1e}".replace("e-0", "e-") if isinstance(value, float) and value < 0.001 else str(value)
+
+
+def test_guide_parameters_are_the_guides_twelve_with_its_recommendations():
+    guide = "LearningRate Epochs LoraRank LoraAlpha LoraDropout MaxSeqLength WarmupSteps SchedulerType Seed BatchSize "
+    assert [parameter.guide for parameter in GUIDE_PARAMETERS] == f"{guide}Quantization WeightDecay".split()
+    assert [parameter.key for parameter in GUIDE_PARAMETERS] == list(KEYS)[:12]
+    recommended = {"learning_rate": 1e-4, "lora_dropout": 0.1, "quantization": "Q4_K_M", "weight_decay": 0.01}
+    defaults = {parameter.key: parameter.default for parameter in GUIDE_PARAMETERS}
+    assert recommended.items() <= defaults.items()
+    assert defaults["lora_alpha"] / defaults["lora_rank"] == 1
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, QUICKSTART], ids=get_name)
+def test_head_of_a_config_is_the_guides_table(path):
+    """Value, the guide's name, the component key, the effect: as the code has them, in the guide's order, on top."""
+    lines = path.read_text().split("\n\n", 2)[1].splitlines()
+    assert lines[0].startswith("# The guide's parameters.")
+    for line, parameter in itertools.zip_longest(lines[1:], GUIDE_PARAMETERS):
+        value, comment = re.fullmatch(r"(\w+: \S+) +# (.*)", line).groups()
+        assert value.startswith(f"{parameter.key}: ")
+        assert path == QUICKSTART or value == f"{parameter.key}: {format_number(parameter.default)}"
+        assert comment == f"{parameter.guide} -> {parameter.component}: {parameter.effect}"
+    raw = OmegaConf.load(path)
+    for parameter in GUIDE_PARAMETERS:
+        for component in parameter.component.split(", "):
+            node, _, key = component.partition(".")
+            if key and node in COMPONENTS:
+                assert OmegaConf.to_container(raw)[node][key] == f"${{{parameter.key}}}"
+
+
+def test_readme_has_the_same_table():
+    rows = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("| ")]
+    for parameter in GUIDE_PARAMETERS:
+        parts = [f"`{part}`" if "." in part else part for part in parameter.component.split(", ")]
+        cells = [parameter.guide, f"`{parameter.key}`", format_number(parameter.default)]
+        assert f"| {' | '.join([*cells, ', '.join(parts), parameter.effect])} |" in rows
+
+
+def read_memory(path: Path) -> list[float]:
+    line = next(line for line in path.read_text().splitlines() if line.startswith("#   memory:"))
+    return [float(number) for number in re.findall(r"(\d+\.\d) GB", line)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=get_name)
+def test_header_names_commands_memory_and_result(path):
+    name = path.relative_to(REPOSITORY).as_posix()
+    header = path.read_text().split("\n\n")[0]
+    config = read_config(path, [])
+    for command in (
+        f"python scripts/download.py --config {name}",
+        f"tune download {GUIDE_BASES[get_name(path)]} --output-dir {config.base_dir}",
+        f"tune run recipes/lora_finetune.py --config {name}",
+        f"tune run --nproc_per_node 2 recipes/lora_finetune.py --config {name}",
+        f"python scripts/estimate_memory.py --config {name}",
+        f"{config.output_dir}, then: python scripts/export.py {config.output_dir}",
+    ):
+        assert command in header
+    expected = [
+        estimate_memory(get_shape(config, longest_row=length, num_devices=1, parallel="replicate")).peak / 1e9
+        for length in (2048, 512)
+    ]
+    assert read_memory(path) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_readme_of_a_folder_has_its_commands_and_figures(folder):
+    text = (REPOSITORY / "configs" / folder / "README.md").read_text()
+    for kind in ("lora", "qlora"):
+        path = REPOSITORY / "configs" / folder / f"{kind}.yaml"
+        name, run = path.relative_to(REPOSITORY).as_posix(), read_config(path, []).output_dir
+        assert GUIDE_BASES[get_name(path)] in text
+        for command in (
+            f"python scripts/download.py --config {name}\n",
+            f"tune run recipes/lora_finetune.py --config {name} ",
+            f"python scripts/export.py {run}\n",
+        ):
+            assert command in text
+        for memory in read_memory(path):
+            assert f"| {memory:.1f} GB |" in text
+    assert f"base_source=hf://{GUIDE_BASES[f'{folder}/lora']}\n" in text
+
+
+def test_quickstart_has_the_keys_of_the_others():
+    differences = find_differences(QUICKSTART, REPOSITORY / "configs/llama3_2_1b/lora.yaml")
+    assert {key for key in differences if key.startswith(("model.", "optimizer.", "lr_scheduler."))} == {
+        "model.architecture"
+    }
+    check_values(read_config(QUICKSTART, []))
