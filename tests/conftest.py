@@ -9,6 +9,9 @@ import torch
 from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
 from tune2gguf.chat_formats import CHATML
 
+# The models here are tiny: a second thread costs more than it gains.
+torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 TINY_TIED = Architecture(

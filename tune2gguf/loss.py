@@ -7,9 +7,9 @@ from torch import Tensor
 
 IGNORED_LABEL = -100
 
-# Projected at a time: 256 x 128256 logits are 131 MB in float32, and the product is still large enough to be efficient
-# on a CPU. A GPU wants more at once; 1 GB of logits is little beside what a forward pass keeps there.
-POSITIONS_PER_CHUNK = {"cpu": 256, "cuda": 2048}
+# Projected at a time: 256 x 128256 logits are 131 MB in float32, and the product is still large enough to be efficient;
+# on a GPU 2048 at a time were 1 % faster and took 2.2 GiB more.
+POSITIONS_PER_CHUNK = 256
 
 
 def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,9 +45,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        step = POSITIONS_PER_CHUNK[hidden.device.type]
-        for start in range(0, targets.numel(), step):
-            chunk = slice(start, start + step)
+        for start in range(0, targets.numel(), POSITIONS_PER_CHUNK):
+            chunk = slice(start, start + POSITIONS_PER_CHUNK)
             logits = hidden[chunk] @ head_weight.T
             log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             target = targets[chunk, None]
