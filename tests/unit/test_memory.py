@@ -264,3 +264,44 @@ def test_script_prints_the_estimate_of_a_config_without_its_base():
     wrong = run_script("--config", "configs/llama3_1_8b/lora.yaml", "lora_rnk=1")
     assert wrong.returncode == 1
     assert wrong.stderr == "error: unknown config key 'lora_rnk'; did you mean 'lora_rank'?\n"
+
+
+LIMIT = 1_800_000_000  # bytes of data: enough for the program and short rows
+
+
+@pytest.mark.slow
+def test_run_that_runs_out_of_memory_says_what_to_change_and_keeps_its_checkpoints(tmp_path):
+    """Short rows train and are saved; the one long row does not fit into the process's limit."""
+    from tune2gguf.checkpoints.state import list_checkpoints, read_checkpoint
+    from tune2gguf.random_base import write_random_base
+
+    base = write_random_base(MEDIUM, tmp_path / "base")
+    write_tiny_tokenizer(base)
+    rows = write_long_rows(tmp_path / "train.jsonl", 1).read_text()
+    short = [json.dumps({"prompt": f"{row}?", "completion": f"{row}."}) + "\n" for row in range(7)]
+    messages = json.loads(rows)["messages"]
+    long = json.dumps({"prompt": messages[0]["content"], "completion": messages[1]["content"]}) + "\n"
+    (tmp_path / "train.jsonl").write_text("".join([*short, long]))
+    arguments = [
+        *("--config", "examples/quickstart/lora.yaml", f"base_dir={base}", "base_source=null", "seed=1"),
+        *("model.architecture=null", f"output_dir={tmp_path / 'run'}", "epochs=2", "warmup_steps=0", "batch_size=1"),
+        *(f"dataset.files=[{tmp_path / 'train.jsonl'}]", "dataset.validation_files=null", "max_seq_len=4096"),
+        *("base_weights=fp32", "dtype=fp32", "save_every_n_steps=1"),
+    ]
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT}, {LIMIT}))"
+    start = f"{limited}; import runpy; runpy.run_path('recipes/lora_finetune.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", start, *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: out of memory on cpu: it needs about " in done.stderr
+    assert "enable_activation_checkpointing=true" in done.stderr
+    saved = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved
+    for folder in saved:
+        read_checkpoint(folder)
