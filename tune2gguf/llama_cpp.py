@@ -70,11 +70,14 @@ class LlamaCppModel:
         return self._stream(request, on_text)
 
     def _stream(self, request: dict, on_text: Callable[[str], None]) -> Reply:
-        pieces, last, usage = [], {}, {}
+        pieces, last, usage, refused = [], {}, {}, []
 
         def receive(chunk: dict) -> None:
             for part in chunk if isinstance(chunk, list) else [chunk]:
-                _check(part)
+                # An exception would be lost in llama.cpp's thread.
+                if "error" in part:
+                    refused.append(part)
+                    return
                 usage.update(part.get("usage") or {})
                 for choice in part.get("choices", []):
                     text = choice["delta"].get("content")
@@ -85,6 +88,8 @@ class LlamaCppModel:
 
         options = {"stream": True, "stream_options": {"include_usage": True}}
         self.server.handle_chat_completions(request | options, receive)
+        for part in refused:
+            _check(part)
         choice = {"message": {"content": "".join(pieces)}, "finish_reason": last.get("finish_reason")}
         return _read_reply({"choices": [choice], "usage": usage})
 
@@ -166,9 +171,12 @@ def open_model(
     if adapter_path is not None:
         params.lora_adapters = [CommonAdapterLoraInfo(str(adapter_path), 1.0)]
     try:
-        return LlamaCppModel(Server(params), api_key)
+        model = LlamaCppModel(Server(params), api_key)
     except RuntimeError as error:
         raise ValueError(f"{path}: llama.cpp cannot load it ({error})") from None
+    # A server that is closed before its first request never ends (xllamacpp 2026.10).
+    model.tokenize("")
+    return model
 
 
 def _check(response: dict) -> dict:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tests.conftest import TINY_UNTIED, write_tiny_base
 from tune2gguf.architectures import (
     LLAMA3_1_8B,
     LLAMA3_2_1B,
@@ -81,6 +83,29 @@ def write_run(base_dir: Path, run_dir: Path, *, chat_format: str) -> Path:
     config = {"quantization": "Q4_K_M", "max_seq_len": 128, "base_dir": str(base_dir), "chat_format": chat_format}
     (run_dir / "config.yaml").write_text(json.dumps(config))
     return run_dir
+
+
+def write_biased_base(base_dir: Path, find_bias: Callable[[str], float]) -> Path:
+    """Write an untied random base whose head adds a bias to each token's logit: it reads a direction that all share.
+
+    Args:
+        find_bias: from the token's text in the vocabulary, in standard deviations of the logits, about
+    """
+    from safetensors.torch import load_file, save_file
+
+    write_tiny_base(base_dir, TINY_UNTIED)
+    tokenizer = json.loads((base_dir / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    weights = load_file(base_dir / "model.safetensors")
+    weights["model.embed_tokens.weight"][:, 0] = 1.0
+    for name, weight in weights.items():
+        if "o_proj" in name or "down_proj" in name:
+            weight[0] = 0
+    weights["model.norm.weight"][0] = 1.0
+    for token, number in ids.items():
+        weights["lm_head.weight"][number, 0] = find_bias(token)
+    save_file(weights, base_dir / "model.safetensors")
+    return base_dir
 
 
 def draw_integers(name: str, shape: tuple[int, ...]) -> np.ndarray:

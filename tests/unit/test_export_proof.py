@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import REPOSITORY, TINY_UNTIED, make_conversations, write_tiny_base
-from tests.parity.gguf_models import write_run
+from tests.conftest import REPOSITORY, make_conversations
+from tests.parity.gguf_models import write_biased_base, write_run
 from tune2gguf.chat_formats import CHATML
 from tune2gguf.data.messages import Conversation, Message
 from tune2gguf.export.pipeline import Export, export_run
@@ -20,29 +20,11 @@ from tune2gguf.llama_cpp import open_model
 from tune2gguf.tokenizers import load_tokenizer
 
 
-def write_biased_base(base_dir: Path, *, end_weight: float) -> Path:
-    """Write a random model whose head sees, in all tokens alike, how much to want <|im_end|>."""
-    from safetensors.torch import load_file, save_file
-
-    write_tiny_base(base_dir, TINY_UNTIED)
-    end = load_tokenizer(base_dir, chat_format="chatml").end_of_turn_id
-    weights = load_file(base_dir / "model.safetensors")
-    weights["model.embed_tokens.weight"][:, 0] = 1.0
-    for name, weight in weights.items():
-        if "o_proj" in name or "down_proj" in name:
-            weight[0] = 0
-    weights["model.norm.weight"][0] = 1.0
-    weights["lm_head.weight"][:, 0] = 0
-    weights["lm_head.weight"][end] = 0
-    weights["lm_head.weight"][end, 0] = end_weight
-    save_file(weights, base_dir / "model.safetensors")
-    return base_dir
-
-
 @pytest.fixture(scope="module")
 def ending_base(tmp_path_factory) -> Path:
     """A model that ends its turn at once."""
-    return write_biased_base(tmp_path_factory.mktemp("ending") / "base", end_weight=9.0)
+    folder = tmp_path_factory.mktemp("ending")
+    return write_biased_base(folder / "base", lambda token: 9.0 if token == "<|im_end|>" else 0.0)
 
 
 def write_proven_run(base_dir: Path, run_dir: Path, *, num_rows: int = 6) -> Path:
@@ -124,7 +106,7 @@ def test_a_lossy_type_fails_and_the_smallest_sufficient_one_is_named(run_dir):
 
 
 def test_a_model_that_does_not_end_its_turn_fails(tmp_path):
-    endless_base = write_biased_base(tmp_path / "base", end_weight=-30.0)
+    endless_base = write_biased_base(tmp_path / "base", lambda token: -30.0 if token == "<|im_end|>" else 0.0)
     export = export_run(write_proven_run(endless_base, tmp_path / "endless"), quantizations=["Q8_0"], show=False)
     proof = prove(export, num_replies=2)
     assert any("replies did not end by themselves" in failure for failure in proof.failures)

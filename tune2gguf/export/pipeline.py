@@ -110,7 +110,7 @@ def export_run(
     )
     for path, text in modelfiles.items():
         write_text(path, text)
-    write_text(export.model_card_path, make_model_card(run, licence=licence, files=_list_served(run)))
+    write_text(export.model_card_path, make_model_card(run, licence=licence, files=list_served(run)))
     return export
 
 
@@ -173,7 +173,7 @@ def _read_served_name(modelfile: Path) -> str:
     return next((line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./")), "")
 
 
-def _list_served(run: FinishedRun) -> list[tuple[Path, str]]:
+def list_served(run: FinishedRun) -> list[tuple[Path, str]]:
     """Return each GGUF in the export folder that a Modelfile serves, with the Modelfile's name."""
     modelfiles = sorted(run.export_dir.glob("Modelfile*"))
     served = [(run.export_dir / _read_served_name(modelfile), modelfile.name) for modelfile in modelfiles]

@@ -1,0 +1,53 @@
+"""Talk to a run's exported model: python scripts/chat.py runs/NAME"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tune2gguf.chat import open_chat_model, start_conversation, talk
+from tune2gguf.export.run_folder import read_run
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="folder of an exported run, such as runs/quickstart")
+    parser.add_argument("--once", metavar="QUESTION", help="print one reply and end")
+    parser.add_argument("--adapter", action="store_true", help="base and adapter in torch instead of the exported file")
+    parser.add_argument("--gguf", type=Path, help="default: the newest in the run's export folder")
+    parser.add_argument("--base-dir", help="where the base model is, if it has moved since the run")
+    parser.add_argument("--system", help="system prompt; default: the one the run was trained with, if it was one")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most probable token")
+    parser.add_argument("--max-tokens", type=int, default=256, help="limit of a reply")
+    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp; they spin, so no more than free cores")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        run = read_run(arguments.run, base_dir=arguments.base_dir)
+        model = open_chat_model(
+            run, gguf_path=arguments.gguf, uses_adapter=arguments.adapter, num_threads=arguments.threads
+        )
+        system_prompt = run.system_prompt if arguments.system is None else arguments.system
+        options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+        if arguments.once is not None:
+            messages = [*start_conversation(system_prompt), {"role": "user", "content": arguments.once}]
+            model.chat(messages, on_text=show, **options)
+            print()
+            return
+        talk(model, system_prompt=system_prompt, read_line=lambda: input("> "), write=show, **options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print()
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    main()

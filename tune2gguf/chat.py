@@ -1,0 +1,88 @@
+"""Talk to a run: its exported GGUF through llama.cpp, or the adapter in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from tune2gguf.export.pipeline import list_served
+from tune2gguf.export.run_folder import FinishedRun
+from tune2gguf.llama_cpp import Reply, open_model
+
+HELP = "/new starts over, /quit or Ctrl-D ends"
+
+
+class ChatModel(Protocol):
+    """What can be talked to."""
+
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        max_tokens: int,
+        temperature: float,
+        on_text: Callable[[str], None] | None,
+    ) -> Reply: ...
+
+
+def open_chat_model(
+    run: FinishedRun, *, gguf_path: Path | None = None, uses_adapter: bool = False, num_threads: int = 1
+) -> ChatModel:
+    """Load what to talk to: the newest exported file, the given one, or base and adapter in torch.
+
+    Raises:
+        ValueError: if there is nothing exported, or it cannot be loaded
+    """
+    if uses_adapter:
+        from tune2gguf.adapter_model import load_adapter_model
+
+        return load_adapter_model(run)
+    if gguf_path is None:
+        served = [path for path, _ in list_served(run)]
+        if not served:
+            raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  python scripts/export.py {run.run_dir}")
+        gguf_path = max(served, key=lambda path: path.stat().st_mtime)
+    return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len)
+
+
+def start_conversation(system_prompt: str | None) -> list[dict[str, str]]:
+    """Return the messages before the first question."""
+    return [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+
+
+def talk(
+    model: ChatModel,
+    *,
+    system_prompt: str | None,
+    max_tokens: int,
+    temperature: float,
+    read_line: Callable[[], str],
+    write: Callable[[str], None],
+) -> None:
+    """Answer line by line until the input ends; a conversation that is too long says so and stays.
+
+    Args:
+        read_line: returns the next line, raises EOFError at the end
+        write: shows text as it comes
+    """
+    write(f"{HELP}\n")
+    messages = start_conversation(system_prompt)
+    while True:
+        try:
+            question = read_line().strip()
+        except EOFError:
+            return
+        if question == "/quit":
+            return
+        if question == "/new":
+            messages = start_conversation(system_prompt)
+        elif question:
+            asked = [*messages, {"role": "user", "content": question}]
+            try:
+                reply = model.chat(asked, max_tokens=max_tokens, temperature=temperature, on_text=write)
+            except ValueError as error:
+                write(f"{error}; /new starts over\n")
+                continue
+            write("\n")
+            messages = [*asked, {"role": "assistant", "content": reply.text}]
