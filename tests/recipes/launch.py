@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -109,6 +110,13 @@ def run_to_end(arguments: list[str], log: Path, **options) -> str:
     codes = launch.wait()
     assert set(codes) == {0}, log.read_text()
     return log.read_text()
+
+
+def find_free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def count_lines(path: Path) -> int:

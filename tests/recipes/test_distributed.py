@@ -5,8 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import TINY_TIED, write_tiny_base
+from tests.conftest import TINY_TIED, make_conversations, write_rows, write_tiny_base
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_resume import HARD
 from tests.recipes.test_training import measure_difference, read_records
@@ -38,6 +39,63 @@ def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
     for key in ("loss", "val_loss", "grad_norm"):
         found = [[record.get(key) for record in read_records(tmp_path / name, key)] for name in ("replicate", "shard")]
         assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def make_unequal_rows(count: int) -> list[dict]:
+    """Return rows whose replies have from one to sixty words."""
+    rows = make_conversations(count)
+    for number, row in enumerate(rows):
+        row["messages"][1]["content"] = "Tea. " * (1 + 59 * (number % 7 == 0))
+    return rows
+
+
+def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_base, tmp_path):
+    """1 x 8 = 2 x 4 = 4 x 2 rows; 19 rows leave a tail of 3, in which one of four processes has none."""
+    train = write_rows(tmp_path / "unequal.jsonl", make_unequal_rows(19))
+    arguments = [*run_arguments, f"dataset.files=[{train}]", "max_seq_len=512", "epochs=2"]
+    for size in (1, 2, 4):
+        cut = [f"batch_size={8 // size}", f"output_dir={tmp_path / str(size)}"]
+        run_to_end([*arguments, *cut], tmp_path / f"{size}.log", num_processes=size)
+    for size in (2, 4):
+        assert measure_difference(tmp_path / "1", tmp_path / str(size)) < 1e-5
+        for key in ("loss", "val_loss"):
+            one, other = ([record[key] for record in read_records(tmp_path / str(n), key)] for n in (1, size))
+            assert one == pytest.approx(other, abs=1e-5)
+    # Negative control: the mean of the processes' own means, which is not the mean over the step's tokens.
+    losses = measure_first_step(tiny_base, train)
+    own = [torch.cat(losses[rank::2]).mean() for rank in range(2)]
+    first = read_records(tmp_path / "2", "loss")[0]["loss"]
+    assert first == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
+    assert abs(first - float(sum(own) / 2)) > 1e-2
+
+
+def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
+    """Return the losses of the supervised tokens of each row of the first step, from the base alone."""
+    from tune2gguf.checkpoints.load import load_base
+    from tune2gguf.data import chat_dataset, collate, plan_epoch
+    from tune2gguf.lora import initialize_adapters
+    from tune2gguf.models import lora_llama
+    from tune2gguf.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(base_dir, chat_format="chatml")
+    data = chat_dataset([str(train)], tokenizer=tokenizer, max_seq_len=512, seed=42)
+    model = lora_llama(
+        str(base_dir),
+        architecture=None,
+        lora_rank=4,
+        lora_alpha=4,
+        lora_dropout=0.0,
+        lora_attn_modules=["q_proj"],
+        apply_lora_to_mlp=False,
+        max_seq_len=512,
+    )
+    load_base(model, str(base_dir), device=torch.device("cpu"), base_weights="fp32", show=False)
+    initialize_adapters(model, 42)
+    (step, *_) = plan_epoch(len(data.sequences), seed=42, epoch=0, batch_size=8, lengths=data.lengths_to_group)
+    with torch.no_grad():
+        return [
+            model(**vars(collate([data.sequences[row]], pad_id=tokenizer.pad_id))) for batch in step for row in batch
+        ]
 
 
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
