@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -317,7 +318,10 @@ def test_four_bit_base_with_16_bit_settings_warns(run_arguments, tmp_path):
     from tests.conftest import TINY_TIED
     from tune2gguf.random_base import write_random_base
 
-    base = write_random_base(TINY_TIED, tmp_path / "4bit", kind="bnb-4bit")
+    narrow = write_random_base(TINY_TIED, tmp_path / "narrow", kind="bnb-4bit")
+    write_tiny_tokenizer(narrow)
+    assert "4-bit query and key weights share blocks" in find_error([*run_arguments, f"base_dir={narrow}"])
+    base = write_random_base(replace(TINY_TIED, embed_dim=64), tmp_path / "4bit", kind="bnb-4bit")
     write_tiny_tokenizer(base)
     arguments = [*run_arguments, f"base_dir={base}", "dtype=bf16"]
     assert check_config(load_config([*arguments, "base_weights=nf4"])) == []

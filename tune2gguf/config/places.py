@@ -9,9 +9,13 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tune2gguf.config.plan import find_plan_problems
+
+if TYPE_CHECKING:
+    from tune2gguf.checkpoints.bnb4bit import StoredNf4
+    from tune2gguf.checkpoints.safetensors_file import StoredTensor
 
 MAX_COUNTED_BYTES = 20_000_000  # data files beyond hold enough rows for any step
 
@@ -81,11 +85,19 @@ def find_base_problems(settled: Mapping[str, Any], model: Mapping[str, Any]) -> 
     if not any((base_dir / name).is_file() for name in TOKENIZER_FILES):
         yield f"{base_dir}: has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}"
     try:
-        architecture = open_base(base_dir).architecture
+        base = open_base(base_dir)
     except ValueError as error:
         yield str(error)
         return
-    yield from _find_architecture_problems(settled, model.get("architecture"), base_dir, architecture)
+    if any(spec.num_heads is not None and _has_ragged_rows(base.stored[name]) for name, spec in base.specs.items()):
+        yield f"{base_dir}: rows of its 4-bit query and key weights share blocks, so that they cannot change places"
+    yield from _find_architecture_problems(settled, model.get("architecture"), base_dir, base.architecture)
+
+
+def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
+    from tune2gguf.checkpoints.bnb4bit import StoredNf4
+
+    return isinstance(stored, StoredNf4) and not stored.has_whole_rows
 
 
 def _find_architecture_problems(settled, name, base_dir, architecture) -> Iterator[str]:
