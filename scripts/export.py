@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tune2gguf.export.merge_base import MERGE_BASES
 from tune2gguf.export.ollama import serve_with_ollama
-from tune2gguf.export.pipeline import Export, export_run
+from tune2gguf.export.pipeline import DEFAULT_HELDOUT_ROWS, Export, export_run
 from tune2gguf.export.proof import PROOF_FILE, format_table, prove_export
 from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.type_mix import QUANTIZATIONS
@@ -25,8 +26,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapter-gguf", action="store_true", help="also write the adapter as a GGUF of its own")
     parser.add_argument("--merged-hf", action="store_true", help="also write the merged model as a Hugging Face folder")
     parser.add_argument("--base-dir", help="where the base model is, if it has moved since the run")
+    parser.add_argument(
+        "--merge-base", choices=MERGE_BASES, help="after 4-bit training; default: the one with the lower held-out loss"
+    )
+    parser.add_argument("--original-base", metavar="DIR", help="the 16-bit weights of a 4-bit base; default: beside it")
     parser.add_argument("--ollama", metavar="NAME", help="make the model in Ollama, and ask it a held-out question")
-    parser.add_argument("--proof-rows", type=int, default=16, help="held-out rows to prove the files on; 0 skips it")
+    parser.add_argument(
+        "--proof-rows", type=int, default=DEFAULT_HELDOUT_ROWS, help="held-out rows to prove the files on; 0 skips it"
+    )
     parser.add_argument(
         "--max-loss-increase",
         type=float,
@@ -46,6 +53,9 @@ def main() -> None:
             quantizations=arguments.quantization,
             adapter=arguments.adapter,
             base_dir=arguments.base_dir,
+            merge_base=arguments.merge_base,
+            original_base_dir=arguments.original_base,
+            num_heldout_rows=arguments.proof_rows,
             with_adapter_gguf=arguments.adapter_gguf,
             with_merged_hf=arguments.merged_hf,
             overwrite=arguments.force,

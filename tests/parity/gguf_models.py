@@ -81,6 +81,7 @@ def write_run(base_dir: Path, run_dir: Path, *, chat_format: str) -> Path:
     """Write what the export reads of a run on this base: config.yaml and an adapter on all linear layers."""
     _write_adapter(read_architecture(base_dir), run_dir / "last")
     config = {"quantization": "Q4_K_M", "max_seq_len": 128, "base_dir": str(base_dir), "chat_format": chat_format}
+    config["base_weights"] = "bf16"
     (run_dir / "config.yaml").write_text(json.dumps(config))
     return run_dir
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run
 from tests.parity.llama_cpp_oracle import convert_adapter, convert_to_bf16, find_missing, quantize
-from tune2gguf.checkpoints.base import open_base
 from tune2gguf.export.adapter import read_adapter
+from tune2gguf.export.merge_base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.run_folder import read_run
 from tune2gguf.export.type_mix import QUANTIZATIONS
@@ -60,7 +60,7 @@ def list_files() -> list[tuple[str, str]]:
 def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:
     """Write what the converter reads: the base as it is, or with the adapter merged."""
     run = read_run(run_dir)
-    base = open_base(run.base_dir)
+    base = open_merge_base(run.base_dir)
     if not is_merged:
         shutil.copytree(run.base_dir, out_dir)
         return

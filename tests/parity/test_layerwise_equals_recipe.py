@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.parity.gguf_models import write_run
-from tune2gguf.checkpoints.base import open_base
 from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.kernels import load_kernels
 from tune2gguf.export.layerwise import WeightSource, compute_hidden
+from tune2gguf.export.merge_base import open_merge_base
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.export.type_mix import BLOCKS, QUANTIZATIONS
 from tune2gguf.export.weight_sources import (
@@ -33,7 +33,7 @@ def run_dir(request, tiny_base, tiny_untied_base, tmp_path_factory) -> Path:
 def base(run_dir):
     import json
 
-    return open_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
+    return open_merge_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
 
 
 def compute_logits(source: WeightSource) -> torch.Tensor:

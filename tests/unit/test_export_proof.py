@@ -13,8 +13,9 @@ from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import write_biased_base, write_run
 from tune2gguf.chat_formats import CHATML
 from tune2gguf.data.messages import Conversation, Message
+from tune2gguf.export.heldout_rows import make_rows
 from tune2gguf.export.pipeline import Export, export_run
-from tune2gguf.export.proof import ADAPTER, BASE, MERGED, format_table, make_rows, prove_export
+from tune2gguf.export.proof import ADAPTER, BASE, MERGED, format_table, prove_export
 from tune2gguf.export.serving import check_tokens
 from tune2gguf.llama_cpp import open_model
 from tune2gguf.tokenizers import load_tokenizer
@@ -74,15 +75,15 @@ def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
     """The adapter step is what training validated: same rows, same tokens, same mean."""
     import torch
 
-    from tune2gguf.checkpoints.base import open_base
     from tune2gguf.export.adapter import read_adapter
     from tune2gguf.export.layerwise import compute_hidden
+    from tune2gguf.export.merge_base import open_merge_base
     from tune2gguf.export.weight_sources import open_base_source
     from tune2gguf.loss import cross_entropy_of_supervised
 
     proof = prove(export_run(run_dir, show=False))
     tokenizer = load_tokenizer(ending_base, chat_format="chatml")
-    base = open_base(ending_base)
+    base = open_merge_base(ending_base)
     source = open_base_source(base, adapter=read_adapter(run_dir / "last", base.specs))
     head = source.read("output.weight", 0, 384)
     losses = []

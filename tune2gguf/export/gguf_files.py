@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tune2gguf.cache import get_cache_dir
 from tune2gguf.chat_formats import ChatFormat
-from tune2gguf.checkpoints.base import BaseCheckpoint
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, list_gguf_tensors, write_metadata
 from tune2gguf.export.kernels import load_kernels
+from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.one_pass import Converter, Output, append_tensors
 from tune2gguf.export.quantized_cache import QuantizedCache
 from tune2gguf.export.type_mix import Quantization, count_bytes
@@ -24,7 +24,7 @@ from tune2gguf.export.vocabulary import read_vocabulary
 def write_gguf_files(
     paths: dict[Quantization, Path],
     *,
-    base: BaseCheckpoint,
+    base: MergeBase,
     adapter: Adapter | None,
     name: str,
     chat_format: ChatFormat,
@@ -72,7 +72,7 @@ def _write_headers(
     outputs: dict[Quantization, Output],
     tensors: list[GGUFTensor],
     *,
-    base: BaseCheckpoint,
+    base: MergeBase,
     name: str,
     chat_format: ChatFormat,
 ) -> None:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune2gguf.chat_formats import ChatFormat
-from tune2gguf.checkpoints.base import BaseCheckpoint
 from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import to_hf_rows
 from tune2gguf.export.gguf_llama import GGUFTensor
 from tune2gguf.export.merge import round_to_bfloat16
+from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.tokenizers import find_tokenizer_file, make_llama3_tokenizer_json
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def write_merged_hf(
     out_dir: Path,
     *,
-    base: BaseCheckpoint,
+    base: MergeBase,
     adapter: Adapter,
     chat_format: ChatFormat,
     report: Callable[[int], None],
@@ -46,7 +46,7 @@ def write_merged_hf(
         _write_configs(unfinished, base.base_dir, chat_format)
 
 
-def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report: Callable[[int], None]) -> None:
+def _write_weights(folder: Path, base: MergeBase, adapter: Adapter, report: Callable[[int], None]) -> None:
     """Each tensor goes to the file of the same name as in the base, in the same order."""
     by_file: dict[str, list[str]] = {}
     for name in sorted(base.stored, key=lambda name: (base.stored[name].path.name, base.stored[name].begin)):
@@ -62,21 +62,21 @@ def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report:
         _write_json(folder / INDEX_FILE, index)
 
 
-def _describe(base: BaseCheckpoint, name: str) -> TensorToWrite:
+def _describe(base: MergeBase, name: str) -> TensorToWrite:
     """Norms keep their dtype: they are not merged, and GGUF has them in float32."""
     spec, stored = base.specs[name], base.stored[name]
     return TensorToWrite(spec.hf_name, "BF16" if len(spec.shape) == 2 else stored.dtype, spec.shape)
 
 
 def _iterate_rows(
-    base: BaseCheckpoint, adapter: Adapter, names: list[str], report: Callable[[int], None]
+    base: MergeBase, adapter: Adapter, names: list[str], report: Callable[[int], None]
 ) -> Iterator[Tensor]:
     import torch
 
     for name in names:
         spec = base.specs[name]
         if len(spec.shape) == 1:
-            yield base.read_tensor(name)
+            yield base.checkpoint.read_tensor(name)
             report(spec.shape[0])
             continue
         for slab in iterate_slabs([GGUFTensor(name, spec.shape, spec)]):

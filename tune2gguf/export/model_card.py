@@ -25,15 +25,19 @@ GUIDE_PARAMETERS = (
 )
 
 
-def make_model_card(run: FinishedRun, *, licence: Licence, files: Sequence[tuple[Path, str]]) -> str:
+def make_model_card(
+    run: FinishedRun, *, licence: Licence, files: Sequence[tuple[Path, str]], merge: str | None = None
+) -> str:
     """Return the card as Markdown with front matter.
 
     Args:
+        merge: a sentence on which base the adapter was merged into, where there were two
         files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
     """
     parts = [
         _make_front_matter(run, licence),
-        f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf.",
+        f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf."
+        + ("" if merge is None else f"\n\nThe adapter was {merge}."),
         f"## Licence\n\n{licence.duties}",
         _describe_run(run, files),
         _describe_quality(run.run_dir / "metrics.jsonl"),

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.checkpoints.base import BaseCheckpoint
-from tune2gguf.checkpoints.bnb4bit import StoredNf4
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import ALIGNMENT, GGUFTensor, compute_rope_factors
 from tune2gguf.export.kernels import Kernels
 from tune2gguf.export.merge import round_to_bfloat16, widen_bfloat16
+from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.quantized_cache import CACHED_TYPES, QuantizedCache
 from tune2gguf.export.slabs import Slab, iterate_slabs, read_merged_rows
 
@@ -34,7 +33,7 @@ class Output:
 class Converter:
     """Turns slabs into the bytes of the file; `cache` is None where nothing is kept."""
 
-    base: BaseCheckpoint
+    base: MergeBase
     adapter: Adapter | None
     kernels: Kernels
     cache: QuantizedCache | None
@@ -60,10 +59,10 @@ class Converter:
     def _make_keys(self, slab: Slab, types: set[str]) -> dict[str, str]:
         """Return the cache's keys of the types that are kept: the expensive ones of weights that no adapter changes."""
         spec = slab.tensor.spec
-        stored = self.base.stored[spec.tune_name]
         is_touched = self.adapter is not None and spec.tune_name in self.adapter.pairs
-        if self.cache is None or is_touched or isinstance(stored, StoredNf4):
+        if self.cache is None or is_touched or not self.base.is_as_stored(spec.tune_name):
             return {}
+        stored = self.base.stored[spec.tune_name]
         return {
             ggml_type: self.cache.make_key(stored, spec, slab.begin, slab.end, ggml_type)
             for ggml_type in types & CACHED_TYPES

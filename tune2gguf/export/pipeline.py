@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.chat_formats import CHAT_FORMATS
-from tune2gguf.checkpoints.base import BaseCheckpoint, open_base
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.gguf_files import replace_at_the_end, write_gguf_files
+from tune2gguf.export.heldout_rows import load_heldout
 from tune2gguf.export.licence import Licence, find_licence
+from tune2gguf.export.merge_base import open_merge_base
+from tune2gguf.export.merge_choice import MergeChoice, choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
@@ -23,6 +25,7 @@ from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, get_quantizat
 from tune2gguf.runs import write_text
 
 MODEL_CARD = "README.md"
+DEFAULT_HELDOUT_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Export:
     """What an export wrote."""
 
     run: FinishedRun
+    merge: MergeChoice
     models: list[ExportedModel]
     adapter_path: Path | None
     merged_dir: Path | None
@@ -57,6 +61,9 @@ def export_run(
     quantizations: Sequence[str] | None = None,
     adapter: str | None = None,
     base_dir: str | Path | None = None,
+    merge_base: str | None = None,
+    original_base_dir: str | Path | None = None,
+    num_heldout_rows: int = DEFAULT_HELDOUT_ROWS,
     with_adapter_gguf: bool = False,
     with_merged_hf: bool = False,
     overwrite: bool = False,
@@ -70,6 +77,9 @@ def export_run(
         quantizations: None takes the one in the run's config.yaml
         adapter: `best` or `last`; None takes best where there is one
         base_dir: where the base is now, if not where the run's config.yaml says
+        merge_base: of a run over 4-bit weights, `original` or `dequantized`; None takes the better one
+        original_base_dir: the 16-bit weights of a 4-bit base; None looks for them beside it
+        num_heldout_rows: to measure with which of two bases is better
         with_adapter_gguf: also write the adapter as a GGUF of its own
         with_merged_hf: also write the merged model as a Hugging Face folder
         overwrite: replace files of an earlier export
@@ -82,25 +92,24 @@ def export_run(
     """
     run = read_run(run_dir, adapter=adapter, base_dir=base_dir)
     chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
-    export = Export(
-        run=run,
-        models=[_name_model(run, quantization, is_only=len(chosen) == 1) for quantization in chosen],
-        adapter_path=run.export_dir / f"{run.name}-adapter.gguf" if with_adapter_gguf else None,
-        merged_dir=run.export_dir / f"{run.name}-merged" if with_merged_hf else None,
-        model_card_path=run.export_dir / MODEL_CARD,
-    )
+    models = [_name_model(run, quantization, is_only=len(chosen) == 1) for quantization in chosen]
+    adapter_path = run.export_dir / f"{run.name}-adapter.gguf" if with_adapter_gguf else None
+    merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
     if not overwrite:
         # The card describes what is in the folder, and is written anew with each export.
-        _refuse_existing([path for path in export.list_paths() if path != export.model_card_path])
+        files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
+        _refuse_existing([*files, *(path for path in (adapter_path, merged_dir) if path is not None)])
     licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_format.name.startswith("llama3"))
-    modelfiles = _make_modelfiles(export, licence)
-    base = open_base(run.base_dir)
-    lora = read_adapter(run.adapter_dir, base.specs)
+    modelfiles = _make_modelfiles(run, models, licence)
+    lora = read_adapter(run.adapter_dir, open_merge_base(run.base_dir).specs)
+    heldout = load_heldout(run, num_rows=num_heldout_rows)
+    merge = choose_merge_base(run, lora, heldout, requested=merge_base, original_dir=original_base_dir)
+    export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
     # The small and the quick first: what fails, fails before the long part.
-    _write_extras(export, base, lora, show=show)
+    _write_extras(export, lora, show=show)
     write_gguf_files(
-        {get_quantization(model.quantization): model.gguf_path for model in export.models},
-        base=base,
+        {get_quantization(model.quantization): model.gguf_path for model in models},
+        base=merge.chosen,
         adapter=lora,
         name=run.name,
         chat_format=run.chat_format,
@@ -110,7 +119,9 @@ def export_run(
     )
     for path, text in modelfiles.items():
         write_text(path, text)
-    write_text(export.model_card_path, make_model_card(run, licence=licence, files=list_served(run)))
+    write_text(
+        export.model_card_path, make_model_card(run, licence=licence, files=list_served(run), merge=merge.describe())
+    )
     return export
 
 
@@ -138,7 +149,7 @@ def export_base(
         _refuse_existing([out_path])
     write_gguf_files(
         {chosen: out_path},
-        base=open_base(base_dir),
+        base=open_merge_base(base_dir),
         adapter=None,
         name=base_dir.resolve().name,
         chat_format=CHAT_FORMATS[chat_format],
@@ -186,23 +197,23 @@ def _refuse_existing(paths: list[Path]) -> None:
         raise ValueError(f"{', '.join(existing)}: exists already; --force replaces it")
 
 
-def _make_modelfiles(export: Export, licence: Licence) -> dict[Path, str]:
+def _make_modelfiles(run: FinishedRun, models: list[ExportedModel], licence: Licence) -> dict[Path, str]:
     return {
         model.modelfile_path: make_modelfile(
             model.gguf_path.name,
-            chat_format=export.run.chat_format,
-            context_length=export.run.max_seq_len,
-            system_prompt=export.run.system_prompt,
+            chat_format=run.chat_format,
+            context_length=run.max_seq_len,
+            system_prompt=run.system_prompt,
             licence=licence.text,
         )
-        for model in export.models
+        for model in models
     }
 
 
-def _write_extras(export: Export, base: BaseCheckpoint, adapter: Adapter, *, show: bool) -> None:
+def _write_extras(export: Export, adapter: Adapter, *, show: bool) -> None:
     from tqdm import tqdm
 
-    run = export.run
+    run, base = export.run, export.merge.chosen
     if export.adapter_path is not None:
         size = sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
         with replace_at_the_end({export.adapter_path: size}) as unfinished:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from tune2gguf.checkpoints.base import BaseCheckpoint, open_base
-from tune2gguf.data.heldout import HELDOUT_FILE, read_heldout
-from tune2gguf.data.messages import Conversation
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.gguf_llama import choose_types, list_gguf_tensors
+from tune2gguf.export.heldout_rows import HeldOut, load_heldout
 from tune2gguf.export.kernels import Kernels, load_kernels
+from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.serving import ServedFile, serve_file
-from tune2gguf.export.step_losses import HeldOutRow, StepLoss, measure_steps
+from tune2gguf.export.step_losses import StepLoss, measure_steps
 from tune2gguf.export.type_mix import QUANTIZATIONS, count_bytes
 from tune2gguf.export.weight_sources import (
     open_base_source,
@@ -26,7 +22,6 @@ from tune2gguf.export.weight_sources import (
     open_quantized_source,
 )
 from tune2gguf.runs import write_text
-from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from tune2gguf.export.pipeline import Export
@@ -44,6 +39,7 @@ class Proof:
 
     Attributes:
         steps: base, adapter, merged bf16, then each type, in this order
+        merge: which of two possible bases was merged into, or None where there was one
         lost_most: the step after the adapter that raised the loss most
         files: by the type's name
     """
@@ -54,18 +50,18 @@ class Proof:
     lost_most: str
     files: dict[str, ServedFile]
     failures: list[str]
+    merge: str | None
 
 
 @dataclass(frozen=True)
 class _Subject:
     """What is proven, opened."""
 
-    base: BaseCheckpoint
+    trained: MergeBase
+    merged_into: MergeBase
     adapter: Adapter
     kernels: Kernels
-    tokenizer: ChatTokenizer
-    conversations: list[Conversation]
-    rows: list[HeldOutRow]
+    heldout: HeldOut
 
 
 def prove_export(
@@ -88,17 +84,20 @@ def prove_export(
     Raises:
         ValueError: if something that is needed is missing or cannot be loaded
     """
-    subject = _open_subject(export, num_rows=num_rows)
-    if subject is None:
+    heldout = load_heldout(export.run, num_rows=num_rows)
+    if heldout is None:
         return None
+    merge = export.merge
+    adapter = read_adapter(export.run.adapter_dir, merge.trained.specs)
+    subject = _Subject(merge.trained, merge.chosen, adapter, load_kernels(), heldout)
     paths = {model.quantization: model.gguf_path for model in export.models}
     steps = _measure_export(subject, paths, show=show)
     files = {
         name: serve_file(
             path,
-            subject.tokenizer,
-            subject.conversations,
-            subject.rows,
+            heldout.tokenizer,
+            heldout.conversations,
+            heldout.rows,
             steps[name].token_losses,
             context_length=export.run.max_seq_len,
             num_replies=num_replies,
@@ -109,58 +108,31 @@ def prove_export(
     failures = [failure for name, served in files.items() for failure in _find_serving_failures(name, served)]
     failures += _find_loss_failures(subject, steps, max_loss_increase)
     proof = Proof(
-        num_rows=len(subject.rows),
+        num_rows=len(heldout.rows),
         num_tokens=len(steps[BASE].token_losses),
         steps=steps,
         lost_most=_find_step_that_lost_most(steps),
         files=files,
         failures=failures,
+        merge=merge.describe(),
     )
     write_text(export.run.export_dir / PROOF_FILE, format_json(proof))
     return proof
 
 
-def _open_subject(export: Export, *, num_rows: int) -> _Subject | None:
-    run = export.run
-    if not (run.run_dir / HELDOUT_FILE).is_file():
-        return None
-    tokenizer = load_tokenizer(run.base_dir, chat_format=run.chat_format.name)
-    conversations = read_heldout(run.run_dir)[:num_rows]
-    rows = make_rows(conversations, tokenizer, max_seq_len=run.max_seq_len)
-    if not rows:
-        return None
-    base = open_base(run.base_dir)
-    adapter = read_adapter(run.adapter_dir, base.specs)
-    return _Subject(base, adapter, load_kernels(), tokenizer, conversations, rows)
-
-
-def make_rows(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, max_seq_len: int) -> list[HeldOutRow]:
-    """Tokenize as for training; rows without a supervised token within max_seq_len are left out."""
-    rows = []
-    for conversation in conversations:
-        if conversation.messages:
-            tokens, supervised = tokenizer.encode_conversation(conversation.messages)
-        else:
-            tokens, supervised = tokenizer.encode_document(conversation.text)
-        row = HeldOutRow(np.array(tokens[:max_seq_len]), np.array(supervised[:max_seq_len], bool))
-        if len(row.positions) > 0:
-            rows.append(row)
-    return rows
-
-
 def _measure_export(subject: _Subject, paths: dict[str, Path], *, show: bool) -> dict[str, StepLoss]:
     from tqdm import tqdm
 
-    base, adapter = subject.base, subject.adapter
+    trained, adapter = subject.trained, subject.adapter
     sources = {
-        BASE: open_base_source(base, adapter=None),
-        ADAPTER: open_base_source(base, adapter=adapter),
-        MERGED: open_merged_source(base, adapter),
+        BASE: open_base_source(trained, adapter=None),
+        ADAPTER: open_base_source(trained, adapter=adapter),
+        MERGED: open_merged_source(subject.merged_into, adapter),
     }
-    sources |= {name: open_gguf_source(path, base, subject.kernels) for name, path in paths.items()}
-    num_layers = len(sources) * base.architecture.num_layers
+    sources |= {name: open_gguf_source(path, trained, subject.kernels) for name, path in paths.items()}
+    num_layers = len(sources) * trained.architecture.num_layers
     with tqdm(total=num_layers, desc="proving", unit="layer", disable=not show, leave=False) as bar:
-        return measure_steps(sources, subject.rows, reference=ADAPTER, report=bar.update)
+        return measure_steps(sources, subject.heldout.rows, reference=ADAPTER, report=bar.update)
 
 
 def _find_step_that_lost_most(steps: dict[str, StepLoss]) -> str:
@@ -185,19 +157,19 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
 
 def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
     """Return a sentence that names the smallest larger type within the limit, without writing files."""
-    base, adapter = subject.base, subject.adapter
-    sizes = _compute_sizes(base)
+    adapter, rows = subject.adapter, subject.heldout.rows
+    sizes = _compute_sizes(subject.merged_into)
     larger = sorted((size, name) for name, size in sizes.items() if size > sizes[larger_than])
-    reference = open_base_source(base, adapter=adapter)
+    reference = open_base_source(subject.trained, adapter=adapter)
     for _, name in larger:
-        source = open_quantized_source(base, adapter, QUANTIZATIONS[name], subject.kernels)
-        step = measure_steps({ADAPTER: reference, name: source}, subject.rows, reference=ADAPTER)[name]
+        source = open_quantized_source(subject.merged_into, adapter, QUANTIZATIONS[name], subject.kernels)
+        step = measure_steps({ADAPTER: reference, name: source}, rows, reference=ADAPTER)[name]
         if step.increase <= limit:
             return f"The smallest type within it is {name} ({step.increase:+.1%}): --quantization {name}"
     return None
 
 
-def _compute_sizes(base: BaseCheckpoint) -> dict[str, int]:
+def _compute_sizes(base: MergeBase) -> dict[str, int]:
     tensors = list_gguf_tensors(base.specs, base.architecture)
     sizes = {}
     for name, quantization in QUANTIZATIONS.items():
@@ -235,6 +207,7 @@ def format_json(proof: Proof) -> str:
         "losses_computed_by": COMPUTED_BY,
         "steps": steps,
         "lost_most": proof.lost_most,
+        "merge": proof.merge,
         "served_by_llama_cpp": {name: asdict(served) for name, served in proof.files.items()},
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -248,6 +221,8 @@ def format_table(proof: Proof) -> str:
         increase = "" if name == ADAPTER else f"{step.increase:+.2%}"
         lines.append(f"  {name:<12} {step.loss:7.4f} {increase:>11} {step.divergence:8.4f} {step.agreement:7.1%}")
     lines += ["", f"the step that lost most: {proof.lost_most}"]
+    if proof.merge is not None:
+        lines.append(proof.merge)
     for name, served in proof.files.items():
         lines += ["", *_format_served(name, served)]
     if proof.failures:

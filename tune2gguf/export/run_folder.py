@@ -11,7 +11,7 @@ from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
 from tune2gguf.checkpoints.digest import digest_base
 
 ADAPTERS = ("best", "last")
-_NEEDED_KEYS = ("base_dir", "chat_format", "max_seq_len", "quantization")
+_NEEDED_KEYS = ("base_dir", "base_weights", "chat_format", "max_seq_len", "quantization")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class FinishedRun:
     max_seq_len: int
     quantization: str
     base_name: str
+    base_weights: str
     config: dict[str, Any]
     system_prompt: str | None
 
@@ -68,6 +69,7 @@ def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
         max_seq_len=config["max_seq_len"],
         quantization=config["quantization"],
         base_name=str(config.get("base_source") or base_dir.resolve().name),
+        base_weights=config["base_weights"],
         config=config,
         system_prompt=_read_system_prompt(run_dir / "data.json"),
     )

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune2gguf.checkpoints.base import BaseCheckpoint
-from tune2gguf.checkpoints.bnb4bit import StoredNf4
 from tune2gguf.export.adapter import Adapter
-from tune2gguf.export.base_rows import read_gguf_rows
 from tune2gguf.export.gguf_llama import GGUFTensor
 from tune2gguf.export.merge import merge_rows
+from tune2gguf.export.merge_base import MergeBase
 
 # Elements a thread works on at a time: large enough to hide Python's cost, small enough for many threads in 0.5 GB.
 # Fixed, because the matrix product of other slabs may round in another way.
@@ -50,7 +48,7 @@ def iterate_slabs(tensors: list[GGUFTensor]) -> Iterator[Slab]:
             yield Slab(tensor, begin, min(begin + step, num_rows))
 
 
-def read_merged_rows(slab: Slab, *, base: BaseCheckpoint, adapter: Adapter | None) -> np.ndarray:
+def read_merged_rows(slab: Slab, *, base: MergeBase, adapter: Adapter | None) -> np.ndarray:
     """Return the slab's rows, in GGUF's order, with the adapter merged, float32.
 
     Raises:
@@ -58,11 +56,7 @@ def read_merged_rows(slab: Slab, *, base: BaseCheckpoint, adapter: Adapter | Non
     """
     spec = slab.tensor.spec
     assert spec is not None, "rope factors come from the architecture"
-    stored = base.stored[spec.tune_name]
-    if isinstance(stored, StoredNf4):
-        rows = base.read_rows(spec.tune_name, slab.begin, slab.end).numpy()
-    else:
-        rows = read_gguf_rows(stored, spec, slab.begin, slab.end)
+    rows = base.read_rows(spec.tune_name, slab.begin, slab.end)
     pair = None if adapter is None else adapter.pairs.get(spec.tune_name)
     if pair is not None:
         lora_b_rows = pair.lora_b[slab.begin : slab.end]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.checkpoints.base import BaseCheckpoint
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, get_gguf_name, list_gguf_tensors
 from tune2gguf.export.kernels import Kernels
 from tune2gguf.export.layerwise import WeightSource
 from tune2gguf.export.merge import round_to_bfloat16, widen_bfloat16
+from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import Slab, read_merged_rows
 from tune2gguf.export.type_mix import Quantization
 
@@ -21,23 +21,19 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 
-def open_base_source(base: BaseCheckpoint, *, adapter: Adapter | None) -> WeightSource:
-    """Return the base's weights as stored, the adapter unmerged beside them."""
-
-    def read_rows(name: str, begin: int, end: int) -> np.ndarray:
-        return base.read_rows(name, begin, end).float().numpy()
-
-    return WeightSource(base.architecture, read_rows, adapter)
+def open_base_source(base: MergeBase, *, adapter: Adapter | None) -> WeightSource:
+    """Return the base's weights, the adapter unmerged beside them."""
+    return WeightSource(base.architecture, base.read_rows, adapter)
 
 
-def open_merged_source(base: BaseCheckpoint, adapter: Adapter) -> WeightSource:
+def open_merged_source(base: MergeBase, adapter: Adapter) -> WeightSource:
     """Return the merged weights, rounded to bfloat16 as every file has them."""
     reader = _MergedRows(base, adapter)
     return WeightSource(base.architecture, reader.read)
 
 
 def open_quantized_source(
-    base: BaseCheckpoint, adapter: Adapter, quantization: Quantization, kernels: Kernels
+    base: MergeBase, adapter: Adapter, quantization: Quantization, kernels: Kernels
 ) -> WeightSource:
     """Return what a file of this type would hold, without writing it."""
     tensors = list_gguf_tensors(base.specs, base.architecture)
@@ -53,7 +49,7 @@ def open_quantized_source(
     return WeightSource(base.architecture, read_rows)
 
 
-def open_gguf_source(path: Path, base: BaseCheckpoint, kernels: Kernels) -> WeightSource:
+def open_gguf_source(path: Path, base: MergeBase, kernels: Kernels) -> WeightSource:
     """Return the dequantized tensors of a GGUF file."""
     from gguf import GGUFReader
 
@@ -72,7 +68,7 @@ def open_gguf_source(path: Path, base: BaseCheckpoint, kernels: Kernels) -> Weig
 
 @dataclass(frozen=True)
 class _MergedRows:
-    base: BaseCheckpoint
+    base: MergeBase
     adapter: Adapter
 
     def read(self, name: str, begin: int, end: int) -> np.ndarray:

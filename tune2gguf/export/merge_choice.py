@@ -1,0 +1,111 @@
+"""Choose what an adapter from 4-bit training is merged into: by the held-out loss of the merged weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune2gguf.architectures import find_architecture_differences
+from tune2gguf.export.adapter import Adapter
+from tune2gguf.export.heldout_rows import HeldOut
+from tune2gguf.export.merge_base import DEQUANTIZED, MERGE_BASES, ORIGINAL, MergeBase, open_merge_base
+from tune2gguf.export.run_folder import FinishedRun
+from tune2gguf.export.step_losses import measure_steps
+from tune2gguf.export.weight_sources import open_base_source, open_merged_source
+
+TRAINED = "trained"
+
+
+@dataclass(frozen=True)
+class MergeChoice:
+    """What was chosen, and why.
+
+    Attributes:
+        trained: the base as the adapter was trained over it
+        chosen: the base that the adapter is merged into
+        kind: `original` or `dequantized`; None where there was no choice
+        losses: held-out loss of the merged weights by kind; empty where it was not measured
+    """
+
+    trained: MergeBase
+    chosen: MergeBase
+    kind: str | None
+    losses: dict[str, float]
+
+    def describe(self) -> str | None:
+        """Return a sentence for the user, or None where there was no choice."""
+        if self.kind is None:
+            return None
+        if not self.losses:
+            return f"merged into the {self.kind} weights; the other ones were not measured"
+        other = ORIGINAL if self.kind == DEQUANTIZED else DEQUANTIZED
+        return (
+            f"merged into the {self.kind} weights: held-out loss {self.losses[self.kind]:.4f}, "
+            f"into the {other} ones {self.losses[other]:.4f}"
+        )
+
+
+def choose_merge_base(
+    run: FinishedRun,
+    adapter: Adapter,
+    heldout: HeldOut | None,
+    *,
+    requested: str | None = None,
+    original_dir: str | Path | None = None,
+) -> MergeChoice:
+    """Open the base that was trained over and choose the one to merge into.
+
+    Args:
+        heldout: rows to measure on; without them the dequantized weights are taken, which the adapter fits exactly
+        requested: `original` or `dequantized` instead of the measured choice
+        original_dir: the 16-bit base of a run on a 4-bit one; None looks for it beside that
+
+    Raises:
+        ValueError: if what was requested is not at hand or makes no sense for this run
+    """
+    if requested is not None and requested not in MERGE_BASES:
+        raise ValueError(f"unknown merge base {requested!r}; choose from {', '.join(MERGE_BASES)}")
+    stored = open_merge_base(run.base_dir)
+    if run.base_weights != "nf4":
+        if requested is not None or original_dir is not None:
+            raise ValueError(f"{run.run_dir} was not trained over 4-bit weights; there is one base to merge into")
+        return MergeChoice(stored, stored, None, {})
+    trained = stored if stored.holds_nf4 else open_merge_base(run.base_dir, rounds_to_nf4=True)
+    original = _open_original(stored, original_dir) if stored.holds_nf4 else stored
+    if original is None:
+        if requested == ORIGINAL:
+            raise ValueError(f"the 16-bit weights of {run.base_dir} are not at hand; say where with --original-base")
+        return MergeChoice(trained, trained, DEQUANTIZED, {})
+    candidates = {ORIGINAL: original, DEQUANTIZED: trained}
+    if requested is not None:
+        return MergeChoice(trained, candidates[requested], requested, {})
+    if heldout is None:
+        return MergeChoice(trained, trained, DEQUANTIZED, {})
+    losses = _measure(trained, candidates, adapter, heldout)
+    kind = min(losses, key=losses.__getitem__)
+    return MergeChoice(trained, candidates[kind], kind, losses)
+
+
+def _open_original(stored: MergeBase, original_dir: str | Path | None) -> MergeBase | None:
+    """Open the 16-bit base of a 4-bit one: where the user says, or in the folder beside it that is named alike."""
+    if original_dir is None:
+        name = stored.base_dir.resolve().name.removesuffix("-bnb-4bit")
+        beside = [stored.base_dir.resolve().with_name(candidate) for candidate in (name, name.removeprefix("Meta-"))]
+        original_dir = next((path for path in beside if path != stored.base_dir.resolve() and path.is_dir()), None)
+        if original_dir is None:
+            return None
+    original = open_merge_base(original_dir)
+    differences = find_architecture_differences(stored.architecture, original.architecture)
+    if differences or original.holds_nf4:
+        reason = "it is 4-bit, too" if original.holds_nf4 else "its config.json differs"
+        raise ValueError(f"{original_dir} does not hold the 16-bit weights of {stored.base_dir}: {reason}")
+    return original
+
+
+def _measure(
+    trained: MergeBase, candidates: dict[str, MergeBase], adapter: Adapter, heldout: HeldOut
+) -> dict[str, float]:
+    sources = {TRAINED: open_base_source(trained, adapter=adapter)}
+    sources |= {kind: open_merged_source(base, adapter) for kind, base in candidates.items()}
+    steps = measure_steps(sources, heldout.rows, reference=TRAINED)
+    return {kind: steps[kind].loss for kind in candidates}
