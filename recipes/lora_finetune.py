@@ -7,6 +7,7 @@ tune run --nproc_per_node 2 recipes/lora_finetune.py --config …
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 try:
@@ -32,9 +33,9 @@ class LoRAFinetuneRecipe:
         self.world = start_world(self.cfg.device)
         with agree_on_errors():
             self._setup_data()
+        self._plan_memory()
         with agree_on_errors():
             checkpoint = self._open_checkpoint()
-        self._plan_memory()
         with explain_out_of_memory(self.shape, self.device):
             self._setup_model()
             self._setup_optimizer()
@@ -70,11 +71,9 @@ class LoRAFinetuneRecipe:
     def _open_checkpoint(self):
         """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
         from tune2gguf.checkpoints.digest import digest_base
-        from tune2gguf.parallel import choose_parallel
         from tune2gguf.resume import describe_run, open_checkpoint
 
         cfg, world = self.cfg, self.world
-        self.parallel = choose_parallel(cfg.parallel, cfg.base_dir, base_weights=cfg.base_weights, world=world)
         if not world.is_main:
             return None
         self.run = describe_run(
@@ -90,9 +89,12 @@ class LoRAFinetuneRecipe:
         """Say what the run will need before it takes it, and warn where it will not be there."""
         from tune2gguf.config import get_shape
         from tune2gguf.memory import find_warning, get_device, summarize
+        from tune2gguf.parallel import choose_parallel
 
         longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
-        self.shape = get_shape(self.cfg, longest_row=longest, num_devices=self.world.size, parallel=self.parallel)
+        shape = get_shape(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
+        self.parallel = choose_parallel(self.cfg.parallel, shape, self.world)
+        self.shape = replace(shape, parallel=self.parallel)
         self.device = get_device(str(self.world.device))
         if self.world.is_main:
             print(summarize(self.shape, self.device))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from tune2gguf.distributed import World
+from tune2gguf.distributed import World, max_over_ranks
 
 if TYPE_CHECKING:
+    from tune2gguf.memory import Shape
     from tune2gguf.models import CausalLM
 
-# A base may take this part of a GPU for `auto` to replicate it; the rest is for activations, logits and the allocator.
-REPLICATE_LIMIT = 0.6
-BYTES_PER_WEIGHT = {"bf16": 2.0, "fp32": 4.0, "nf4": 0.52}
+# The allocator's gaps and what others keep on a GPU are not in the estimate.
+USABLE_SHARE = 0.9
 
 
-def choose_parallel(parallel: str, base_dir: str, *, base_weights: str, world: World) -> str:
-    """Return replicate or shard: what was asked for, or for `auto` replicate where every device holds the base."""
-    from tune2gguf.architectures import read_architecture
-    from tune2gguf.checkpoints.layout import list_tensors
+def choose_parallel(parallel: str, shape: Shape, world: World) -> str:
+    """Return replicate or shard: what was asked for, or for `auto` replicate where the run then fits on every GPU.
+
+    The GPU's whole memory counts, not what is free, so that a run that is resumed is split as it was. Processes of a
+    CPU replicate: they share its memory, and whoever wants them to shard says so.
+    """
+    from tune2gguf.memory import estimate_memory
 
     if world.size == 1:
         return "replicate"
     if parallel != "auto" or world.device.type != "cuda":
         return "shard" if parallel == "shard" else "replicate"
-    base_bytes = sum(
-        math.prod(spec.shape) * BYTES_PER_WEIGHT[base_weights if spec.is_linear or base_weights == "fp32" else "bf16"]
-        for spec in list_tensors(read_architecture(base_dir))
-    )
     memory = torch.cuda.get_device_properties(world.device).total_memory
-    return "replicate" if base_bytes <= REPLICATE_LIMIT * memory else "shard"
+    is_too_large = estimate_memory(replace(shape, parallel="replicate")).peak > USABLE_SHARE * memory
+    return "shard" if max_over_ranks(int(is_too_large)) else "replicate"
 
 
 def replicate(model: CausalLM, world: World) -> nn.Module:

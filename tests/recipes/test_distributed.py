@@ -22,7 +22,7 @@ def wide_base(tmp_path_factory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("bases") / "wide", wide)
 
 
-@pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "nf4"])
 def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
     precision = {"fp32": ["dtype=fp32", "base_weights=fp32"], "bf16": ["dtype=bf16", "base_weights=bf16"]}
     precision["nf4"] = ["dtype=fp32", "base_weights=nf4"]
@@ -41,6 +41,9 @@ def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
         assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+SEED = 46  # its first step has three long rows, two of them in one of two processes
+
+
 def make_unequal_rows(count: int) -> list[dict]:
     """Return rows whose replies have from one to sixty words."""
     rows = make_conversations(count)
@@ -49,10 +52,11 @@ def make_unequal_rows(count: int) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_base, tmp_path):
     """1 x 8 = 2 x 4 = 4 x 2 rows; 19 rows leave a tail of 3, in which one of four processes has none."""
     train = write_rows(tmp_path / "unequal.jsonl", make_unequal_rows(19))
-    arguments = [*run_arguments, f"dataset.files=[{train}]", "max_seq_len=512", "epochs=2"]
+    arguments = [*run_arguments, f"dataset.files=[{train}]", "max_seq_len=512", "epochs=2", f"seed={SEED}"]
     for size in (1, 2, 4):
         cut = [f"batch_size={8 // size}", f"output_dir={tmp_path / str(size)}"]
         run_to_end([*arguments, *cut], tmp_path / f"{size}.log", num_processes=size)
@@ -66,7 +70,7 @@ def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_b
     own = [torch.cat(losses[rank::2]).mean() for rank in range(2)]
     first = read_records(tmp_path / "2", "loss")[0]["loss"]
     assert first == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
-    assert abs(first - float(sum(own) / 2)) > 1e-2
+    assert abs(first - float(sum(own) / 2)) > 1e-3
 
 
 def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
@@ -78,7 +82,7 @@ def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
     from tune2gguf.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(base_dir, chat_format="chatml")
-    data = chat_dataset([str(train)], tokenizer=tokenizer, max_seq_len=512, seed=42)
+    data = chat_dataset([str(train)], tokenizer=tokenizer, max_seq_len=512, seed=SEED)
     model = lora_llama(
         str(base_dir),
         architecture=None,
@@ -90,15 +94,15 @@ def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
         max_seq_len=512,
     )
     load_base(model, str(base_dir), device=torch.device("cpu"), base_weights="fp32", show=False)
-    initialize_adapters(model, 42)
-    (step, *_) = plan_epoch(len(data.sequences), seed=42, epoch=0, batch_size=8, lengths=data.lengths_to_group)
+    initialize_adapters(model, SEED)
+    (step, *_) = plan_epoch(len(data.sequences), seed=SEED, epoch=0, batch_size=8, lengths=data.lengths_to_group)
     with torch.no_grad():
         return [
             model(**vars(collate([data.sequences[row]], pad_id=tokenizer.pad_id))) for batch in step for row in batch
         ]
 
 
-@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+@pytest.mark.parametrize("parallel", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
 def test_two_processes_killed_and_resumed_equal_never_stopped(run_arguments, tmp_path, parallel):
     """With dropout, each process draws its own masks and gets its own random numbers back; one of them is killed."""
     arguments = [*run_arguments, *HARD, "save_every_n_steps=1", f"parallel={parallel}", "batch_size=1"]

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_UNTIED, make_conversations, write_rows, write_tiny_base
-from tests.recipes.launch import Launch, read_outcome, run_to_end
+from tests.recipes.launch import Launch, run_to_end
 from tests.recipes.test_training import read_adapter, read_records
 from tune2gguf.checkpoints.state import find_damage, list_checkpoints
 
@@ -26,9 +26,6 @@ def test_full_disk_ends_in_one_line_and_the_checkpoints_before_are_intact(run_ar
     assert f"error: {folder}/metrics.jsonl: File too large. The checkpoints before this are intact" in text
     checkpoints = list_checkpoints(folder / "checkpoints")
     assert checkpoints and all(find_damage(path) is None for path in checkpoints)
-    run_to_end([*arguments, "resume=auto"], log)
-    run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], log)
-    assert read_outcome(folder) == read_outcome(tmp_path / "whole")
 
 
 @pytest.fixture
