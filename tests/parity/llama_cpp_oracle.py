@@ -1,6 +1,6 @@
 """llama.cpp's own programs: its converter, and llama-quantize through `llama-cpp-python`.
 
-CONTRIBUTING.md says how to install them. Both run in processes of their own: the converter brings its own `gguf`, and
+install_oracle.sh installs them. Both run in processes of their own: the converter brings its own `gguf`, and
 the library must not meet the llama.cpp inside `xllamacpp`.
 """
 
@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tune2gguf.cache import get_cache_dir
 
 # The converter names a pre-tokenizer by a hash over a real vocabulary; the small models' are not among them.
 _CONVERT = """
@@ -50,14 +52,14 @@ for name in sys.argv[4:]:
 def find_missing() -> str | None:
     """Return why the oracle cannot be used, or None."""
     if importlib.util.find_spec("llama_cpp") is None:
-        return "llama-cpp-python is not installed (extra 'oracle')"
+        return "llama-cpp-python is not installed (tests/parity/install_oracle.sh)"
     if not (_get_source() / "convert_hf_to_gguf.py").is_file():
-        return "LLAMA_CPP_SOURCE does not name llama.cpp's source folder, which the sdist of llama-cpp-python holds"
+        return f"{_get_source()} does not hold llama.cpp's converter (tests/parity/install_oracle.sh)"
     return None
 
 
 def _get_source() -> Path:
-    return Path(os.environ.get("LLAMA_CPP_SOURCE", "llama.cpp"))
+    return Path(os.environ.get("LLAMA_CPP_SOURCE", get_cache_dir() / "llama.cpp"))
 
 
 def convert_to_bf16(hf_dir: Path, gguf_path: Path, *, pre: str = "") -> None:

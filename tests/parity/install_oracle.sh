@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Install what the tests marked `oracle` compare with: llama.cpp's own quantizer (llama-cpp-python, built here in 8 to 10
+# CPU-minutes, needs a C++ compiler) and its converter, which that package's source distribution carries.
+# Then: python -m pytest -m oracle
+set -euo pipefail
+version=0.3.36
+cache=${TUNE2GGUF_CACHE:-$HOME/.cache/tune2gguf}
+source=$cache/llama.cpp
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+python -m pip download --no-deps --no-binary :all: --dest "$folder" "llama-cpp-python==$version"
+if [ "$(python -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null)" != "$version" ]; then
+    python -m pip install "$folder/llama_cpp_python-$version.tar.gz"
+fi
+tar -xzf "$folder/llama_cpp_python-$version.tar.gz" -C "$folder"
+rm -rf "$source"
+mkdir -p "$cache"
+mv "$folder/llama_cpp_python-$version/vendor/llama.cpp" "$source"
+echo "llama.cpp's source: $source"
