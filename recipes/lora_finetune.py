@@ -153,7 +153,7 @@ class LoRAFinetuneRecipe:
     def _setup_run_folder(self) -> None:
         from tune2gguf.checkpoints.state import CheckpointWriter
         from tune2gguf.resume import enter_run_folder
-        from tune2gguf.runs import MetricsFile
+        from tune2gguf.runs import MetricsFile, describe_plan
 
         if not self.world.is_main:
             return
@@ -161,24 +161,13 @@ class LoRAFinetuneRecipe:
         self.folder = enter_run_folder(self.checkpoint, self.progress, cfg, data=self.data, device=device)
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
         self.writer = CheckpointWriter(self.folder, keep_last=cfg.keep_last)
-        self._print_plan()
-
-    def _print_plan(self) -> None:
-        cfg, world = self.cfg, self.world
         trainable = sum(parameter.numel() for parameter in self.adapter_params)
-        print(f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {trainable:,} float32 weights, on {world.device}")
-        if world.size > 1:
-            print(f"processes: {world.size}, each with {'a part' if self.parallel == 'shard' else 'all'} of the base")
-        print(f"rows: {len(self.data.train)} to train on, {len(self.data.validation)} held out")
-        if self.data.unit == "packs":
-            print(f"packs: {len(self.data.sequences)} of {cfg.max_seq_len} tokens, {self.data.sequences.fill:.1%} full")
+        lines = describe_plan(
+            cfg, self.data, world_size=self.world.size, device=device, parallel=self.parallel, num_trainable=trainable
+        )
+        print("\n".join([*lines, f"{self.num_training_steps} steps in {cfg.epochs} epochs"]))
         for note in [*self.warnings, *self.data.ledger["notes"]]:
             print(f"note: {note}")
-        print(
-            f"{self.data.unit} per step: {cfg.batch_size} x {cfg.gradient_accumulation_steps} x {world.size}"
-            f" = {self.rows_per_step} (batch x accumulation x processes); "
-            f"{self.num_training_steps} steps in {cfg.epochs} epochs"
-        )
 
     def train(self) -> None:
         """Run all epochs, saving on the way; a signal or a step that is not finite ends them with all of it saved."""

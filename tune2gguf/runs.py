@@ -116,6 +116,24 @@ class MetricsFile:
             os.truncate(self.path, num_bytes)
 
 
+def describe_plan(
+    cfg: DictConfig, data: PreparedData, *, world_size: int, device: str, parallel: str, num_trainable: int
+) -> list[str]:
+    """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
+    lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
+    if world_size > 1:
+        lines.append(f"processes: {world_size}, each with {'a part' if parallel == 'shard' else 'all'} of the base")
+    lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} held out")
+    if data.unit == "packs":
+        lines.append(f"packs: {len(data.sequences)} of {cfg.max_seq_len} tokens, {data.sequences.fill:.1%} full")
+    batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
+    lines.append(
+        f"{data.unit} per step: {batch} x {accumulation} x {world_size} = {batch * accumulation * world_size}"
+        " (batch x accumulation x processes)"
+    )
+    return lines
+
+
 def describe_environment(device: str) -> dict:
     """Return what a reader needs to repeat the run: command, versions, machine, git revision."""
     import torch
