@@ -41,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of the held-out loss over the trained model's; 0.05 = 5 %%",
     )
     parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
+    parser.add_argument("--threads", type=int, help="to quantize with; default: all cores")
     parser.add_argument("--no-cache", action="store_true", help="neither use nor keep quantized tensors of the base")
     return parser.parse_args()
 
@@ -59,6 +60,7 @@ def main() -> None:
             with_adapter_gguf=arguments.adapter_gguf,
             with_merged_hf=arguments.merged_hf,
             overwrite=arguments.force,
+            num_threads=arguments.threads,
             max_cache_bytes=0 if arguments.no_cache else DEFAULT_MAX_BYTES,
         )
         for path in export.list_paths():

@@ -25,7 +25,7 @@ from tune2gguf.architectures import (
 )
 from tune2gguf.chat_formats import CHAT_FORMATS
 from tune2gguf.checkpoints.layout import list_tensors
-from tune2gguf.export.merge import round_to_bfloat16
+from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.tokenizers import LLAMA3_PATTERN
 
 RANK, ALPHA = 8, 16
@@ -127,7 +127,7 @@ def _write_base(model: SmallModel, base_dir: Path) -> None:
 
     base_dir.mkdir(parents=True)
     bits = {
-        spec.hf_name: round_to_bfloat16(_draw_weight(spec.hf_name, spec.shape))
+        spec.hf_name: narrow_to_bfloat16(round_to_bfloat16(_draw_weight(spec.hf_name, spec.shape)))
         for spec in list_tensors(model.architecture)
     }
     weights = {name: torch.from_numpy(values.astype(np.int16)).view(torch.bfloat16) for name, values in bits.items()}

@@ -37,10 +37,10 @@ runpy.run_path(str(Path(source) / sys.argv[0]), run_name="__main__")
 _QUANTIZE = """
 import ctypes, sys
 import llama_cpp
-source, target, dry_run = sys.argv[1], sys.argv[2], sys.argv[3] == "dry"
+source, target, dry_run, num_threads = sys.argv[1], sys.argv[2], sys.argv[3] == "dry", int(sys.argv[4])
 parameters = llama_cpp.llama_model_quantize_default_params()
-parameters.nthread, parameters.dry_run = 1, dry_run
-for name in sys.argv[4:]:
+parameters.nthread, parameters.dry_run = num_threads, dry_run
+for name in sys.argv[5:]:
     kind = "ALL" if name == "F32" else "MOSTLY"
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}_{name}")
     print("quantization", name, file=sys.stderr, flush=True)
@@ -74,14 +74,14 @@ def convert_adapter(adapter_dir: Path, base_dir: Path, gguf_path: Path, *, outty
     _run(_CONVERT_LORA, str(_get_source()), *arguments)
 
 
-def quantize(gguf_path: Path, pattern: Path, names: list[str]) -> None:
+def quantize(gguf_path: Path, pattern: Path, names: list[str], *, num_threads: int = 1) -> None:
     """Run llama-quantize to each type; `{}` in `pattern` becomes the type's name."""
-    _run(_QUANTIZE, str(gguf_path), str(pattern), "write", *names)
+    _run(_QUANTIZE, str(gguf_path), str(pattern), "write", str(num_threads), *names)
 
 
 def plan_quantization(gguf_path: Path, names: list[str]) -> str:
     """Return llama-quantize's log of a dry run to each type."""
-    return _run(_QUANTIZE, str(gguf_path), os.devnull, "dry", *names)
+    return _run(_QUANTIZE, str(gguf_path), os.devnull, "dry", "1", *names)
 
 
 def _run(program: str, *arguments: str) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tune2gguf.export.merge import merge_rows, round_to_bfloat16, widen_bfloat16
+from tune2gguf.export.merge import merge_rows, narrow_to_bfloat16, round_to_bfloat16, widen_bfloat16
 
 
 def make_matrices(*, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,16 +35,19 @@ def test_rounding_to_bfloat16_is_that_of_torch():
     values = np.concatenate([bits, ties]).view(np.float32)
     values = values[np.isfinite(values)]
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    np.testing.assert_array_equal(round_to_bfloat16(values), expected)
+    rounded = round_to_bfloat16(values.copy())
+    np.testing.assert_array_equal(narrow_to_bfloat16(rounded), expected)
+    np.testing.assert_array_equal(widen_bfloat16(expected), rounded)
 
 
 def test_truncation_is_not_rounding():
     """Negative control: cutting the low bits off differs in half of all cases."""
     values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
-    assert ((values.view(np.uint32) >> 16) != round_to_bfloat16(values)).mean() > 0.4
+    cut = values.view(np.uint32) >> 16
+    assert (cut != narrow_to_bfloat16(round_to_bfloat16(values))).mean() > 0.4
 
 
 def test_widening_keeps_every_bfloat16():
     bits = np.arange(2**16, dtype=np.uint16)
     finite = bits[(bits & 0x7F80) != 0x7F80]
-    np.testing.assert_array_equal(round_to_bfloat16(widen_bfloat16(finite)), finite)
+    np.testing.assert_array_equal(narrow_to_bfloat16(round_to_bfloat16(widen_bfloat16(finite))), finite)

@@ -23,12 +23,12 @@ def read_float32_rows(stored: StoredTensor, begin: int, end: int) -> np.ndarray:
     dtype = _NUMPY_DTYPES[stored.dtype]
     row_bytes = math.prod(stored.shape[1:]) * dtype.itemsize
     buffer = _read_bytes(stored, stored.begin + begin * row_bytes, (end - begin) * row_bytes)
-    values = np.frombuffer(buffer, dtype).reshape(end - begin, *stored.shape[1:])
-    return widen_bfloat16(values) if stored.dtype == "BF16" else values.astype(np.float32)
+    values = buffer.view(dtype).reshape(end - begin, *stored.shape[1:])
+    return widen_bfloat16(values) if stored.dtype == "BF16" else values.astype(np.float32, copy=False)
 
 
-def _read_bytes(stored: StoredTensor, offset: int, length: int) -> bytearray:
-    buffer = bytearray(length)
+def _read_bytes(stored: StoredTensor, offset: int, length: int) -> np.ndarray:
+    buffer = np.empty(length, np.uint8)
     with stored.path.open("rb", buffering=0) as file:
         file.seek(offset, os.SEEK_SET)
         filled, view = 0, memoryview(buffer)

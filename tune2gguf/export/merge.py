@@ -20,17 +20,24 @@ def merge_rows(rows: np.ndarray, lora_a: np.ndarray, lora_b_rows: np.ndarray, *,
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 to the nearest bfloat16, ties to even; returns the bits as uint16 of the same shape.
+    """Round float32 in place to the nearest bfloat16, ties to even, and return it; still float32.
 
     Values must be finite: the bits of a NaN could round to infinity.
     """
     bits = values.view(np.uint32)
-    is_odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return ((bits + (np.uint32(0x7FFF) + is_odd)) >> np.uint32(16)).astype(np.uint16)
+    carry = bits >> np.uint32(16)
+    carry &= np.uint32(1)
+    carry += np.uint32(0x7FFF)
+    bits += carry
+    bits &= np.uint32(0xFFFF0000)
+    return values
+
+
+def narrow_to_bfloat16(rounded: np.ndarray) -> np.ndarray:
+    """Return the bits (uint16) of float32 values that are bfloat16 already."""
+    return (rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
 def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
     """Return the float32 values of bfloat16 bits (uint16)."""
-    widened = bits.astype(np.uint32)
-    widened <<= np.uint32(16)
-    return widened.view(np.float32)
+    return np.left_shift(bits, np.uint32(16), dtype=np.uint32).view(np.float32)

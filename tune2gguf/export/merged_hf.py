@@ -16,7 +16,7 @@ from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, wr
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import to_hf_rows
 from tune2gguf.export.gguf_llama import GGUFTensor
-from tune2gguf.export.merge import round_to_bfloat16
+from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.tokenizers import find_tokenizer_file, make_llama3_tokenizer_json
@@ -81,7 +81,7 @@ def _iterate_rows(
             continue
         for slab in iterate_slabs([GGUFTensor(name, spec.shape, spec)]):
             # Merged in GGUF's order, as in the GGUF: in another order the matrix product may round differently.
-            bits = round_to_bfloat16(read_merged_rows(slab, base=base, adapter=adapter))
+            bits = narrow_to_bfloat16(round_to_bfloat16(read_merged_rows(slab, base=base, adapter=adapter)))
             if spec.num_heads is not None:
                 bits = to_hf_rows(bits, bits.shape[0] * spec.num_heads // spec.shape[0])
             yield torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16)

@@ -15,7 +15,7 @@ import numpy as np
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import ALIGNMENT, GGUFTensor, compute_rope_factors
 from tune2gguf.export.kernels import Kernels
-from tune2gguf.export.merge import round_to_bfloat16, widen_bfloat16
+from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.quantized_cache import CACHED_TYPES, QuantizedCache
 from tune2gguf.export.slabs import Slab, iterate_slabs, read_merged_rows
@@ -72,11 +72,13 @@ class Converter:
         rows = read_merged_rows(slab, base=self.base, adapter=self.adapter)
         if rows.ndim == 1:
             return {"F32": rows}
-        bits = round_to_bfloat16(rows)
-        converted = {"BF16": bits, "F32": widen_bfloat16(bits)}
-        for ggml_type in types - converted.keys():
-            converted[ggml_type] = self.kernels.quantize(converted["F32"], ggml_type)
-        return {ggml_type: converted[ggml_type] for ggml_type in types}
+        rounded = round_to_bfloat16(rows)
+        return {ggml_type: self._convert(rounded, ggml_type) for ggml_type in types}
+
+    def _convert(self, rounded: np.ndarray, ggml_type: str) -> np.ndarray:
+        if ggml_type == "F32":
+            return rounded
+        return narrow_to_bfloat16(rounded) if ggml_type == "BF16" else self.kernels.quantize(rounded, ggml_type)
 
 
 def append_tensors(

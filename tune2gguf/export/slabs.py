@@ -49,7 +49,7 @@ def iterate_slabs(tensors: list[GGUFTensor]) -> Iterator[Slab]:
 
 
 def read_merged_rows(slab: Slab, *, base: MergeBase, adapter: Adapter | None) -> np.ndarray:
-    """Return the slab's rows, in GGUF's order, with the adapter merged, float32.
+    """Return the slab's rows, in GGUF's order, with the adapter merged: float32 in memory that the caller owns.
 
     Raises:
         ValueError: if a weight is not finite, or a base file has become shorter

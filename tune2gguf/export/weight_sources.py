@@ -12,7 +12,7 @@ from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, get_gguf_name, list_gguf_tensors
 from tune2gguf.export.kernels import Kernels
 from tune2gguf.export.layerwise import WeightSource
-from tune2gguf.export.merge import round_to_bfloat16, widen_bfloat16
+from tune2gguf.export.merge import round_to_bfloat16
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import Slab, read_merged_rows
 from tune2gguf.export.type_mix import Quantization
@@ -60,7 +60,7 @@ def open_gguf_source(path: Path, base: MergeBase, kernels: Kernels) -> WeightSou
         ggml_type = tensor.tensor_type.name
         if len(tensor.shape) == 1:
             return np.array(tensor.data[begin:end], np.float32)
-        data = np.ascontiguousarray(tensor.data[begin:end]).view(np.uint8).reshape(end - begin, -1)
+        data = np.array(tensor.data[begin:end]).view(np.uint8).reshape(end - begin, -1)
         return kernels.dequantize(data, ggml_type)
 
     return WeightSource(base.architecture, read_rows)
@@ -76,4 +76,4 @@ class _MergedRows:
         rows = read_merged_rows(
             Slab(GGUFTensor(name, spec.shape, spec), begin, end), base=self.base, adapter=self.adapter
         )
-        return rows if rows.ndim == 1 else widen_bfloat16(round_to_bfloat16(rows))
+        return rows if rows.ndim == 1 else round_to_bfloat16(rows)
