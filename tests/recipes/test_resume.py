@@ -58,19 +58,22 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_killed_at_random_times_and_resumed_equals_never_stopped(arguments, tmp_path, num_processes):
-    """24 kills in runs of 1 process, 8 in runs of 2; every second checkpoint is being written when they come."""
+    """At least 24 kills in runs of 1 process, 8 in runs of 2; every second checkpoint is being written when they come."""
     arguments = [*arguments, "save_every_n_steps=1"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log", num_processes=num_processes)
     whole = read_outcome(tmp_path / "whole")
     draw = random.Random(num_processes)
-    kills = []
-    for number in range(8 if num_processes == 1 else 4):
+    kills: list[int] = []
+    # A run that ends before the kill comes counts nothing: how many do depends on how busy the machine is.
+    for number in range(40):
         folder = tmp_path / f"killed-{number}"
         moments = [draw.uniform(0.0, 0.3) for _ in range(4)]
         kills += kill_and_resume(arguments, folder, moments, num_processes=num_processes)
         assert read_outcome(folder) == whole
-    print(f"killed after these many lines of metrics: {kills}")
-    assert len(kills) >= (20 if num_processes == 1 else 8) and len(set(kills)) > 3
+        if len(kills) >= (24 if num_processes == 1 else 8) and len(set(kills)) > 3:
+            break
+    else:
+        pytest.fail(f"too few kills hit a run: after these many lines of metrics: {kills}")
 
 
 def copy_run(arguments: list[str], tmp_path: Path) -> Path:
