@@ -58,7 +58,7 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_killed_at_random_times_and_resumed_equals_never_stopped(arguments, tmp_path, num_processes):
-    """At least 24 kills in runs of 1 process, 8 in runs of 2; every second checkpoint is being written when they come."""
+    """At least 24 kills in runs of 1 process, 8 of 2; every second checkpoint is being written when they come."""
     arguments = [*arguments, "save_every_n_steps=1"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log", num_processes=num_processes)
     whole = read_outcome(tmp_path / "whole")
