@@ -1,6 +1,7 @@
 """Bases small enough to train in a second: true Llama architecture, random weights, a tokenizer made on the spot."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 
 from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
 from tune2gguf.chat_formats import CHATML
+
+# Started in the background of a script, Python ignores Ctrl-C, and so would every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The models here are tiny: a second thread costs more than it gains.
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from tests.recipes.launch import count_lines, find_free_port, read_outcome
 from tests.recipes.test_commands import SCRIPTS
 from tests.recipes.test_resume import HARD
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.load_sensitive]
 
 
 @pytest.fixture

@@ -148,6 +148,7 @@ MEDIUM = Architecture(
 
 
 @pytest.mark.slow
+@pytest.mark.load_sensitive
 @pytest.mark.parametrize(
     "changed",
     [
