@@ -114,7 +114,10 @@ class LoRAFinetuneRecipe:
         with agree_on_errors():
             self.model = build_component(cfg.model)
         prepare_training(
-            self.model, compile=cfg.compile, enable_activation_checkpointing=cfg.enable_activation_checkpointing
+            self.model,
+            compile=cfg.compile,
+            enable_activation_checkpointing=cfg.enable_activation_checkpointing,
+            enable_activation_offloading=cfg.enable_activation_offloading,
         )
         if self.parallel == "shard":
             shard(self.model, world)

@@ -62,7 +62,9 @@ def write_tiny_tokenizer(base_dir: Path) -> None:
     (base_dir / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
-def write_tiny_base(base_dir: Path, architecture: Architecture, *, seed: int = 0, dtype=torch.float32) -> Path:
+def write_tiny_base(
+    base_dir: Path, architecture: Architecture, *, seed: int = 0, dtype=torch.float32, std: float = 0.2
+) -> Path:
     """Write a base folder in the Hugging Face layout with random weights, large enough for logits to differ."""
     from safetensors.torch import save_file
 
@@ -71,7 +73,7 @@ def write_tiny_base(base_dir: Path, architecture: Architecture, *, seed: int = 0
     a = architecture
 
     def draw(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=generator) * 0.2).to(dtype)
+        return (torch.randn(*shape, generator=generator) * std).to(dtype)
 
     tensors = {"model.embed_tokens.weight": draw(a.vocab_size, a.embed_dim)}
     for layer in range(a.num_layers):

@@ -7,6 +7,7 @@ serve every dense Llama, tied or not, with or without Llama 3's rope scaling, fr
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class CausalLM(nn.Module):
     def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
         self.decoder = decoder
+        self.offloading: AbstractContextManager = nullcontext()
 
     @property
     def head_weight(self) -> Tensor:
@@ -52,8 +54,9 @@ class CausalLM(nn.Module):
         """Return the last hidden states after the final norm, [batch, seq, dim]; arguments as in forward."""
         mask = None if row_ids is None else make_row_mask(row_ids)
         hidden = self.decoder.tok_embeddings(tokens)
-        for layer in self.decoder.layers:
-            hidden = layer(hidden, mask=mask, input_pos=input_pos)
+        with self.offloading:
+            for layer in self.decoder.layers:
+                hidden = layer(hidden, mask=mask, input_pos=input_pos)
         return self.decoder.norm(hidden)
 
     def forward(
@@ -91,12 +94,19 @@ def make_row_mask(row_ids: Tensor) -> Tensor | BlockMask:
     return create_block_mask(attends, batch, None, seq, seq, device=row_ids.device.type)
 
 
-def prepare_training(model: CausalLM, *, compile: bool, enable_activation_checkpointing: bool) -> None:
+def prepare_training(
+    model: CausalLM,
+    *,
+    compile: bool,
+    enable_activation_checkpointing: bool,
+    enable_activation_offloading: bool = False,
+) -> None:
     """Wrap and compile the layers of a loaded model, in place.
 
     Args:
         compile: compile each layer; they share one compiled graph
         enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
+        enable_activation_offloading: keep these inputs in the CPU's memory until then; the model is on a GPU
     """
     layers = model.decoder.layers
     # Compiled first: around a checkpoint the compiler would give up at the attention's graph break.
@@ -105,6 +115,8 @@ def prepare_training(model: CausalLM, *, compile: bool, enable_activation_checkp
             layer.compile()
     if enable_activation_checkpointing:
         training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
+    if enable_activation_offloading:
+        model.offloading = training.OffloadActivations()
 
 
 def build_lora_llama(

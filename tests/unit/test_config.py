@@ -65,6 +65,14 @@ WRONG = [
     (["output_dir=a: b"], "output_dir={'a': 'b'} is a mapping of keys to values; it must be text"),
     (["lora_rank.inner=4"], "lora_rank={'inner': 4} is a mapping of keys to values"),
     (["enable_activation_checkpointing=1"], "enable_activation_checkpointing=1 is a whole number; it must be true or"),
+    (
+        ["enable_activation_offloading=true", "enable_activation_checkpointing=true"],
+        "enable_activation_offloading=true with device=cpu: activations are in the CPU's memory already",
+    ),
+    (
+        ["enable_activation_offloading=true", "device=cuda"],
+        "enable_activation_offloading=true without enable_activation_checkpointing=true: moving all",
+    ),
     (["scheduler=off"], "scheduler=False is a truth value; it must be text"),
     (["model.apply_lora_to_mlp=maybe"], "model.apply_lora_to_mlp='maybe' is text; it must be true or false"),
     (["model.lora_attn_modules=q_proj"], "model.lora_attn_modules='q_proj' is text; it must be a list of texts"),

@@ -193,6 +193,13 @@ def test_batch_rank_and_base_add_what_they_hold():
     assert nf4 == pytest.approx(in_bf16 + (8_030_261_248 - 2 * 128_256 * 4096) * 0.515869, rel=1e-3)
 
 
+def test_offloading_leaves_the_gpu_five_inputs_of_layers():
+    shape = make_shape(LLAMA3_1_8B, device_type="cuda", enable_activation_checkpointing=True)
+    offloaded = replace(shape, enable_activation_offloading=True)
+    an_input = 2 * 32 * 4096 * 2
+    assert count_kept_activations(shape) - count_kept_activations(offloaded) == (32 - 5) * an_input
+
+
 def test_shards_hold_their_part_and_replicas_all_of_it():
     shape = make_shape(LLAMA3_1_8B, device_type="cuda", num_devices=4)
     alone = estimate_memory(replace(shape, num_devices=1))
@@ -218,6 +225,11 @@ def need(**changed) -> int:
         (
             need(enable_activation_checkpointing=True, batch_size=1),
             {"enable_activation_checkpointing": True, "batch_size": 1, "gradient_accumulation_steps": 8},
+        ),
+        (
+            need(enable_activation_checkpointing=True, batch_size=1) - 1,
+            {"enable_activation_checkpointing": True, "enable_activation_offloading": True, "batch_size": 1}
+            | {"gradient_accumulation_steps": 8},
         ),
         (need(enable_activation_checkpointing=True, base_weights="nf4"), None),
         (10**9, None),

@@ -34,7 +34,7 @@ def check_config(config: DictConfig) -> list[str]:
     # A rule across keys is asked only where the values that it needs are right by themselves.
     settled = find_settled(values)
     components = {name: values[name] for name in COMPONENTS if isinstance(values.get(name), dict)}
-    problems += _find_precision_problems(settled)
+    problems += [*_find_precision_problems(settled), *_find_offloading_problems(settled)]
     problems += find_device_problems(settled, num_processes=num_processes)
     problems += find_output_problems(settled)
     problems += find_base_problems(settled, components.get("model", {}))
@@ -54,7 +54,8 @@ def check_values(config: DictConfig) -> None:
     """
     values = _resolve(config)
     problems = [*_find_key_problems(values), *find_component_problems(values)]
-    problems += _find_precision_problems(find_settled(values))
+    settled = find_settled(values)
+    problems += [*_find_precision_problems(settled), *_find_offloading_problems(settled)]
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
 
@@ -83,6 +84,18 @@ def _find_precision_problems(settled: Mapping[str, Any]) -> Iterator[str]:
     base_weights, dtype = settled.get("base_weights"), settled.get("dtype")
     if None not in (base_weights, dtype) and base_weights not in ("nf4", dtype):
         yield f"base_weights={base_weights} with dtype={dtype}: unquantized weights are kept in dtype"
+
+
+def _find_offloading_problems(settled: Mapping[str, Any]) -> Iterator[str]:
+    if not settled.get("enable_activation_offloading"):
+        return
+    if settled.get("device") == "cpu":
+        yield "enable_activation_offloading=true with device=cpu: activations are in the CPU's memory already"
+    if settled.get("enable_activation_checkpointing") is False:
+        yield (
+            "enable_activation_offloading=true without enable_activation_checkpointing=true: moving all activations "
+            "would take longer than computing them again"
+        )
 
 
 def _find_ratio_warnings(settled: Mapping[str, Any]) -> Iterator[str]:

@@ -52,6 +52,7 @@ KEYS = {
     "device": Key(str),
     "dtype": Key(str, choices=("bf16", "fp32")),
     "enable_activation_checkpointing": Key(bool),
+    "enable_activation_offloading": Key(bool),
     "compile": Key(bool),
     "save_every_n_steps": Key(int, minimum=1, optional=True, why_not="null is about every 5 % of the run"),
     "keep_last": Key(int, minimum=1, why_not="without a checkpoint a run cannot be resumed"),

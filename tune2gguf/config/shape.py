@@ -30,6 +30,7 @@ def get_shape(config: DictConfig, *, longest_row: int, num_devices: int, paralle
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         longest_row=longest_row,
         enable_activation_checkpointing=config.enable_activation_checkpointing,
+        enable_activation_offloading=config.enable_activation_offloading,
         device_type=config.device.partition(":")[0],
         num_devices=num_devices,
         parallel=parallel,

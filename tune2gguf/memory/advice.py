@@ -50,7 +50,8 @@ def find_fitting_change(shape: Shape, free: int) -> dict[str, object] | None:
     """Return the first overrides with which the run fits, None where none of them is enough.
 
     Tried in this order, later ones together with the earlier: a smaller batch with more accumulation (the same step),
-    activation checkpointing (the same adapter, slower), a 4-bit base, sharding over devices.
+    activation checkpointing (the same adapter, slower), on a GPU with what it keeps on the CPU, a 4-bit base, sharding
+    over devices.
     """
     return next((change for change in list_changes(shape) if fits(replace(shape, **change), free)), None)
 
@@ -64,6 +65,10 @@ def list_changes(shape: Shape) -> Iterator[dict[str, object]]:
     yield from smaller
     for change in ({}, *smaller):
         if recomputing:
+            yield recomputing | change
+    if shape.device_type == "cuda" and not shape.enable_activation_offloading:
+        recomputing |= {"enable_activation_offloading": True}
+        for change in ({}, *smaller):
             yield recomputing | change
     least = recomputing | (smaller[-1] if smaller else {})
     if shape.base_weights != "nf4":

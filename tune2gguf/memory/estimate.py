@@ -29,6 +29,8 @@ DEQUANTIZE_BYTES_PER_WEIGHT = {"cpu": 0, "cuda": 12}
 # glibc gives blocks from 32 MiB on back at once; smaller ones leave gaps, measured as this many layers' activations.
 RETURNED_BYTES = 32 * 2**20
 LAYERS_IN_GAPS = 3.0
+# Layer inputs on their way to the CPU or back that torchtune's offloading holds on the GPU.
+OFFLOADING_INPUTS = 5
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Shape:
     gradient_accumulation_steps: int
     longest_row: int
     enable_activation_checkpointing: bool
+    enable_activation_offloading: bool = False
     device_type: str = "cpu"
     num_devices: int = 1
     parallel: str = "replicate"
@@ -125,11 +128,16 @@ def list_layer_activations(shape: Shape) -> list[int]:
 
 
 def count_kept_activations(shape: Shape) -> int:
-    """Return the bytes kept until backward: of all layers, or with checkpointing of one layer and all inputs."""
+    """Return the bytes kept until backward: of all layers, or with checkpointing of one layer and all inputs.
+
+    With offloading on a GPU only a few of these inputs are there at a time.
+    """
     a, c, tokens = shape.architecture, BYTES[shape.dtype], _count_tokens(shape)
     layer = sum(list_layer_activations(shape))
     if shape.enable_activation_checkpointing:
-        layers = a.num_layers * tokens * a.embed_dim * c + layer
+        is_offloaded = shape.enable_activation_offloading and shape.device_type == "cuda"
+        num_inputs = min(OFFLOADING_INPUTS, a.num_layers) if is_offloaded else a.num_layers
+        layers = num_inputs * tokens * a.embed_dim * c + layer
     else:
         layers = a.num_layers * layer
     # The adapter in dtype is kept from forward to backward.

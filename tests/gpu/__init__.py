@@ -1,0 +1,1 @@
+"""What only a CUDA device can show; `python -m pytest -m gpu tests/gpu` runs it."""

@@ -1,0 +1,140 @@
+"""A Llama small enough to compute anywhere and large enough for a GPU's kernels, and what a forward pass gives."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY_TIED
+from tune2gguf.architectures import Architecture
+from tune2gguf.checkpoints.load import load_base
+from tune2gguf.data import Batch
+from tune2gguf.loss import IGNORED_LABEL
+from tune2gguf.models import CausalLM, lora_llama, prepare_training
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MARKS = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# Flex attention wants head dimensions of 16 and more, NF4 rows of whole blocks.
+SMALL = Architecture(
+    **{
+        **vars(TINY_TIED),
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "embed_dim": 128,
+        "intermediate_dim": 256,
+        "head_dim": 32,
+    }
+)
+STD = 128**-0.5  # keeps the size of activations, so that rounding is not amplified
+
+
+def make_model(base_dir: Path, device: torch.device, *, base_weights: str, dropout: float = 0.0) -> CausalLM:
+    """Load a base with an adapter that is the same on every device, and has no zeros, so that no gradient is zero."""
+    model = lora_llama(
+        str(base_dir),
+        architecture=None,
+        lora_rank=4,
+        lora_alpha=4.0,
+        lora_dropout=dropout,
+        lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
+        apply_lora_to_mlp=True,
+        max_seq_len=512,
+    )
+    load_base(model, str(base_dir), device=device, base_weights=base_weights, show=False)
+    generator = torch.Generator().manual_seed(0)
+    for _, weight in list_adapter(model):
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
+    return model.train()
+
+
+def make_exact_model(base_dir: Path, *, base_weights: str) -> CausalLM:
+    """The reference: the same weights, 4-bit ones included, computed in float32 on the CPU."""
+    model = make_model(base_dir, CPU, base_weights=base_weights)
+    for module in (model.decoder.tok_embeddings, *model.decoder.layers):
+        for parameter in module.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
+    return model
+
+
+def list_adapter(model: CausalLM) -> list[tuple[str, torch.nn.Parameter]]:
+    # Checkpointing wraps the layers; their adapters keep their order and their names otherwise.
+    named = [(name.replace("_checkpoint_wrapped_module.", ""), weight) for name, weight in model.named_parameters()]
+    return [(name, weight) for name, weight in named if weight.requires_grad]
+
+
+def make_rows(lengths: list[int]) -> list[torch.Tensor]:
+    """Return random tokens of rows, [length] each."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, SMALL.vocab_size, (length,), generator=generator) for length in lengths]
+
+
+def supervise_second_half(row: torch.Tensor) -> torch.Tensor:
+    labels = row.clone()
+    labels[: len(row) // 2] = IGNORED_LABEL
+    return labels
+
+
+def make_batch(rows: list[torch.Tensor]) -> Batch:
+    """Return rows of one length as a batch."""
+    return Batch(torch.stack(rows), torch.stack([supervise_second_half(row) for row in rows]))
+
+
+def pack(rows: list[torch.Tensor]) -> Batch:
+    """Return the rows, one behind the other, as a batch of one pack."""
+    row_ids = torch.cat([torch.full_like(row, number) for number, row in enumerate(rows)])
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    labels = torch.cat([supervise_second_half(row) for row in rows])
+    return Batch(torch.cat(rows)[None], labels[None], row_ids[None], positions[None])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a forward and backward pass: losses [supervised] and every adapter weight's gradient, on the CPU."""
+
+    losses: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def compute(model: CausalLM, *batches: Batch) -> Outcome:
+    model.zero_grad(set_to_none=True)
+    device = model.decoder.norm.scale.device
+    losses = []
+    for batch in batches:
+        losses.append(model(**vars(batch.to(device))))
+        losses[-1].sum().backward()
+    gradients = {name: weight.grad.cpu() for name, weight in list_adapter(model)}
+    return Outcome(torch.cat([loss.detach() for loss in losses]).cpu(), gradients)
+
+
+def measure_errors(found: Outcome, expected: Outcome) -> tuple[float, float]:
+    """Return the error of the losses and the worst of the gradients, root mean square over that of what is expected."""
+    assert found.gradients.keys() == expected.gradients.keys()
+    return (
+        _measure_error(found.losses, expected.losses),
+        max(_measure_error(found.gradients[name], gradient) for name, gradient in expected.gradients.items()),
+    )
+
+
+def _measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape and found.isfinite().all()
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def prepare(
+    model: CausalLM, *, compile: bool = False, checkpointing: bool = False, offloading: bool = False
+) -> CausalLM:
+    prepare_training(
+        model,
+        compile=compile,
+        enable_activation_checkpointing=checkpointing,
+        enable_activation_offloading=offloading,
+    )
+    return model
