@@ -60,7 +60,8 @@ class LoRAFinetuneRecipe:
             rank=self.world.rank,
             lengths=self.data.lengths_to_group,
         )[: cfg.max_steps_per_epoch]
-        self.num_training_steps = cfg.epochs * len(self.plan_epoch(0))
+        self.steps_per_epoch = len(self.plan_epoch(0))
+        self.num_training_steps = cfg.epochs * self.steps_per_epoch
         check_plan(
             num_rows=len(self.data.sequences),
             rows_per_step=self.rows_per_step,
@@ -149,24 +150,50 @@ class LoRAFinetuneRecipe:
                 schedule=self.schedule,
                 world=self.world,
             )
+        self._plan_validation()
         # As of the start of the step: a step that is broken off is taken again with the same masks.
         self.random_state = capture_random_state(self.world.device)
         self.checkpoint = checkpoint
 
+    def _plan_validation(self) -> None:
+        """Choose rows and steps of the validations; a run that goes on keeps those that it began with."""
+        from tune2gguf.validation_plan import plan_validation
+
+        at, cfg, held_out = self.progress, self.cfg, self.data.validation
+        share_of_rows = min(1.0, self.steps_per_epoch * self.rows_per_step / len(self.data.sequences))
+        self.validation = plan_validation(
+            lengths=held_out.lengths(),
+            digests=held_out.digests(),
+            training_tokens=cfg.epochs * share_of_rows * int(self.data.train.lengths().sum()),
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=cfg.epochs,
+            every_n_steps=at.eval_every_n_steps or cfg.eval_every_n_steps,
+            max_rows=at.num_val_rows or cfg.max_val_rows,
+        )
+        at.eval_every_n_steps, at.num_val_rows = self.validation.every_n_steps, len(self.validation.rows) or None
+        self.validation_rows = held_out.take(self.validation.rows)
+
     def _setup_run_folder(self) -> None:
         from tune2gguf.checkpoints.state import CheckpointWriter
+        from tune2gguf.record import RunRecord
         from tune2gguf.resume import enter_run_folder
-        from tune2gguf.runs import MetricsFile, describe_plan
+        from tune2gguf.runs import describe_plan
 
         if not self.world.is_main:
             return
         cfg, device = self.cfg, str(self.world.device)
         self.folder = enter_run_folder(self.checkpoint, self.progress, cfg, data=self.data, device=device)
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.record = RunRecord(self.folder)
         self.writer = CheckpointWriter(self.folder, keep_last=cfg.keep_last)
         trainable = sum(parameter.numel() for parameter in self.adapter_params)
         lines = describe_plan(
-            cfg, self.data, world_size=self.world.size, device=device, parallel=self.parallel, num_trainable=trainable
+            cfg,
+            self.data,
+            world_size=self.world.size,
+            device=device,
+            parallel=self.parallel,
+            num_trainable=trainable,
+            validation=self.validation,
         )
         print("\n".join([*lines, f"{self.num_training_steps} steps in {cfg.epochs} epochs"]))
         for note in [*self.warnings, *self.data.ledger["notes"]]:
@@ -198,37 +225,41 @@ class LoRAFinetuneRecipe:
     def _train_epochs(self) -> None:
         from tqdm import tqdm
 
+        self.model.train()
+        at, num_steps = self.progress, self.num_training_steps
+        save_every = self.cfg.save_every_n_steps or math.ceil(num_steps / 20)
+        is_quiet = not self.world.is_main
+        with tqdm(total=num_steps, initial=at.step, unit="step", disable=is_quiet, dynamic_ncols=True) as bar:
+            self._observe()  # before training, or what the run that goes on had still to do
+            while not self._is_over():
+                for micro_batches in self.plan_epoch(at.epoch)[at.step_in_epoch :]:
+                    self._show_step(self._train_step(micro_batches), bar)
+                    if at.step_in_epoch == self.steps_per_epoch:
+                        at.finish_epoch()
+                    self._observe()
+                    if at.step % save_every == 0 or at.step_in_epoch == 0 or self._is_over():
+                        self._save_checkpoint()
+                    if self._is_over():
+                        break
+
+    def _is_over(self) -> bool:
+        at, cfg = self.progress, self.cfg
+        return at.epoch == cfg.epochs or at.is_stopped_early(cfg.early_stopping_patience)
+
+    def _show_step(self, record: dict, bar) -> None:
         from tune2gguf.steps import describe_speed
 
-        self.model.train()
-        at = self.progress
-        num_steps, is_quiet = self.num_training_steps, not self.world.is_main
-        save_every = self.cfg.save_every_n_steps or math.ceil(num_steps / 20)
-        bar = tqdm(total=num_steps, initial=at.step, unit="step", disable=is_quiet, dynamic_ncols=True)
-        while True:
-            if at.step_in_epoch == 0 and at.validated_step != at.step:
-                self.validate()
-                if at.step > 0:
-                    self._save_checkpoint()
-            if at.epoch == self.cfg.epochs:
-                break
-            steps = self.plan_epoch(at.epoch)
-            while at.step_in_epoch < len(steps):
-                record = self._train_step(steps[at.step_in_epoch])
-                if self.world.is_main:
-                    self.metrics.write(record)
-                    self.writer.raise_if_failed()
-                    if "skipped" in record:
-                        bar.write(f"note: {record['skipped']}")
-                    bar.set_postfix_str(describe_speed(record))
-                    bar.update()
-                if at.step % save_every == 0 and at.step_in_epoch < len(steps):
-                    self._save_checkpoint()
-            at.finish_epoch()
-        bar.close()
+        if self.world.is_main:
+            self.record.write_metrics(record)
+            self.writer.raise_if_failed()
+            if "skipped" in record:
+                bar.write(f"note: {record['skipped']}")
+            bar.set_postfix_str(describe_speed(record))
+            bar.update()
 
     def _train_step(self, micro_batches: list[list[int]]) -> dict:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
+        from tune2gguf.memory import measure_peak
         from tune2gguf.seeds import capture_random_state
         from tune2gguf.steps import compute_grad_norm, count_step, find_nonfinite, leave_out_step
 
@@ -254,6 +285,7 @@ class LoRAFinetuneRecipe:
         return record | {
             "tokens_per_second": counts.tokens / seconds,
             "supervised_tokens_per_second": counts.supervised_tokens / seconds,
+            "peak_memory_bytes": measure_peak(self.world.device),
         }
 
     def _accumulate_gradients(self, rows: list[list], counts) -> tuple[float, list]:
@@ -283,26 +315,40 @@ class LoRAFinetuneRecipe:
         summed_loss = sum_over_ranks(torch.stack(batch_losses).sum())
         return summed_loss.item() / counts.supervised_tokens, batch_losses
 
+    def _observe(self) -> None:
+        """Look at how far the run is, where this step is one for it."""
+        at = self.progress
+        if self.validation.is_due(at.step, is_epoch_end=at.step_in_epoch == 0) and at.validated_step != at.step:
+            if self.validation.rows:
+                self.validate()
+            at.validated_step = at.step
+
     def validate(self) -> None:
         """Measure the held-out loss; save the adapter as best/ if it is the lowest yet."""
-        from tune2gguf.validate import compute_heldout_loss
+        from tqdm import tqdm
+
+        from tune2gguf.validate import compute_heldout_loss, describe_validation
 
         at = self.progress
-        if self.data.validation:
-            held_out = compute_heldout_loss(
-                self.model,
-                self.data.validation,
-                batch_size=self.cfg.batch_size,
-                pad_id=self.tokenizer.pad_id,
-                world=self.world,
-                before_batch=self.stop.raise_if_requested,
-            )
-            if self.world.is_main:
-                print(f"step {at.step}: held-out loss {held_out.mean:.4f} on {len(held_out.row_sums)} rows")
-                self.metrics.write({"step": at.step, "epoch": at.epoch, **held_out.summarize()})
-            if at.step > 0 and (at.best_loss is None or held_out.mean < at.best_loss):
-                at.best_loss, at.best_step, at.best_sha256 = held_out.mean, at.step, self._save_adapter("best")
-        at.validated_step = at.step
+        held_out = compute_heldout_loss(
+            self.model,
+            self.validation_rows,
+            batch_size=self.cfg.batch_size,
+            pad_id=self.tokenizer.pad_id,
+            world=self.world,
+            before_batch=self.stop.raise_if_requested,
+        )
+        if self.world.is_main:
+            record = {
+                "step": at.step,
+                "epoch": at.epoch,
+                **held_out.summarize(),
+                "val_row_indices": self.validation.rows,
+            }
+            self.record.write_metrics(record)
+            tqdm.write(describe_validation(record))
+        if at.step > 0 and at.take_loss(held_out.mean):
+            at.best_sha256 = self._save_adapter("best")
 
     def save(self) -> None:
         """Write the final adapter as last/."""
@@ -347,7 +393,7 @@ class LoRAFinetuneRecipe:
         optimizer = copy_to_cpu(self.optimizer.state_dict()["state"])
         state = {"optimizer": optimizer, "random": gather_over_ranks(self.random_state)}
         if self.world.is_main:
-            progress = {**vars(self.progress), "metrics_bytes": self.metrics.sync(), "run": self.run}
+            progress = {**vars(self.progress), "recorded_bytes": self.record.sync(), "run": self.run}
             self.writer.start(self.progress.step, Checkpoint(adapter, adapter_config, state, progress))
 
 

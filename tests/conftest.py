@@ -148,6 +148,8 @@ def run_arguments(tmp_path, tiny_base) -> list[str]:
         "lora_dropout=0.0",
         "lora_rank=4",
         "lora_alpha=4",
+        "max_val_rows=5",
+        "num_samples=0",
     ]
 
 

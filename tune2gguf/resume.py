@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -18,8 +19,9 @@ from tune2gguf.checkpoints.state import (
     remove_checkpoint,
     remove_leftovers,
 )
+from tune2gguf.record import NOTHING_RECORDED
 from tune2gguf.runs import (
-    MetricsFile,
+    JsonLinesFile,
     create_run_folder,
     describe_existing,
     find_free_folder,
@@ -38,10 +40,14 @@ if TYPE_CHECKING:
     from tune2gguf.distributed import World
     from tune2gguf.models import CausalLM
 
-# Neither the weights nor the metrics of a step depend on these; the base and the rows are compared by their content.
+# Neither the weights nor the metrics of a step depend on these, nor on what is below them; the base and the rows are
+# compared by their content. early_stopping_patience decides, as epochs does, how many steps there are.
 FREE_KEYS = {
     "output_dir",
+    "parent_run",
     "resume",
+    "early_stopping_patience",
+    "metric_logger",
     "save_every_n_steps",
     "keep_last",
     "on_nonfinite",
@@ -66,10 +72,25 @@ class Progress:
     best_loss: float | None = None  # lowest held-out loss
     best_step: int | None = None
     best_sha256: str | None = None  # of the weights in best/
+    validations_without_best: int = 0  # since the best one
+    eval_every_n_steps: int | None = None  # as the validation was planned; more epochs do not change it
+    num_val_rows: int | None = None
 
     def finish_epoch(self) -> None:
         """Stand before the next epoch."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
+
+    def take_loss(self, held_out_loss: float) -> bool:
+        """Take note of a validation after a step; return whether its loss is the lowest yet, and best/ is due."""
+        if math.isnan(held_out_loss) or (self.best_loss is not None and held_out_loss >= self.best_loss):
+            self.validations_without_best += 1
+            return False
+        self.best_loss, self.best_step, self.validations_without_best = held_out_loss, self.step, 0
+        return True
+
+    def is_stopped_early(self, patience: int | None) -> bool:
+        """Whether so many validations in a row were no new best; never for None."""
+        return patience is not None and self.validations_without_best >= patience
 
     def finish_step(self) -> None:
         """Stand before the next step."""
@@ -84,12 +105,16 @@ def describe_run(
 
     config = dict(_flatten(OmegaConf.to_container(cfg, resolve=True)))
     return {
-        "config": {key: value for key, value in config.items() if key not in FREE_KEYS},
+        "config": {key: value for key, value in config.items() if not _is_free(key)},
         "base": base_digest,
         "data": data_fingerprint,
         "processes": num_processes,
         "parallel": parallel if num_processes > 1 else "replicate",
     }
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -195,16 +220,16 @@ def enter_run_folder(
     """Return the run folder as it was at the checkpoint, or a new one; `progress` learns whether best/ is lost.
 
     Raises:
-        ValueError: if the folder exists and is not to be resumed, or its metrics are lost
+        ValueError: if the folder exists and is not to be resumed, or its metrics or samples are lost
     """
     folder = Path(cfg.output_dir)
     if cfg.resume is False or not folder.exists():
         return create_run_folder(folder, cfg, data=data, device=device)
     if checkpoint is None:
-        _rewind(folder, step=0, metrics_bytes=0)
+        _rewind(folder, step=0, sizes=NOTHING_RECORDED)
         print(f"resume: {folder} has no checkpoint yet; starting from the beginning")
     else:
-        _rewind(folder, step=progress.step, metrics_bytes=checkpoint.progress["metrics_bytes"])
+        _rewind(folder, step=progress.step, sizes=checkpoint.progress["recorded_bytes"])
         _restore_best(folder, checkpoint, progress)
         print(f"resume: going on after step {progress.step}, in epoch {progress.epoch + 1}")
         before = checkpoint.progress["run"]["config"]["epochs"]
@@ -217,8 +242,9 @@ def enter_run_folder(
     return folder
 
 
-def _rewind(output_dir: Path, *, step: int, metrics_bytes: int) -> None:
-    MetricsFile(output_dir / "metrics.jsonl").cut(metrics_bytes)
+def _rewind(output_dir: Path, *, step: int, sizes: Mapping[str, int]) -> None:
+    for name, num_bytes in sizes.items():
+        JsonLinesFile(output_dir / name).cut(num_bytes)
     checkpoints_dir = output_dir / CHECKPOINTS
     checkpoints_dir.mkdir(exist_ok=True)
     remove_leftovers(checkpoints_dir)
@@ -238,3 +264,4 @@ def _restore_best(output_dir: Path, checkpoint: Checkpoint, progress: Progress) 
     elif not weights.is_file() or digest_file(weights) != progress.best_sha256:
         print(f"resume: best/ is not the adapter of step {progress.best_step} any more; the search for the best is new")
         progress.best_loss = progress.best_step = progress.best_sha256 = None
+        progress.validations_without_best = 0

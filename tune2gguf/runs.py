@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from tune2gguf.data import PreparedData
+    from tune2gguf.validation_plan import ValidationPlan
 
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
 
@@ -82,8 +83,8 @@ def write_text(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, on disk as soon as it is written."""
+class JsonLinesFile:
+    """metrics.jsonl or samples.jsonl: one JSON object a line, on disk as soon as it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,13 +118,21 @@ class MetricsFile:
 
 
 def describe_plan(
-    cfg: DictConfig, data: PreparedData, *, world_size: int, device: str, parallel: str, num_trainable: int
+    cfg: DictConfig,
+    data: PreparedData,
+    *,
+    world_size: int,
+    device: str,
+    parallel: str,
+    num_trainable: int,
+    validation: ValidationPlan,
 ) -> list[str]:
     """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
     if world_size > 1:
         lines.append(f"processes: {world_size}, each with {'a part' if parallel == 'shard' else 'all'} of the base")
     lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} held out")
+    lines.append(validation.describe())
     if data.unit == "packs":
         lines.append(f"packs: {len(data.sequences)} of {cfg.max_seq_len} tokens, {data.sequences.fill:.1%} full")
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps

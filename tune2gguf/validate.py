@@ -1,8 +1,8 @@
-"""The held-out loss: exact on any number of processes, row by row."""
+"""The held-out loss: exact on any number of processes, row by row, with the uncertainty of its mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,9 @@ from tune2gguf.distributed import World, sum_over_ranks
 if TYPE_CHECKING:
     from tune2gguf.data import TokenizedRow
     from tune2gguf.models import CausalLM
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,55 @@ class HeldOutLoss:
         """Cross entropy per supervised token, in nats."""
         return sum(self.row_sums) / sum(self.row_tokens)
 
-    def summarize(self) -> dict[str, float]:
+    def compute_interval(self) -> tuple[float, float] | None:
+        """Return the 95 % bootstrap interval of the mean over rows; None for a single row, which tells of no spread.
+
+        Rows are drawn whole, with their losses and tokens: tokens of a row are no independent observations.
+        """
+        import numpy as np
+        from scipy.stats import bootstrap
+
+        if len(self.row_sums) < 2:
+            return None
+        interval = bootstrap(
+            (np.array(self.row_sums), np.array(self.row_tokens, np.float64)),
+            lambda sums, tokens, axis: sums.sum(axis) / tokens.sum(axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=NUM_RESAMPLES,
+            batch=100,
+            confidence_level=CONFIDENCE,
+            # The others divide by the spread of the rows, which equal rows do not have.
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        return float(interval.low), float(interval.high)
+
+    def summarize(self) -> dict[str, float | int | list | None]:
         """Return what metrics.jsonl says of it."""
-        return {"val_loss": self.mean, "val_rows": len(self.row_sums), "val_tokens": sum(self.row_tokens)}
+        low, high = self.compute_interval() or (None, None)
+        return {
+            "val_loss": self.mean,
+            "val_low": low,
+            "val_high": high,
+            "val_rows": len(self.row_sums),
+            "val_tokens": sum(self.row_tokens),
+            "val_row_losses": self.row_sums,
+            "val_row_tokens": self.row_tokens,
+        }
+
+
+def describe_validation(record: dict) -> str:
+    """Return the line that a run says of a validation, from what metrics.jsonl says of it."""
+    interval = "one row has no interval" if record["val_low"] is None else "{val_low:.4f} to {val_high:.4f}"
+    what = f"step {{step}}: held-out loss {{val_loss:.4f}} ({interval}) on {{val_rows}} rows"
+    return what.format(**record)
 
 
 @torch.no_grad()
 def compute_heldout_loss(
     model: CausalLM,
-    rows: list[TokenizedRow],
+    rows: Sequence[TokenizedRow],
     *,
     batch_size: int,
     pad_id: int,
@@ -54,6 +97,7 @@ def compute_heldout_loss(
 
     was_training = model.training
     model.eval()
+    rows = list(rows)
     row_sums = torch.zeros(len(rows), dtype=torch.float64)
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
     batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -18,7 +18,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["recipes.lora_finetune", "torchtune.training", "tune2gguf.models", "tune2gguf.data", "tune2gguf.checkpoints.load"]
 )
-TIMING = ("tokens_per_second", "supervised_tokens_per_second")
+MEASURED = ("tokens_per_second", "supervised_tokens_per_second", "peak_memory_bytes")
 
 
 class Launch:
@@ -124,12 +124,12 @@ def count_lines(path: Path) -> int:
 
 
 def read_outcome(folder: Path) -> dict:
-    """Return all that a run leaves, timing apart: two runs that are the same have the same."""
+    """Return all that a run leaves, what was MEASURED apart: two runs that are the same have the same."""
     import json
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        "metrics": [{key: value for key, value in record.items() if key not in TIMING} for record in records],
+        "metrics": [{key: value for key, value in record.items() if key not in MEASURED} for record in records],
         **{name: (folder / name / "adapter_model.safetensors").read_bytes() for name in ("last", "best")},
         "checkpoints": {path.name for path in (folder / "checkpoints").iterdir()},
     }

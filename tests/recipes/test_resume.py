@@ -44,7 +44,7 @@ def kill_and_resume(arguments: list[str], folder: Path, moments: list[float], **
 
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
-    arguments = [*arguments, f"dataset.packing={packing}", "max_seq_len=128"]
+    arguments = [*arguments, f"dataset.packing={packing}", "max_seq_len=128", "eval_every_n_steps=3"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log")
     whole = read_outcome(tmp_path / "whole")
     # The later kills come in a run that was resumed already.

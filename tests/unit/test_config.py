@@ -95,6 +95,17 @@ WRONG = [
     (["weight_decay=-0.1"], "weight_decay=-0.1 is out of range: it must be at least 0"),
     (["gradient_accumulation_steps=0"], "gradient_accumulation_steps=0 is out of range"),
     (["max_steps_per_epoch=0"], "max_steps_per_epoch=0 is out of range: it must be at least 1 (null runs every row)"),
+    (["eval_every_n_steps=0"], "eval_every_n_steps=0 is out of range: it must be at least 1 (null is up to 10 times a"),
+    (["eval_every_n_steps=0.5"], "eval_every_n_steps=0.5 is a number; it must be a whole number"),
+    (["max_val_rows=0"], "max_val_rows=0 is out of range: it must be at least 1 (null takes what 10 % of the training"),
+    (
+        ["early_stopping_patience=0"],
+        "early_stopping_patience=0 is out of range: it must be at least 1 (null never stops",
+    ),
+    (["num_samples=-1"], "num_samples=-1 is out of range: it must be at least 0 (0 turns samples off)"),
+    (["num_samples=null"], "num_samples is empty; it needs a value"),
+    (["eval_every=5"], "unknown config key 'eval_every'; did you mean 'eval_every_n_steps'?"),
+    (["early_stopping=3"], "unknown config key 'early_stopping'; did you mean 'early_stopping_patience'?"),
     (["clip_grad_norm=0"], "clip_grad_norm=0 is out of range: it must be above 0 (null turns clipping off)"),
     # Choices.
     (["scheduler=cosin"], "scheduler='cosin' is not one of cosine, linear, constant; did you mean cosine?"),
@@ -127,7 +138,12 @@ WRONG = [
     (["dataset.validation_split=0.1"], "dataset.validation_files and dataset.validation_split are both given"),
     (["dataset.on_bad_row=ignore"], "dataset.on_bad_row=ignore is not one of error, drop"),
     (["resume=runs/absent/checkpoints/step_3"], "runs/absent/checkpoints/step_3"),
+    (
+        ["early_stopping_patience=2", "dataset.validation_files=null"],
+        "early_stopping_patience=2: no row is held out, so that no best can be known; hold rows out with dataset.valid",
+    ),
     # Places.
+    (["parent_run=runs/absent"], "parent_run=runs/absent is not the folder of a run (config.yaml is missing)"),
     (["base_dir=models/absent"], "no base model in models/absent. Get it with:\n  python scripts/download.py --config"),
     (["base_source=meta-llama/Llama-3.2-1B-Instruct"], "expected hf://OWNER/NAME"),
     (["dataset.files=[absent.jsonl]"], "absent.jsonl: no such file"),
@@ -277,6 +293,14 @@ def test_ratio_beyond_the_guides_warns_in_its_words(alpha, is_warned, run_argume
     if is_warned:
         guide = "A ratio of 1 is generally recommended, but feel free to experiment with ratios of 2 or 0.5"
         assert f"lora_alpha / lora_rank = {alpha} / 4" in warnings[0] and guide in warnings[0]
+
+
+@pytest.mark.parametrize("override", ["eval_every_n_steps=5", "max_val_rows=5"])
+def test_key_of_validation_without_held_out_rows_warns_that_it_does_nothing(override, run_arguments):
+    without = ["max_val_rows=null", "dataset.validation_files=null", override]
+    (warning,) = check_config(load_config([*run_arguments, *without]))
+    assert warning.startswith(f"{override} does nothing: no row is held out")
+    assert check_config(load_config([*run_arguments, override])) == []
 
 
 def test_another_base_is_one_override():

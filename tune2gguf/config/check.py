@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune2gguf.config.components import COMPONENTS, find_build_problems, find_component_problems
 from tune2gguf.config.guide import RATIO_ADVICE, RATIO_LIMITS
+from tune2gguf.config.heldout import find_validation_problems, find_validation_warnings
 from tune2gguf.config.keys import KEYS, find_settled, find_value_problems
 from tune2gguf.config.names import suggest
 from tune2gguf.config.places import (
@@ -39,11 +40,13 @@ def check_config(config: DictConfig) -> list[str]:
     problems += find_output_problems(settled)
     problems += find_base_problems(settled, components.get("model", {}))
     problems += find_data_problems(settled, components.get("dataset"), num_processes=num_processes)
+    problems += find_validation_problems(settled, components.get("dataset"))
     if not problems:
         problems += find_build_problems(values)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    return [*_find_ratio_warnings(settled), *find_base_warnings(settled)]
+    warnings = [*_find_ratio_warnings(settled), *find_base_warnings(settled)]
+    return [*warnings, *find_validation_warnings(settled, components["dataset"])]
 
 
 def check_values(config: DictConfig) -> None:

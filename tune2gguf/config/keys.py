@@ -59,6 +59,11 @@ KEYS = {
     "resume": Key(str, or_false=True),
     "parallel": Key(str, choices=("auto", "replicate", "shard")),
     "on_nonfinite": Key(str, choices=("stop", "skip")),
+    "eval_every_n_steps": Key(int, minimum=1, optional=True, why_not="null is up to 10 times a run"),
+    "max_val_rows": Key(int, minimum=1, optional=True, why_not="null takes what 10 % of the training time pays for"),
+    "early_stopping_patience": Key(int, minimum=1, optional=True, why_not="null never stops early"),
+    "num_samples": Key(int, minimum=0, why_not="0 turns samples off"),
+    "parent_run": Key(str, optional=True),
 }
 
 _KIND_NAMES = {

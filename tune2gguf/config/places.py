@@ -56,6 +56,9 @@ def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
         return
     folder = Path(settled["output_dir"])
     yield from find_path_problems(settled["resume"], folder)
+    parent_run = settled.get("parent_run")
+    if parent_run is not None and not Path(parent_run, "config.yaml").is_file():
+        yield f"parent_run={parent_run} is not the folder of a run (config.yaml is missing); null names none"
     if os.path.lexists(folder):
         return
     nearest = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))

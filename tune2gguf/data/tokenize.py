@@ -108,6 +108,14 @@ class TokenizedRows(Sequence[TokenizedRow]):
             source=file.locate(int(file.index.lines[row])),
         )
 
+    def take(self, rows: Sequence[int]) -> TokenizedRows:
+        """Return these rows alone, in this order."""
+        return TokenizedRows(self.files, self.picks[np.asarray(rows, np.int64)], self.max_seq_len)
+
+    def digests(self) -> list[bytes]:
+        """Return the digest of each row's content; as rows are no more than once in a run, no two are equal."""
+        return [bytes(self.files[file].index.digests[row]) for file, row in self.picks]
+
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row, [rows] int64."""
         lengths = np.zeros(len(self.picks), np.int64)

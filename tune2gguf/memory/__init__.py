@@ -1,7 +1,7 @@
 """What a run will need in memory, whether this machine has it, and what to change where it has not."""
 
 from tune2gguf.memory.advice import describe_estimate, describe_fit, explain_out_of_memory, find_warning, summarize
-from tune2gguf.memory.devices import Device, get_device, list_devices
+from tune2gguf.memory.devices import Device, get_device, list_devices, measure_peak
 from tune2gguf.memory.estimate import Estimate, Shape, estimate_memory
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "find_warning",
     "get_device",
     "list_devices",
+    "measure_peak",
     "summarize",
 ]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,18 @@ def get_device(name: str) -> Device:
         return Device(name, "this machine's memory", get_free_host_memory())
     free, _ = torch.cuda.mem_get_info(name)
     return Device(name, torch.cuda.get_device_name(name), free)
+
+
+def measure_peak(device: torch.device) -> int:
+    """Return the most bytes that this process has had so far: allocated by torch on a GPU, resident on a CPU."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def get_free_host_memory() -> int:

@@ -1,0 +1,107 @@
+"""Which held-out rows are measured, and at which steps: as much of both as a tenth of the training time pays for.
+
+Everything here is counted, nothing is timed: a run that is resumed measures what one that was never stopped does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_SHARE = 0.10  # of the training time
+# What a forward pass over a token costs of a training step's work on it. Backward through a frozen base costs about as
+# much as forward, and the adapter, the clipping and the optimizer come on top.
+FORWARD_SHARE = 0.4
+TIMES_A_RUN = 10
+# The interval of the mean of fewer rows is so wide that measuring them less often tells more.
+ENOUGH_ROWS = 32
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """What a run measures on its held-out rows."""
+
+    rows: list[int]  # indices of the held-out rows that are measured, ascending; the same every time
+    num_held_out: int
+    every_n_steps: int  # between validations; each epoch's end has one besides
+    num_validations: int  # with the one before training
+    share: float  # of the training time that they cost, estimated
+
+    def is_due(self, step: int, *, is_epoch_end: bool) -> bool:
+        """Whether there is a validation after so many steps; before training there always is."""
+        return is_epoch_end or step % self.every_n_steps == 0
+
+    def describe(self) -> str:
+        """Return the line that a run says before it starts."""
+        if not self.rows:
+            return "held out: no rows, so that over- and underfitting stay unseen; see dataset.validation_split"
+        measured = "all" if len(self.rows) == self.num_held_out else f"{len(self.rows)}"
+        line = (
+            f"held out: {self.num_held_out} rows, {measured} of them measured {self.num_validations} times, "
+            f"about {self.share:.0%} of the training time"
+        )
+        if len(self.rows) < self.num_held_out:
+            line += f"; all of them: max_val_rows={self.num_held_out}"
+        return line
+
+
+def plan_validation(
+    *,
+    lengths: np.ndarray,
+    digests: Sequence[bytes],
+    training_tokens: float,
+    steps_per_epoch: int,
+    epochs: int,
+    every_n_steps: int | None = None,
+    max_rows: int | None = None,
+) -> ValidationPlan:
+    """Choose the rows and the steps of a run's validations.
+
+    Rows are taken in the order of their digests, so that a smaller choice is a part of a larger one, and two runs on
+    the same held-out rows can be compared whatever their seed.
+
+    Args:
+        lengths: tokens of each held-out row, [rows]
+        digests: of each held-out row's content
+        training_tokens: that the run trains on in all epochs together
+        every_n_steps: None takes the most often of TIMES_A_RUN times a run and less for which MAX_SHARE allows
+            ENOUGH_ROWS rows (or max_rows, or all where there are fewer); at the least each epoch's end
+        max_rows: exact; None takes as many as MAX_SHARE allows, at least one
+    """
+    by_digest = sorted(range(len(digests)), key=lambda row: digests[row])
+    costs = FORWARD_SHARE * np.cumsum(np.asarray(lengths, np.float64)[by_digest])
+    budget = MAX_SHARE * training_tokens
+    if every_n_steps is None:
+        wanted = min(len(by_digest), ENOUGH_ROWS if max_rows is None else max_rows)
+        wanted_cost = costs[wanted - 1] if wanted else 0.0
+        every_n_steps = _choose_interval(wanted_cost, budget, steps_per_epoch=steps_per_epoch, epochs=epochs)
+    times = count_validations(every_n_steps, steps_per_epoch=steps_per_epoch, epochs=epochs)
+    if max_rows is None:
+        max_rows = max(1, int(np.searchsorted(costs * times, budget, side="right")))
+    rows = by_digest[:max_rows]
+    return ValidationPlan(
+        rows=sorted(rows),
+        num_held_out=len(by_digest),
+        every_n_steps=every_n_steps,
+        num_validations=times,
+        share=float(costs[len(rows) - 1]) * times / training_tokens if rows else 0.0,
+    )
+
+
+def _choose_interval(cost: float, budget: float, *, steps_per_epoch: int, epochs: int) -> int:
+    """Return the steps between validations that cost so much each; those at the epochs' ends alone if no more fit."""
+    num_steps = steps_per_epoch * epochs
+    for times in range(TIMES_A_RUN, 0, -1):
+        interval = math.ceil(num_steps / times)
+        if cost * count_validations(interval, steps_per_epoch=steps_per_epoch, epochs=epochs) <= budget:
+            return interval
+    return steps_per_epoch
+
+
+def count_validations(every_n_steps: int, *, steps_per_epoch: int, epochs: int) -> int:
+    """Return how often a run measures: before training, after every n steps, and at each epoch's end."""
+    ends_between = sum(1 for epoch in range(1, epochs + 1) if epoch * steps_per_epoch % every_n_steps)
+    return 1 + epochs * steps_per_epoch // every_n_steps + ends_between
