@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE
 from tune2gguf.runs import JsonLinesFile
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
-NOTHING_RECORDED = {METRICS: 0, SAMPLES: 0}
+NOTHING_RECORDED = {METRICS_FILE: 0, SAMPLES_FILE: 0}
 
 
 class RunRecord:
@@ -19,12 +19,12 @@ class RunRecord:
 
     def write_metrics(self, record: dict) -> None:
         """Write the line of a step or a validation."""
-        self.files[METRICS].write(record)
+        self.files[METRICS_FILE].write(record)
 
     def write_samples(self, records: Iterable[dict]) -> None:
         """Write the lines of the answers after a step."""
         for record in records:
-            self.files[SAMPLES].write(record)
+            self.files[SAMPLES_FILE].write(record)
 
     def sync(self) -> dict[str, int]:
         """Return the size of each file in bytes when all of it is on the disk."""
