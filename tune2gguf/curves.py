@@ -41,6 +41,7 @@ class Validation:
         low, high: its 95 % interval; None where the run did not record one
         row_losses: summed nats of each row, in row order; empty where the run did not record them
         row_tokens: supervised tokens of each row
+        row_indices: which of heldout.jsonl they are
     """
 
     step: int
@@ -52,6 +53,7 @@ class Validation:
     tokens: int = 0
     row_losses: tuple[float, ...] = ()
     row_tokens: tuple[int, ...] = ()
+    row_indices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _make_validation(record: dict[str, Any]) -> Validation:
         tokens=record.get("val_tokens", 0),
         row_losses=tuple(record.get("val_row_losses", ())),
         row_tokens=tuple(record.get("val_row_tokens", ())),
+        row_indices=tuple(record.get("val_row_indices", ())),
     )
 
 

@@ -1,11 +1,31 @@
-"""Is a run over- or underfitted: decided from its held-out curve and that curve's uncertainty."""
+"""Is a run over- or underfitted: decided from its held-out curve and that curve's uncertainty. See docs/verdict.md."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from tune2gguf.curves import Curves, Validation
+from tune2gguf.paired import Estimate, choose_best_crosswise, count_rows_needed, estimate_ratio, extrapolate_gain
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE = "overfitting", "underfitting", "good fit", "inconclusive"
 LABELS = (OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE)
+
+# What is worth another run, as a share of what the best adapter gained over the base.
+NOTABLE_RISE = 0.02
+NOTABLE_FURTHER_GAIN = 0.10
+# Gains of less than this share of the base's loss are nothing to go on with.
+NOTABLE_GAIN = 0.05
+# The smallest p of a two-sided sign test is 2 * 0.5 ** rows: of five rows not even a change that all share reaches 5 %.
+MIN_ROWS = 6
+# Fewer rows tell little of their own spread, from which the number of rows needed is computed.
+ENOUGH_ROWS = 20
+# Where on the clock of cumulated learning rate a validation may stand to tell how the curve bends.
+_MIDDLE = 0.2, 0.9
 
 
 @dataclass(frozen=True)
@@ -21,3 +41,276 @@ class Verdict:
     label: str
     reasons: tuple[str, ...]
     figures: dict[str, float] = field(default_factory=dict)
+
+
+def judge(curves: Curves) -> Verdict:
+    """Judge a run by what it measured; pure, and the same for the same curves.
+
+    The figures, as far as the verdict came to them: rows, base_loss, best_loss, best_step, final_loss, final_step; gain
+    (of the best over the base, in nats), rise (of the final loss above the best) and further_gain (what half as much
+    learning again would bring), the latter two as shares of the gain, each with _low and _high; training_before and
+    training_after (mean training loss up to the best and up to the final validation); rows_needed; diverged (1).
+    """
+    obstacle = _find_obstacle(curves)
+    if obstacle is not None:
+        return replace(obstacle, figures={**_list_losses(curves), **obstacle.figures})
+    losses = _Losses.read(curves)
+    gain = losses.estimate_gain()
+    figures = _list_losses(curves) | _name("gain", gain)
+    decide = _judge_curve if gain.low > 0 else _judge_without_gain
+    verdict = decide(curves, losses, gain)
+    return replace(verdict, figures=figures | verdict.figures)
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Summed nats of each row: before training, at every validation after a step, at the best and the final one."""
+
+    base: np.ndarray
+    trained: np.ndarray  # [validations, rows]
+    best: np.ndarray
+    final: np.ndarray
+    tokens: np.ndarray
+
+    @classmethod
+    def read(cls, curves: Curves) -> _Losses:
+        import numpy as np
+
+        trained = np.array([validation.row_losses for validation in _list_comparable(curves)])
+        return cls(
+            base=np.array(curves.base.row_losses),
+            trained=trained,
+            best=choose_best_crosswise(trained),
+            final=trained[-1],
+            tokens=np.array(curves.final.row_tokens, np.float64),
+        )
+
+    def estimate_gain(self) -> Estimate:
+        return estimate_ratio(self.base - self.best, self.tokens)
+
+
+def _find_obstacle(curves: Curves) -> Verdict | None:
+    """Return the verdict on curves that cannot be judged for what they lack."""
+    final, base = curves.final, curves.base
+    if not curves.validations:
+        return _leave_open("no rows were held out, so that nothing tells what is learned from what is memorized")
+    if any(not math.isfinite(one.loss) for one in curves.validations):
+        return replace(
+            _leave_open("the held-out loss is not a finite number: the run diverged"), figures={"diverged": 1}
+        )
+    if final is None:
+        return _leave_open("the run ended before a validation after training; only the base was measured")
+    if base is None:
+        return _leave_open("the base was not measured before training, so that there is nothing to compare with")
+    if not (base.row_losses and final.row_losses):
+        return _leave_open("the run recorded no losses of single rows, from which the uncertainty follows")
+    if base.row_tokens != final.row_tokens:
+        return _leave_open("the base was measured on other rows than the adapter")
+    if final.rows < MIN_ROWS:
+        return _ask_for_rows(curves)
+    return None
+
+
+def _ask_for_rows(curves: Curves) -> Verdict:
+    """Return the verdict on fewer rows than any test can decide on."""
+    import numpy as np
+
+    final, needed = curves.final, ENOUGH_ROWS
+    if final.rows >= 2:
+        losses = _Losses.read(curves)
+        gained = losses.base - losses.best
+        if gained.sum() > 0:
+            # The rise from the best to the end is what takes the most rows to see.
+            needed = max(needed, count_rows_needed(losses.final - losses.best, gained, margin=NOTABLE_RISE))
+            spread = np.array(losses.trained[0] - losses.final)
+            needed = max(needed, count_rows_needed(spread, gained, margin=2 * NOTABLE_FURTHER_GAIN))
+    reason = (
+        f"{_count(final.rows, 'held-out row')}: of fewer than {MIN_ROWS} not even a change that all of them share "
+        f"would be significant; about {needed} would decide it"
+    )
+    return replace(_leave_open(reason), figures={"rows_needed": needed})
+
+
+def _judge_curve(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
+    """Judge a run that gained over the base: did it lose some of it again, or was there more to gain?"""
+    gained = losses.base - losses.best
+    rise = estimate_ratio(losses.final - losses.best, gained)
+    figures = _name("rise", rise) | _compare_training(curves)
+    if _is_notable(rise, NOTABLE_RISE):
+        lost = (
+            f"the held-out loss rose from {curves.best.loss:.3f} (step {curves.best.step}) to {curves.final.loss:.3f} "
+            f"(step {curves.final.step}): of the gain over the base, {_describe_share(rise)} was lost again"
+        )
+        return replace(_judge_rise(lost, figures), figures=figures)
+    if _is_open(rise, NOTABLE_RISE):
+        needed = count_rows_needed(losses.final - losses.best, gained, margin=NOTABLE_RISE)
+        reason = (
+            f"the held-out loss ended {_describe_share(rise)} of the gain above its best: on {len(losses.tokens)} rows "
+            f"that does not tell whether {_percent(NOTABLE_RISE)} or more was lost again"
+        )
+        return _ask_for_more(reason, needed, curves, figures)
+    verdict = _judge_end(curves, losses, gain)
+    return replace(verdict, figures=figures | verdict.figures)
+
+
+def _judge_rise(lost: str, figures: dict[str, float]) -> Verdict:
+    """Tell memorizing from coming apart: of the two, only the latter raises the training loss as well."""
+    if figures.get("diverged"):
+        return _leave_open(
+            f"{lost}, and the training loss rose with it, from {figures['training_before']:.3f} to "
+            f"{figures['training_after']:.3f}: the run came apart, which is no question of fit; the rate is too high"
+        )
+    if "training_before" not in figures:
+        return Verdict(OVERFITTING, (lost,))
+    went_on = (
+        f"meanwhile the training loss went from {figures['training_before']:.3f} to {figures['training_after']:.3f}: "
+        "the rows themselves are being memorized"
+    )
+    return Verdict(OVERFITTING, (lost, went_on))
+
+
+def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
+    """Judge a run that ended at about its best: had the curve flattened, or was it on its way?"""
+    won = (
+        f"the held-out loss went from {curves.base.loss:.3f} to {curves.best.loss:.3f}, "
+        f"a gain of {_describe_nats(gain)}"
+    )
+    middle = _find_middle(curves)
+    if middle is None:
+        reason = (
+            "too few validations after training to see whether the curve had flattened: eval_every_n_steps sets how "
+            "often there is one"
+        )
+        return Verdict(INCONCLUSIVE, (reason, won))
+    index, at = middle
+    late, gained = losses.trained[index] - losses.final, losses.base - losses.final
+    late_share = estimate_ratio(late, gained)
+    further = late_share.map(lambda share: extrapolate_gain(share, at))
+    figures = _name("further_gain", further) | _name("late_share", late_share) | {"late_share_at": at}
+    came = (
+        f"{_percent(late_share.value)} of the gain came in the last {_percent(1 - at)} of the learning (learning rate "
+        f"summed over steps); half as much again would bring about {_describe_share(further)} more"
+    )
+    if late_share.low > 0 and further.value > NOTABLE_FURTHER_GAIN:
+        return Verdict(UNDERFITTING, (f"the held-out loss was still falling: {came}", won), figures)
+    if _is_open(further, NOTABLE_FURTHER_GAIN):
+        slope = _find_slope(late_share.value, at)
+        needed = count_rows_needed(late, gained, margin=NOTABLE_FURTHER_GAIN / slope)
+        reason = f"whether the curve had flattened cannot be told on {len(losses.tokens)} rows: {came}"
+        return _ask_for_more(reason, needed, curves, figures)
+    flat = f"the curve had flattened: {came}"
+    return Verdict(GOOD_FIT, (f"{won} and ended there, with no notable rise from its best", flat), figures)
+
+
+def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
+    """Judge a run whose best adapter is not clearly better than the base."""
+    worse = estimate_ratio(losses.final - losses.base, losses.tokens)
+    figures = _compare_training(curves)
+    scale = NOTABLE_GAIN * curves.base.loss
+    if worse.low > 0 and worse.value > scale:
+        lost = (
+            f"the held-out loss never fell clearly below the base's {curves.base.loss:.3f}, and ended at "
+            f"{curves.final.loss:.3f}, worse by {_describe_nats(worse)}"
+        )
+        return replace(_judge_rise(lost, figures), figures=figures)
+    same = f"the gain over the base's {curves.base.loss:.3f} cannot be told from zero: {_describe_nats(gain)}"
+    if gain.high <= scale:
+        return Verdict(UNDERFITTING, (same, "the model answers as it did before training"), figures)
+    needed = count_rows_needed(losses.base - losses.best, losses.tokens, margin=scale)
+    return _ask_for_more(same, needed, curves, figures)
+
+
+def _is_notable(estimate: Estimate, margin: float) -> bool:
+    return estimate.low > 0 and estimate.value > margin
+
+
+def _is_open(estimate: Estimate, margin: float) -> bool:
+    """Whether the rows do not tell: the estimate is notable but may be nothing, or is not but may be twice that."""
+    return estimate.low <= 0 if estimate.value > margin else estimate.high > 2 * margin
+
+
+def _list_comparable(curves: Curves) -> list[Validation]:
+    """Return the validations after a step that measured the rows that the final one did."""
+    return [one for one in curves.trained if one.row_tokens == curves.final.row_tokens]
+
+
+def _find_middle(curves: Curves) -> tuple[int, float] | None:
+    """Return the index and the position of the validation nearest to half of the learning; None where none is near.
+
+    The clock is the learning rate summed over steps. A schedule that ends at zero flattens any curve at its end, which
+    says nothing of what the model has still to learn; on this clock the end takes no time.
+    """
+    rates = {step.step: step.lr or 0.0 for step in curves.training}
+    comparable = _list_comparable(curves)
+    if not any(rates.values()):
+        rates = dict.fromkeys(range(1, comparable[-1].step + 1), 1.0)
+    total = sum(rate for step, rate in rates.items() if step <= comparable[-1].step)
+    positions = [sum(rate for step, rate in rates.items() if step <= one.step) / total for one in comparable[:-1]]
+    near = [(abs(at - 0.5), index, at) for index, at in enumerate(positions) if _MIDDLE[0] <= at <= _MIDDLE[1]]
+    return min(near)[1:] if near else None
+
+
+def _find_slope(late_share: float, at: float) -> float:
+    """Return how fast the extrapolated gain grows with the late share, at least 0.1 where it is flat."""
+    step = 0.01
+    rise = extrapolate_gain(late_share + step, at) - extrapolate_gain(late_share - step, at)
+    return max(rise / (2 * step), 0.1)
+
+
+def _compare_training(curves: Curves) -> dict[str, float]:
+    """Return the mean training loss of the steps before the best and before the final validation; whether it rose."""
+    from scipy import stats
+
+    steps = [step for step in curves.training if step.loss is not None]
+    distance = curves.final.step - curves.best.step
+    window = min(distance, max(3, len(steps) // 10))
+    before = [step.loss for step in steps if curves.best.step - window < step.step <= curves.best.step]
+    after = [step.loss for step in steps if curves.final.step - window < step.step <= curves.final.step]
+    if window < 1 or not before or not after:
+        return {}
+    means = {"training_before": sum(before) / len(before), "training_after": sum(after) / len(after)}
+    if not math.isfinite(means["training_after"]):
+        return means | {"diverged": 1}
+    if min(len(before), len(after)) >= 3 and means["training_after"] > means["training_before"]:
+        test = stats.ttest_ind(after, before, equal_var=False, alternative="greater")
+        if test.pvalue < 0.025:
+            return means | {"diverged": 1}
+    return means
+
+
+def _leave_open(reason: str) -> Verdict:
+    return Verdict(INCONCLUSIVE, (reason,))
+
+
+def _ask_for_more(reason: str, needed: int, curves: Curves, figures: dict[str, float]) -> Verdict:
+    # An interval that straddles although the rows should do was bad luck; twice as many make it unlikely.
+    needed = needed if needed > curves.final.rows else 2 * curves.final.rows
+    return Verdict(INCONCLUSIVE, (f"{reason}; about {needed} rows would decide it",), figures | {"rows_needed": needed})
+
+
+def _list_losses(curves: Curves) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name, one in (("base", curves.base), ("best", curves.best), ("final", curves.final)):
+        if one is not None:
+            figures |= {f"{name}_loss": one.loss} | ({} if name == "base" else {f"{name}_step": one.step})
+    return figures | ({"rows": curves.final.rows} if curves.final is not None else {})
+
+
+def _name(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if abs(share) < 0.0995 else f"{100 * share:.0f} %"
+
+
+def _describe_share(estimate: Estimate) -> str:
+    return f"{_percent(estimate.value)} (95 % interval {_percent(estimate.low)} to {_percent(estimate.high)})"
+
+
+def _describe_nats(estimate: Estimate) -> str:
+    return f"{estimate.value:.4f} nats a token (95 % interval {estimate.low:.4f} to {estimate.high:.4f})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
