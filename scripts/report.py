@@ -1,0 +1,23 @@
+"""Write report.html of a run again, from what its folder holds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tune2gguf.report import rewrite_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run, such as runs/quickstart; it may still be running")
+    arguments = parser.parse_args()
+    try:
+        print(f"wrote {rewrite_report(arguments.run)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Templates to pages. Whatever a template prints is escaped; what would act even as text is spelled out."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+# Control characters but tab and line break, what reorders the text around it, and halves of characters, which UTF-8
+# cannot hold. Joiners stay: emoji and some scripts need them.
+_ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return the page of a template of this package.
+
+    The page's content security policy allows its own script alone and no request at all, so that not even text that
+    slipped through the escaping could act.
+    """
+    script = _read_asset("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = _make_environment().get_template(template)
+    return page.render(style=_read_asset("page.css"), script=script, script_hash=f"sha256-{digest}", **values)
+
+
+def spell_out(text: str) -> str:
+    r"""Return the text with characters that would act on a page, or that a file cannot hold, as \x1b or \u202e."""
+    return _ACTING.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+@cache
+def _make_environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("tune2gguf.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Called with the value of every expression before it is escaped.
+        finalize=_finalize,
+    )
+    environment.filters["count"] = "{:,}".format
+    return environment
+
+
+def _finalize(value: Any) -> Any:
+    # Markup is a str, too, but made by this package.
+    return spell_out(value) if type(value) is str else value
+
+
+def format_loss(value: float | None) -> str:
+    """Return a loss to three decimals, or to as many as show a small one's first two digits."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if not 0 < abs(value) < 0.01 else f"{value:.2g}"
+
+
+@cache
+def _read_asset(name: str) -> str:
+    return (files("tune2gguf.pages") / "templates" / name).read_text(encoding="utf-8")

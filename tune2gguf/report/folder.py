@@ -1,0 +1,181 @@
+"""What a run's folder says of the run. A part that is missing or unreadable becomes a note, never an exception."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tune2gguf.advice import Advice
+from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE, Curves, Sample, read_curves, read_samples
+from tune2gguf.verdict import Verdict
+
+VERDICT_FILE = "verdict.json"
+
+PARTS_OF_READ = ("trained", "validated", "truncated", "dropped")
+_LEDGER_KEYS = ("read", *PARTS_OF_READ, "training", "validation", "notes", "files", "rows_truncated", "rows_dropped")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps taken or left out
+        num_steps: of the whole run; None while the first epoch does not tell
+        epoch: the one in progress or the last one, counted from 1
+        num_epochs: None where the config is missing
+        measured_at: when something was measured last; None before that
+    """
+
+    step: int
+    num_steps: int | None
+    epoch: int
+    num_epochs: int | None
+    measured_at: str | None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The content of a run folder. `problems` says what could not be read."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    ledger: Mapping[str, Any] = field(default_factory=dict)
+    curves: Curves = field(default_factory=Curves)
+    samples: tuple[Sample, ...] = ()
+    verdict: Verdict | None = None
+    advice: tuple[Advice, ...] = ()
+    has_last: bool = False
+    position: Position = field(default_factory=lambda: Position(0, None, 1, None, None))
+    problems: tuple[str, ...] = ()
+
+
+def read_run_folder(run_dir: Path) -> RunFolder:
+    """Read all that a report is made of.
+
+    Raises:
+        ValueError: if there is no such folder
+    """
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such folder; give the folder of a run, such as runs/quickstart")
+    problems: list[str] = []
+
+    def take(name: str, read: Callable[[Path], T], otherwise: T) -> T:
+        try:
+            return read(run_dir)
+        except KeyError as error:
+            problems.append(f"{name}: lacks the key {error}")
+        except TypeError as error:
+            problems.append(f"{name}: {error}")
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        return otherwise
+
+    config = take("config.yaml", lambda folder: _read_mapping(folder / "config.yaml"), {})
+    curves = take(METRICS_FILE, read_curves, Curves())
+    verdict, advice = take(VERDICT_FILE, read_verdict, (None, ()))
+    return RunFolder(
+        # resolve(): the name of "." is the folder's, too.
+        name=run_dir.resolve().name,
+        path=run_dir,
+        config=config,
+        environment=take("environment.json", lambda folder: _read_mapping(folder / "environment.json"), {}),
+        ledger=take("data.json", _read_ledger, {}),
+        curves=curves,
+        samples=take(SAMPLES_FILE, read_samples, ()),
+        verdict=verdict,
+        advice=advice,
+        has_last=(run_dir / "last").is_dir(),
+        position=_find_position(run_dir, config, curves),
+        problems=tuple(problems),
+    )
+
+
+def read_verdict(run_dir: Path) -> tuple[Verdict | None, tuple[Advice, ...]]:
+    """Return what verdict.json holds; a run that has not ended has none.
+
+    Raises:
+        ValueError, KeyError, TypeError: if it is not a verdict's
+    """
+    path = run_dir / VERDICT_FILE
+    if not path.is_file():
+        return None, ()
+    record = _read_mapping(path)
+    verdict = Verdict(record["label"], tuple(record["reasons"]), dict(record["figures"]))
+    known = Advice.__dataclass_fields__
+    advice = [
+        Advice(**{key: value for key, value in entry.items() if key in known}) for entry in record.get("advice", [])
+    ]
+    return verdict, tuple(advice)
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a config without nesting: {"model.lora_rank": 16}."""
+    flat = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"{path.name}: not found")
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.name}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: holds no keys")
+    return content
+
+
+def _read_ledger(run_dir: Path) -> dict[str, Any]:
+    ledger = _read_mapping(run_dir / "data.json")
+    missing = [key for key in _LEDGER_KEYS if key not in ledger]
+    if missing:
+        raise ValueError(f"data.json: not the ledger of a run, it lacks {', '.join(missing)}")
+    return ledger
+
+
+def _find_position(run_dir: Path, config: Mapping[str, Any], curves: Curves) -> Position:
+    step = max([line.step for line in (*curves.training, *curves.validations)], default=0)
+    epochs = config.get("epochs")
+    per_epoch = _find_steps_per_epoch(curves)
+    num_steps = epochs * per_epoch if isinstance(epochs, int) and per_epoch else None
+    path = run_dir / METRICS_FILE
+    measured_at = None
+    if path.is_file():
+        measured_at = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return Position(
+        step=step,
+        num_steps=num_steps,
+        epoch=1 + max((line.epoch for line in curves.training), default=0),
+        num_epochs=epochs if isinstance(epochs, int) else None,
+        measured_at=measured_at,
+    )
+
+
+def _find_steps_per_epoch(curves: Curves) -> int | None:
+    """Return the steps of an epoch once the first has ended; its steps are those with the number 0."""
+    later = [line.step for line in curves.training if line.epoch > 0]
+    if later:
+        return later[0] - 1
+    ended = [line.step for line in curves.validations if line.epoch > 0]
+    return ended[0] if ended else None
+
+
+def is_number(value: float | None) -> bool:
+    """Whether there is a value that can be drawn."""
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,373 @@
+"""The plots of a run: which values, how they are thinned and smoothed, and what is said of them in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tune2gguf.curves import Curves, TrainingStep, Validation
+from tune2gguf.pages.figures import COLORS, FONT_SIZE, NUM_SERIES, make_figure, to_svg
+from tune2gguf.pages.render import format_loss
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+
+WIDE, NARROW, SMALL = (920, 360), (360, 300), (440, 190)
+MAX_POINTS = 800
+SMOOTHED_SHARE = 0.05
+# Above this ratio of highest to lowest, a linear axis shows the largest values only.
+LOG_FROM_RATIO = 5
+DASHES = ("solid", (0, (6, 2)), (0, (2, 2)))
+MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend.
+
+    Attributes:
+        color: name of a plot colour
+        shape: line, faint, dashes, band, ring, tick or a marker's name; classes of the stylesheet
+    """
+
+    text: str
+    color: str
+    shape: str = "line"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing for a wide page, perhaps another for a phone, and the words around it."""
+
+    title: str
+    wide: Markup
+    narrow: Markup | None = None
+    keys: tuple[Key, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values by step, only those that are numbers; x and y are [values]."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def take_series(lines: Sequence[TrainingStep] | Sequence[Validation], name: str, *, scale: float = 1.0) -> Series:
+    """Return the values that the lines have under a name; missing and non-finite ones are left out."""
+    pairs = [(line.step, getattr(line, name)) for line in lines]
+    kept = [(step, value * scale) for step, value in pairs if value is not None and math.isfinite(value)]
+    x, y = np.array(kept, np.float64).reshape(-1, 2).T
+    return Series(x, y)
+
+
+def thin(series: Series, max_points: int = MAX_POINTS) -> tuple[Series, int]:
+    """Return the lowest and the highest value of every so many steps, so that no peak is lost, and how many.
+
+    Returns:
+        the series itself and 1 where it is short enough
+    """
+    every = -(-2 * len(series) // max_points)
+    if every <= 2:
+        return series, 1
+    picks = set()
+    for start in range(0, len(series), every):
+        part = series.y[start : start + every]
+        picks |= {start + int(part.argmin()), start + int(part.argmax())}
+    kept = sorted(picks)
+    return Series(series.x[kept], series.y[kept]), every
+
+
+def smooth(series: Series) -> tuple[Series, int]:
+    """Return the mean over the steps around each, fewer at both ends, and how many steps that are."""
+    window = 2 * max(1, round(len(series) * SMOOTHED_SHARE / 2)) + 1
+    ones = np.ones(min(window, len(series)))
+    sums = np.convolve(series.y, ones, "same")
+    return Series(series.x, sums / np.convolve(np.ones(len(series)), ones, "same")), window
+
+
+def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
+    """Draw training and held-out loss, the base's as a line, the best one ringed; None where nothing was measured."""
+    training = take_series(curves.training, "loss")
+    trained = [line for line in curves.validations if math.isfinite(line.loss)]
+    skipped = [line.step for line in curves.training if line.skipped]
+    if not len(training) and not trained and not skipped:
+        return None
+    smoothed, window = smooth(training) if len(training) else (training, 1)
+    thinned, every = thin(training)
+    base, best = curves.base, curves.best
+    has_interval = any(line.low is not None and line.high is not None for line in trained)
+    log = _needs_log([training.y, *[np.array([line.loss]) for line in trained]])
+
+    def draw(axes: Axes) -> None:
+        _set_steps(axes, curves, num_steps)
+        _mark_epochs(axes, curves)
+        axes.plot(thinned.x, thinned.y, color=COLORS["training"], alpha=0.35, linewidth=1)
+        axes.plot(*_spread(smoothed), color=COLORS["training"], linewidth=1.8)
+        if base is not None and math.isfinite(base.loss):
+            axes.axhline(base.loss, color=COLORS["base"], linewidth=1.4, linestyle=(0, (5, 4)))
+            _label(axes, f"base {format_loss(base.loss)}", (1, base.loss), offset=-8, transform="axis")
+        _draw_held_out(axes, trained, color="held-out", marker="o")
+        _set_loss_scale(axes, log)
+        if best is not None and math.isfinite(best.loss):
+            axes.plot(
+                [best.step], [best.loss], "o", markersize=12, markeredgewidth=2, fillstyle="none",
+                markeredgecolor=COLORS["held-out"], clip_on=False, zorder=5,
+            )  # fmt: skip
+            _label(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=14, color="held-out")
+        _draw_skipped(axes, skipped)
+
+    keys = []
+    if len(training):
+        keys += [Key("training, each step", "training", "faint"), Key(f"training, mean of {window} steps", "training")]
+    if trained:
+        keys.append(Key("held-out", "held-out", "circle"))
+    if has_interval:
+        keys.append(Key("its 95 % interval", "held-out", "band"))
+    if best is not None:
+        keys.append(Key("best", "held-out", "ring"))
+    if base is not None:
+        keys.append(Key("the base before training", "base", "dashes"))
+    if skipped:
+        keys.append(Key("step left out", "limit", "tick"))
+    ylabel = f"loss, nats per supervised token{', logarithmic' if log else ''}"
+    return Plot(
+        "Loss",
+        wide=_render(draw, WIDE, name="loss-wide", ylabel=ylabel, label=_describe_losses(curves, smoothed)),
+        narrow=_render(draw, NARROW, name="loss-narrow", ylabel=ylabel, label=_describe_losses(curves, smoothed)),
+        keys=tuple(keys),
+        notes=_note_thinning(len(training), every),
+    )
+
+
+def _describe_losses(curves: Curves, smoothed: Series) -> str:
+    parts = []
+    if len(smoothed):
+        parts.append(f"training loss falls or rises from {smoothed.y[0]:.3f} to {smoothed.y[-1]:.3f}")
+    if curves.base is not None:
+        parts.append(f"the base's held-out loss is {curves.base.loss:.3f}")
+    if curves.best is not None and curves.final is not None:
+        best, final = curves.best, curves.final
+        parts.append(f"the best held-out loss is {best.loss:.3f} at step {best.step}")
+        parts.append(f"the last one is {final.loss:.3f} at step {final.step}")
+    return f"Loss by step: {'; '.join(parts) or 'no step was applied'}."
+
+
+def plot_training(curves: Curves, *, num_steps: int | None, clip_grad_norm: float | None) -> list[Plot]:
+    """Draw learning rate, gradient norm, speed and memory by step; what the run did not record is left out."""
+
+    def plot(title: str, unit: str, named: Mapping[str, Series], **options) -> Plot | None:
+        return _plot_small(title, unit, named, curves=curves, num_steps=num_steps, **options)
+
+    def take(name: str, scale: float = 1.0) -> Series:
+        return take_series(curves.training, name, scale=scale)
+
+    plots = [
+        plot("Learning rate", "", {"learning rate": take("lr")}),
+        plot("Gradient norm", "", {"gradient norm": take("grad_norm")}, limit=clip_grad_norm),
+        plot(
+            "Speed",
+            "tokens a second",
+            {"all tokens": take("tokens_per_second"), "supervised ones": take("supervised_tokens_per_second")},
+            from_zero=True,
+        ),
+        plot("Memory", "GiB, the most so far", {"memory": take("peak_memory_bytes", 2.0**-30)}, from_zero=True),
+    ]
+    return [plot for plot in plots if plot is not None]
+
+
+def _plot_small(
+    title: str,
+    unit: str,
+    named: Mapping[str, Series],
+    *,
+    curves: Curves,
+    num_steps: int | None,
+    limit: float | None = None,
+    from_zero: bool = False,
+) -> Plot | None:
+    named = {name: series for name, series in named.items() if len(series)}
+    if not named:
+        return None
+    log = not from_zero and limit is not None and _needs_log([series.y for series in named.values()], ratio=20)
+    colors = ["training", "held-out"]
+    largest, every = max(map(len, named.values())), 1
+
+    def draw(axes: Axes) -> None:
+        nonlocal every
+        for series, color in zip(named.values(), colors, strict=False):
+            thinned, every = thin(series, MAX_POINTS // 2)
+            axes.plot(thinned.x, thinned.y, color=COLORS[color], linewidth=1.3, marker="o" * (len(series) == 1))
+        if limit is not None:
+            axes.axhline(limit, color=COLORS["limit"], linewidth=1.2, linestyle=(0, (5, 4)))
+        if log:
+            _set_log(axes)
+        elif from_zero or title == "Learning rate":
+            axes.set_ylim(bottom=0)
+        _set_steps(axes, curves, num_steps)
+
+    means = [f"{name} {series.y.mean():.3g} on average, at most {series.y.max():.3g}" for name, series in named.items()]
+    wide = _render(
+        draw,
+        SMALL,
+        name=title.lower().replace(" ", "-"),
+        ylabel=unit + (", logarithmic" if log and unit else "logarithmic" if log else ""),
+        label=f"{title} by step: {'; '.join(means)}.",
+    )
+    keys = [Key(name, color) for name, color in zip(named, colors, strict=False)] if len(named) > 1 else []
+    if limit is not None:
+        keys.append(Key(f"clipped above {limit:g}", "limit", "dashes"))
+    return Plot(title, wide=wide, keys=tuple(keys), notes=_note_thinning(largest, every))
+
+
+def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
+    """Draw the held-out curves of several runs over each other; None where none was validated.
+
+    Args:
+        name: of the plot, unique on its page
+    """
+    shown = {run: [line for line in curves.validations if math.isfinite(line.loss)] for run, curves in runs.items()}
+    shown = {run: lines for run, lines in shown.items() if lines}
+    if not shown:
+        return None
+    log = _needs_log([np.array([line.loss for line in lines]) for lines in shown.values()])
+    markers = list(MARKERS)
+    styles = [
+        (f"series-{number % NUM_SERIES}", markers[number % len(markers)], number // NUM_SERIES % len(DASHES))
+        for number in range(len(shown))
+    ]
+
+    def draw(axes: Axes) -> None:
+        for lines, (color, marker, dash) in zip(shown.values(), styles, strict=True):
+            _draw_held_out(axes, lines, color=color, marker=MARKERS[marker], linestyle=DASHES[dash], band_alpha=0.09)
+        _set_loss_scale(axes, log)
+        _set_steps(axes, Curves(validations=tuple(line for lines in shown.values() for line in lines)), None)
+
+    ylabel = f"held-out loss, nats per supervised token{', logarithmic' if log else ''}"
+    ends = [f"{run} ends at {lines[-1].loss:.3f}" for run, lines in shown.items()]
+    label = f"Held-out loss of {len(shown)} runs by step: {'; '.join(ends)}."
+    return Plot(
+        "Held-out loss",
+        wide=_render(draw, WIDE, name=f"{name}-wide", ylabel=ylabel, label=label),
+        narrow=_render(draw, NARROW, name=f"{name}-narrow", ylabel=ylabel, label=label),
+        keys=tuple(
+            Key(run, color, f"{marker}{' dashes' * (dash > 0)}")
+            for run, (color, marker, dash) in zip(shown, styles, strict=True)
+        ),
+    )
+
+
+def _draw_held_out(
+    axes: Axes, lines: Sequence[Validation], *, color: str, marker: str, linestyle="solid", band_alpha: float = 0.18
+) -> None:
+    x = [line.step for line in lines]
+    bounded = [line for line in lines if line.low is not None and line.high is not None]
+    axes.fill_between(
+        [line.step for line in bounded],
+        [line.low for line in bounded],
+        [line.high for line in bounded],
+        color=COLORS[color],
+        alpha=band_alpha,
+        linewidth=0,
+    )
+    if len(bounded) == 1:  # a band needs two
+        only = bounded[0]
+        axes.vlines(only.step, only.low, only.high, color=COLORS[color], alpha=0.4, linewidth=3)
+    axes.plot(
+        x, [line.loss for line in lines], color=COLORS[color], linewidth=2, linestyle=linestyle, marker=marker,
+        markersize=5, clip_on=False, zorder=4,
+    )  # fmt: skip
+
+
+def _label(axes: Axes, text: str, point: tuple[float, float], *, offset: int, color="ink", transform="data") -> None:
+    """Write so many pixels above a point, or below it; the end of the text is at the point where it leaves no room."""
+    x, _ = axes.transData.inverted().transform(axes.transAxes.transform((0.88, 0)))
+    is_at_end = transform == "axis" or point[0] > x
+    axes.annotate(
+        text, point, xycoords=axes.get_yaxis_transform() if transform == "axis" else "data",
+        xytext=(6 * is_at_end, offset), textcoords="offset points", ha="right" if is_at_end else "center",
+        va="center", size=FONT_SIZE, color=COLORS[color], weight="bold" if color == "held-out" else "normal",
+    )  # fmt: skip
+
+
+def _draw_skipped(axes: Axes, steps: Sequence[int]) -> None:
+    axes.plot(
+        steps, [0.02] * len(steps), "|", color=COLORS["limit"], markersize=9, markeredgewidth=1.5,
+        transform=axes.get_xaxis_transform(), clip_on=False,
+    )  # fmt: skip
+
+
+def _mark_epochs(axes: Axes, curves: Curves) -> None:
+    """Draw a line where an epoch begins; with many epochs they would hide the curve."""
+    starts = {line.epoch: line.step - 1 for line in reversed(curves.training) if line.epoch > 0}
+    if len(starts) > 12:
+        return
+    for epoch, step in sorted(starts.items()):
+        axes.axvline(step, color=COLORS["grid"], linewidth=1)
+        axes.annotate(
+            f"epoch {epoch + 1}", (step, 1), xycoords=("data", "axes fraction"), xytext=(4, -2),
+            textcoords="offset points", va="top", size=FONT_SIZE - 1, color=COLORS["ink"],
+        )  # fmt: skip
+
+
+def _set_steps(axes: Axes, curves: Curves, num_steps: int | None) -> None:
+    """Show the whole run, so that one in progress is seen to be unfinished."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    last = max((line.step for line in (*curves.training, *curves.validations)), default=1)
+    axes.set_xlim(0, max(last, num_steps or 0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=2))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _set_loss_scale(axes: Axes, log: bool) -> None:
+    if log:
+        _set_log(axes)
+    else:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(0, low) if low > -0.2 * (high - low) else low, high)
+
+
+def _set_log(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    few_decades = math.log10(high / low) < 3
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _needs_log(values: Sequence[np.ndarray], *, ratio: float = LOG_FROM_RATIO) -> bool:
+    everything = np.concatenate([np.zeros(0), *values])
+    return bool(len(everything)) and everything.min() > 0 and everything.max() / everything.min() > ratio
+
+
+def _spread(series: Series) -> tuple[np.ndarray, np.ndarray]:
+    """Return every so many values: a smoothed curve has no peaks to lose."""
+    every = -(-len(series) // (MAX_POINTS // 2)) or 1
+    picks = np.unique(np.append(np.arange(0, len(series), every), len(series) - 1)) if len(series) else []
+    return series.x[picks], series.y[picks]
+
+
+def _note_thinning(count: int, every: int) -> tuple[str, ...]:
+    if every == 1:
+        return ()
+    return (f"{count:,} steps; drawn are the lowest and the highest value of every {every}.",)
+
+
+def _render(draw: Callable[[Axes], None], size: tuple[int, int], *, name: str, ylabel: str, label: str) -> Markup:
+    figure, axes = make_figure(*size, xlabel="step", ylabel=ylabel)
+    draw(axes)
+    return to_svg(figure, name=name, label=label)

@@ -1,0 +1,280 @@
+"""report.html: verdict and next command, curves, data, samples, config and environment of a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tune2gguf.advice import Advice
+from tune2gguf.config.guide import GUIDE_PARAMETERS
+from tune2gguf.curves import Sample, Validation
+from tune2gguf.pages import render_page
+from tune2gguf.pages.render import format_loss
+from tune2gguf.report.folder import PARTS_OF_READ, RunFolder, flatten, is_number, read_run_folder
+from tune2gguf.report.plots import plot_losses, plot_training
+from tune2gguf.runs import write_text
+from tune2gguf.verdict import Verdict
+
+REPORT_FILE = "report.html"
+MAX_LISTED = 50  # rows of a list; the file that has all of them is named
+MAX_COLUMNS = 4  # of replies beside each other
+
+
+@dataclass(frozen=True)
+class State:
+    """What is said of a run as a whole; `kind` is a class of the stylesheet."""
+
+    kind: str
+    label: str
+    progress: str
+    num_steps: int | None
+    why_no_verdict: str
+
+
+def write_report(
+    run_dir: str | Path, verdict: Verdict | None = None, advice: Sequence[Advice] = (), is_finished: bool = False
+) -> Path:
+    """Write report.html of a run from what its folder holds by now, in one move.
+
+    Args:
+        verdict, advice: of the run's end; without a verdict, those of verdict.json where there is one
+        is_finished: whether the run has come to its end, be it early; a run that has not may be running or killed
+
+    Raises:
+        ValueError: if there is no such folder
+    """
+    run = read_run_folder(Path(run_dir))
+    if verdict is not None:
+        run = replace(run, verdict=verdict, advice=tuple(advice))
+    path = run.path / REPORT_FILE
+    write_text(path, make_report(run, is_finished=is_finished))
+    return path
+
+
+def rewrite_report(run_dir: str | Path) -> Path:
+    """Write report.html of a run that is not at hand any more; whether it had finished follows from its folder.
+
+    Raises:
+        ValueError: if the folder is not that of a run
+    """
+    run = read_run_folder(Path(run_dir))
+    if not run.config and not run.curves.training and not run.curves.validations:
+        raise ValueError(f"{run_dir} is not the folder of a run: it has neither config.yaml nor metrics.jsonl")
+    path = run.path / REPORT_FILE
+    write_text(path, make_report(run, is_finished=_looks_finished(run)))
+    return path
+
+
+def make_report(run: RunFolder, *, is_finished: bool) -> str:
+    """Return the page."""
+    state, curves = _describe_state(run, is_finished=is_finished), run.curves
+    clip = run.config.get("clip_grad_norm")
+    return render_page(
+        "report.html",
+        run=run,
+        state=state,
+        verdict=run.verdict,
+        figures=[(name.replace("_", " "), f"{value:.4g}") for name, value in _get_figures(run.verdict)],
+        next_steps=[*_list_next_steps(run, state)],
+        parent_run=run.config.get("parent_run"),
+        tiles=[*_list_tiles(run)],
+        losses=plot_losses(curves, num_steps=run.position.num_steps),
+        training_plots=plot_training(
+            curves, num_steps=run.position.num_steps, clip_grad_norm=clip if is_number(clip) else None
+        ),
+        validations=[_format_validation(line, curves.base) for line in curves.validations],
+        skipped=[(f"{line.step:,}", line.skipped) for line in curves.training if line.skipped],
+        max_listed=MAX_LISTED,
+        prompts=[*_group_samples(run.samples, is_finished=is_finished)],
+        run_command=_make_command(run),
+        **_describe_ledger(run.ledger),
+        **_describe_config(run.config),
+        **_describe_environment(run.environment),
+    )
+
+
+def _looks_finished(run: RunFolder) -> bool:
+    """Whether a run with a last/ has ended: one that was given more epochs has it from its earlier end."""
+    at, patience = run.position, run.config.get("early_stopping_patience")
+    best, trained = run.curves.best, run.curves.trained
+    has_stopped_early = bool(patience and best) and sum(line.step > best.step for line in trained) >= patience
+    return run.has_last and (at.num_steps is None or at.step >= at.num_steps or has_stopped_early)
+
+
+def _describe_state(run: RunFolder, *, is_finished: bool) -> State:
+    at = run.position
+    is_early = is_finished and at.num_steps is not None and at.step < at.num_steps
+    progress = f"step {at.step:,} of {at.num_steps:,}" if at.num_steps else f"step {at.step:,}"
+    if at.num_epochs and not is_finished:
+        progress += f", in epoch {min(at.epoch, at.num_epochs)} of {at.num_epochs}"
+    if is_finished:
+        label = "Stopped early" if is_early else "Finished"
+        return State("finished", label, progress, at.num_steps, "The run ended without one.")
+    return State(
+        "unfinished",
+        "Not finished" if at.step else "Starting",
+        progress,
+        at.num_steps,
+        "It is given at the end of the run. This page is rewritten at each validation; "
+        "if the run is no longer there, it was stopped and can go on from its newest checkpoint.",
+    )
+
+
+def _list_next_steps(run: RunFolder, state: State) -> Iterator[dict[str, Any]]:
+    config = flatten(run.config)
+    if state.kind == "unfinished":
+        command = _make_command(run, "resume=auto")
+        if command:
+            reason = "Goes on with this run if it was stopped. On several processes, with the launcher that began it."
+            yield {"command": command, "changes": [], "reason": reason, "guide_section": ""}
+        return
+    for step in run.advice:
+        changes = [f"{key}: {_show(config[key])} → {_show(new)}" if key in config else f"{key}={_show(new)}"
+                   for key, new in step.changes.items()]  # fmt: skip
+        yield {**vars(step), "changes": changes}
+
+
+def _make_command(run: RunFolder, *more: str) -> str:
+    """Return the command that began the run on one process, with other `resume=`; empty where it is not known."""
+    _, *arguments = map(str, run.environment.get("command") or [""])
+    if not arguments:
+        return ""
+    kept = [argument for argument in arguments if not argument.startswith("resume=")]
+    return shlex.join(["tune", "run", "recipes/lora_finetune.py", *kept, *more])
+
+
+def _get_figures(verdict: Verdict | None) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in (verdict.figures if verdict else {}).items() if is_number(value)]
+
+
+def _list_tiles(run: RunFolder) -> Iterator[dict[str, str]]:
+    """Yield the figures that a reader looks for first."""
+    curves = run.curves
+    base, best, final = curves.base, curves.best, curves.final
+    if best is not None:
+        interval = _format_interval(best)
+        notes = [f"95 %: {interval}" if interval else "", f"{best.rows:,} rows" if best.rows else ""]
+        yield {"name": "Best held-out loss", "value": format_loss(best.loss), "note": ", ".join(filter(None, notes))}
+        if base is not None and base.loss:
+            change = _format_change(best.loss / base.loss - 1, digits=0)
+            yield {"name": "Against the base", "value": change, "note": f"whose loss is {format_loss(base.loss)}"}
+        last = "the last one" if best is final else f"last: {format_loss(final.loss)} at step {final.step:,}"
+        yield {"name": "Best at step", "value": f"{best.step:,}", "note": last}
+    elif base is not None:
+        yield {"name": "Held-out loss of the base", "value": format_loss(base.loss), "note": _format_interval(base)}
+    memory = [line.peak_memory_bytes for line in curves.training if line.peak_memory_bytes]
+    if memory:
+        yield {"name": "Peak memory", "value": f"{max(memory) / 2**30:.1f} GiB", "note": ""}
+    speeds = sorted(line.tokens_per_second for line in curves.training if is_number(line.tokens_per_second))
+    if speeds:
+        median = speeds[len(speeds) // 2]
+        yield {"name": "Speed", "value": f"{median:,.0f}", "note": "tokens a second, median step"}
+
+
+def _format_interval(line: Validation) -> str:
+    if line.low is None or line.high is None:
+        return ""
+    return f"{format_loss(line.low)} – {format_loss(line.high)}"
+
+
+def _format_validation(line: Validation, base: Validation | None) -> tuple[str, ...]:
+    has_change = base is not None and line is not base and base.loss
+    change = _format_change(line.loss / base.loss - 1, digits=1) if has_change else "–"
+    loss = f"{line.loss:.4f}"
+    return (f"{line.step:,}", f"{line.epoch:,}", loss, _format_interval(line) or "–", change, f"{line.rows:,}")
+
+
+def _format_change(share: float, *, digits: int) -> str:
+    return f"{share:+.{digits}%}".replace("-", "−")
+
+
+def _group_samples(samples: Sequence[Sample], *, is_finished: bool) -> Iterator[dict[str, Any]]:
+    """Yield each prompt with its replies in the order of the steps."""
+    last_step = max((sample.step for sample in samples), default=0)
+    for row in dict.fromkeys(sample.row for sample in samples):
+        of_row = sorted((sample for sample in samples if sample.row == row), key=lambda sample: sample.step)
+        replies = [
+            {
+                "when": _name_stage(sample, is_last=is_finished and sample.step == last_step),
+                "text": sample.reply,
+                "is_reference": sample.reply.strip() == sample.reference.strip(),
+                "ended_by_itself": sample.ended_by_itself,
+            }
+            for sample in of_row
+        ]
+        yield {
+            "row": f"{row + 1:,}",
+            "messages": of_row[0].prompt,
+            "reference": of_row[0].reference,
+            "replies": replies,
+            "columns": _choose_columns(len(replies) + 1),
+        }
+
+
+def _choose_columns(count: int) -> int:
+    """Return how many columns fill the rows of a grid best; of equals the most."""
+    if count <= MAX_COLUMNS:
+        return count
+    return max((3, MAX_COLUMNS), key=lambda columns: (-(-count % columns), columns))
+
+
+def _name_stage(sample: Sample, *, is_last: bool) -> str:
+    if sample.step == 0:
+        return "Before training"
+    name = f"After epoch {sample.epoch}" if sample.epoch else f"After step {sample.step:,}"
+    return f"{name}, the end" if is_last else name
+
+
+def _describe_ledger(ledger: dict[str, Any]) -> dict[str, Any]:
+    if not ledger:
+        return {"ledger_parts": [], "ledger_sides": [], "ledger_files": [], "ledger_lists": []}
+    parts = [{"name": name, "count": ledger[name]} for name in PARTS_OF_READ]
+    sides = [
+        (name, *(f"{ledger[side][key]:,}" for key in ("rows", "tokens", "supervised_tokens", "longest_row")))
+        for name, side in (("training", "training"), ("held out", "validation"))
+    ]
+    lists = [
+        _list_rows(ledger["rows_truncated"], "truncated", column="side", key="split"),
+        _list_rows(ledger["rows_dropped"], "dropped", column="kind", key="kind"),
+    ]
+    files = [(file["file"], f"{file['read']:,}", f"{len(file['validation_lines']):,}") for file in ledger["files"]]
+    return {
+        "ledger_parts": parts,
+        "ledger_sides": sides,
+        "ledger_files": files,
+        "ledger_lists": [listed for listed in lists if listed["count"]],
+    }
+
+
+def _list_rows(rows: list[dict[str, Any]], name: str, *, column: str, key: str) -> dict[str, Any]:
+    shown = [(f"{row['file']}, line {row['line']}", row[key], row["reason"]) for row in rows[:MAX_LISTED]]
+    return {"name": name, "count": len(rows), "column": column, "rows": shown}
+
+
+def _describe_config(config: dict[str, Any]) -> dict[str, Any]:
+    flat = flatten(config)
+    guide = {parameter.key: parameter for parameter in GUIDE_PARAMETERS}
+    return {
+        "guide_rows": [(key, _show(flat[key]), guide[key].effect) for key in guide if key in flat],
+        "other_rows": [(key, _show(value)) for key, value in flat.items() if key not in guide],
+    }
+
+
+def _describe_environment(environment: dict[str, Any]) -> dict[str, Any]:
+    apart = {"command", "packages", "resumed"}
+    rows = [(key.replace("_", " "), _show(value)) for key, value in environment.items() if key not in apart]
+    rows += environment.get("packages", {}).items()
+    resumed = [
+        (entry.get("started"), f"{entry['step']:,}", entry.get("device"), entry.get("git_revision") or "unknown")
+        for entry in environment.get("resumed", [])
+    ]
+    return {"environment_rows": rows, "resumed_rows": resumed}
+
+
+def _show(value: Any) -> str:
+    """Return a value as a YAML file would have it, but for quotes."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
