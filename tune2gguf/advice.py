@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from tune2gguf.config.guide import GUIDE_PARAMETERS
+from tune2gguf.curves import Curves
+from tune2gguf.verdict import GOOD_FIT, OVERFITTING, UNDERFITTING, Verdict
+
+BALANCING = "4. Balancing Underfitting and Overfitting"
+LEARNING_RATE = "5.1. Learning Rate"
+EPOCHS = "5.2. Epochs"
+ADDITIONAL = "5.3. Additional Fine-Tuning Parameters"
+ITERATING = "6. The Iterative Fine-Tuning Process"
+CHOOSING = "3. Choosing the Right Model"
+
+# What decides a run's fit; what else differs between two runs is no answer to a verdict.
+FIT_KEYS = (*(one.key for one in GUIDE_PARAMETERS if one.key not in ("seed", "quantization")), "max_steps_per_epoch")
+# The guide's values, a step of an adjustment apart.
+DROPOUTS = (0.0, 0.1, 0.2, 0.3)
+WEIGHT_DECAYS = (0.0, 0.001, 0.01, 0.1)
+LOWEST_RATE, COMMON_RATE = 5e-5, 1e-4
+LARGER = {"smollm2_135m": "llama3_2_1b", "llama3_2_1b": "llama3_2_3b", "llama3_2_3b": "llama3_1_8b"}
 
 
 @dataclass(frozen=True)
@@ -21,3 +43,261 @@ class Advice:
     changes: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     guide_section: str = ""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What an advice has to know of a run beside its curves.
+
+    Attributes:
+        run_dir: as it is typed in a command
+        config: its config.yaml, resolved
+        data: its data.json
+        free_dirs: folders for the next runs, as many as there may be advice
+        num_processes: that it ran on
+        tried: changes, as `describe_change` has them, that brought no gain to the runs that led here or came of those
+        past: flat configs of runs on the same base and rows, this one among them
+    """
+
+    run_dir: str
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    free_dirs: Sequence[str]
+    num_processes: int = 1
+    tried: frozenset[frozenset[tuple[str, str]]] = frozenset()
+    past: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class _Step:
+    changes: dict[str, Any]
+    reason: str
+    section: str
+
+
+def advise(verdict: Verdict, curves: Curves, situation: Situation) -> list[Advice]:
+    """Return the guide's next steps, most effective first, each changing as little as possible.
+
+    A change that was tried without gain is not advised again, nor a config that has been run.
+    """
+    if verdict.label == OVERFITTING:
+        steps = _loosen(curves, situation.config)
+    elif verdict.label == UNDERFITTING:
+        steps = _tighten(curves, situation)
+    elif verdict.label == GOOD_FIT:
+        return [_advise_export(situation, "the fit is good: stop here and export"), *_advise_larger_model(situation)]
+    else:
+        steps = _clear_up(verdict, curves, situation)
+    steps = [step for step in (_avoid_past(step, situation) for step in steps) if step is not None]
+    advice = [
+        Advice(_write_command(step.changes, situation, output_dir), step.changes, step.reason, step.section)
+        for step, output_dir in zip(steps, situation.free_dirs, strict=False)
+    ]
+    if verdict.label == OVERFITTING:
+        best = f"best/ is the adapter of step {curves.best.step}, before the rise, and what the export takes"
+        return [*advice, _advise_export(situation, best)]
+    if not advice:
+        tried = "what the guide offers was tried without gain, so that rows are what is missing; export what there is"
+        return [_advise_export(situation, tried)]
+    return advice
+
+
+def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+    """Return which of FIT_KEYS differ between two flat configs, each with its direction: up, down, or the new value."""
+    keys = [key for key in FIT_KEYS if before.get(key) != after.get(key)]
+    return frozenset((key, _find_direction(before.get(key), after.get(key))) for key in keys)
+
+
+def _find_direction(before: Any, after: Any) -> str:
+    if isinstance(before, (int, float)) and isinstance(after, (int, float)):
+        return "up" if after > before else "down"
+    return f"to {after}"
+
+
+def _loosen(curves: Curves, config: Mapping[str, Any]) -> Iterator[_Step]:
+    """Yield the adjustments against overfitting."""
+    per_epoch = _count_steps_per_epoch(curves)
+    best_epoch = max(1, math.ceil(curves.best.step / per_epoch))
+    if best_epoch < config["epochs"]:
+        changes = {"epochs": best_epoch} | _shorten_warmup(config, best_epoch * per_epoch)
+        seen = f"the held-out loss was lowest at step {curves.best.step}, in epoch {best_epoch} of {config['epochs']}"
+        yield _Step(changes, f"{seen}; fewer passes over the rows leave less to memorize", EPOCHS)
+    rate = config["learning_rate"]
+    yield _Step({"learning_rate": rate / 2}, "slower learning keeps the model from becoming too rigid", LEARNING_RATE)
+    ratio = config["lora_alpha"] / config["lora_rank"]
+    if ratio > 1:
+        reason = f"a ratio of alpha to rank of {ratio:g} works like a higher rate; 1 is generally recommended"
+        yield _Step({"lora_alpha": config["lora_rank"]}, reason, ADDITIONAL)
+    yield from _step_along("lora_dropout", config, DROPOUTS, up=True, why="more dropout is the guide's answer")
+    yield from _step_along("weight_decay", config, WEIGHT_DECAYS, up=True, why="smaller weights generalize better")
+
+
+def _tighten(curves: Curves, situation: Situation) -> Iterator[_Step]:
+    """Yield the adjustments against underfitting."""
+    config, data = situation.config, situation.data
+    if config.get("max_steps_per_epoch") is not None:
+        reason = f"an epoch ended after {config['max_steps_per_epoch']} steps; null lets it see every row"
+        yield _Step({"max_steps_per_epoch": None}, reason, EPOCHS)
+    rate, epochs = config["learning_rate"], config["epochs"]
+    longer = _Step({"epochs": 2 * epochs}, "more passes over the rows, for deeper learning", EPOCHS)
+    if rate < LOWEST_RATE:
+        reason = (
+            f"{_format(rate)} is below the lowest of the guide's rates; {_format(COMMON_RATE)} is its starting point"
+        )
+        yield _Step({"learning_rate": COMMON_RATE}, reason, LEARNING_RATE)
+        yield longer
+    else:
+        yield longer
+        reason = "a higher rate learns more from the same steps"
+        yield _Step({"learning_rate": 2 * rate}, reason, LEARNING_RATE)
+    yield from _step_along("lora_dropout", config, DROPOUTS, up=False, why="less dropout lets more be learned")
+    yield from _step_along("weight_decay", config, WEIGHT_DECAYS, up=False, why="a weaker pull to small weights")
+    rank, alpha = config["lora_rank"], config["lora_alpha"]
+    wider = "a higher rank captures more and costs memory; alpha with it, so that their ratio stays"
+    yield _Step({"lora_rank": 2 * rank, "lora_alpha": 2 * alpha}, wider, ADDITIONAL)
+    if alpha / rank < 2:
+        stronger = f"a ratio of alpha to rank of 2 instead of {alpha / rank:g} gives the adapter more weight"
+        yield _Step({"lora_alpha": 2 * rank}, stronger, ADDITIONAL)
+    longest = max((row.get("tokens", 0) for row in data.get("rows_truncated", ())), default=0)
+    if longest > config["max_seq_len"]:
+        cut = f"{len(data['rows_truncated'])} rows were cut; the longest has {longest} tokens"
+        yield _Step({"max_seq_len": longest}, cut, ADDITIONAL)
+
+
+def _clear_up(verdict: Verdict, curves: Curves, situation: Situation) -> Iterator[_Step]:
+    """Yield what lets the next run be judged."""
+    config, figures = situation.config, verdict.figures
+    if figures.get("diverged"):
+        reason = "the run came apart; a lower rate is gradual and stable"
+        yield _Step({"learning_rate": config["learning_rate"] / 2}, reason, LEARNING_RATE)
+    elif not curves.validations:
+        reason = "without held-out rows fit cannot be seen; this holds back a tenth"
+        yield _Step({"dataset.validation_split": 0.1}, reason, ITERATING)
+    elif "rows_needed" in figures:
+        yield from _ask_for_rows(int(figures["rows_needed"]), curves, situation)
+    elif len(curves.trained) < 3:
+        steps = max((step.step for step in curves.training), default=1)
+        reason = "the curve needs more points to show its shape"
+        yield _Step({"eval_every_n_steps": max(1, math.ceil(steps / 10))}, reason, ITERATING)
+    else:
+        yield _Step({}, "the run recorded too little to be judged; run again, it has what is missing", ITERATING)
+
+
+def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator[_Step]:
+    data, dataset = situation.data, situation.config["dataset"]
+    measured, held_out = curves.final.rows, data["validation"]["rows"]
+    if measured < held_out:
+        rows = min(needed, held_out)
+        reason = f"only {measured} of {held_out} held-out rows were measured; about {needed} would decide it"
+        yield _Step({"max_val_rows": rows}, reason, ITERATING)
+    if needed <= held_out:
+        return
+    total = data["training"]["rows"] + held_out
+    share = min(0.5, math.ceil(100 * needed / total) / 100)
+    reason = f"{held_out} rows are held out; about {needed} would decide it, {_format(share)} of all {total}"
+    if share * total < needed:
+        reason += ", and as that many there are not: add rows"
+    changes: dict[str, Any] = {"dataset.validation_split": share}
+    if dataset.get("validation_files") is not None:
+        files = [dataset["files"], dataset["validation_files"]]
+        both = [name for one in files for name in ([one] if isinstance(one, str) else one)]
+        changes = {"dataset.files": both, "dataset.validation_files": None, **changes}
+    if situation.config.get("max_val_rows") is not None:
+        changes["max_val_rows"] = needed
+    yield _Step(changes, reason, ITERATING)
+
+
+def _step_along(key: str, config: Mapping[str, Any], values: Iterable[float], *, up: bool, why: str) -> Iterator[_Step]:
+    """Yield the change to the guide's next value, where there is one."""
+    now = config[key]
+    beyond = [value for value in values if (value > now if up else value < now)]
+    if beyond:
+        yield _Step({key: min(beyond) if up else max(beyond)}, why, ADDITIONAL)
+
+
+def _shorten_warmup(config: Mapping[str, Any], num_steps: int) -> dict[str, int]:
+    """Return the warm-up of a run that would end before it; nothing where it fits."""
+    return {"warmup_steps": num_steps // 10} if config["warmup_steps"] > num_steps else {}
+
+
+def _count_steps_per_epoch(curves: Curves) -> int:
+    return max(1, sum(1 for step in curves.training if step.epoch == 0))
+
+
+def _avoid_past(step: _Step, situation: Situation) -> _Step | None:
+    """Return the step if it is new; halfway in the rate if its end was run already; None if it was tried in vain."""
+    if _is_in_vain(step, situation):
+        return None
+    if not step.changes or not _was_run(step, situation):
+        return step
+    if set(step.changes) == {"learning_rate"}:
+        now, then = situation.config["learning_rate"], step.changes["learning_rate"]
+        halfway = _Step(
+            {"learning_rate": float(f"{math.sqrt(now * then):.2e}")},
+            f"{step.reason}; {_format(then)} was run already, and this is halfway",
+            step.section,
+        )
+        return None if _was_run(halfway, situation) else halfway
+    return None
+
+
+def _is_in_vain(step: _Step, situation: Situation) -> bool:
+    change = describe_change(situation.config, {**situation.config, **step.changes})
+    return bool(change) and change in situation.tried
+
+
+def _was_run(step: _Step, situation: Situation) -> bool:
+    wanted = {key: situation.config.get(key) for key in FIT_KEYS} | step.changes
+    if not set(step.changes) <= set(FIT_KEYS):
+        return False
+    return any(all(_are_equal(run.get(key), wanted[key]) for key in FIT_KEYS) for run in situation.past)
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    if isinstance(first, (int, float)) and isinstance(second, (int, float)):
+        return math.isclose(first, second, rel_tol=0.02)
+    return first == second
+
+
+def _advise_export(situation: Situation, reason: str) -> Advice:
+    return Advice(f"python scripts/export.py {shlex.quote(situation.run_dir)}", {}, reason, ITERATING)
+
+
+def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
+    """Yield the run of the next larger model on the same rows, with its own guide values."""
+    config = situation.config
+    larger = LARGER.get(config["model"].get("architecture"))
+    if larger is None:
+        return
+    path = f"configs/{larger}/{'qlora' if config['base_weights'] == 'nf4' else 'lora'}.yaml"
+    dataset = {f"dataset.{key}": value for key, value in config["dataset"].items() if key != "_component_"}
+    # Rows held out by files are not to be held out by the YAML's split as well.
+    changes = {"dataset.validation_split": None} if dataset.get("dataset.validation_files") else {}
+    changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
+    train = _write_run(path, {**changes, "output_dir": situation.free_dirs[0]}, situation.num_processes)
+    reason = f"if it does not answer well enough, the next larger model: {larger}, with its own rate"
+    yield Advice(f"python scripts/download.py --config {path} && {train}", changes, reason, CHOOSING)
+
+
+def _write_command(changes: Mapping[str, Any], situation: Situation, output_dir: str) -> str:
+    """Return the command of the run with its changes; config.yaml keeps references, so that a flat key reaches all."""
+    own = {"output_dir": output_dir, "parent_run": situation.run_dir, "resume": False}
+    return _write_run(f"{situation.run_dir}/config.yaml", {**changes, **own}, situation.num_processes)
+
+
+def _write_run(config_path: str, overrides: Mapping[str, Any], num_processes: int) -> str:
+    processes = ["--nproc_per_node", str(num_processes)] if num_processes > 1 else []
+    words = ["tune", "run", *processes, "recipes/lora_finetune.py", "--config", config_path]
+    return shlex.join([*words, *(f"{key}={_format(value)}" for key, value in overrides.items())])
+
+
+def _format(value: Any) -> str:
+    """Return a value as YAML that every reader takes for what it is: 2.0e-4, as 2e-4 is text to some."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    if not isinstance(value, float) or value == 0 or abs(value) >= 0.001:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa)}e{int(exponent)}"

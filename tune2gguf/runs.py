@@ -44,10 +44,14 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
 
 
 def write_config(folder: Path, cfg: DictConfig) -> None:
-    """Write config.yaml, the resolved config of a run."""
+    """Write config.yaml, the config of a run with its overrides.
+
+    References stay references: the file is the next run's --config, and a flat key changed there has to reach the
+    components. Who reads it resolves it.
+    """
     from omegaconf import OmegaConf
 
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg))
 
 
 def record_resume(folder: Path, *, step: int, device: str) -> None:

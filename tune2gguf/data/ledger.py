@@ -47,7 +47,13 @@ def make_ledger(
             for index, file in enumerate(files)
         ],
         "rows_truncated": [
-            {"file": row.source.file, "line": row.source.line, "split": row.split, "reason": _describe_cut(row, train)}
+            {
+                "file": row.source.file,
+                "line": row.source.line,
+                "split": row.split,
+                "tokens": row.num_tokens,
+                "reason": _describe_cut(row, train),
+            }
             for row in selection.truncated
         ],
         "rows_dropped": [

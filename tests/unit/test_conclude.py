@@ -1,0 +1,95 @@
+"""The end of a run: verdict, advice, ledger and report from what stands in its folder."""
+
+import json
+
+import pytest
+
+from tests.unit.judged_runs import write_run
+from tests.unit.synthetic_curves import approach, make_curves
+from tune2gguf.conclude import conclude_run, list_free_dirs
+from tune2gguf.curves import Curves
+from tune2gguf.run_ledger import read_entries
+
+STILL_FALLING, FLAT = make_curves(approach(1.0)), make_curves(approach(8))
+
+
+def test_verdict_advice_and_ledger_say_the_same(tmp_path):
+    run_dir = write_run(tmp_path / "runs/mine", STILL_FALLING)
+    lines = conclude_run(run_dir)
+    record = json.loads((run_dir / "verdict.json").read_text())
+    (entry,) = read_entries(tmp_path / "runs")
+    assert record["label"] == entry.verdict == "underfitting"
+    assert lines[0] == "verdict: underfitting"
+    commands = [one["command"] for one in record["advice"]]
+    assert [one["command"] for one in entry.advice] == commands
+    assert f"  {commands[0]}" in lines
+    assert "output_dir=" + str(tmp_path / "runs/mine-2") in commands[0]
+    assert entry.best["loss"] == pytest.approx(STILL_FALLING.best.loss)
+    assert entry.config["optimizer.lr"] == entry.config["learning_rate"] == 1e-3
+    assert entry.outcome is None and record["outcome"] is None
+
+
+def test_run_that_follows_says_whether_it_helped(tmp_path):
+    parent = write_run(tmp_path / "runs/mine", STILL_FALLING)
+    conclude_run(parent)
+    child = write_run(tmp_path / "runs/mine-2", FLAT, "epochs=6", f"parent_run={parent}")
+    lines = conclude_run(child)
+    assert any("it helped" in line for line in lines)
+    outcome = read_entries(tmp_path / "runs")[1].outcome
+    assert outcome.helped is True
+    assert outcome.difference == pytest.approx(FLAT.best.loss - STILL_FALLING.best.loss)
+    assert json.loads((child / "verdict.json").read_text())["outcome"]["helped"] is True
+
+
+def test_advice_that_was_followed_in_vain_is_not_given_again(tmp_path):
+    parent = write_run(tmp_path / "runs/mine", STILL_FALLING)
+    conclude_run(parent)
+    first = json.loads((parent / "verdict.json").read_text())["advice"][0]
+    assert first["changes"] == {"epochs": 6}
+    child = write_run(tmp_path / "runs/mine-2", STILL_FALLING, "epochs=6", f"parent_run={parent}")
+    lines = conclude_run(child)
+    assert any("undecided" in line for line in lines)
+    for run_dir in (child, parent):  # the parent is judged anew, as when it is extended
+        conclude_run(run_dir)
+        advice = json.loads((run_dir / "verdict.json").read_text())["advice"]
+        assert advice and not any("epochs" in one["changes"] for one in advice)
+
+
+def test_run_that_is_judged_again_adds_a_line_and_the_latest_counts(tmp_path):
+    run_dir = write_run(tmp_path / "runs/mine", STILL_FALLING)
+    conclude_run(run_dir)
+    conclude_run(run_dir)
+    assert (tmp_path / "runs/ledger.jsonl").read_text().count("\n") == 2
+    assert len(read_entries(tmp_path / "runs")) == 1
+
+
+def test_run_without_held_out_rows_is_told_how_to_get_some(tmp_path):
+    run_dir = write_run(tmp_path / "runs/mine", Curves(FLAT.training, ()), "dataset.validation_files=null")
+    lines = conclude_run(run_dir)
+    assert lines[0] == "verdict: inconclusive"
+    assert any("dataset.validation_split=0.1" in line for line in lines)
+
+
+def test_parent_that_is_gone_is_said_and_stops_nothing(tmp_path):
+    run_dir = write_run(tmp_path / "runs/mine", FLAT, f"parent_run={tmp_path / 'runs/gone'}")
+    assert any("not comparable" in line for line in conclude_run(run_dir))
+
+
+def test_number_of_processes_is_that_of_the_newest_checkpoint(tmp_path):
+    run_dir = write_run(tmp_path / "runs/mine", STILL_FALLING)
+    folder = run_dir / "checkpoints/step_100"
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps({"run": {"processes": 2}}))
+    conclude_run(run_dir)
+    assert "--nproc_per_node 2" in json.loads((run_dir / "verdict.json").read_text())["advice"][0]["command"]
+
+
+def test_next_folders_are_free_and_count_on(tmp_path):
+    for name in ("mine-3", "mine-4"):
+        (tmp_path / name).mkdir()
+    assert list_free_dirs(tmp_path / "mine-4")[:2] == [str(tmp_path / "mine-2"), str(tmp_path / "mine-5")]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no run here \(config\.yaml is missing\)"):
+        conclude_run(tmp_path)

@@ -1,0 +1,210 @@
+"""The end of a run: judge it, say what to try next and whether the last advice helped, and keep all that."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tune2gguf.advice import Advice, Situation, advise
+from tune2gguf.curves import Curves, Validation, read_curves
+from tune2gguf.run_ledger import (
+    LEDGER_FILE,
+    Entry,
+    Outcome,
+    append_entry,
+    compare_with_parent,
+    describe_outcome,
+    digest_heldout,
+    find_family,
+    list_tried,
+    read_entries,
+)
+from tune2gguf.runs import write_text
+from tune2gguf.verdict import GOOD_FIT, Verdict, judge
+
+VERDICT_FILE = "verdict.json"
+MAX_ADVICE = 8
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run folder says of a run.
+
+    Attributes:
+        run_dir: as it is typed in a command
+        config: resolved
+        data: data.json
+        parent_run: relative to the folder of the run folder
+    """
+
+    run_dir: Path
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    curves: Curves
+    parent_run: str | None
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.resolve().name
+
+    @property
+    def folder(self) -> Path:
+        """Where the run folder and the ledger are."""
+        return self.run_dir.resolve().parent
+
+
+def conclude_run(run_dir: str | Path) -> list[str]:
+    """Judge and advise; write verdict.json, a line of the ledger and report.html; return what to say of it.
+
+    Raises:
+        ValueError: if the folder is not that of a run
+    """
+    run = read_recorded_run(Path(run_dir))
+    verdict = judge(run.curves)
+    outcome = None
+    if run.parent_run is not None:
+        outcome = compare_with_parent(run.run_dir, run.folder / run.parent_run)
+    entry = _make_entry(run, verdict, outcome)
+    entries = [one for one in read_entries(run.folder) if one.run != entry.run]
+    advice = advise(verdict, run.curves, _describe_situation(run, [*entries, entry]))
+    entry.advice.extend({"command": one.command, "changes": one.changes} for one in advice)
+    _write_verdict(run, verdict, advice, outcome)
+    append_entry(run.folder, entry)
+    lines = describe_verdict(verdict, advice)
+    if outcome is not None:
+        lines.insert(1, describe_outcome(outcome, str(run.config["parent_run"])))
+    return [*lines, f"ledger: {os.path.relpath(run.folder / LEDGER_FILE)}", _write_report(run, verdict, advice)]
+
+
+def read_recorded_run(run_dir: Path) -> RecordedRun:
+    """Read config.yaml, data.json and metrics.jsonl of a run folder.
+
+    Raises:
+        ValueError: if one of them is missing
+    """
+    from omegaconf import OmegaConf
+
+    for name in ("config.yaml", "data.json"):
+        if not (run_dir / name).is_file():
+            raise ValueError(f"{run_dir}: no run here ({name} is missing); give the folder of a run, such as runs/NAME")
+    config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=True)
+    parent = config.get("parent_run")
+    return RecordedRun(
+        run_dir=run_dir,
+        config=config,
+        data=json.loads((run_dir / "data.json").read_text(encoding="utf-8")),
+        curves=read_curves(run_dir),
+        parent_run=None if parent is None else os.path.relpath(Path(parent).resolve(), run_dir.resolve().parent),
+    )
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a config without levels, its components' keys with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def describe_verdict(verdict: Verdict, advice: Sequence[Advice]) -> list[str]:
+    """Return the verdict with its reasons and the next command, a line each."""
+    lines = [f"verdict: {verdict.label}", *(f"  {reason}" for reason in verdict.reasons)]
+    shown = advice if verdict.label == GOOD_FIT else advice[:1]
+    for one in shown:
+        lines += [f"next: {one.reason} (guide, {one.guide_section})", f"  {one.command}"]
+    if len(advice) > len(shown):
+        lines.append(f"  {len(advice) - len(shown)} more to try, in this order: see report.html or {VERDICT_FILE}")
+    return lines
+
+
+def _make_entry(run: RecordedRun, verdict: Verdict, outcome: Outcome | None) -> Entry:
+    final = run.curves.final
+    return Entry(
+        run=run.name,
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        config=flatten_config(run.config),
+        data=run.data["fingerprint"],
+        base=_digest_base(run.config["base_dir"]),
+        heldout=digest_heldout(run.run_dir, final) if final is not None and final.row_losses else None,
+        verdict=verdict.label,
+        best=_describe_validation(run.curves.best),
+        final=_describe_validation(final),
+        parent_run=run.parent_run,
+        outcome=outcome,
+    )
+
+
+def _digest_base(base_dir: str) -> str | None:
+    from tune2gguf.checkpoints.digest import digest_base
+
+    return digest_base(base_dir) if Path(base_dir).is_dir() else None
+
+
+def _describe_validation(validation: Validation | None) -> dict[str, Any] | None:
+    if validation is None:
+        return None
+    return {key: getattr(validation, key) for key in ("step", "loss", "low", "high", "rows")}
+
+
+def _describe_situation(run: RecordedRun, entries: Sequence[Entry]) -> Situation:
+    mine = entries[-1]
+    family = find_family(entries, run.name, run.parent_run)
+    return Situation(
+        run_dir=str(run.run_dir),
+        config=run.config,
+        data=run.data,
+        free_dirs=list_free_dirs(run.run_dir),
+        num_processes=_read_num_processes(run.run_dir),
+        tried=list_tried(entries, family),
+        past=[entry.config for entry in entries if (entry.data, entry.base) == (mine.data, mine.base)],
+    )
+
+
+def list_free_dirs(run_dir: Path) -> list[str]:
+    """Return free folders beside a run's, NAME-2, NAME-3 …, as many as there may be advice."""
+    stem, number, found = re.sub(r"-\d+$", "", run_dir.name), 2, []
+    while len(found) < MAX_ADVICE:
+        candidate = run_dir.with_name(f"{stem}-{number}")
+        if not os.path.lexists(candidate):
+            found.append(str(candidate))
+        number += 1
+    return found
+
+
+def _read_num_processes(run_dir: Path) -> int:
+    """Return on how many processes a run's newest checkpoint was written; 1 where there is none."""
+    from tune2gguf.checkpoints.state import CHECKPOINTS, list_checkpoints
+
+    folder = run_dir / CHECKPOINTS
+    checkpoints = list_checkpoints(folder) if folder.is_dir() else []
+    if not checkpoints:
+        return 1
+    progress = json.loads((checkpoints[-1] / "progress.json").read_text(encoding="utf-8"))
+    return progress["run"]["processes"]
+
+
+def _write_verdict(run: RecordedRun, verdict: Verdict, advice: Sequence[Advice], outcome: Outcome | None) -> None:
+    content = {
+        "label": verdict.label,
+        "reasons": list(verdict.reasons),
+        "figures": verdict.figures,
+        "advice": [asdict(one) for one in advice],
+        "outcome": None if outcome is None else asdict(outcome),
+    }
+    write_text(run.run_dir / VERDICT_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_report(run: RecordedRun, verdict: Verdict, advice: Sequence[Advice]) -> str:
+    try:
+        from tune2gguf.report import write_report
+
+        path = write_report(run.run_dir, verdict=verdict, advice=advice, is_finished=True)
+    except Exception as error:  # all else of the run is written; a page about it must not make it fail
+        return f"warning: the report could not be written: {type(error).__name__}: {error}"
+    return f"report: {path}"
