@@ -128,6 +128,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     import yaml
+    from omegaconf import OmegaConf
 
     if not path.is_file():
         raise ValueError(f"{path.name}: not found")
@@ -138,7 +139,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.name}: holds no keys")
-    return content
+    # config.yaml keeps its references.
+    return content if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(content), resolve=True)
 
 
 def _read_ledger(run_dir: Path) -> dict[str, Any]:
