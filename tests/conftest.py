@@ -108,6 +108,13 @@ def tiny_untied_base(tmp_path_factory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-untied", TINY_UNTIED)
 
 
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory) -> Path:
+    """A base whose layers are wide enough for 4-bit blocks to be split over two processes."""
+    wide = Architecture(**{**vars(TINY_TIED), "embed_dim": 256, "intermediate_dim": 256, "head_dim": 64})
+    return write_tiny_base(tmp_path_factory.mktemp("bases") / "wide", wide)
+
+
 def make_conversations(count: int, *, start: int = 0) -> list[dict]:
     """Return distinct conversations of unequal length."""
     rows = []

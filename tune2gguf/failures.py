@@ -7,16 +7,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch.distributed as dist
 from torch import OutOfMemoryError
 
 from tune2gguf.distributed import AgreedError, broadcast_from_main, describe_error, join_processes, wait_for_all
 from tune2gguf.signals import StopRequested
+
+if TYPE_CHECKING:
+    from tune2gguf.checkpoints.state import CheckpointWriter
+    from tune2gguf.record import RunRecord
 
 # What a user can mend, said in one line; anything else is our mistake and shows where it happened.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
@@ -43,6 +47,37 @@ def end_together() -> Iterator[None]:
         if not dist.is_initialized():
             raise
         reporter.fail(reporter.describe_unexpected(error), exit_code=1)
+
+
+@contextmanager
+def save_when_stopped(
+    save: Callable[[], None], writer: CheckpointWriter | None, record: RunRecord | None
+) -> Iterator[None]:
+    """Save the run when the block is left before its end for a reason that every process has, and say how to go on.
+
+    Args:
+        save: begins to write a checkpoint; every process takes part
+        writer, record: of the main process, closed at the end of the block
+
+    Raises:
+        ValueError: for a disk that could not be written to, with what is intact and the way on
+    """
+    try:
+        yield
+    except (StopRequested, AgreedError):
+        save()
+        if writer is not None:
+            writer.wait()
+            print(f"saved {writer.newest}; to go on from there: the same command with resume=auto")
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{describe_error(error)}. The checkpoints before this are intact; "
+            "when it is mended, go on with the same command and resume=auto"
+        ) from error
+    finally:
+        for opened in filter(None, (writer, record)):
+            opened.close()
 
 
 def _leave(message: str, *, exit_code: int) -> NoReturn:

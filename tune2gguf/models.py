@@ -73,6 +73,16 @@ class CausalLM(nn.Module):
         hidden, targets = select_supervised(self.compute_hidden(tokens, row_ids=row_ids, input_pos=input_pos), labels)
         return cross_entropy_of_supervised(hidden, self.head_weight, targets)
 
+    def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
+        """Return the logits of the token after each row, [batch, vocab] in float32; the decoder's caches grow.
+
+        Args:
+            tokens: what follows the tokens in the caches, [batch, new]
+            mask: True where a new token attends to a place of the caches, [batch, new, max_seq_len]
+            input_pos: positions of the new tokens, [batch, new]
+        """
+        return self.decoder(tokens, mask=mask, input_pos=input_pos)[:, -1].float()
+
 
 def make_row_mask(row_ids: Tensor) -> Tensor | BlockMask:
     """Return the mask that lets a token attend to the tokens before it in its own row.

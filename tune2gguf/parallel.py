@@ -63,6 +63,7 @@ def shard(model: nn.Module, world: World) -> None:
     Works on a model without weights (on the meta device), too: each process then fills in its own part.
     """
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import register_fsdp_forward_method
     from torchtune.modules import TransformerSelfAttentionLayer
     from torchtune.training import shard_model
 
@@ -72,6 +73,7 @@ def shard(model: nn.Module, world: World) -> None:
         cpu_offload=False,
         dp_mesh=init_device_mesh(world.device.type, (world.size,)),
     )
+    register_fsdp_forward_method(model, "predict_next")
 
 
 def reduce_gradients(model: nn.Module, *, is_last: bool) -> AbstractContextManager:

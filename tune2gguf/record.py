@@ -1,27 +1,53 @@
-"""What a run measures, written as it comes: metrics.jsonl and samples.jsonl. The main process alone has a record."""
+"""What a run measures, written as it comes; the main process alone has a record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE
 from tune2gguf.runs import JsonLinesFile
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 NOTHING_RECORDED = {METRICS_FILE: 0, SAMPLES_FILE: 0}
 
 
+class MetricLogger(Protocol):
+    """The part of torchtune's MetricLoggerInterface that is used here."""
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None: ...
+    def close(self) -> None: ...
+
+
 class RunRecord:
-    """The files of a run's measurements."""
+    """metrics.jsonl and samples.jsonl of a run folder, and the metric logger beside them, if there is one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, metric_logger: MetricLogger | None = None) -> None:
+        self.folder = folder
         self.files = {name: JsonLinesFile(folder / name) for name in NOTHING_RECORDED}
+        self.metric_logger = metric_logger
 
-    def write_metrics(self, record: dict) -> None:
-        """Write the line of a step or a validation."""
+    def write_step(self, record: dict[str, Any], bar: tqdm) -> None:
+        """Write the line of an optimizer step, and show it on the progress bar."""
+        from tune2gguf.steps import describe_speed
+
+        self.write_metrics(record)
+        if "skipped" in record:
+            bar.write(f"note: {record['skipped']}")
+        bar.set_postfix_str(describe_speed(record))
+        bar.update()
+
+    def write_metrics(self, record: dict[str, Any]) -> None:
+        """Write the line of a step or a validation; its numbers go to the metric logger, too."""
         self.files[METRICS_FILE].write(record)
+        if self.metric_logger is not None:
+            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+            self.metric_logger.log_dict(numbers, step=numbers.pop("step"))
 
-    def write_samples(self, records: Iterable[dict]) -> None:
+    def write_samples(self, records: Iterable[dict[str, Any]]) -> None:
         """Write the lines of the answers after a step."""
         for record in records:
             self.files[SAMPLES_FILE].write(record)
@@ -29,3 +55,8 @@ class RunRecord:
     def sync(self) -> dict[str, int]:
         """Return the size of each file in bytes when all of it is on the disk."""
         return {name: file.sync() for name, file in self.files.items()}
+
+    def close(self) -> None:
+        """End the metric logger."""
+        if self.metric_logger is not None:
+            self.metric_logger.close()

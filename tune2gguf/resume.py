@@ -69,6 +69,7 @@ class Progress:
     epoch: int = 0  # epochs finished
     step_in_epoch: int = 0  # steps taken of the epoch after them
     validated_step: int | None = None  # step of the last validation
+    sampled_step: int | None = None  # step of the last answers to the held-out prompts
     best_loss: float | None = None  # lowest held-out loss
     best_step: int | None = None
     best_sha256: str | None = None  # of the weights in best/
@@ -91,6 +92,14 @@ class Progress:
     def is_stopped_early(self, patience: int | None) -> bool:
         """Whether so many validations in a row were no new best; never for None."""
         return patience is not None and self.validations_without_best >= patience
+
+    def describe_early_stop(self) -> str:
+        """Return the line that a run says when it ends before its last epoch."""
+        best = "there is none" if self.best_step is None else f"it is that of step {self.best_step}, in best/"
+        return (
+            f"stopped early after step {self.step}: {self.validations_without_best} validations in a row "
+            f"without a new best; {best}"
+        )
 
     def finish_step(self) -> None:
         """Stand before the next step."""
@@ -193,7 +202,7 @@ def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]
 
 
 def restore_run(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     model: CausalLM,
     *,
     architecture: Architecture,
@@ -201,11 +210,16 @@ def restore_run(
     schedule: LRScheduler,
     world: World,
 ) -> Progress:
-    """Bring adapter, optimizer, schedule and random numbers to where the checkpoint has them; return where that is."""
+    """Bring adapter, optimizer, schedule and random numbers to where the checkpoint has them; return where that is.
+
+    Without a checkpoint a run stands at its beginning, where all of them are.
+    """
     from tune2gguf.checkpoints.adapter import from_peft_layout, restore_adapter
     from tune2gguf.seeds import restore_random_state
     from tune2gguf.steps import advance_schedule, restore_optimizer
 
+    if checkpoint is None:
+        return Progress()
     progress = Progress(**{field.name: checkpoint.progress[field.name] for field in fields(Progress)})
     restore_adapter(model, from_peft_layout(checkpoint.adapter, architecture))
     restore_optimizer(optimizer, checkpoint.state["optimizer"])

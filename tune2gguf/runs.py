@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from tune2gguf.data import PreparedData
+    from tune2gguf.samples import Prompt
     from tune2gguf.validation_plan import ValidationPlan
 
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
@@ -130,13 +132,19 @@ def describe_plan(
     parallel: str,
     num_trainable: int,
     validation: ValidationPlan,
+    prompts: Sequence[Prompt],
+    num_steps: int,
 ) -> list[str]:
     """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
+    from tune2gguf.samples import describe_prompts
+
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
     if world_size > 1:
         lines.append(f"processes: {world_size}, each with {'a part' if parallel == 'shard' else 'all'} of the base")
     lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} held out")
     lines.append(validation.describe())
+    samples = describe_prompts(prompts, num_samples=cfg.num_samples, num_held_out=len(data.validation))
+    lines += [] if samples is None else [samples]
     if data.unit == "packs":
         lines.append(f"packs: {len(data.sequences)} of {cfg.max_seq_len} tokens, {data.sequences.fill:.1%} full")
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
@@ -144,7 +152,7 @@ def describe_plan(
         f"{data.unit} per step: {batch} x {accumulation} x {world_size} = {batch * accumulation * world_size}"
         " (batch x accumulation x processes)"
     )
-    return lines
+    return [*lines, f"{num_steps} steps in {cfg.epochs} epochs"]
 
 
 def describe_environment(device: str) -> dict:

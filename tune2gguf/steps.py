@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tune2gguf.distributed import AgreedError, gather_over_ranks, max_over_ranks, sum_over_ranks
+from tune2gguf.distributed import AgreedError, World, gather_over_ranks, max_over_ranks, sum_over_ranks
 from tune2gguf.loss import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tune2gguf.data import Batch, TokenizedRow
     from tune2gguf.data.packing import Pack
+    from tune2gguf.signals import StopSignals
 
 MAX_ROWS_NAMED = 20
 
@@ -30,6 +31,13 @@ class StepCounts:
     tokens: int
     supervised_tokens: int
     micro_batches: int  # of the rank with the most
+
+    def measure_speed(self, seconds: float) -> dict[str, float]:
+        """Return what metrics.jsonl says of a step that took so long."""
+        return {
+            "tokens_per_second": self.tokens / seconds,
+            "supervised_tokens_per_second": self.supervised_tokens / seconds,
+        }
 
 
 def count_step(micro_batches: list[list[TokenizedRow | Pack]]) -> StepCounts:
@@ -45,6 +53,44 @@ def make_empty_batch() -> Batch:
     from tune2gguf.data import Batch
 
     return Batch(tokens=torch.zeros((1, 2), dtype=torch.long), labels=torch.full((1, 2), IGNORED_LABEL))
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    rows: list[list[TokenizedRow | Pack]],
+    counts: StepCounts,
+    *,
+    pad_id: int,
+    world: World,
+    stop: StopSignals,
+) -> tuple[float, list[Tensor]]:
+    """Add up the gradients of the step's micro-batches, reduced over ranks once.
+
+    Args:
+        rows: this rank's, by micro-batch
+        stop: asked before every micro-batch
+
+    Raises:
+        StopRequested: in every process, if one of them was asked to stop
+
+    Returns:
+        the step's mean loss over all ranks, and this rank's summed loss of each micro-batch
+    """
+    from tune2gguf.data import collate
+    from tune2gguf.parallel import reduce_gradients
+
+    batch_losses = []
+    for number in range(counts.micro_batches):
+        stop.raise_if_requested()
+        # In the last group a rank may have fewer rows than others, or none; all compute equally often.
+        batch = make_empty_batch() if number >= len(rows) else collate(rows[number], pad_id=pad_id)
+        with reduce_gradients(model, is_last=number == counts.micro_batches - 1):
+            losses = model(**vars(batch.to(world.device)))
+            # Divide by the count over all ranks, so that 2 x 4 rows equal 1 x 8; torch then averages over ranks.
+            (losses.sum() * (world.size / counts.supervised_tokens)).backward()
+        batch_losses.append(losses.detach().double().sum())
+    summed_loss = sum_over_ranks(torch.stack(batch_losses).sum())
+    return summed_loss.item() / counts.supervised_tokens, batch_losses
 
 
 def compute_grad_norm(parameters: list[Tensor], *, clip_to: float | None) -> float:

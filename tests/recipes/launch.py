@@ -131,5 +131,6 @@ def read_outcome(folder: Path) -> dict:
     return {
         "metrics": [{key: value for key, value in record.items() if key not in MEASURED} for record in records],
         **{name: (folder / name / "adapter_model.safetensors").read_bytes() for name in ("last", "best")},
+        "samples": (folder / "samples.jsonl").read_text() if (folder / "samples.jsonl").exists() else "",
         "checkpoints": {path.name for path in (folder / "checkpoints").iterdir()},
     }

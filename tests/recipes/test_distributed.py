@@ -7,19 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import TINY_TIED, make_conversations, write_rows, write_tiny_base
+from tests.conftest import make_conversations, write_rows
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_resume import HARD
 from tests.recipes.test_training import measure_difference, read_records
-
-
-@pytest.fixture(scope="module")
-def wide_base(tmp_path_factory) -> Path:
-    """A base whose layers are wide enough for 4-bit blocks to be split over two processes."""
-    from tune2gguf.architectures import Architecture
-
-    wide = Architecture(**{**vars(TINY_TIED), "embed_dim": 256, "intermediate_dim": 256, "head_dim": 64})
-    return write_tiny_base(tmp_path_factory.mktemp("bases") / "wide", wide)
 
 
 @pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "nf4"])

@@ -43,13 +43,13 @@ def run_watched(arguments: list[str], folder: Path, *changed: str) -> Watched:
     cfg = load_config([*arguments, f"output_dir={folder}", *changed])
     recipe = LoRAFinetuneRecipe(cfg, check_config(cfg))
     watched = Watched(recipe, folder)
-    accumulate = recipe._accumulate_gradients
+    train_step = recipe._train_step
 
-    def note_rows(rows, counts):
-        watched.steps.append(rows)
-        return accumulate(rows, counts)
+    def note_rows(micro_batches):
+        watched.steps.append([[recipe.data.sequences[index] for index in batch] for batch in micro_batches])
+        return train_step(micro_batches)
 
-    recipe._accumulate_gradients = note_rows
+    recipe._train_step = note_rows
     recipe.setup()
     recipe.train()
     recipe.save()

@@ -44,7 +44,7 @@ def kill_and_resume(arguments: list[str], folder: Path, moments: list[float], **
 
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
-    arguments = [*arguments, f"dataset.packing={packing}", "max_seq_len=128", "eval_every_n_steps=3"]
+    arguments = [*arguments, f"dataset.packing={packing}", "max_seq_len=128", "eval_every_n_steps=3", "num_samples=1"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log")
     whole = read_outcome(tmp_path / "whole")
     # The later kills come in a run that was resumed already.
@@ -59,7 +59,7 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_killed_at_random_times_and_resumed_equals_never_stopped(arguments, tmp_path, num_processes):
     """At least 24 kills in runs of 1 process, 8 of 2; every second checkpoint is being written when they come."""
-    arguments = [*arguments, "save_every_n_steps=1"]
+    arguments = [*arguments, "save_every_n_steps=1", "eval_every_n_steps=1", "num_samples=1"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log", num_processes=num_processes)
     whole = read_outcome(tmp_path / "whole")
     draw = random.Random(num_processes)

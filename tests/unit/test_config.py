@@ -16,6 +16,7 @@ from tune2gguf.checkpoints.layout import list_tensors
 from tune2gguf.checkpoints.safetensors_file import TensorToWrite
 from tune2gguf.config import check_config, load_config, read_config
 
+LOGGER = "metric_logger._component_"
 # (overrides, what the message says)
 WRONG = [
     # Keys that do not exist, at any depth, and what they probably mean.
@@ -36,7 +37,18 @@ WRONG = [
     (["lr=1e-4"], "unknown config key 'lr'; did you mean 'learning_rate'?"),
     (["checkpointer.checkpoint_dir=x"], "unknown config key 'checkpointer'; did you mean 'base_dir'?"),
     (["loss=torch.nn.CrossEntropyLoss"], "unknown config key 'loss'; the loss is the cross entropy of the supervised"),
-    (["metric_logger.log_dir=x"], "unknown config key 'metric_logger'; metrics.jsonl in the run folder is always"),
+    (["metric_logger.log_dir=x"], "metric_logger needs a _component_, the dotted path of what builds it"),
+    (["metric_logger=tensorboard"], "metric_logger needs a _component_"),
+    ([f"{LOGGER}=torchtune.training.metric_logging.TensorboardLogger"], "metric_logger._component_=torchtune.training"),
+    ([f"{LOGGER}=torchtune.training.metric_logging.TensorBoardLogger"], "missing config key 'metric_logger.log_dir'"),
+    (
+        [f"{LOGGER}=torchtune.training.metric_logging.DiskLogger", "metric_logger.log_dirs=x"],
+        "unknown config key 'metric_logger.log_dirs'; did you mean 'metric_logger.log_dir'?",
+    ),
+    (
+        [f"{LOGGER}=torchtune.training.metric_logging.WandBLogger"],
+        "metric_logger: WandBLogger needs the package wandb, which is not installed: pip install wandb",
+    ),
     (["shuffle=true"], "unknown config key 'shuffle'; the order of the rows follows from seed"),
     (["model.lora_rnk=8"], "unknown config key 'model.lora_rnk'; did you mean 'model.lora_rank'?"),
     (["model.use_dora=true"], "unknown config key 'model.use_dora'; a GGUF adapter cannot hold DoRA's magnitudes"),

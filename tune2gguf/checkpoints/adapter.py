@@ -100,6 +100,15 @@ def make_peft_config(
     }
 
 
+def collect_peft_adapter(
+    model: CausalLM, architecture: Architecture, *, rank: int, alpha: float, dropout: float, base_model_name: str
+) -> tuple[dict[str, Tensor], dict]:
+    """Return the adapter's weights in PEFT's layout, and the content of its config; every process has to ask for it."""
+    weights = to_peft_layout(collect_adapter(model), architecture)
+    config = make_peft_config(weights, rank=rank, alpha=alpha, dropout=dropout, base_model_name=base_model_name)
+    return weights, config
+
+
 def save_adapter(folder: Path, weights: dict[str, Tensor], config: dict) -> str:
     """Write an adapter folder and return the sha256 of its weights.
 

@@ -2,11 +2,12 @@
 
 from tune2gguf.config.check import check_config, check_values
 from tune2gguf.config.plan import check_plan
-from tune2gguf.config.read import build_component, load_config, read_config
+from tune2gguf.config.read import build_component, build_metric_logger, load_config, read_config
 from tune2gguf.config.shape import get_shape
 
 __all__ = [
     "build_component",
+    "build_metric_logger",
     "check_config",
     "check_plan",
     "check_values",

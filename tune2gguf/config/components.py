@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,7 +12,18 @@ from tune2gguf.architectures import ARCHITECTURES
 from tune2gguf.config.keys import KEYS, Key, find_value_problems
 from tune2gguf.config.names import suggest
 
-COMPONENTS = ("model", "tokenizer", "dataset", "optimizer", "lr_scheduler")
+_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+
+COMPONENTS = ("model", "tokenizer", "dataset", "optimizer", "lr_scheduler", "metric_logger")
+_OPTIONAL = ("metric_logger",)  # null builds none
+
+# What torchtune's metric loggers import; none of it comes with this package.
+_LOGGER_PACKAGES = {
+    "TensorBoardLogger": "tensorboard",
+    "WandBLogger": "wandb",
+    "MLFlowLogger": "mlflow",
+    "CometLogger": "comet_ml",
+}
 
 # Given by the recipe when it builds the component, so they may not stand in the YAML.
 _GIVEN_BY_RECIPE = {
@@ -41,6 +54,8 @@ def find_component_problems(values: Mapping[str, Any]) -> Iterator[str]:
         if name not in values:
             continue  # said already
         node = values[name]
+        if node is None and name in _OPTIONAL:
+            continue
         if not isinstance(node, dict) or not isinstance(node.get("_component_"), str):
             yield f"{name} needs a _component_, the dotted path of what builds it"
             continue
@@ -51,13 +66,16 @@ def find_component_problems(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}._component_={node['_component_']}: {error}"
             continue
         given = _GIVEN_BY_RECIPE.get(name, set())
-        settable = [parameter for parameter in parameters if parameter not in given]
-        yield from _find_name_problems(name, options, settable)
-        required = {key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+        named = {key: parameter for key, parameter in parameters.items() if parameter.kind is not _VAR_KEYWORD}
+        settable = [parameter for parameter in named if parameter not in given]
+        yield from _find_name_problems(name, options, settable, takes_any=len(named) < len(parameters))
+        required = {key for key, parameter in named.items() if parameter.default is inspect.Parameter.empty}
         yield from (f"missing config key {f'{name}.{key}'!r}" for key in sorted(required - given - options.keys()))
         yield from _find_reference_problems(name, options, values, settable=settable)
         if name == "model":
             yield from _find_model_problems(options)
+        if name == "metric_logger":
+            yield from _find_package_problems(node["_component_"].rpartition(".")[2])
 
 
 def _find_callable(path: str) -> Callable:
@@ -74,10 +92,17 @@ def _find_callable(path: str) -> Callable:
     return found
 
 
-def _find_name_problems(component: str, options: dict, settable: list[str]) -> Iterator[str]:
+def _find_package_problems(logger: str) -> Iterator[str]:
+    package = _LOGGER_PACKAGES.get(logger)
+    if package is not None and importlib.util.find_spec(package) is None:
+        yield f"metric_logger: {logger} needs the package {package}, which is not installed: pip install {package}"
+
+
+def _find_name_problems(component: str, options: dict, settable: list[str], *, takes_any: bool) -> Iterator[str]:
+    """Yield the keys that are not the callable's; one that takes any key may still be given a misspelled one."""
     for key, value in options.items():
         name = f"{component}.{key}"
-        if key not in settable:
+        if key not in settable and (not takes_any or difflib.get_close_matches(key, settable, cutoff=0.8)):
             yield f"unknown config key {name!r}{suggest(name, settable, flat=KEYS)}"
         elif isinstance(value, dict):
             # No component takes a mapping; without this, what is too deep would reach it as a value.

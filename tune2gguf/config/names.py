@@ -28,9 +28,9 @@ _TORCHTUNE_NAMES = {
 
 _TORCHTUNE_REASONS = {
     "loss": "the loss is the cross entropy of the supervised tokens, always",
-    "metric_logger": "metrics.jsonl in the run folder is always written",
     "log_every_n_steps": "every step is logged",
     "log_level": "there is one level",
+    "log_peak_memory_stats": "the peak is in every line of metrics.jsonl",
     "shuffle": "the order of the rows follows from seed",
     "save_adapter_weights_only": "only the adapter is saved; scripts/export.py merges it",
     "optimizer_in_bwd": "the adapter's optimizer is small",

@@ -66,6 +66,23 @@ def derive_base_dir(base_source: Any) -> str | None:
     return f"{MODELS_FOLDER}/{name}" if name else None
 
 
+def build_metric_logger(config: DictConfig) -> Any:
+    """Build the metric logger, one of torchtune's or like them, and hand the config to it; None where there is none.
+
+    Raises:
+        ValueError: if it cannot be opened, with what it says
+    """
+    if config.metric_logger is None:
+        return None
+    try:
+        logger = build_component(config.metric_logger)
+        logger.log_config(config)
+    except Exception as error:  # of a service, its client or a disk: whatever it is, it is the user's to mend
+        name = config.metric_logger._component_.rpartition(".")[2]
+        raise ValueError(f"metric_logger: {name} cannot be opened: {' '.join(str(error).split())}") from error
+    return logger
+
+
 def build_component(node: DictConfig, *arguments: Any, **given: Any) -> Any:
     """Call the `_component_` of a node with its keys and what the recipe gives.
 

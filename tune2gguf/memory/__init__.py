@@ -1,6 +1,6 @@
 """What a run will need in memory, whether this machine has it, and what to change where it has not."""
 
-from tune2gguf.memory.advice import describe_estimate, describe_fit, explain_out_of_memory, find_warning, summarize
+from tune2gguf.memory.advice import announce, describe_estimate, describe_fit, explain_out_of_memory, find_warning
 from tune2gguf.memory.devices import Device, get_device, list_devices, measure_peak
 from tune2gguf.memory.estimate import Estimate, Shape, estimate_memory
 
@@ -8,6 +8,7 @@ __all__ = [
     "Device",
     "Estimate",
     "Shape",
+    "announce",
     "describe_estimate",
     "describe_fit",
     "estimate_memory",
@@ -16,5 +17,4 @@ __all__ = [
     "get_device",
     "list_devices",
     "measure_peak",
-    "summarize",
 ]

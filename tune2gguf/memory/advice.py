@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +39,14 @@ def summarize(shape: Shape, device: Device) -> str:
     listed = ", ".join(f"{name} {size / GIGABYTE:.1f}" for name, size in parts.items())
     free = f"{device.free / GIGABYTE:.1f} GB are free on {device.name}"
     return f"memory: about {estimate.peak / GIGABYTE:.1f} GB ({listed}); {free}"
+
+
+def announce(shape: Shape, device: Device) -> None:
+    """Say what a run will need before it takes it, and warn where that is not there."""
+    print(summarize(shape, device))
+    warning = find_warning(shape, device)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def fits(shape: Shape, free: int) -> bool:

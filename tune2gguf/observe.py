@@ -1,0 +1,113 @@
+"""Looks at a run on its way: what it has learned, as held-out losses and as answers to held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tune2gguf.distributed import broadcast_from_main
+
+if TYPE_CHECKING:
+    from tune2gguf.data import PreparedData
+    from tune2gguf.data.tokenize import TokenizedRows
+    from tune2gguf.distributed import World
+    from tune2gguf.models import CausalLM
+    from tune2gguf.record import RunRecord
+    from tune2gguf.resume import Progress
+    from tune2gguf.samples import Prompt
+    from tune2gguf.tokenizers import ChatTokenizer
+    from tune2gguf.validation_plan import ValidationPlan
+
+
+def plan_run_validation(
+    data: PreparedData,
+    at: Progress,
+    *,
+    rows_per_step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    every_n_steps: int | None,
+    max_rows: int | None,
+) -> ValidationPlan:
+    """Plan a run's validations; one that goes on keeps the rows and steps that it began with, for more epochs, too.
+
+    Args:
+        at: learns what was planned
+        rows_per_step: or packs
+        every_n_steps, max_rows: as in plan_validation
+    """
+    from tune2gguf.validation_plan import plan_validation
+
+    trained_share = min(1.0, steps_per_epoch * rows_per_step / len(data.sequences))
+    plan = plan_validation(
+        lengths=data.validation.lengths(),
+        digests=data.validation.digests(),
+        training_tokens=epochs * trained_share * int(data.train.lengths().sum()),
+        steps_per_epoch=steps_per_epoch,
+        epochs=epochs,
+        every_n_steps=at.eval_every_n_steps or every_n_steps,
+        max_rows=at.num_val_rows or max_rows,
+    )
+    at.eval_every_n_steps, at.num_val_rows = plan.every_n_steps, len(plan.rows) or None
+    return plan
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What a look takes. Every process has one; the main one's writes what was seen, the others have no record."""
+
+    model: CausalLM
+    tokenizer: ChatTokenizer
+    validation: ValidationPlan
+    rows: TokenizedRows  # of the validation
+    prompts: list[Prompt]
+    batch_size: int
+    max_seq_len: int
+    world: World
+    is_sharded: bool
+    record: RunRecord | None
+
+    def measure(self, at: Progress, *, before_batch: Callable[[], None]) -> float | None:
+        """Return the held-out loss, in nats per supervised token; None without held-out rows. All processes take part.
+
+        Args:
+            before_batch: called by all processes equally often; may raise to give up
+        """
+        from tqdm import tqdm
+
+        from tune2gguf.validate import compute_heldout_loss, describe_validation
+
+        if not self.rows:
+            return None
+        held_out = compute_heldout_loss(
+            self.model,
+            self.rows,
+            batch_size=self.batch_size,
+            pad_id=self.tokenizer.pad_id,
+            world=self.world,
+            before_batch=before_batch,
+        )
+        if self.record is not None:
+            figures = {**held_out.summarize(), "val_row_indices": self.validation.rows}
+            self.record.write_metrics({"step": at.step, "epoch": at.epoch, **figures})
+            tqdm.write(describe_validation({"step": at.step, **figures}))
+        return held_out.mean
+
+    def answer(self, at: Progress) -> None:
+        """Let the model answer the held-out prompts: in the main process, or in all where each has a part of it."""
+        from tune2gguf.samples import answer_prompts
+
+        if not self.prompts or not (self.is_sharded or self.world.is_main):
+            return
+        answers = answer_prompts(
+            self.model,
+            self.tokenizer,
+            self.prompts,
+            max_seq_len=self.max_seq_len,
+            device=self.world.device,
+            # Processes that went on with different tokens would wait for each other for ever.
+            agree=broadcast_from_main if self.is_sharded else lambda token: token,
+        )
+        if self.record is not None:
+            self.record.write_samples({"step": at.step, "epoch": at.epoch, **answer} for answer in answers)

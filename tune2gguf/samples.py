@@ -1,0 +1,93 @@
+"""Held-out prompts that a run answers before, while and after it trains: what the losses mean, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from tune2gguf.data.heldout import cut_before_reply
+from tune2gguf.data.messages import Conversation, Message
+
+if TYPE_CHECKING:
+    import torch
+
+    from tune2gguf.models import CausalLM
+    from tune2gguf.tokenizers import ChatTokenizer
+
+MAX_REPLY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out conversation up to its last reply."""
+
+    row: int  # index of the held-out row
+    messages: list[dict[str, str]]
+    reference: str  # that reply
+    num_tokens: int
+
+
+def choose_prompts(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, num_samples: int, max_seq_len: int
+) -> list[Prompt]:
+    """Return the first held-out prompts after which a token fits into max_seq_len; raw texts have none."""
+    return list(islice(_find_prompts(conversations, tokenizer, max_seq_len), num_samples))
+
+
+def _find_prompts(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, max_seq_len: int
+) -> Iterator[Prompt]:
+    for row, conversation in enumerate(conversations):
+        if not conversation.messages:
+            continue
+        messages, reference = cut_before_reply(conversation)
+        num_tokens = len(tokenizer.encode_prompt([Message(turn["role"], turn["content"]) for turn in messages]))
+        if messages and num_tokens < max_seq_len:
+            yield Prompt(row, messages, reference, num_tokens)
+
+
+def describe_prompts(prompts: Sequence[Prompt], *, num_samples: int, num_held_out: int) -> str | None:
+    """Return the line that a run says before it starts; None where no samples are wanted, or no row is held out."""
+    if num_samples == 0 or num_held_out == 0:
+        return None
+    line = f"samples: {len(prompts)} held-out prompts, answered before training, after each epoch and at the end"
+    if len(prompts) < num_samples:
+        line += f"; num_samples={num_samples}, but no other held-out row is a conversation with room for a reply"
+    return line
+
+
+def answer_prompts(
+    model: CausalLM,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_seq_len: int,
+    device: torch.device,
+    agree: Callable[[int], int] = lambda token: token,
+) -> list[dict]:
+    """Return what samples.jsonl says of each prompt, answered greedily; the model is left as it was.
+
+    Nothing random is drawn, so that a run with samples trains to the same bytes as one without.
+
+    Args:
+        agree: as in generate.AdapterModel
+    """
+    from tune2gguf.generate import lend_caches
+
+    longest = min(max_seq_len, max(prompt.num_tokens for prompt in prompts) + MAX_REPLY_TOKENS)
+    answers = []
+    with lend_caches(model, tokenizer, max_seq_len=longest, device=device, agree=agree) as asked:
+        for prompt in prompts:
+            reply = asked.chat(prompt.messages, max_tokens=MAX_REPLY_TOKENS)
+            answers.append(
+                {
+                    "row": prompt.row,
+                    "prompt": prompt.messages,
+                    "reference": prompt.reference,
+                    "reply": reply.text,
+                    "ended_by_itself": reply.ended_by_itself,
+                }
+            )
+    return answers
