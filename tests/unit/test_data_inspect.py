@@ -9,9 +9,10 @@ import pytest
 
 from tests.conftest import REPOSITORY, make_conversations, write_rows
 from tune2gguf.data import collate, plan_epoch
+from tune2gguf.data.html import plot_lengths
 from tune2gguf.data.inspect import Inspection, inspect_config, inspect_files
 from tune2gguf.data.packing import pack_rows
-from tune2gguf.data.show import MARKS, escape, format_row, make_histogram
+from tune2gguf.data.show import MARKS, Bin, escape, format_row, make_histogram
 from tune2gguf.tokenizers import load_tokenizer
 
 
@@ -113,7 +114,14 @@ def test_page_holds_figures_and_rows_and_escapes_the_data(tmp_path, tiny_base):
     assert "<script" not in page and "<b>" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "<mark>a &amp; b&lt;|im_end|&gt;</mark>" in page
-    assert page.count("<rect") >= 1
+
+
+def test_histogram_of_the_page_has_a_bar_for_each_bin_and_tells_it_in_words():
+    plot = plot_lengths([Bin(0, 10, 7), Bin(10, 20, 2), Bin(20, None, 1)], max_seq_len=15)
+    assert plot.wide.count("fill: var(--plot-bar)") == plot.narrow.count("fill: var(--plot-bar)") == 3
+    assert "0 to 9: 7, 10 to 19: 2; 20 or more: 1" in plot.wide
+    assert [key.text for key in plot.keys] == ["max_seq_len = 15"]
+    assert plot_lengths([Bin(0, 10, 7)], max_seq_len=15).keys == ()
 
 
 def test_page_that_exists_is_not_overwritten(tmp_path, tiny_base):

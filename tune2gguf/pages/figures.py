@@ -6,6 +6,8 @@ Text stays text. The same figure gives the same bytes: no dates, and ids that fo
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WIDE, NARROW = (920, 360), (360, 300)  # of a page, and of a phone; in pixels, as all sizes here
 FONT_SIZE = 11
-MARGINS = {"left": 46, "right": 20, "top": 10, "bottom": 34}  # in pixels
+MARGINS = {"left": 46, "right": 20, "top": 10, "bottom": 34}
 NUM_SERIES = 8
 
 # What a plot is drawn with -> a colour that stands for it while matplotlib draws; the page's stylesheet has the real
@@ -25,8 +28,54 @@ COLORS = {name: f"#0102{index:02x}" for index, name in enumerate(_NAMES)}
 _NAMES_BY_COLOR = {color: name for name, color in COLORS.items()}
 
 
-def make_figure(width: int, height: int, *, xlabel: str = "", ylabel: str = "") -> tuple[Figure, Axes]:
-    """Return a figure of so many pixels and its axes, with horizontal grid lines only."""
+@dataclass(frozen=True)
+class Key:
+    """An entry of a legend.
+
+    Attributes:
+        color: name of a plot colour
+        shape: line, faint, dashes, band, ring, tick or a marker's name; classes of the stylesheet
+    """
+
+    text: str
+    color: str
+    shape: str = "line"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawing for a wide page, perhaps another for a phone, and the words around it."""
+
+    title: str
+    wide: Markup
+    narrow: Markup | None = None
+    keys: tuple[Key, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def render_figure(
+    draw: Callable[[Axes], None],
+    size: tuple[int, int],
+    *,
+    name: str,
+    label: str,
+    ylabel: str = "",
+    xlabel: str = "step",
+) -> Markup:
+    """Return as an `svg` element what is drawn into axes of their own.
+
+    Args:
+        size: width and height
+        name: unique on its page
+        label: what a reader who cannot see it is told
+    """
+    figure, axes = _make_figure(*size, xlabel=xlabel, ylabel=ylabel)
+    draw(axes)
+    return _to_svg(figure, name=name, label=label)
+
+
+def _make_figure(width: int, height: int, *, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """Return a figure and its axes, with horizontal grid lines only."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 72, height / 72))  # SVG has 72 units an inch
@@ -48,13 +97,7 @@ def make_figure(width: int, height: int, *, xlabel: str = "", ylabel: str = "") 
     return figure, axes
 
 
-def to_svg(figure: Figure, *, name: str, label: str) -> Markup:
-    """Return the figure as an `svg` element.
-
-    Args:
-        name: unique on its page
-        label: what a reader who cannot see it is told
-    """
+def _to_svg(figure: Figure, *, name: str, label: str) -> Markup:
     import io
 
     import matplotlib

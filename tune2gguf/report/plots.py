@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tune2gguf.curves import Curves, TrainingStep, Validation
-from tune2gguf.pages.figures import COLORS, FONT_SIZE, NUM_SERIES, make_figure, to_svg
+from tune2gguf.pages.figures import COLORS, FONT_SIZE, NARROW, NUM_SERIES, WIDE, Key, Plot, render_figure
 from tune2gguf.pages.render import format_loss
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
     from matplotlib.axes import Axes
 
-WIDE, NARROW, SMALL = (920, 360), (360, 300), (440, 190)
+SMALL = 440, 190
 MAX_POINTS = 800
 SMOOTHED_SHARE = 0.05
 # Above this ratio of highest to lowest, a linear axis shows the largest values only.
 LOG_FROM_RATIO = 5
 DASHES = ("solid", (0, (6, 2)), (0, (2, 2)))
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^"}
-
-
-@dataclass(frozen=True)
-class Key:
-    """An entry of a legend.
-
-    Attributes:
-        color: name of a plot colour
-        shape: line, faint, dashes, band, ring, tick or a marker's name; classes of the stylesheet
-    """
-
-    text: str
-    color: str
-    shape: str = "line"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawing for a wide page, perhaps another for a phone, and the words around it."""
-
-    title: str
-    wide: Markup
-    narrow: Markup | None = None
-    keys: tuple[Key, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,8 +116,8 @@ def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
     ylabel = f"loss, nats per supervised token{', logarithmic' if log else ''}"
     return Plot(
         "Loss",
-        wide=_render(draw, WIDE, name="loss-wide", ylabel=ylabel, label=_describe_losses(curves, smoothed)),
-        narrow=_render(draw, NARROW, name="loss-narrow", ylabel=ylabel, label=_describe_losses(curves, smoothed)),
+        wide=render_figure(draw, WIDE, name="loss-wide", ylabel=ylabel, label=_describe_losses(curves, smoothed)),
+        narrow=render_figure(draw, NARROW, name="loss-narrow", ylabel=ylabel, label=_describe_losses(curves, smoothed)),
         keys=tuple(keys),
         notes=_note_thinning(len(training), every),
     )
@@ -216,7 +190,7 @@ def _plot_small(
         _set_steps(axes, curves, num_steps)
 
     means = [f"{name} {series.y.mean():.3g} on average, at most {series.y.max():.3g}" for name, series in named.items()]
-    wide = _render(
+    wide = render_figure(
         draw,
         SMALL,
         name=title.lower().replace(" ", "-"),
@@ -257,8 +231,8 @@ def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
     label = f"Held-out loss of {len(shown)} runs by step: {'; '.join(ends)}."
     return Plot(
         "Held-out loss",
-        wide=_render(draw, WIDE, name=f"{name}-wide", ylabel=ylabel, label=label),
-        narrow=_render(draw, NARROW, name=f"{name}-narrow", ylabel=ylabel, label=label),
+        wide=render_figure(draw, WIDE, name=f"{name}-wide", ylabel=ylabel, label=label),
+        narrow=render_figure(draw, NARROW, name=f"{name}-narrow", ylabel=ylabel, label=label),
         keys=tuple(
             Key(run, color, f"{marker}{' dashes' * (dash > 0)}")
             for run, (color, marker, dash) in zip(shown, styles, strict=True)
@@ -365,9 +339,3 @@ def _note_thinning(count: int, every: int) -> tuple[str, ...]:
     if every == 1:
         return ()
     return (f"{count:,} steps; drawn are the lowest and the highest value of every {every}.",)
-
-
-def _render(draw: Callable[[Axes], None], size: tuple[int, int], *, name: str, ylabel: str, label: str) -> Markup:
-    figure, axes = make_figure(*size, xlabel="step", ylabel=ylabel)
-    draw(axes)
-    return to_svg(figure, name=name, label=label)
