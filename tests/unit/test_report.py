@@ -180,7 +180,7 @@ def test_a_missing_file_is_said_and_the_rest_is_there(tmp_path, missing):
     assert page.headings.index("Overfitting") < page.headings.index("Environment")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"', '{"label": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"', '{"epochs": "${nothing.there}"}', '{"label": 3}'])
 def test_unreadable_files_are_said_and_no_exception(tmp_path, content):
     names = ("config.yaml", "environment.json", "data.json", "verdict.json", "samples.jsonl")
     folder = write_run(tmp_path / "quickstart")

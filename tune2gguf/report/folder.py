@@ -14,7 +14,7 @@ from tune2gguf.advice import Advice
 from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE, Curves, Sample, read_curves, read_samples
 from tune2gguf.verdict import Verdict
 
-VERDICT_FILE = "verdict.json"
+CONFIG_FILE, VERDICT_FILE = "config.yaml", "verdict.json"
 
 PARTS_OF_READ = ("trained", "validated", "truncated", "dropped")
 _LEDGER_KEYS = ("read", *PARTS_OF_READ, "training", "validation", "notes", "files", "rows_truncated", "rows_dropped")
@@ -80,7 +80,7 @@ def read_run_folder(run_dir: Path) -> RunFolder:
             problems.append(str(error))
         return otherwise
 
-    config = take("config.yaml", lambda folder: _read_mapping(folder / "config.yaml"), {})
+    config = take(CONFIG_FILE, _read_config, {})
     curves = take(METRICS_FILE, read_curves, Curves())
     verdict, advice = take(VERDICT_FILE, read_verdict, (None, ()))
     return RunFolder(
@@ -128,7 +128,6 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     import yaml
-    from omegaconf import OmegaConf
 
     if not path.is_file():
         raise ValueError(f"{path.name}: not found")
@@ -139,8 +138,19 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.name}: holds no keys")
-    # config.yaml keeps its references.
-    return content if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    return content
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    content = _read_mapping(run_dir / CONFIG_FILE)
+    try:
+        # References are kept in the file.
+        return OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{CONFIG_FILE}: a reference leads nowhere ({error})") from None
 
 
 def _read_ledger(run_dir: Path) -> dict[str, Any]:
