@@ -160,7 +160,7 @@ def _describe_situation(run: RecordedRun, entries: Sequence[Entry]) -> Situation
         config=run.config,
         data=run.data,
         free_dirs=list_free_dirs(run.run_dir),
-        num_processes=_read_num_processes(run.run_dir),
+        num_processes=read_num_processes(run.run_dir),
         tried=list_tried(entries, family),
         past=[entry.config for entry in entries if (entry.data, entry.base) == (mine.data, mine.base)],
     )
@@ -177,7 +177,7 @@ def list_free_dirs(run_dir: Path) -> list[str]:
     return found
 
 
-def _read_num_processes(run_dir: Path) -> int:
+def read_num_processes(run_dir: Path) -> int:
     """Return on how many processes a run's newest checkpoint was written; 1 where there is none."""
     from tune2gguf.checkpoints.state import CHECKPOINTS, list_checkpoints
 

@@ -25,6 +25,7 @@ from tests.unit.run_folders import (
 )
 from tune2gguf.advice import Advice
 from tune2gguf.curves import Curves, read_curves
+from tune2gguf.paired import Estimate
 from tune2gguf.report import ComparedRun, rewrite_report, write_comparison, write_report
 from tune2gguf.report.plots import Series, smooth, take_series, thin
 from tune2gguf.verdict import Verdict
@@ -257,6 +258,25 @@ def test_verdict_in_hand_wins_over_the_file(tmp_path):
     assert "python scripts/export.py runs/x" in page.text
 
 
+def test_whether_the_parents_advice_helped_is_said(tmp_path):
+    outcome = {"helped": True, "difference": -0.031, "low": -0.05, "high": -0.012, "rows": 12, "final_difference": -0.2}
+    page = make_page(
+        tmp_path / "child",
+        verdict=VERDICT | {"outcome": {**outcome, "problem": None}},
+        config=make_config(parent_run="runs/parent"),
+    )
+    assert "Beside runs/parent: it helped; held-out loss of the best adapter -0.0310 nats a token" in page.text
+    assert "Follows the advice of runs/parent" in page.text
+
+
+def test_a_run_on_several_processes_goes_on_with_as_many(tmp_path):
+    folder = write_run(tmp_path / "quickstart", metrics=make_metrics(until=100), is_finished=False)
+    checkpoint = folder / "checkpoints" / "step_100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text('{"run": {"processes": 8}}')
+    assert "tune run --nproc_per_node 8 recipes/lora_finetune.py --config" in Page(rewrite_report(folder)).text
+
+
 def test_ledger_adds_up_in_words(judged):
     assert "299 rows read = 250 trained + 12 validated + 30 truncated + 7 dropped" in judged.text
     assert "repeats examples/quickstart/train.jsonl, line 1" in judged.text
@@ -324,14 +344,16 @@ def make_compared(tmp_path):
     def make(name: str, *, held_out: str = "a", **metrics) -> ComparedRun:
         write_lines(tmp_path / "metrics.jsonl", make_metrics(**metrics))
         curves = read_curves(tmp_path)
-        return ComparedRun(name, curves, held_out, {"learning_rate": "1e-4"}, 75.0, 2**30, "good fit")
+        return ComparedRun(
+            name, curves, held_out, {"learning_rate": "1e-4"}, seconds=75.0, peak_memory_bytes=10**9, verdict="good fit"
+        )
 
     return make
 
 
 def test_comparison_ranks_only_runs_on_the_same_rows(tmp_path, make_compared):
     runs = [
-        make_compared("worse", floor=0.6),
+        replace(make_compared("worse", floor=0.6), behind=Estimate(0.41, 0.35, 0.47)),
         make_compared("other rows", held_out="b", floor=0.1),
         make_compared("better", floor=0.2),
         replace(make_compared("unmeasured"), curves=Curves()),
@@ -341,7 +363,8 @@ def test_comparison_ranks_only_runs_on_the_same_rows(tmp_path, make_compared):
     # In each part the names stand in the legend, then in the table.
     assert order == ["better", "worse"] * 2 + ["other rows"] * 2 + ["unmeasured"]
     assert "On the same 12 held-out rows" in page.headings and "Without a held-out loss" in page.headings
-    assert "1 min 15 s" in page.text and "1.0 GiB" in page.text
+    assert "+0.410 (+0.350 to +0.470)" in page.text
+    assert "1 min 15 s" in page.text and "1.0 GB" in page.text
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
 

@@ -10,6 +10,7 @@ from typing import Any
 from tune2gguf.curves import Curves
 from tune2gguf.pages import render_page
 from tune2gguf.pages.render import format_loss
+from tune2gguf.paired import Estimate
 from tune2gguf.report.plots import plot_comparison
 from tune2gguf.runs import write_text
 
@@ -24,6 +25,7 @@ class ComparedRun:
         differences: config key -> value, as text, of the keys that differ between the runs
         seconds: that the run took
         verdict: its label; None for a run that has not ended
+        behind: best held-out loss over that of the first of the group, row by row; None for the first
     """
 
     name: str
@@ -33,6 +35,7 @@ class ComparedRun:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     verdict: str | None = None
+    behind: Estimate | None = None
 
 
 def write_comparison(runs: Sequence[ComparedRun], path: Path) -> Path:
@@ -71,21 +74,23 @@ def _group(runs: Sequence[ComparedRun]) -> Iterator[dict[str, Any]]:
 
 def _make_table(runs: Sequence[ComparedRun], *, is_ranked: bool) -> dict[str, Any]:
     keys = [*dict.fromkeys(key for run in runs for key in run.differences)]
-    heads = ["run", *(["held-out loss", "95 % interval", "at step"] if is_ranked else []), "verdict", *keys, "time"]
-    numeric = [1, 2, 3] if is_ranked else []
-    numeric += [len(heads) - 1, len(heads)]
+    measures = ["held-out loss", "95 % interval", "at step", "behind the first"] if is_ranked else []
+    heads = ["run", *measures, "verdict", *keys, "time", "memory"]
     rows = []
     for run in runs:
-        best = run.curves.best
-        measured = [] if best is None else [format_loss(best.loss), _format_interval(best), f"{best.step:,}"]
-        memory = f"{run.peak_memory_bytes / 2**30:.1f} GiB" if run.peak_memory_bytes else "–"
+        memory = f"{run.peak_memory_bytes / 1e9:.1f} GB" if run.peak_memory_bytes else "–"
         values = [run.differences.get(key, "–") for key in keys]
+        measured = _format_measures(run) if is_ranked else []
         rows.append([run.name, *measured, run.verdict or "–", *values, _format_seconds(run.seconds), memory])
-    return {"heads": [*heads, "memory"], "rows": rows, "numeric": numeric, "is_ranked": is_ranked}
+    numeric = [*range(1, 1 + len(measures)), len(heads) - 2, len(heads) - 1]
+    return {"heads": heads, "rows": rows, "numeric": numeric, "is_ranked": is_ranked}
 
 
-def _format_interval(line) -> str:
-    return "–" if line.low is None or line.high is None else f"{format_loss(line.low)} – {format_loss(line.high)}"
+def _format_measures(run: ComparedRun) -> list[str]:
+    best, behind = run.curves.best, run.behind
+    interval = "–" if best.low is None or best.high is None else f"{format_loss(best.low)} – {format_loss(best.high)}"
+    gap = "–" if behind is None else f"{behind.value:+.3f} ({behind.low:+.3f} to {behind.high:+.3f})".replace("-", "−")
+    return [format_loss(best.loss), interval, f"{best.step:,}", gap]
 
 
 def _format_seconds(seconds: float | None) -> str:

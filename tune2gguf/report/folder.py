@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune2gguf.advice import Advice
+from tune2gguf.conclude import VERDICT_FILE, read_num_processes
 from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE, Curves, Sample, read_curves, read_samples
+from tune2gguf.run_ledger import Outcome, describe_outcome
 from tune2gguf.verdict import Verdict
 
-CONFIG_FILE, VERDICT_FILE = "config.yaml", "verdict.json"
+CONFIG_FILE = "config.yaml"
 
 PARTS_OF_READ = ("trained", "validated", "truncated", "dropped")
 _LEDGER_KEYS = ("read", *PARTS_OF_READ, "training", "validation", "notes", "files", "rows_truncated", "rows_dropped")
@@ -43,7 +45,12 @@ class Position:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The content of a run folder. `problems` says what could not be read."""
+    """The content of a run folder.
+
+    Attributes:
+        outcome: whether the advice that the run follows helped, as a sentence; empty where it follows none
+        problems: what could not be read
+    """
 
     name: str
     path: Path
@@ -54,6 +61,8 @@ class RunFolder:
     samples: tuple[Sample, ...] = ()
     verdict: Verdict | None = None
     advice: tuple[Advice, ...] = ()
+    outcome: str = ""
+    num_processes: int = 1
     has_last: bool = False
     position: Position = field(default_factory=lambda: Position(0, None, 1, None, None))
     problems: tuple[str, ...] = ()
@@ -82,7 +91,7 @@ def read_run_folder(run_dir: Path) -> RunFolder:
 
     config = take(CONFIG_FILE, _read_config, {})
     curves = take(METRICS_FILE, read_curves, Curves())
-    verdict, advice = take(VERDICT_FILE, read_verdict, (None, ()))
+    verdict, advice, outcome = take(VERDICT_FILE, lambda folder: read_verdict(folder, config), (None, (), ""))
     return RunFolder(
         # resolve(): the name of "." is the folder's, too.
         name=run_dir.resolve().name,
@@ -94,36 +103,32 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         samples=take(SAMPLES_FILE, read_samples, ()),
         verdict=verdict,
         advice=advice,
+        outcome=outcome,
+        num_processes=take("checkpoints", read_num_processes, 1),
         has_last=(run_dir / "last").is_dir(),
         position=_find_position(run_dir, config, curves),
         problems=tuple(problems),
     )
 
 
-def read_verdict(run_dir: Path) -> tuple[Verdict | None, tuple[Advice, ...]]:
-    """Return what verdict.json holds; a run that has not ended has none.
+def read_verdict(run_dir: Path, config: Mapping[str, Any]) -> tuple[Verdict | None, tuple[Advice, ...], str]:
+    """Return what verdict.json holds: verdict, advice, and how the run came out beside its parent.
+
+    A run that has not ended has none.
 
     Raises:
         ValueError, KeyError, TypeError: if it is not a verdict's
     """
     path = run_dir / VERDICT_FILE
     if not path.is_file():
-        return None, ()
+        return None, (), ""
     record = _read_mapping(path)
-    verdict = Verdict(record["label"], tuple(record["reasons"]), dict(record["figures"]))
-    known = Advice.__dataclass_fields__
-    advice = [
-        Advice(**{key: value for key, value in entry.items() if key in known}) for entry in record.get("advice", [])
-    ]
-    return verdict, tuple(advice)
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a config without nesting: {"model.lora_rank": 16}."""
-    flat = {}
-    for key, value in node.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    verdict = Verdict(record["label"], tuple(record["reasons"]), record["figures"])
+    advice = tuple(Advice(**entry) for entry in record["advice"])
+    outcome = record.get("outcome")
+    if outcome is None:
+        return verdict, advice, ""
+    return verdict, advice, describe_outcome(Outcome(**outcome), str(config.get("parent_run")))
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

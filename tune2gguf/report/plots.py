@@ -154,7 +154,7 @@ def plot_training(curves: Curves, *, num_steps: int | None, clip_grad_norm: floa
             {"all tokens": take("tokens_per_second"), "supervised ones": take("supervised_tokens_per_second")},
             from_zero=True,
         ),
-        plot("Memory", "GiB, the most so far", {"memory": take("peak_memory_bytes", 2.0**-30)}, from_zero=True),
+        plot("Memory", "GB, the most so far", {"memory": take("peak_memory_bytes", 1e-9)}, from_zero=True),
     ]
     return [plot for plot in plots if plot is not None]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.advice import Advice
+from tune2gguf.conclude import flatten_config
 from tune2gguf.config.guide import GUIDE_PARAMETERS
 from tune2gguf.curves import Sample, Validation
 from tune2gguf.pages import render_page
 from tune2gguf.pages.render import format_loss
-from tune2gguf.report.folder import PARTS_OF_READ, RunFolder, flatten, is_number, read_run_folder
+from tune2gguf.report.folder import PARTS_OF_READ, RunFolder, is_number, read_run_folder
 from tune2gguf.report.plots import plot_losses, plot_training
 from tune2gguf.runs import write_text
 from tune2gguf.verdict import Verdict
@@ -125,12 +126,11 @@ def _describe_state(run: RunFolder, *, is_finished: bool) -> State:
 
 
 def _list_next_steps(run: RunFolder, state: State) -> Iterator[dict[str, Any]]:
-    config = flatten(run.config)
+    config = flatten_config(run.config)
     if state.kind == "unfinished":
         command = _make_command(run, "resume=auto")
         if command:
-            reason = "Goes on with this run if it was stopped. On several processes, with the launcher that began it."
-            yield {"command": command, "changes": [], "reason": reason, "guide_section": ""}
+            yield {"command": command, "changes": [], "reason": "Goes on if it was stopped.", "guide_section": ""}
         return
     for step in run.advice:
         changes = [f"{key}: {_show(config[key])} → {_show(new)}" if key in config else f"{key}={_show(new)}"
@@ -139,12 +139,13 @@ def _list_next_steps(run: RunFolder, state: State) -> Iterator[dict[str, Any]]:
 
 
 def _make_command(run: RunFolder, *more: str) -> str:
-    """Return the command that began the run on one process, with other `resume=`; empty where it is not known."""
+    """Return the command that began the run, on one machine, with another `resume=`; empty where it is not known."""
     _, *arguments = map(str, run.environment.get("command") or [""])
     if not arguments:
         return ""
     kept = [argument for argument in arguments if not argument.startswith("resume=")]
-    return shlex.join(["tune", "run", "recipes/lora_finetune.py", *kept, *more])
+    processes = ["--nproc_per_node", str(run.num_processes)] if run.num_processes > 1 else []
+    return shlex.join(["tune", "run", *processes, "recipes/lora_finetune.py", *kept, *more])
 
 
 def _get_figures(verdict: Verdict | None) -> list[tuple[str, float]]:
@@ -168,7 +169,7 @@ def _list_tiles(run: RunFolder) -> Iterator[dict[str, str]]:
         yield {"name": "Held-out loss of the base", "value": format_loss(base.loss), "note": _format_interval(base)}
     memory = [line.peak_memory_bytes for line in curves.training if line.peak_memory_bytes]
     if memory:
-        yield {"name": "Peak memory", "value": f"{max(memory) / 2**30:.1f} GiB", "note": ""}
+        yield {"name": "Peak memory", "value": f"{max(memory) / 1e9:.1f} GB", "note": ""}
     speeds = sorted(line.tokens_per_second for line in curves.training if is_number(line.tokens_per_second))
     if speeds:
         median = speeds[len(speeds) // 2]
@@ -256,7 +257,7 @@ def _list_rows(rows: list[dict[str, Any]], name: str, *, column: str, key: str) 
 
 
 def _describe_config(config: dict[str, Any]) -> dict[str, Any]:
-    flat = flatten(config)
+    flat = flatten_config(config)
     guide = {parameter.key: parameter for parameter in GUIDE_PARAMETERS}
     return {
         "guide_rows": [(key, _show(flat[key]), guide[key].effect) for key in guide if key in flat],
