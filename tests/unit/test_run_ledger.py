@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def test_outcome_says_whether_it_helped_and_by_how_much(path, noise, helped, tmp
     assert f"{outcome.difference:+.4f}" in describe_outcome(outcome, "runs/parent")
 
 
-def take_rows(curves: Curves, rows: range) -> Curves:
+def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
     """Return curves that measured only some of the held-out rows."""
     measured = [
         replace(

@@ -33,7 +33,7 @@ _GIVEN_BY_RECIPE = {
 }
 
 # One fact stands in one place: these component keys are what the flat key says.
-_REFERENCES = {
+REFERENCES = {
     "model.base_dir": "base_dir",
     "model.lora_rank": "lora_rank",
     "model.lora_alpha": "lora_alpha",
@@ -113,7 +113,7 @@ def _find_name_problems(component: str, options: dict, settable: list[str], *, t
 def _find_reference_problems(
     component: str, options: dict, values: Mapping[str, Any], *, settable: list[str]
 ) -> Iterator[str]:
-    for path, flat in _REFERENCES.items():
+    for path, flat in REFERENCES.items():
         name, _, key = path.partition(".")
         if name != component or flat not in values:
             continue

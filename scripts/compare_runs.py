@@ -1,0 +1,25 @@
+"""Compare runs: a table of what differs, held-out loss, time, memory and verdict, and a page with the curves."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; default: all in runs/")
+    parser.add_argument("--html", type=Path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page")
+    arguments = parser.parse_args()
+
+    from tune2gguf.compare import find_runs, format_groups, group_runs, write_page
+
+    try:
+        groups = group_runs(arguments.runs or find_runs(Path("runs")))
+        print(format_groups(groups))
+        print(write_page(groups, arguments.html))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Runs are ranked on the held-out rows that they share, and only those that share some."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.unit.judged_runs import write_run
+from tests.unit.synthetic_curves import approach, make_curves
+from tests.unit.test_run_ledger import rewrite_heldout, take_rows
+from tune2gguf.compare import find_differences, find_runs, format_groups, group_runs, write_page
+from tune2gguf.conclude import conclude_run
+
+GOOD, SLOW, POOR = (make_curves(approach(rate)) for rate in (8, 1, 0.5))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    write_run(tmp_path / "slow", SLOW, "learning_rate=2e-4")
+    write_run(tmp_path / "good", GOOD, "learning_rate=1e-3")
+    write_run(tmp_path / "other", POOR, "learning_rate=1e-3", heldout="other rows")
+    return tmp_path
+
+
+def test_lowest_loss_is_first_and_other_rows_are_apart(runs):
+    ranked, apart = group_runs(find_runs(runs))
+    assert [run.name for run in ranked.runs] == ["good", "slow"]
+    assert [run.name for run in apart.runs] == ["other"]
+    assert ranked.num_rows == 40
+    assert ranked.runs[0].behind is None
+    behind = ranked.runs[1].behind
+    assert behind.value == pytest.approx(SLOW.best.loss - GOOD.best.loss)
+    assert behind.low < behind.value < behind.high
+    text = format_groups([ranked, apart])
+    assert "on other held-out rows are listed apart" in text
+    assert text.index("good") < text.index("slow") < text.index("other")
+
+
+def test_runs_that_measured_parts_are_ranked_on_what_they_share(tmp_path):
+    """The part of one run is the harder half, on which its loss is not to be held against another's whole."""
+    by_loss = sorted(range(40), key=lambda row: GOOD.final.row_losses[row] / GOOD.final.row_tokens[row])
+    part = take_rows(GOOD, by_loss[20:])
+    first = write_run(tmp_path / "part", part)
+    rewrite_heldout(first, 40)
+    second = write_run(tmp_path / "whole", SLOW)
+    assert part.best.loss > take_rows(GOOD, range(40)).best.loss
+    (group,) = group_runs([first, second])
+    assert group.num_rows == 20
+    losses = {run.name: run.curves.best.loss for run in group.runs}
+    assert losses["part"] == pytest.approx(part.best.loss)
+    assert losses["whole"] == pytest.approx(take_rows(SLOW, by_loss[20:]).best.loss)
+
+
+def test_differences_leave_out_what_is_alike_and_what_follows(runs):
+    (group, _) = group_runs(find_runs(runs))
+    assert [run.differences for run in group.runs] == [{"learning_rate": 1e-3}, {"learning_rate": 2e-4}]
+    assert find_differences([{"a": 1}, {"a": 1, "b": None}]) == [{}, {}]
+    assert find_differences([{"a": 1}, {"b": 0}]) == [{"a": 1, "b": None}, {"a": None, "b": 0}]
+
+
+def test_verdict_is_that_of_the_run_or_one_so_far(runs):
+    conclude_run(runs / "good")
+    ((good, slow), _) = (group.runs for group in group_runs(find_runs(runs)))
+    assert (good.verdict, good.is_finished) == ("good fit", True)
+    assert (slow.verdict, slow.is_finished) == ("underfitting", False)
+
+
+def test_time_and_memory_are_those_of_the_steps(runs):
+    """100 steps in 4 epochs of 6000 tokens at 1000 tokens a second are 24 s."""
+    group, _ = group_runs(find_runs(runs))
+    assert group.runs[0].seconds == pytest.approx(24)
+    assert group.runs[0].peak_memory_bytes == 2_000_000_000
+
+
+def test_page_holds_every_run(runs):
+    page = write_page(group_runs(find_runs(runs)), runs / "comparison.html").read_text()
+    assert all(name in page for name in ("good", "slow", "other"))
+
+
+def test_script_prints_the_table_and_where_the_page_is(runs):
+    command = [sys.executable, "scripts/compare_runs.py", str(runs / "good"), str(runs / "slow")]
+    done = subprocess.run(
+        [*command, "--html", str(runs / "page.html")], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "learning_rate" in done.stdout and str(runs / "page.html") in done.stdout
+
+
+def test_no_runs_are_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="no runs here"):
+        find_runs(tmp_path)
