@@ -106,6 +106,7 @@ def write_page(groups: Sequence[Group], path: Path) -> Path:
             seconds=run.seconds,
             peak_memory_bytes=run.peak_memory_bytes,
             verdict=describe_label(run),
+            behind=run.behind,
         )
         for number, group in enumerate(groups)
         for run in group.runs
