@@ -176,7 +176,7 @@ class LoRAFinetuneRecipe:
         from tune2gguf.data.heldout import read_heldout
         from tune2gguf.record import RunRecord
         from tune2gguf.resume import enter_run_folder
-        from tune2gguf.runs import describe_plan
+        from tune2gguf.runs import describe_plan, write_plan
         from tune2gguf.samples import choose_prompts
 
         self.record, self.writer, self.prompts = None, None, []
@@ -200,6 +200,7 @@ class LoRAFinetuneRecipe:
             prompts=self.prompts,
             num_steps=self.num_training_steps,
         )
+        write_plan(self.folder, lines, num_steps=self.num_training_steps)
         notes = [f"note: {note}" for note in [*self.warnings, *self.data.ledger["notes"]]]
         print("\n".join([*lines, *notes]))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tune2gguf.samples import Prompt
     from tune2gguf.validation_plan import ValidationPlan
 
+PLAN_FILE = "plan.json"
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
 
 
@@ -153,6 +154,11 @@ def describe_plan(
         " (batch x accumulation x processes)"
     )
     return [*lines, f"{num_steps} steps in {cfg.epochs} epochs"]
+
+
+def write_plan(folder: Path, lines: Sequence[str], *, num_steps: int) -> None:
+    """Write plan.json: what a run said it was about to do, and its optimizer steps in all epochs together."""
+    write_text(folder / PLAN_FILE, json.dumps({"num_steps": num_steps, "lines": [*lines]}, indent=2) + "\n")
 
 
 def describe_environment(device: str) -> dict:

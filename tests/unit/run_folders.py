@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from tests.conftest import REPOSITORY
+from tune2gguf.runs import write_plan
 
 ROW_TOKENS = (34, 41, 18, 27, 52, 39, 22, 31, 45, 29, 36, 25)
 QUESTIONS = (
@@ -146,13 +147,14 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 
 def write_run(
     folder: Path, *, config=None, environment=ENVIRONMENT, ledger=LEDGER, metrics=None, samples=None, verdict=None,
-    is_finished: bool = True,
+    num_steps: int = 195, is_finished: bool = True,
 ) -> Path:  # fmt: skip
     """Write the folder of a run; by default of a finished one that was not judged."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(make_config() if config is None else config, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "data.json").write_text(json.dumps(ledger))
+    write_plan(folder, ["rows per step: 4 x 1 x 1 = 4 (batch x accumulation x processes)"], num_steps=num_steps)
     write_lines(folder / "metrics.jsonl", make_metrics() if metrics is None else metrics)
     write_lines(folder / "samples.jsonl", make_samples() if samples is None else samples)
     if verdict is not None:

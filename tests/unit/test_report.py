@@ -172,7 +172,7 @@ def test_joined_emoji_and_right_to_left_text_stay_whole(tmp_path):
     assert {"class": "text", "dir": "auto"} in page.find("div")
 
 
-@pytest.mark.parametrize("missing", ["config.yaml", "environment.json", "data.json", "metrics.jsonl"])
+@pytest.mark.parametrize("missing", ["config.yaml", "environment.json", "data.json", "plan.json", "metrics.jsonl"])
 def test_a_missing_file_is_said_and_the_rest_is_there(tmp_path, missing):
     folder = write_run(tmp_path / "quickstart", verdict=VERDICT)
     (folder / missing).unlink()
@@ -183,7 +183,7 @@ def test_a_missing_file_is_said_and_the_rest_is_there(tmp_path, missing):
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"text"', '{"epochs": "${nothing.there}"}', '{"label": 3}'])
 def test_unreadable_files_are_said_and_no_exception(tmp_path, content):
-    names = ("config.yaml", "environment.json", "data.json", "verdict.json", "samples.jsonl")
+    names = ("config.yaml", "environment.json", "data.json", "plan.json", "verdict.json", "samples.jsonl")
     folder = write_run(tmp_path / "quickstart")
     for name in names:
         (folder / name).write_text(content)
@@ -237,7 +237,7 @@ def test_a_running_or_killed_run_says_where_it_stands_and_how_to_go_on(tmp_path)
 
 
 def test_a_run_with_more_epochs_than_its_last_end_is_unfinished(tmp_path):
-    folder = write_run(tmp_path / "quickstart", verdict=VERDICT, config=make_config(epochs=4))
+    folder = write_run(tmp_path / "quickstart", verdict=VERDICT, config=make_config(epochs=4), num_steps=260)
     page = Page(rewrite_report(folder))
     assert "step 195 of 260" in page.text and "Given at an earlier end" in page.text
 
@@ -245,8 +245,8 @@ def test_a_run_with_more_epochs_than_its_last_end_is_unfinished(tmp_path):
 def test_a_run_that_stopped_early_is_finished(tmp_path):
     metrics = make_metrics(steps=300, until=280, overfit=True)
     config = make_config(early_stopping_patience=2)
-    assert "Stopped early" in make_page(tmp_path / "early", metrics=metrics, config=config).text
-    assert "Not finished" in make_page(tmp_path / "cut", metrics=metrics).text
+    assert "Stopped early" in make_page(tmp_path / "early", metrics=metrics, config=config, num_steps=300).text
+    assert "Not finished" in make_page(tmp_path / "cut", metrics=metrics, num_steps=300).text
 
 
 def test_verdict_in_hand_wins_over_the_file(tmp_path):

@@ -14,6 +14,7 @@ from tune2gguf.advice import Advice
 from tune2gguf.conclude import VERDICT_FILE, read_num_processes
 from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE, Curves, Sample, read_curves, read_samples
 from tune2gguf.run_ledger import Outcome, describe_outcome
+from tune2gguf.runs import PLAN_FILE
 from tune2gguf.verdict import Verdict
 
 CONFIG_FILE = "config.yaml"
@@ -30,7 +31,7 @@ class Position:
 
     Attributes:
         step: optimizer steps taken or left out
-        num_steps: of the whole run; None while the first epoch does not tell
+        num_steps: of the whole run; None where plan.json is missing
         epoch: the one in progress or the last one, counted from 1
         num_epochs: None where the config is missing
         measured_at: when something was measured last; None before that
@@ -49,6 +50,7 @@ class RunFolder:
 
     Attributes:
         outcome: whether the advice that the run follows helped, as a sentence; empty where it follows none
+        plan: what the run said it was about to do, line by line
         problems: what could not be read
     """
 
@@ -62,6 +64,7 @@ class RunFolder:
     verdict: Verdict | None = None
     advice: tuple[Advice, ...] = ()
     outcome: str = ""
+    plan: tuple[str, ...] = ()
     num_processes: int = 1
     has_last: bool = False
     position: Position = field(default_factory=lambda: Position(0, None, 1, None, None))
@@ -90,6 +93,7 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         return otherwise
 
     config = take(CONFIG_FILE, _read_config, {})
+    plan = take(PLAN_FILE, lambda folder: _read_mapping(folder / PLAN_FILE), {})
     curves = take(METRICS_FILE, read_curves, Curves())
     verdict, advice, outcome = take(VERDICT_FILE, lambda folder: read_verdict(folder, config), (None, (), ""))
     return RunFolder(
@@ -106,7 +110,8 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         outcome=outcome,
         num_processes=take("checkpoints", read_num_processes, 1),
         has_last=(run_dir / "last").is_dir(),
-        position=_find_position(run_dir, config, curves),
+        plan=tuple(plan.get("lines", ())),
+        position=_find_position(run_dir, config, plan, curves),
         problems=tuple(problems),
     )
 
@@ -166,31 +171,19 @@ def _read_ledger(run_dir: Path) -> dict[str, Any]:
     return ledger
 
 
-def _find_position(run_dir: Path, config: Mapping[str, Any], curves: Curves) -> Position:
-    step = max([line.step for line in (*curves.training, *curves.validations)], default=0)
+def _find_position(run_dir: Path, config: Mapping[str, Any], plan: Mapping[str, Any], curves: Curves) -> Position:
     epochs = config.get("epochs")
-    per_epoch = _find_steps_per_epoch(curves)
-    num_steps = epochs * per_epoch if isinstance(epochs, int) and per_epoch else None
     path = run_dir / METRICS_FILE
     measured_at = None
     if path.is_file():
         measured_at = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return Position(
-        step=step,
-        num_steps=num_steps,
+        step=max([line.step for line in (*curves.training, *curves.validations)], default=0),
+        num_steps=plan.get("num_steps"),
         epoch=1 + max((line.epoch for line in curves.training), default=0),
         num_epochs=epochs if isinstance(epochs, int) else None,
         measured_at=measured_at,
     )
-
-
-def _find_steps_per_epoch(curves: Curves) -> int | None:
-    """Return the steps of an epoch once the first has ended; its steps are those with the number 0."""
-    later = [line.step for line in curves.training if line.epoch > 0]
-    if later:
-        return later[0] - 1
-    ended = [line.step for line in curves.validations if line.epoch > 0]
-    return ended[0] if ended else None
 
 
 def is_number(value: float | None) -> bool:
