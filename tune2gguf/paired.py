@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 POWER = 0.80
-NUM_RESAMPLES = 9999
+# Intervals of few rows are read far out in the tails; those of many rows are costly to draw.
+MANY_ROWS, NUM_RESAMPLES, NUM_RESAMPLES_OF_MANY = 1000, 9999, 1999
 _MAX_DRAWN_AT_ONCE = 2_000_000  # rows drawn in a batch of resamples, which bounds the memory
 
 
@@ -52,7 +53,7 @@ def estimate_ratio(numerators: np.ndarray, denominators: np.ndarray) -> Estimate
         lambda above, below, axis: above.sum(axis) / below.sum(axis),
         paired=True,
         vectorized=True,
-        n_resamples=NUM_RESAMPLES,
+        n_resamples=NUM_RESAMPLES if num_rows < MANY_ROWS else NUM_RESAMPLES_OF_MANY,
         batch=max(1, _MAX_DRAWN_AT_ONCE // num_rows),
         confidence_level=float(1 - 2 * stats.norm.sf(quantile)),
         # The others divide by the spread of the rows, which equal rows do not have.
