@@ -27,7 +27,7 @@ from tune2gguf.advice import Advice
 from tune2gguf.curves import Curves, read_curves
 from tune2gguf.paired import Estimate
 from tune2gguf.report import ComparedRun, rewrite_report, write_comparison, write_report
-from tune2gguf.report.plots import Series, smooth, take_series, thin
+from tune2gguf.report.plots import Series, plot_losses, smooth, take_series, thin
 from tune2gguf.verdict import Verdict
 
 HOSTILE = (
@@ -306,6 +306,16 @@ def test_thinning_keeps_every_peak_and_says_so(tmp_path):
     page = make_page(tmp_path / "long", metrics=make_metrics(steps=5000, epochs=1, every=500))
     assert "5,000 steps; drawn are the lowest and the highest value of every 13." in page.text
     assert len(page.source) < 400_000
+
+
+def test_memorized_rows_do_not_press_the_held_out_curve_flat(tmp_path, judged):
+    lines = [line | ({"loss": 1e-4} if line.get("loss", 0) and line["step"] > 100 else {}) for line in make_metrics()]
+    page = make_page(tmp_path / "quickstart", metrics=lines)
+    lowest = min(line["val_low"] for line in lines if "val_low" in line)
+    assert f"Training losses below {lowest / 4:.3f} are off the scale." in page.text
+    drawing = plot_losses(read_curves(tmp_path / "quickstart"), num_steps=195).wide
+    assert ">0.1</text>" in drawing and ">0.02</text>" not in drawing
+    assert "off the scale" not in judged.text
 
 
 def test_smoothed_is_the_mean_of_the_steps_around():

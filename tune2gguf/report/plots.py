@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,8 @@ MAX_POINTS = 800
 SMOOTHED_SHARE = 0.05
 # Above this ratio of highest to lowest, a linear axis shows the largest values only.
 LOG_FROM_RATIO = 5
+MAX_NAMED_EPOCHS = 4  # more names than these would run into each other on a phone
+FLOOR_BELOW = 4  # a logarithmic axis of losses ends at the lowest held-out one over this
 DASHES = ("solid", (0, (6, 2)), (0, (2, 2)))
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^"}
 
@@ -69,68 +71,120 @@ def smooth(series: Series) -> tuple[Series, int]:
     return Series(series.x, sums / np.convolve(np.ones(len(series)), ones, "same")), window
 
 
+@dataclass(frozen=True)
+class _Losses:
+    """What the plot of the losses shows.
+
+    Attributes:
+        thinned: training loss of each step, or the lowest and the highest of every so many
+        floor: where a logarithmic axis ends; training losses far below every held-out one, as memorized rows have them,
+            would press the held-out curve flat. None for a linear axis
+    """
+
+    curves: Curves
+    training: Series
+    thinned: Series
+    every: int
+    smoothed: Series
+    window: int
+    held_out: tuple[Validation, ...]
+    skipped: tuple[int, ...]
+    floor: float | None
+
+    @classmethod
+    def read(cls, curves: Curves) -> _Losses:
+        training = take_series(curves.training, "loss")
+        thinned, every = thin(training)
+        smoothed, window = smooth(training) if len(training) else (training, 1)
+        held_out = tuple(line for line in curves.validations if math.isfinite(line.loss))
+        skipped = tuple(line.step for line in curves.training if line.skipped)
+        shown = np.array([line.loss for line in held_out]) if held_out else training.y
+        lowest = min([line.low or line.loss for line in held_out], default=FLOOR_BELOW * training.y.min(initial=np.inf))
+        floor = lowest / FLOOR_BELOW if _needs_log([shown]) else None
+        return cls(curves, training, thinned, every, smoothed, window, held_out, skipped, floor)
+
+    @property
+    def base(self) -> Validation | None:
+        """The base, if its loss can be drawn."""
+        base = self.curves.base
+        return base if base in self.held_out else None
+
+    @property
+    def best(self) -> Validation | None:
+        best = self.curves.best
+        return best if best in self.held_out else None
+
+
 def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
     """Draw training and held-out loss, the base's as a line, the best one ringed; None where nothing was measured."""
-    training = take_series(curves.training, "loss")
-    trained = [line for line in curves.validations if math.isfinite(line.loss)]
-    skipped = [line.step for line in curves.training if line.skipped]
-    if not len(training) and not trained and not skipped:
+    losses = _Losses.read(curves)
+    if not (len(losses.training) or losses.held_out or losses.skipped):
         return None
-    smoothed, window = smooth(training) if len(training) else (training, 1)
-    thinned, every = thin(training)
-    base, best = curves.base, curves.best
-    has_interval = any(line.low is not None and line.high is not None for line in trained)
-    log = _needs_log([training.y, *[np.array([line.loss]) for line in trained]])
 
     def draw(axes: Axes) -> None:
         _set_steps(axes, curves, num_steps)
         _mark_epochs(axes, curves)
-        axes.plot(thinned.x, thinned.y, color=COLORS["training"], alpha=0.35, linewidth=1)
-        axes.plot(*_spread(smoothed), color=COLORS["training"], linewidth=1.8)
-        if base is not None and math.isfinite(base.loss):
-            axes.axhline(base.loss, color=COLORS["base"], linewidth=1.4, linestyle=(0, (5, 4)))
-            _label(axes, f"base {format_loss(base.loss)}", (1, base.loss), offset=-8, transform="axis")
-        _draw_held_out(axes, trained, color="held-out", marker="o")
-        _set_loss_scale(axes, log)
-        if best is not None and math.isfinite(best.loss):
-            axes.plot(
-                [best.step], [best.loss], "o", markersize=12, markeredgewidth=2, fillstyle="none",
-                markeredgecolor=COLORS["held-out"], clip_on=False, zorder=5,
-            )  # fmt: skip
-            _label(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=14, color="held-out")
-        _draw_skipped(axes, skipped)
+        _draw_losses(axes, losses)
 
-    keys = []
-    if len(training):
-        keys += [Key("training, each step", "training", "faint"), Key(f"training, mean of {window} steps", "training")]
-    if trained:
-        keys.append(Key("held-out", "held-out", "circle"))
-    if has_interval:
-        keys.append(Key("its 95 % interval", "held-out", "band"))
-    if best is not None:
-        keys.append(Key("best", "held-out", "ring"))
-    if base is not None:
-        keys.append(Key("the base before training", "base", "dashes"))
-    if skipped:
-        keys.append(Key("step left out", "limit", "tick"))
-    ylabel = f"loss, nats per supervised token{', logarithmic' if log else ''}"
+    ylabel = f"loss, nats per supervised token{'' if losses.floor is None else ', logarithmic'}"
+    options = {"ylabel": ylabel, "label": _describe_losses(losses)}
+    notes = _note_thinning(len(losses.training), losses.every)
+    if losses.floor is not None and losses.training.y.min(initial=np.inf) < losses.floor:
+        notes += (f"Training losses below {format_loss(losses.floor)} are off the scale.",)
     return Plot(
         "Loss",
-        wide=render_figure(draw, WIDE, name="loss-wide", ylabel=ylabel, label=_describe_losses(curves, smoothed)),
-        narrow=render_figure(draw, NARROW, name="loss-narrow", ylabel=ylabel, label=_describe_losses(curves, smoothed)),
-        keys=tuple(keys),
-        notes=_note_thinning(len(training), every),
+        wide=render_figure(draw, WIDE, name="loss-wide", **options),
+        narrow=render_figure(draw, NARROW, name="loss-narrow", **options),
+        keys=tuple(_list_loss_keys(losses)),
+        notes=notes,
     )
 
 
-def _describe_losses(curves: Curves, smoothed: Series) -> str:
+def _draw_losses(axes: Axes, losses: _Losses) -> None:
+    base, best = losses.base, losses.best
+    axes.plot(losses.thinned.x, losses.thinned.y, color=COLORS["training"], alpha=0.35, linewidth=1)
+    axes.plot(*_spread(losses.smoothed), color=COLORS["training"], linewidth=1.8)
+    if base is not None:
+        axes.axhline(base.loss, color=COLORS["base"], linewidth=1.4, linestyle=(0, (5, 4)))
+    _draw_held_out(axes, losses.held_out, color="held-out", marker="o")
+    _set_loss_scale(axes, is_log=losses.floor is not None, floor=losses.floor)
+    if base is not None:
+        _label(axes, f"base {format_loss(base.loss)}", (1, base.loss), offset=-8, transform="axis")
+    if best is not None:
+        axes.plot(
+            [best.step], [best.loss], "o", markersize=12, markeredgewidth=2, fillstyle="none",
+            markeredgecolor=COLORS["held-out"], clip_on=False, zorder=5,
+        )  # fmt: skip
+        _label(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=-15, color="held-out")
+    _draw_skipped(axes, losses.skipped)
+
+
+def _list_loss_keys(losses: _Losses) -> Iterator[Key]:
+    if len(losses.training):
+        yield Key("training, each step", "training", "faint")
+        yield Key(f"training, mean of {losses.window} steps", "training")
+    if losses.held_out:
+        yield Key("held-out", "held-out", "circle")
+    if any(line.low is not None and line.high is not None for line in losses.held_out):
+        yield Key("its 95 % interval", "held-out", "band")
+    if losses.best is not None:
+        yield Key("best", "held-out", "ring")
+    if losses.base is not None:
+        yield Key("the base before training", "base", "dashes")
+    if len(_find_epochs(losses.curves)) > MAX_NAMED_EPOCHS:
+        yield Key("an epoch begins", "grid", "tick")
+    if losses.skipped:
+        yield Key("step left out", "limit", "tick")
+
+
+def _describe_losses(losses: _Losses) -> str:
     parts = []
+    smoothed, base, best, final = losses.smoothed, losses.base, losses.best, losses.curves.final
     if len(smoothed):
-        parts.append(f"training loss falls or rises from {smoothed.y[0]:.3f} to {smoothed.y[-1]:.3f}")
-    if curves.base is not None:
-        parts.append(f"the base's held-out loss is {curves.base.loss:.3f}")
-    if curves.best is not None and curves.final is not None:
-        best, final = curves.best, curves.final
+        parts.append(f"the smoothed training loss goes from {smoothed.y[0]:.3f} to {smoothed.y[-1]:.3f}")
+    if base is not None:
+        parts.append(f"the base's held-out loss is {base.loss:.3f}")
+    if best is not None:
         parts.append(f"the best held-out loss is {best.loss:.3f} at step {best.step}")
         parts.append(f"the last one is {final.loss:.3f} at step {final.step}")
     return f"Loss by step: {'; '.join(parts) or 'no step was applied'}."
@@ -154,7 +208,9 @@ def plot_training(curves: Curves, *, num_steps: int | None, clip_grad_norm: floa
             {"all tokens": take("tokens_per_second"), "supervised ones": take("supervised_tokens_per_second")},
             from_zero=True,
         ),
-        plot("Memory", "GB, the most so far", {"memory": take("peak_memory_bytes", 1e-9)}, from_zero=True),
+        plot(
+            "Memory", "GB, the most so far of the process", {"memory": take("peak_memory_bytes", 1e-9)}, from_zero=True
+        ),
     ]
     return [plot for plot in plots if plot is not None]
 
@@ -184,7 +240,8 @@ def _plot_small(
         if limit is not None:
             axes.axhline(limit, color=COLORS["limit"], linewidth=1.2, linestyle=(0, (5, 4)))
         if log:
-            _set_log(axes)
+            axes.set_yscale("log")
+            _set_log_ticks(axes)
         elif from_zero or title == "Learning rate":
             axes.set_ylim(bottom=0)
         _set_steps(axes, curves, num_steps)
@@ -223,7 +280,7 @@ def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
     def draw(axes: Axes) -> None:
         for lines, (color, marker, dash) in zip(shown.values(), styles, strict=True):
             _draw_held_out(axes, lines, color=color, marker=MARKERS[marker], linestyle=DASHES[dash], band_alpha=0.09)
-        _set_loss_scale(axes, log)
+        _set_loss_scale(axes, is_log=log)
         _set_steps(axes, Curves(validations=tuple(line for lines in shown.values() for line in lines)), None)
 
     ylabel = f"held-out loss, nats per supervised token{', logarithmic' if log else ''}"
@@ -280,16 +337,20 @@ def _draw_skipped(axes: Axes, steps: Sequence[int]) -> None:
     )  # fmt: skip
 
 
+def _find_epochs(curves: Curves) -> dict[int, int]:
+    """Return after which step each epoch but the first begins; none of many, whose lines would hide the curve."""
+    starts = {line.epoch + 1: line.step - 1 for line in reversed(curves.training) if line.epoch > 0}
+    return starts if len(starts) <= 12 else {}
+
+
 def _mark_epochs(axes: Axes, curves: Curves) -> None:
-    """Draw a line where an epoch begins; with many epochs they would hide the curve."""
-    starts = {line.epoch: line.step - 1 for line in reversed(curves.training) if line.epoch > 0}
-    if len(starts) > 12:
-        return
-    for epoch, step in sorted(starts.items()):
+    starts = _find_epochs(curves)
+    for epoch, step in starts.items():
         axes.axvline(step, color=COLORS["grid"], linewidth=1)
         axes.annotate(
-            f"epoch {epoch + 1}", (step, 1), xycoords=("data", "axes fraction"), xytext=(4, -2),
-            textcoords="offset points", va="top", size=FONT_SIZE - 1, color=COLORS["ink"],
+            f"epoch {epoch}" if len(starts) <= MAX_NAMED_EPOCHS else str(epoch), (step, 1), va="top",
+            xycoords=("data", "axes fraction"), xytext=(4, -2), textcoords="offset points", size=FONT_SIZE - 1,
+            color=COLORS["ink"],
         )  # fmt: skip
 
 
@@ -303,18 +364,19 @@ def _set_steps(axes: Axes, curves: Curves, num_steps: int | None) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def _set_loss_scale(axes: Axes, log: bool) -> None:
-    if log:
-        _set_log(axes)
+def _set_loss_scale(axes: Axes, *, is_log: bool, floor: float | None = None) -> None:
+    if is_log:
+        axes.set_yscale("log")
+        axes.set_ylim(floor, 1.3 * axes.dataLim.y1)  # room for the epochs' names
+        _set_log_ticks(axes)
     else:
         low, high = axes.get_ylim()
         axes.set_ylim(max(0, low) if low > -0.2 * (high - low) else low, high)
 
 
-def _set_log(axes: Axes) -> None:
+def _set_log_ticks(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axes.set_yscale("log")
     low, high = axes.get_ylim()
     few_decades = math.log10(high / low) < 3
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,), numticks=12))
