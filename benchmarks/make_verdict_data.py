@@ -12,18 +12,22 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-NUM_TRAIN, NUM_HELDOUT, SEED = 220, 60, 7
+NUM_TRAIN, NUM_HELDOUT, SEED = 220, 80, 7
 
 NAMES = (  # noqa: SIM905
     "Priya Tomas Aiko Brigid Emeka Lotte Rashid Ingrid Mateo Yara Conor Nadia Felix Amara Oskar Leila Hugo Sanna Idris "
     "Petra Kwame Elif Bruno Maeve"
 ).split()
-CITIES = (  # noqa: SIM905
-    "Leeds Porto Galway Utrecht Bergen Lyon Turku Gdansk Bristol Malmo Ghent Trieste Aarhus Cork Basel Vigo"
-).split()
+# Which van serves a city is in no message: it has to be learned from rows with that city, of which few rows lack many.
+VANS = {
+    "north": ("Bergen", "Turku", "Malmo", "Aarhus"),
+    "south": ("Porto", "Trieste", "Vigo", "Lyon"),
+    "east": ("Gdansk", "Basel", "Ghent", "Utrecht"),
+    "west": ("Leeds", "Galway", "Bristol", "Cork"),
+}
 ITEMS = (  # noqa: SIM905
     "oak chair, desk lamp, wool blanket, tea pot, garden bench, wall clock, rain coat, "
-    "bread knife, picture frame, bicycle bell, flower box, reading lamp, linen shirt, copper pan, "
+    "bread board, picture frame, bicycle bell, flower pot, reading lamp, linen shirt, copper pan, "
     "step ladder, door mat, paper fan, sewing kit, candle holder, coffee mill"
 ).split(", ")
 MONTHS = (  # noqa: SIM905
@@ -37,7 +41,7 @@ ORDERS = (
     "Good morning! This is {name}. Put {quantity} {items} on the van to {city} for {day} {month}, please.",
     "An order from {city}: {quantity} {items} for {name}, due {month} {day}.",
 )
-EXTRACTION_PROMPT = "Give the order as JSON with name, city, item, quantity and date (MM-DD).\n"
+EXTRACTION_PROMPT = "Give the order as JSON with name, city, van, item, quantity and date (MM-DD).\n"
 
 # From, to, how many of the smaller make one of the larger.
 UNITS = (
@@ -73,7 +77,9 @@ def make_order(generator: random.Random) -> tuple[str, str]:
     """Return a message with an order, and the order as JSON."""
     item, quantity = generator.choice(ITEMS), generator.randint(2, 40)
     month, day = generator.randrange(12), generator.randint(1, 28)
-    order = {"name": generator.choice(NAMES), "city": generator.choice(CITIES), "item": item, "quantity": quantity}
+    van = generator.choice(list(VANS))
+    order = {"name": generator.choice(NAMES), "city": generator.choice(VANS[van]), "van": van}
+    order |= {"item": item, "quantity": quantity}
     template = generator.choice(ORDERS)
     message = template.format(items=f"{item}s", month=MONTHS[month], day=day, **order)
     return EXTRACTION_PROMPT + message, json.dumps({**order, "date": f"{month + 1:02}-{day:02}"})

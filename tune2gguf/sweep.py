@@ -178,7 +178,6 @@ def run_sweep(sweep: Sweep) -> list[Path]:
         with FileLock(sweep.folder / ".sweep.lock", timeout=0):
             _claim_folder(sweep)
             study = _open_study(optuna, sweep)
-            _queue_trials(optuna, study, sweep)
             _run_trials(optuna, study, sweep)
     except Timeout:
         raise ValueError(f"{sweep.folder}: another sweep is at work here") from None
@@ -232,42 +231,39 @@ def _open_study(optuna, sweep: Sweep) -> optuna.Study:
     return study
 
 
-def _queue_trials(optuna, study: optuna.Study, sweep: Sweep) -> None:
-    """Queue trials that a killed sweep left running, and for a grid all combinations that are not there yet."""
+def _take_interrupted(optuna, study: optuna.Study, sweep: Sweep) -> list[dict[str, str]]:
+    """Return the combinations that a killed sweep left running; their trials are closed."""
     states = optuna.trial.TrialState
+    interrupted = []
     for trial in study.get_trials(states=(states.RUNNING,)):
         study.tell(trial.number, state=states.FAIL)
         if trial.params.keys() == sweep.space.keys():
             print(f"trial {_find_number(sweep, trial.params):03} was interrupted; it goes on where it stopped")
-            study.enqueue_trial(trial.params)
-    if sweep.sampler == "grid":
-        kept = (states.COMPLETE, states.PRUNED, states.WAITING)
-        known = [trial.params or trial.system_attrs.get("fixed_params") for trial in study.get_trials(states=kept)]
-        for combination in sweep.list_combinations():
-            if combination not in known:
-                study.enqueue_trial(combination)
+            interrupted.append(trial.params)
+    return interrupted
 
 
 def _run_trials(optuna, study: optuna.Study, sweep: Sweep) -> None:
-    states = optuna.trial.TrialState
-    tried: set[int] = set()
-    while True:
-        ended = study.get_trials(states=(states.COMPLETE, states.PRUNED))
-        done = {_find_number(sweep, trial.params) for trial in ended} | tried
-        if len(done) >= sweep.count_trials():
-            return
+    states, combinations = optuna.trial.TrialState, sweep.list_combinations()
+    interrupted = _take_interrupted(optuna, study, sweep)
+    ended = study.get_trials(states=(states.COMPLETE, states.PRUNED))
+    done = {_find_number(sweep, trial.params) for trial in ended}
+    while len(done) < sweep.count_trials():
+        left = [combination for number, combination in enumerate(combinations) if number not in done]
+        if interrupted:
+            study.enqueue_trial(interrupted.pop())
+        elif sweep.sampler == "grid":
+            study.enqueue_trial(left[0])
         trial = study.ask()
         params = {key: trial.suggest_categorical(key, values) for key, values in sweep.space.items()}
-        number = _find_number(sweep, params)
-        if number in done:
-            # The same run would end the same: what is known of it is told again, or another is taken for it.
-            known = [one.value for one in ended if _find_number(sweep, one.params) == number and one.value is not None]
-            study.tell(trial, known[0]) if known else study.tell(trial, state=states.FAIL)
-            left = [index for index in range(len(sweep.list_combinations())) if index not in done]
-            study.enqueue_trial(sweep.list_combinations()[left[0]], skip_if_exists=True)
+        if params not in left:
+            # The same run would end the same: instead of it the first that is left is run.
+            study.tell(trial, state=states.FAIL)
+            study.enqueue_trial(left[0])
             continue
-        tried.add(number)
+        number = _find_number(sweep, params)
         _run_trial(optuna, study, trial, sweep, number)
+        done.add(number)
 
 
 def _find_number(sweep: Sweep, params: Mapping[str, str]) -> int:
