@@ -63,11 +63,11 @@ class LoRAFinetuneRecipe:
             lengths=self.data.lengths_to_group,
         )[: cfg.max_steps_per_epoch]
         self.steps_per_epoch = len(self.plan_epoch(0))
-        self.num_training_steps = cfg.epochs * self.steps_per_epoch
+        self.num_steps = cfg.epochs * self.steps_per_epoch
         check_plan(
             num_rows=len(self.data.sequences),
             rows_per_step=self.rows_per_step,
-            num_training_steps=self.num_training_steps,
+            num_training_steps=self.num_steps,
             warmup_steps=cfg.warmup_steps,
         )
 
@@ -130,9 +130,7 @@ class LoRAFinetuneRecipe:
     def _setup_optimizer(self) -> None:
         self.adapter_params = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = build_component(self.cfg.optimizer, self.adapter_params)
-        self.schedule = build_component(
-            self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_training_steps
-        )
+        self.schedule = build_component(self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_steps)
 
     def _restore(self, checkpoint) -> None:
         from tune2gguf.architectures import read_architecture
@@ -186,9 +184,8 @@ class LoRAFinetuneRecipe:
         self.folder = enter_run_folder(checkpoint, self.progress, cfg, data=self.data, device=device)
         self.record = RunRecord(self.folder, metric_logger=build_metric_logger(cfg))
         self.writer = CheckpointWriter(self.folder, keep_last=cfg.keep_last)
-        self.prompts = choose_prompts(
-            read_heldout(self.folder), self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len
-        )
+        rows = read_heldout(self.folder)
+        self.prompts = choose_prompts(rows, self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len)
         lines = describe_plan(
             cfg,
             self.data,
@@ -198,9 +195,9 @@ class LoRAFinetuneRecipe:
             num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
             validation=self.validation,
             prompts=self.prompts,
-            num_steps=self.num_training_steps,
+            num_steps=self.num_steps,
         )
-        write_plan(self.folder, lines, num_steps=self.num_training_steps)
+        write_plan(self.folder, lines, num_steps=self.num_steps)
         notes = [f"note: {note}" for note in [*self.warnings, *self.data.ledger["notes"]]]
         print("\n".join([*lines, *notes]))
 
@@ -234,7 +231,7 @@ class LoRAFinetuneRecipe:
         from tqdm import tqdm
 
         self.model.train()
-        at, num_steps = self.progress, self.num_training_steps
+        at, num_steps = self.progress, self.num_steps
         save_every = self.cfg.save_every_n_steps or math.ceil(num_steps / 20)
         is_quiet = not self.world.is_main
         with tqdm(total=num_steps, initial=at.step, unit="step", disable=is_quiet, dynamic_ncols=True) as bar:
@@ -252,12 +249,9 @@ class LoRAFinetuneRecipe:
                         self._save_checkpoint()
                     if self._is_over():
                         break
-        if self.world.is_main and at.epoch < self.cfg.epochs:
-            print(at.describe_early_stop())
 
     def _is_over(self) -> bool:
-        at, cfg = self.progress, self.cfg
-        return at.epoch == cfg.epochs or at.is_stopped_early(cfg.early_stopping_patience)
+        return self.progress.is_over(self.cfg.epochs, patience=self.cfg.early_stopping_patience)
 
     def _train_step(self, micro_batches: list[list[int]]) -> dict:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
@@ -291,7 +285,9 @@ class LoRAFinetuneRecipe:
     def validate(self) -> None:
         """Where it is due, measure the held-out loss and answer the prompts; the lowest loss's adapter is best/."""
         at, is_epoch_end = self.progress, self.progress.step_in_epoch == 0
-        if self.validation.is_due(at.step, is_epoch_end=is_epoch_end) and at.validated_step != at.step:
+        if not self.validation.is_due(at.step, is_epoch_end=is_epoch_end):
+            return
+        if at.validated_step != at.step:
             loss = self.observer.measure(at, before_batch=self.stop.raise_if_requested)
             if loss is not None and at.step > 0 and at.take_loss(loss):
                 at.best_sha256 = self._save_adapter("best")
@@ -299,15 +295,16 @@ class LoRAFinetuneRecipe:
         if (is_epoch_end or self._is_over()) and at.sampled_step != at.step:
             self.observer.answer(at)
             at.sampled_step = at.step
+        self.observer.show()
 
     def save(self) -> None:
-        """Write the final adapter as last/."""
+        """Write the final adapter as last/, and say how good the run was and what comes next."""
         from tune2gguf.distributed import stop_world, wait_for_all
 
         self._save_adapter("last")
         if self.world.is_main:
-            print(f"wrote {self.folder}")
-            print(f"next: python scripts/export.py {self.folder}")
+            print(f"wrote {self.folder}; its GGUF: python scripts/export.py {self.folder}")
+            print("\n".join([*self.progress.describe_end(self.cfg.epochs), *self.record.conclude()]))
         wait_for_all()
         stop_world()
 

@@ -111,3 +111,8 @@ class Observer:
         )
         if self.record is not None:
             self.record.write_samples({"step": at.step, "epoch": at.epoch, **answer} for answer in answers)
+
+    def show(self) -> None:
+        """Bring report.html up to date."""
+        if self.record is not None:
+            self.record.write_report()

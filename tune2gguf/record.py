@@ -1,7 +1,8 @@
-"""What a run measures, written as it comes; the main process alone has a record."""
+"""What a run measures, written and shown as it comes; the main process alone has a record."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 NOTHING_RECORDED = {METRICS_FILE: 0, SAMPLES_FILE: 0}
+MAX_REPORT_SHARE = 0.05  # of the time of a run
 
 
 class MetricLogger(Protocol):
@@ -29,6 +31,7 @@ class RunRecord:
         self.folder = folder
         self.files = {name: JsonLinesFile(folder / name) for name in NOTHING_RECORDED}
         self.metric_logger = metric_logger
+        self._next_report = 0.0
 
     def write_step(self, record: dict[str, Any], bar: tqdm) -> None:
         """Write the line of an optimizer step, and show it on the progress bar."""
@@ -51,6 +54,32 @@ class RunRecord:
         """Write the lines of the answers after a step."""
         for record in records:
             self.files[SAMPLES_FILE].write(record)
+
+    def write_report(self) -> None:
+        """Write report.html, unless the time since the last one is short beside what it took; no file depends on it."""
+        from tqdm import tqdm
+
+        from tune2gguf.report import write_report
+
+        started = time.monotonic()
+        if started < self._next_report:
+            return
+        try:
+            write_report(self.folder)
+        except Exception as error:  # a page about the run is not worth the run
+            tqdm.write(f"note: report.html is not written, and the run goes on: {type(error).__name__}: {error}")
+        ended = time.monotonic()
+        self._next_report = ended + (ended - started) / MAX_REPORT_SHARE
+
+    def conclude(self) -> list[str]:
+        """Judge the run that has ended and advise the next, in verdict.json, ledger and report; return what to say."""
+        from tune2gguf.conclude import conclude_run
+        from tune2gguf.distributed import describe_error
+
+        try:
+            return conclude_run(self.folder)
+        except (ValueError, OSError) as error:  # the adapters are written, whatever is said of them
+            return [f"note: there is no verdict: {describe_error(error)}"]
 
     def sync(self) -> dict[str, int]:
         """Return the size of each file in bytes when all of it is on the disk."""

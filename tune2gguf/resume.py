@@ -89,17 +89,20 @@ class Progress:
         self.best_loss, self.best_step, self.validations_without_best = held_out_loss, self.step, 0
         return True
 
-    def is_stopped_early(self, patience: int | None) -> bool:
-        """Whether so many validations in a row were no new best; never for None."""
-        return patience is not None and self.validations_without_best >= patience
+    def is_over(self, epochs: int, *, patience: int | None) -> bool:
+        """Whether the run has no step left: all epochs are done, or so many validations in a row were no best."""
+        is_stopped_early = patience is not None and self.validations_without_best >= patience
+        return self.epoch == epochs or is_stopped_early
 
-    def describe_early_stop(self) -> str:
-        """Return the line that a run says when it ends before its last epoch."""
+    def describe_end(self, epochs: int) -> list[str]:
+        """Return what a run says when it has ended before its last epoch; nothing after that."""
+        if self.epoch == epochs:
+            return []
         best = "there is none" if self.best_step is None else f"it is that of step {self.best_step}, in best/"
-        return (
+        return [
             f"stopped early after step {self.step}: {self.validations_without_best} validations in a row "
             f"without a new best; {best}"
-        )
+        ]
 
     def finish_step(self) -> None:
         """Stand before the next step."""

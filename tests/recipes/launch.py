@@ -16,7 +16,18 @@ from tests.conftest import REPOSITORY
 # Each run is forked from one process that has imported everything and done nothing yet.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["recipes.lora_finetune", "torchtune.training", "tune2gguf.models", "tune2gguf.data", "tune2gguf.checkpoints.load"]
+    [
+        "recipes.lora_finetune",
+        "torchtune.training",
+        "tune2gguf.models",
+        "tune2gguf.data",
+        "tune2gguf.checkpoints.load",
+        "scipy.stats",
+        "tune2gguf.conclude",
+        "tune2gguf.report",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_svg",
+    ]
 )
 MEASURED = ("tokens_per_second", "supervised_tokens_per_second", "peak_memory_bytes")
 
