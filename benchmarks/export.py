@@ -93,7 +93,7 @@ def write_random_run(base_dir: Path, run_dir: Path, *, modules: tuple[str, ...])
     (run_dir / "last").mkdir(parents=True)
     save_file(weights, run_dir / "last" / "adapter_model.safetensors")
     (run_dir / "last" / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": RANK}))
-    config = {"quantization": "Q4_K_M", "max_seq_len": 2048, "base_dir": str(base_dir), "chat_format": "llama3"}
+    config = {"quantization": "Q4_K_M", "max_seq_len": 2048, "base_dir": str(base_dir), "chat_template": "llama3"}
     config["base_weights"] = "bf16"
     (run_dir / "config.yaml").write_text(json.dumps(config))
     return run_dir
@@ -119,7 +119,7 @@ def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str) -> l
     run, base = read_run(run_dir), open_merge_base(base_dir)
     merged_dir, bf16_path = folder / "merged" / run.name, folder / "bf16.gguf"
     adapter = read_adapter(run.adapter_dir, base.specs)
-    write_merged_hf(merged_dir, base=base, adapter=adapter, chat_format=run.chat_format, report=lambda count: None)
+    write_merged_hf(merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=lambda count: None)
     convert = measure([sys.executable, "-c", CONVERT.format(str(merged_dir), str(bf16_path))], cache_dir=cache)
     pattern = str(folder / "theirs-{}.gguf")
     quantize = measure(

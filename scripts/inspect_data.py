@@ -1,7 +1,7 @@
 """Look at data before training: rows, tokens, padding, and which tokens are supervised.
 
 python scripts/inspect_data.py --config configs/llama3_2_1b/lora.yaml dataset.files=[my.jsonl]
-python scripts/inspect_data.py my.jsonl --base-dir models/Llama-3.2-1B-Instruct --chat-format llama3
+python scripts/inspect_data.py my.jsonl --base-dir models/Llama-3.2-1B-Instruct --chat-template llama3
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="data files; with --config, key=value overrides")
     parser.add_argument("--config", type=Path, help="a run's YAML; data, tokenizer and step are taken from it")
     parser.add_argument("--base-dir", type=Path, help="without --config: the base folder whose tokenizer counts")
-    parser.add_argument("--chat-format", default="llama3", help="without --config: llama3 (default) or chatml")
+    parser.add_argument("--chat-template", default="llama3", help="without --config: llama3 | llama3_1 | chatml")
     parser.add_argument("--max-seq-len", type=int, default=2048, help="without --config: tokens kept of a row")
     parser.add_argument("--rows", type=int, default=3, help="rows to print with their supervised tokens coloured")
     parser.add_argument("--html", type=Path, help="write the same as a page, to a file that does not exist yet")
@@ -33,7 +33,7 @@ def main() -> None:
             inspection = inspect_files(
                 arguments.arguments,
                 arguments.base_dir,
-                chat_format=arguments.chat_format,
+                chat_template=arguments.chat_template,
                 max_seq_len=arguments.max_seq_len,
                 num_rows=arguments.rows,
             )

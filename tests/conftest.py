@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
-from tune2gguf.chat_formats import CHATML
+from tune2gguf.chat_templates import CHATML
 
 # Started in the background of a script, Python ignores Ctrl-C, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -27,7 +27,7 @@ def find_llama3_tokenizer() -> Path:
 
 @cache
 def load_llama3() -> ChatTokenizer:
-    return load_tokenizer(find_llama3_tokenizer().parent, chat_format="llama3")
+    return load_tokenizer(find_llama3_tokenizer().parent, chat_template="llama3")
 
 
 def write_smollm2_tokenizer(base_dir: Path) -> None:

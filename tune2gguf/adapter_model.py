@@ -44,7 +44,7 @@ def load_adapter_model(run: FinishedRun, *, show: bool = True) -> AdapterModel:
     with device:
         dtype = model.decoder.tok_embeddings.weight.dtype
         model.decoder.setup_caches(batch_size=1, dtype=dtype, decoder_max_seq_len=run.max_seq_len)
-    tokenizer = load_tokenizer(run.base_dir, chat_format=run.chat_format.name)
+    tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)
     return AdapterModel(model, tokenizer, run.max_seq_len, device)
 
 

@@ -54,7 +54,7 @@ def answer_before_and_after(run_dir: str | Path, gguf_path: str | Path, *, num_q
             run.base_dir,
             Path(folder) / "base.gguf",
             quantization=run.quantization,
-            chat_format=run.chat_format.name,
+            chat_template=run.chat_template.name,
         )
         before = _ask(base_path, prompts)
     return [

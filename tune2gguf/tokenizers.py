@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
+from tune2gguf.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from tune2gguf.data.messages import ROLES, Message, trim
 
 if TYPE_CHECKING:
@@ -72,12 +72,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer together with the chat format it is used with. Made by load_tokenizer."""
+    """A tokenizer together with the chat template it is used with. Made by load_tokenizer."""
 
     backend: Tokenizer
-    chat_format: ChatFormat
+    chat_template: ChatTemplate
     special_ids: dict[str, int]  # every special token of the vocabulary
-    fingerprint: str  # of all that decides the ids: the tokenizer's file and the chat format
+    fingerprint: str  # of all that decides the ids: the tokenizer's file and the chat template
 
     @property
     def vocab_size(self) -> int:
@@ -91,12 +91,12 @@ class ChatTokenizer:
 
     @property
     def end_of_turn_id(self) -> int:
-        return self.special_ids[self.chat_format.end_of_turn]
+        return self.special_ids[self.chat_template.end_of_turn]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids at which generation ends."""
-        return tuple(self.special_ids[token] for token in self.chat_format.stops)
+        return tuple(self.special_ids[token] for token in self.chat_template.stops)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text alone: nothing is added, and special tokens spelled in it stay text."""
@@ -135,20 +135,20 @@ class ChatTokenizer:
 
     def render_conversation(self, messages: Sequence[Message]) -> list[Segment]:
         """Return the segments of a whole conversation, as it is trained."""
-        segments = self._split(self.chat_format.beginning)
-        separator = self._split(self.chat_format.turn_separator)
+        segments = self._split(self.chat_template.beginning)
+        separator = self._split(self.chat_template.turn_separator)
         for message in self._settle_contents(messages):
             is_trained = message.role == "assistant" and message.is_trained
             segments += self._headers[message.role]
             segments.append(Segment(message.content, is_special=False, supervised=is_trained))
-            segments.append(Segment(self.chat_format.end_of_turn, is_special=True, supervised=is_trained))
+            segments.append(Segment(self.chat_template.end_of_turn, is_special=True, supervised=is_trained))
             segments += separator
         return join_texts(segments)
 
     def _settle_contents(self, messages: Sequence[Message]) -> list[Message]:
         """Trim the contents; put the format's prefix before the system message, making one where there is none."""
         settled = [Message(message.role, trim(message.content), message.is_trained) for message in messages]
-        prefix = self.chat_format.system_prefix
+        prefix = self.chat_template.system_prefix
         if prefix:
             has_system = bool(settled) and settled[0].role == "system"
             system_content = settled[0].content if has_system else ""
@@ -164,7 +164,7 @@ class ChatTokenizer:
         """Return the segments of raw text, between the beginning-of-text and end-of-text tokens that there are."""
         ends = [token for token in _END_OF_TEXT_TOKENS if token in self.special_ids][:1]
         return [
-            *self._split(self.chat_format.beginning),
+            *self._split(self.chat_template.beginning),
             Segment(text, is_special=False, supervised=True),
             *(Segment(end, is_special=True, supervised=True) for end in ends),
         ]
@@ -180,7 +180,7 @@ class ChatTokenizer:
 
     @cached_property
     def _headers(self) -> dict[str, list[Segment]]:
-        start, end = self.chat_format.role_start, self.chat_format.role_end
+        start, end = self.chat_template.role_start, self.chat_template.role_end
         return {role: self._split(start + role + end) for role in ROLES}
 
     def _split(self, text: str) -> list[Segment]:
@@ -201,14 +201,14 @@ def join_texts(segments: Sequence[Segment]) -> list[Segment]:
     return joined
 
 
-def load_tokenizer(base_dir: str | Path, *, chat_format: str) -> ChatTokenizer:
+def load_tokenizer(base_dir: str | Path, *, chat_template: str) -> ChatTokenizer:
     """Load a base folder's tokenizer.json, or else its tokenizer.model of Llama 3 (at the top or in original/).
 
     Raises:
-        ValueError: if there is no such file, it cannot be read, or it lacks a special token of the chat format
+        ValueError: if there is no such file, it cannot be read, or it lacks a special token of the chat template
     """
-    if chat_format not in CHAT_FORMATS:
-        raise ValueError(f"chat_format={chat_format!r} is not one of {', '.join(CHAT_FORMATS)}")
+    if chat_template not in CHAT_TEMPLATES:
+        raise ValueError(f"chat_template={chat_template!r} is not one of {', '.join(CHAT_TEMPLATES)}")
     path = find_tokenizer_file(base_dir)
     backend = _load_backend(path)
     backend.encode_special_tokens = True
@@ -219,16 +219,16 @@ def load_tokenizer(base_dir: str | Path, *, chat_format: str) -> ChatTokenizer:
     }
     tokenizer = ChatTokenizer(
         backend,
-        CHAT_FORMATS[chat_format],
+        CHAT_TEMPLATES[chat_template],
         special_ids,
-        fingerprint=hashlib.sha256(path.read_bytes() + repr(CHAT_FORMATS[chat_format]).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(path.read_bytes() + repr(CHAT_TEMPLATES[chat_template]).encode()).hexdigest(),
     )
-    needed = _find_special_tokens(tokenizer.chat_format)
+    needed = _find_special_tokens(tokenizer.chat_template)
     missing = [token for token in needed if token not in special_ids]
     if missing:
-        fitting = [name for name, other in CHAT_FORMATS.items() if _find_special_tokens(other) <= special_ids.keys()]
-        way_out = f"; chat_format={' or '.join(fitting)} would fit" if fitting else ""
-        raise ValueError(f"{path}: has no special token {', '.join(missing)} of chat_format={chat_format}{way_out}")
+        fitting = [name for name, other in CHAT_TEMPLATES.items() if _find_special_tokens(other) <= special_ids.keys()]
+        way_out = f"; chat_template={' or '.join(fitting)} would fit" if fitting else ""
+        raise ValueError(f"{path}: has no special token {', '.join(missing)} of chat_template={chat_template}{way_out}")
     return tokenizer
 
 
@@ -245,8 +245,8 @@ def find_tokenizer_file(base_dir: str | Path) -> Path:
     raise ValueError(f"{base_dir}: no tokenizer; looked for {', '.join(names)}")
 
 
-def _find_special_tokens(chat_format: ChatFormat) -> set[str]:
-    text = chat_format.beginning + chat_format.role_start + chat_format.role_end + chat_format.end_of_turn
+def _find_special_tokens(chat_template: ChatTemplate) -> set[str]:
+    text = chat_template.beginning + chat_template.role_start + chat_template.role_end + chat_template.end_of_turn
     return set(re.findall(r"<\|\w+\|>", text))
 
 

@@ -23,7 +23,7 @@ from tune2gguf.architectures import (
     make_hf_config,
     read_architecture,
 )
-from tune2gguf.chat_formats import CHAT_FORMATS
+from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.checkpoints.layout import list_tensors
 from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.tokenizers import LLAMA3_PATTERN
@@ -39,7 +39,7 @@ class SmallModel:
 
     name: str
     architecture: Architecture
-    chat_format: str
+    chat_template: str
 
 
 def _shrink(architecture: Architecture, **changes: int) -> Architecture:
@@ -74,13 +74,13 @@ SMALL_MODELS = (
 def write_small_run(model: SmallModel, folder: Path) -> Path:
     """Write the base to `folder/base` and a run with an adapter on all linear layers to `folder/NAME`; return it."""
     _write_base(model, folder / "base")
-    return write_run(folder / "base", folder / model.name, chat_format=model.chat_format)
+    return write_run(folder / "base", folder / model.name, chat_template=model.chat_template)
 
 
-def write_run(base_dir: Path, run_dir: Path, *, chat_format: str) -> Path:
+def write_run(base_dir: Path, run_dir: Path, *, chat_template: str) -> Path:
     """Write what the export reads of a run on this base: config.yaml and an adapter on all linear layers."""
     _write_adapter(read_architecture(base_dir), run_dir / "last")
-    config = {"quantization": "Q4_K_M", "max_seq_len": 128, "base_dir": str(base_dir), "chat_format": chat_format}
+    config = {"quantization": "Q4_K_M", "max_seq_len": 128, "base_dir": str(base_dir), "chat_template": chat_template}
     config["base_weights"] = "bf16"
     (run_dir / "config.yaml").write_text(json.dumps(config))
     return run_dir
@@ -132,13 +132,13 @@ def _write_base(model: SmallModel, base_dir: Path) -> None:
     }
     weights = {name: torch.from_numpy(values.astype(np.int16)).view(torch.bfloat16) for name, values in bits.items()}
     save_file(weights, base_dir / "model.safetensors", metadata={"format": "pt"})
-    chat_format = CHAT_FORMATS[model.chat_format]
-    specials = LLAMA3_SPECIALS if model.chat_format == "llama3" else CHATML_SPECIALS
+    chat_template = CHAT_TEMPLATES[model.chat_template]
+    specials = LLAMA3_SPECIALS if model.chat_template == "llama3" else CHATML_SPECIALS
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|begin_of_text|>" if model.chat_format == "llama3" else "<|im_start|>",
-        "eos_token": chat_format.end_of_turn,
-        "chat_template": chat_format.jinja_template,
+        "bos_token": "<|begin_of_text|>" if model.chat_template == "llama3" else "<|im_start|>",
+        "eos_token": chat_template.end_of_turn,
+        "chat_template": chat_template.jinja_template,
     }
     for name, content in (
         ("config.json", make_hf_config(model.architecture) | {"torch_dtype": "bfloat16"}),

@@ -42,7 +42,7 @@ def make_lines(model: SmallModel, folder: Path) -> list[str]:
     # The model's name in the file is that of the folder, so both kinds are converted from a folder of the same name.
     for kind, parent in (("base", folder / "plain"), ("merged", folder / "merged")):
         write_hf_folder(run_dir, parent / model.name, is_merged=kind == "merged")
-        pre = "llama-bpe" if model.chat_format == "llama3" else "smollm"
+        pre = "llama-bpe" if model.chat_template == "llama3" else "smollm"
         convert_to_bf16(parent / model.name, folder / f"{kind}.gguf", pre=pre)
         quantize(folder / f"{kind}.gguf", folder / (kind + "-{}.gguf"), list(QUANTIZATIONS))
     shutil.copytree(run_dir / "last", folder / "adapter" / model.name)
@@ -65,7 +65,7 @@ def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:
         shutil.copytree(run.base_dir, out_dir)
         return
     adapter = read_adapter(run.adapter_dir, base.specs)
-    write_merged_hf(out_dir, base=base, adapter=adapter, chat_format=run.chat_format, report=lambda count: None)
+    write_merged_hf(out_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=lambda count: None)
 
 
 def digest_file(path: Path) -> str:

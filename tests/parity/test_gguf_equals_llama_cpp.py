@@ -47,7 +47,7 @@ def test_a_plain_base_has_the_bytes_of_llama_cpp(model, tmp_path):
     digests = read_digests()
     for name in ("BF16", "Q4_K_M", "IQ4_XS"):
         target = tmp_path / f"{name}.gguf"
-        export_base(base_dir, target, quantization=name, chat_format=model.chat_format, show=False)
+        export_base(base_dir, target, quantization=name, chat_template=model.chat_template, show=False)
         assert digest_file(target) == digests[model.name, "base", name]
 
 
@@ -118,8 +118,8 @@ def write_untied_llama(folder: Path) -> tuple[Path, str]:
 @needs_oracle
 @pytest.mark.parametrize("write_base", [write_real_smollm2, write_tied_llama, write_untied_llama])
 def test_real_tokenizers_and_widths_give_the_bytes_of_llama_cpp(write_base, tmp_path):
-    base_dir, chat_format = write_base(tmp_path / "bases")
-    run_dir = write_run(base_dir, tmp_path / "runs" / "Some-Run", chat_format=chat_format)
+    base_dir, chat_template = write_base(tmp_path / "bases")
+    run_dir = write_run(base_dir, tmp_path / "runs" / "Some-Run", chat_template=chat_template)
     exported = export_run(run_dir, quantizations=list(QUANTIZATIONS), show=False).models
     write_hf_folder(run_dir, tmp_path / "merged" / run_dir.name, is_merged=True)
     oracle.convert_to_bf16(tmp_path / "merged" / run_dir.name, tmp_path / "oracle.gguf")

@@ -26,7 +26,7 @@ def _peft_without_torchao():
 
 @pytest.fixture(scope="module")
 def run_dir(tiny_base, tmp_path_factory) -> Path:
-    return write_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny", chat_format="chatml")
+    return write_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny", chat_template="chatml")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_merged_folder_gives_the_logits_of_peft(run_dir, tiny_base, tmp_path):
 
 def test_merged_folder_names_the_trained_chat_template(run_dir, tmp_path):
     from tests.parity.make_gguf_digests import write_hf_folder
-    from tune2gguf.chat_formats import CHATML
+    from tune2gguf.chat_templates import CHATML
 
     write_hf_folder(run_dir, tmp_path / "merged", is_merged=True)
     config = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())

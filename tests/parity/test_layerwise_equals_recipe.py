@@ -26,7 +26,7 @@ ROWS = [np.arange(30) * 7 % 384, np.arange(5) * 11 % 384, np.arange(17) * 5 % 38
 @pytest.fixture(scope="module", params=["tied with rope scaling", "untied"])
 def run_dir(request, tiny_base, tiny_untied_base, tmp_path_factory) -> Path:
     base_dir = tiny_untied_base if request.param == "untied" else tiny_base
-    return write_run(base_dir, tmp_path_factory.mktemp("runs") / "run", chat_format="chatml")
+    return write_run(base_dir, tmp_path_factory.mktemp("runs") / "run", chat_template="chatml")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def served(request, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("served")
     base_dir = write_tiny_base(folder / "base", TINY_UNTIED if request.param == "untied" else TINY_TIED)
-    run_dir = write_run(base_dir, folder / "run", chat_format="chatml")
+    run_dir = write_run(base_dir, folder / "run", chat_template="chatml")
     gguf_path = export_run(run_dir, quantizations=["F32"], show=False).models[0].gguf_path
     write_hf_folder(run_dir, folder / "merged", is_merged=True)
     reference = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
@@ -51,10 +51,10 @@ def test_next_token_distribution_is_that_of_transformers(served):
 
 
 def test_adapter_file_on_a_plain_base_gives_the_distribution_of_the_merged_weights(tmp_path, tiny_untied_base):
-    run_dir = write_run(tiny_untied_base, tmp_path / "run", chat_format="chatml")
+    run_dir = write_run(tiny_untied_base, tmp_path / "run", chat_template="chatml")
     exported = export_run(run_dir, quantizations=["F32"], with_adapter_gguf=True, show=False)
     base_path = export_base(
-        tiny_untied_base, tmp_path / "base.gguf", quantization="F32", chat_format="chatml", show=False
+        tiny_untied_base, tmp_path / "base.gguf", quantization="F32", chat_template="chatml", show=False
     )
     tokens = [number * 7 % 384 for number in range(50)]
     plain, applied, merged = (
@@ -117,7 +117,9 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path):
 
 @pytest.mark.parametrize("quantization", ["Q4_K_M", "Q2_K", "IQ4_XS", "BF16"])
 def test_llama_cpp_loads_the_type(tiny_base, tmp_path, quantization):
-    path = export_base(tiny_base, tmp_path / "model.gguf", quantization=quantization, chat_format="chatml", show=False)
+    path = export_base(
+        tiny_base, tmp_path / "model.gguf", quantization=quantization, chat_template="chatml", show=False
+    )
     model = open_model(path, context_length=256)
     log_probabilities = ask_log_probabilities(model, [1, 2, 3], count=384)
     assert math.isclose(log_probabilities.exp().sum(), 1, abs_tol=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tune2gguf.chat_formats import CHAT_FORMATS, LLAMA3, ChatFormat
+from tune2gguf.chat_templates import CHAT_TEMPLATES, LLAMA3, ChatTemplate
 from tune2gguf.export.modelfile import make_modelfile
 
 # What Ollama gives its templates of what ours use: .Messages with .Role and .Content, .System with all system messages.
@@ -100,29 +100,29 @@ def render(renderer: Path, template: str) -> list[str]:
     return json.loads(subprocess.run([renderer], input=request, capture_output=True, text=True, check=True).stdout)
 
 
-def render_trained(chat_format: ChatFormat, turns: list[tuple[str, str]]) -> str:
+def render_trained(chat_template: ChatTemplate, turns: list[tuple[str, str]]) -> str:
     """The format as its record defines it, without the beginning, which the runtime adds."""
-    if chat_format.system_prefix and turns[0][0] != "system":
+    if chat_template.system_prefix and turns[0][0] != "system":
         turns = [("system", ""), *turns]
     messages = "".join(
-        chat_format.role_start
+        chat_template.role_start
         + role
-        + chat_format.role_end
-        + (chat_format.system_prefix if role == "system" else "")
+        + chat_template.role_end
+        + (chat_template.system_prefix if role == "system" else "")
         + text
-        + chat_format.end_of_turn
-        + chat_format.turn_separator
+        + chat_template.end_of_turn
+        + chat_template.turn_separator
         for role, text in turns
     )
-    return messages + chat_format.role_start + "assistant" + chat_format.role_end
+    return messages + chat_template.role_start + "assistant" + chat_template.role_end
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHAT_FORMATS)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_go_renders_the_trained_format(go_renderer, name):
-    chat_format = CHAT_FORMATS[name]
-    template = read_template(make_modelfile("x.gguf", chat_format=chat_format, context_length=64))
-    assert render(go_renderer, template) == [render_trained(chat_format, turns) for turns in CONVERSATIONS]
+    chat_template = CHAT_TEMPLATES[name]
+    template = read_template(make_modelfile("x.gguf", chat_template=chat_template, context_length=64))
+    assert render(go_renderer, template) == [render_trained(chat_template, turns) for turns in CONVERSATIONS]
 
 
 @pytest.mark.slow
@@ -134,14 +134,14 @@ def test_a_template_with_one_newline_less_is_told_apart(go_renderer):
     assert all(text != render_trained(LLAMA3, turns) for text, turns in zip(rendered, CONVERSATIONS, strict=True))
 
 
-@pytest.mark.parametrize("name", CHAT_FORMATS)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_jinja_renders_what_the_modelfile_renders(name):
     """Both templates are one format: rendered by jinja2, the GGUF's differs only by BOS at the start."""
     import jinja2
 
-    chat_format = CHAT_FORMATS[name]
-    template = jinja2.Environment().from_string(chat_format.jinja_template)
+    chat_template = CHAT_TEMPLATES[name]
+    template = jinja2.Environment().from_string(chat_template.jinja_template)
     for turns in CONVERSATIONS[:3]:
         messages = [{"role": role, "content": text} for role, text in turns]
-        rendered = template.render(messages=messages, add_generation_prompt=True, bos_token=chat_format.beginning)
-        assert rendered == chat_format.beginning + render_trained(chat_format, turns)
+        rendered = template.render(messages=messages, add_generation_prompt=True, bos_token=chat_template.beginning)
+        assert rendered == chat_template.beginning + render_trained(chat_template, turns)

@@ -39,7 +39,7 @@ def model(tiny_base) -> CausalLM:
 @pytest.fixture(scope="module")
 def data(tiny_base, tmp_path_factory) -> PreparedData:
     path = write_rows(tmp_path_factory.mktemp("rows") / "a.jsonl", make_conversations(24))
-    tokenizer = load_tokenizer(tiny_base, chat_format="chatml")
+    tokenizer = load_tokenizer(tiny_base, chat_template="chatml")
     return chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=MAX_SEQ_LEN, seed=0, packing=True)
 
 

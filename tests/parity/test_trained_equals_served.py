@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import REPOSITORY, TINY_TIED
 from tests.tokenizer_files import find_llama3_tokenizer, make_random_texts, write_smollm2_tokenizer
 from tune2gguf.architectures import Architecture
-from tune2gguf.chat_formats import CHAT_FORMATS
+from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.data import Message
 from tune2gguf.export.pipeline import export_base
 from tune2gguf.llama_cpp import LlamaCppModel, open_model
@@ -47,11 +47,11 @@ def make_base(base_dir: Path, tokenizer: str) -> None:
         write_smollm2_tokenizer(base_dir)
 
 
-def serve(base_dir: Path, chat_format: str) -> Served:
+def serve(base_dir: Path, chat_template: str) -> Served:
     gguf_path = export_base(
-        base_dir, base_dir / f"{chat_format}.gguf", quantization="F16", chat_format=chat_format, show=False
+        base_dir, base_dir / f"{chat_template}.gguf", quantization="F16", chat_template=chat_template, show=False
     )
-    return Served(load_tokenizer(base_dir, chat_format=chat_format), open_model(gguf_path, context_length=512))
+    return Served(load_tokenizer(base_dir, chat_template=chat_template), open_model(gguf_path, context_length=512))
 
 
 def _make_architecture(vocab_size: int) -> Architecture:
@@ -94,7 +94,7 @@ def draw_content(generator: random.Random) -> str:
 def render_served(served: Served, messages: list[Message]) -> list[int]:
     """Return the prompt's ids as llama.cpp makes them from the messages, up to where the reply begins."""
     text = served.model.apply_template([{"role": turn.role, "content": turn.content} for turn in messages])
-    beginning = served.tokenizer.chat_format.beginning
+    beginning = served.tokenizer.chat_template.beginning
     # The server adds the beginning when it tokenizes, and takes a rendered one away before.
     return served.model.tokenize(text.removeprefix(beginning) if beginning else text, adds_bos=bool(beginning))
 
@@ -153,7 +153,7 @@ def test_white_space_is_trimmed_as_the_template_trims_it(served):
 
 def test_special_tokens_spelled_in_content_are_where_trained_and_served_differ(served):
     """Deliberately: the server reads them as special tokens, training does not. data.json counts such rows."""
-    spelled = served.tokenizer.chat_format.end_of_turn
+    spelled = served.tokenizer.chat_template.end_of_turn
     messages = [Message("user", f"What is {spelled}?")]
     trained, prompt = served.tokenizer.encode_prompt(messages), render_served(served, messages)
     end_of_turn = served.tokenizer.end_of_turn_id
@@ -162,9 +162,9 @@ def test_special_tokens_spelled_in_content_are_where_trained_and_served_differ(s
 
 def test_another_template_is_found_different(served):
     """Negative control: with or without the date block of Meta's templates, every prompt has other ids."""
-    other = {"llama3": "llama3_1", "llama3_1": "llama3"}.get(served.tokenizer.chat_format.name)
+    other = {"llama3": "llama3_1", "llama3_1": "llama3"}.get(served.tokenizer.chat_template.name)
     if other is None:
         pytest.skip("the date block is Llama's")
-    trained = dataclasses.replace(served.tokenizer, chat_format=CHAT_FORMATS[other])
+    trained = dataclasses.replace(served.tokenizer, chat_template=CHAT_TEMPLATES[other])
     for messages in make_corpus()[:50]:
         assert trained.encode_prompt(messages[:-1]) != render_served(served, messages[:-1])

@@ -27,7 +27,7 @@ def make_arguments(config: Path, base: Path, tmp_path: Path) -> list[str]:
     rows = write_rows(tmp_path / "train.jsonl", make_conversations(40))
     return [
         *("--config", str(config), f"base_dir={base}", "base_source=null", "model.architecture=null"),
-        *("chat_format=chatml", "device=cpu", f"dataset.files=[{rows}]", f"output_dir={tmp_path / 'run'}"),
+        *("chat_template=chatml", "device=cpu", f"dataset.files=[{rows}]", f"output_dir={tmp_path / 'run'}"),
         *("max_seq_len=256", "warmup_steps=1", "epochs=1", "learning_rate=1.0e-3"),
     ]
 

@@ -72,7 +72,7 @@ def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
     from tune2gguf.models import lora_llama
     from tune2gguf.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(base_dir, chat_format="chatml")
+    tokenizer = load_tokenizer(base_dir, chat_template="chatml")
     data = chat_dataset([str(train)], tokenizer=tokenizer, max_seq_len=512, seed=SEED)
     model = lora_llama(
         str(base_dir),

@@ -110,7 +110,7 @@ def measure_heldout_loss(model, base_dir: Path, path: Path) -> float:
     from tune2gguf.data.tokenize import read_conversations
     from tune2gguf.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(base_dir, chat_format="chatml")
+    tokenizer = load_tokenizer(base_dir, chat_template="chatml")
     total, count = 0.0, 0
     for _, conversation in read_conversations(str(path), format="auto"):
         ids, supervised = tokenizer.encode_conversation(conversation.messages)

@@ -21,7 +21,7 @@ def run_dir(tmp_path_factory) -> Path:
     """A run whose model says ASCII letters only, so that every token is text."""
     folder = tmp_path_factory.mktemp("runs")
     base_dir = write_biased_base(folder / "base", lambda token: 0.0 if token.isascii() and token.isalpha() else -30.0)
-    run_dir = write_run(base_dir, folder / "ferry", chat_format="chatml")
+    run_dir = write_run(base_dir, folder / "ferry", chat_template="chatml")
     config = json.loads((run_dir / "config.yaml").read_text()) | {"base_weights": "fp32"}
     (run_dir / "config.yaml").write_text(json.dumps(config))
     export_run(run_dir, quantizations=["F32"], show=False)
@@ -118,7 +118,7 @@ def test_the_script_answers_once(run_dir):
 
 
 def test_a_run_without_export_is_told_the_command(tiny_untied_base, tmp_path):
-    run_dir = write_run(tiny_untied_base, tmp_path / "new", chat_format="chatml")
+    run_dir = write_run(tiny_untied_base, tmp_path / "new", chat_template="chatml")
     finished = run_script(run_dir, "--once", "Hi")
     assert finished.returncode == 1
     assert finished.stderr == (

@@ -13,7 +13,7 @@ from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
 
 @pytest.fixture
 def tokenizer(tiny_base) -> ChatTokenizer:
-    return load_tokenizer(tiny_base, chat_format="chatml")
+    return load_tokenizer(tiny_base, chat_template="chatml")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_other_content_tokenizer_or_format_is_another_entry(tmp_path, tmp_path_f
     content = json.loads((tiny_base / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][:-1]
     (other_base / "tokenizer.json").write_text(json.dumps(content))
-    tokenize(path, load_tokenizer(other_base, chat_format="chatml"))
+    tokenize(path, load_tokenizer(other_base, chat_template="chatml"))
     tokenize(write_rows(tmp_path / "a.jsonl", make_conversations(4)), tokenizer)
     assert len(list(cache.iterdir())) == 4
 

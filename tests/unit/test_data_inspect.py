@@ -21,7 +21,7 @@ def converse(question: str, answer: str) -> dict:
 
 
 def inspect(path, tiny_base, *, max_seq_len=120, num_rows=2) -> Inspection:
-    return inspect_files([str(path)], tiny_base, chat_format="chatml", max_seq_len=max_seq_len, num_rows=num_rows)
+    return inspect_files([str(path)], tiny_base, chat_template="chatml", max_seq_len=max_seq_len, num_rows=num_rows)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_suggested_max_seq_len_keeps_its_share_and_one_token_less_does_not(mixed
 def test_characters_per_token_and_supervised_share_are_measured(tmp_path, tiny_base):
     path = write_rows(tmp_path / "a.jsonl", [converse("ab", "cd")])
     summary = inspect(path, tiny_base).summary
-    tokenizer = load_tokenizer(tiny_base, chat_format="chatml")
+    tokenizer = load_tokenizer(tiny_base, chat_template="chatml")
     texts = ["user\nab", "\n", "assistant\n", "cd", "\n"]
     num_tokens = sum(len(tokenizer.encode(text)) for text in texts)
     assert summary.characters_per_token == pytest.approx(sum(map(len, texts)) / num_tokens)
@@ -146,7 +146,7 @@ def test_unreadable_data_or_tokenizer_is_one_sentence(tmp_path, tiny_base):
 
 
 def test_script_prints_and_writes(tmp_path, tiny_base, mixed_file):
-    arguments = [str(mixed_file), "--base-dir", str(tiny_base), "--chat-format", "chatml", "--rows", "1"]
+    arguments = [str(mixed_file), "--base-dir", str(tiny_base), "--chat-template", "chatml", "--rows", "1"]
     command = [sys.executable, "scripts/inspect_data.py", *arguments, "--html", str(tmp_path / "page.html")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ def own_cache(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_base) -> ChatTokenizer:
-    return load_tokenizer(tiny_base, chat_format="chatml")
+    return load_tokenizer(tiny_base, chat_template="chatml")
 
 
 def converse(question: str, answer: str) -> dict:

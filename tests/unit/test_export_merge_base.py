@@ -26,7 +26,7 @@ def write_base(folder: Path, *, kind: str) -> Path:
 
 
 def write_nf4_run(base_dir: Path, run_dir: Path) -> Path:
-    write_run(base_dir, run_dir, chat_format="chatml")
+    write_run(base_dir, run_dir, chat_template="chatml")
     config = json.loads((run_dir / "config.yaml").read_text()) | {"base_weights": "nf4"}
     (run_dir / "config.yaml").write_text(json.dumps(config))
     records = [{"source": "rows", "text": None, **row} for row in make_conversations(4)]
@@ -113,7 +113,7 @@ def test_an_original_of_another_model_is_refused(tmp_path):
 
 
 def test_a_choice_that_is_none_is_refused(tiny_base, tmp_path):
-    run_dir = write_run(tiny_base, tmp_path / "run", chat_format="chatml")
+    run_dir = write_run(tiny_base, tmp_path / "run", chat_template="chatml")
     with pytest.raises(ValueError, match="was not trained over 4-bit weights; there is one base to merge into"):
         export(run_dir, merge_base=ORIGINAL)
     assert export(run_dir).merge.kind is None
@@ -131,5 +131,5 @@ def test_the_script_passes_the_choice_on(tmp_path):
 
 def test_a_plain_4_bit_base_is_exported_dequantized(tmp_path):
     base_dir = write_base(tmp_path / "nf4", kind="bnb-4bit")
-    path = export_base(base_dir, tmp_path / "base.gguf", quantization="F32", chat_format="chatml", show=False)
+    path = export_base(base_dir, tmp_path / "base.gguf", quantization="F32", chat_template="chatml", show=False)
     assert path.stat().st_size > 4 * ARCHITECTURE.vocab_size * ARCHITECTURE.embed_dim

@@ -1,11 +1,11 @@
-"""What the GGUF says about tokenizer and chat format, and what the Modelfile says."""
+"""What the GGUF says about tokenizer and chat template, and what the Modelfile says."""
 
 import json
 
 import pytest
 
 from tests.parity.gguf_models import SMALL_MODELS, write_small_run
-from tune2gguf.chat_formats import CHATML, LLAMA3
+from tune2gguf.chat_templates import CHATML, LLAMA3
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
@@ -85,7 +85,7 @@ def test_llama_file_holds_the_keys_in_llama_cpp_order(llama_dir):
 
 
 def test_token_types_tell_text_from_control_and_from_holes(llama_dir):
-    vocabulary = read_vocabulary(llama_dir / "base", vocab_size=288, chat_format=LLAMA3)
+    vocabulary = read_vocabulary(llama_dir / "base", vocab_size=288, chat_template=LLAMA3)
     types = dict(zip(vocabulary.tokens, vocabulary.token_types, strict=True))
     assert types["the"] == NORMAL and types["<|eot_id|>"] == CONTROL and types["[PAD287]"] == UNUSED
     assert vocabulary.merges == ["t h", "th e"]
@@ -94,13 +94,13 @@ def test_token_types_tell_text_from_control_and_from_holes(llama_dir):
 def test_added_tokens_that_are_text_are_user_defined(base_dir):
     entry = {"id": 270, "content": "<tool>", "special": False}
     edit_json(base_dir / "tokenizer.json", lambda content: content["added_tokens"].append(entry))
-    vocabulary = read_vocabulary(base_dir, vocab_size=288, chat_format=CHATML)
+    vocabulary = read_vocabulary(base_dir, vocab_size=288, chat_template=CHATML)
     assert vocabulary.tokens[270] == "<tool>" and vocabulary.token_types[270] == USER_DEFINED
 
 
 def test_end_of_sequence_is_the_trained_end_of_turn_whatever_the_base_says(base_dir):
     edit_json(base_dir / "tokenizer_config.json", lambda content: content.update(eos_token="<|endoftext|>"))
-    vocabulary = read_vocabulary(base_dir, vocab_size=288, chat_format=CHATML)
+    vocabulary = read_vocabulary(base_dir, vocab_size=288, chat_template=CHATML)
     assert vocabulary.tokens[vocabulary.special_ids["eos"]] == "<|im_end|>"
     assert list(vocabulary.special_ids) == ["bos", "eos"]
     assert (vocabulary.early_flags | vocabulary.late_flags)["bos"] is False, "ChatML was trained without BOS"
@@ -120,21 +120,21 @@ def test_end_of_sequence_is_the_trained_end_of_turn_whatever_the_base_says(base_
 def test_a_tokenizer_that_llama_cpp_would_split_otherwise_is_refused(base_dir, change):
     edit_json(base_dir / "tokenizer.json", change)
     with pytest.raises(ValueError, match=r"tokenizer\.json: this tokenizer is neither Llama 3's nor SmolLM2's"):
-        read_vocabulary(base_dir, vocab_size=288, chat_format=CHATML)
+        read_vocabulary(base_dir, vocab_size=288, chat_template=CHATML)
 
 
-def test_a_chat_format_without_its_tokens_is_refused(base_dir):
-    with pytest.raises(ValueError, match=r"lacks <\|begin_of_text\|>, <\|eot_id\|>, which chat format 'llama3' needs"):
-        read_vocabulary(base_dir, vocab_size=288, chat_format=LLAMA3)
+def test_a_chat_template_without_its_tokens_is_refused(base_dir):
+    with pytest.raises(ValueError, match=r"lacks <\|begin_of_text\|>, <\|eot_id\|>, which chat template 'llama3'"):
+        read_vocabulary(base_dir, vocab_size=288, chat_template=LLAMA3)
 
 
 def test_more_tokens_than_the_model_has_rows_are_refused(base_dir):
     with pytest.raises(ValueError, match=r"has token id 260, but config\.json's vocab_size is 200"):
-        read_vocabulary(base_dir, vocab_size=200, chat_format=CHATML)
+        read_vocabulary(base_dir, vocab_size=200, chat_template=CHATML)
 
 
 def test_modelfile_serves_the_trained_format():
-    text = make_modelfile("x.gguf", chat_format=LLAMA3, context_length=2048)
+    text = make_modelfile("x.gguf", chat_template=LLAMA3, context_length=2048)
     assert "FROM ./x.gguf\n" in text
     assert f'TEMPLATE """{LLAMA3.ollama_template}"""\n' in text
     assert "<|begin_of_text|>" not in text, "the runtime adds it; a second one would double it"
@@ -147,11 +147,13 @@ def test_modelfile_serves_the_trained_format():
 
 
 def test_modelfile_holds_the_one_system_prompt():
-    text = make_modelfile("x.gguf", chat_format=CHATML, context_length=64, system_prompt='You are "Marlo".\nBe brief.')
+    text = make_modelfile(
+        "x.gguf", chat_template=CHATML, context_length=64, system_prompt='You are "Marlo".\nBe brief.'
+    )
     assert 'SYSTEM """You are "Marlo".\nBe brief."""\n' in text
 
 
 @pytest.mark.parametrize("system_prompt", ['a """ b', 'ends with "'])
 def test_a_system_prompt_that_a_modelfile_cannot_hold_is_refused(system_prompt):
     with pytest.raises(ValueError, match="which a Modelfile cannot hold"):
-        make_modelfile("x.gguf", chat_format=CHATML, context_length=64, system_prompt=system_prompt)
+        make_modelfile("x.gguf", chat_template=CHATML, context_length=64, system_prompt=system_prompt)

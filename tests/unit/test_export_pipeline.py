@@ -21,7 +21,7 @@ from tune2gguf.export.type_mix import QUANTIZATIONS
 
 @pytest.fixture
 def run_dir(tiny_base, tmp_path) -> Path:
-    return write_run(tiny_base, tmp_path / "ferry", chat_format="chatml")
+    return write_run(tiny_base, tmp_path / "ferry", chat_template="chatml")
 
 
 def edit_json(path: Path, **changes) -> None:
@@ -76,7 +76,7 @@ def test_slabs_do_not_change_the_bytes(run_dir, monkeypatch):
 def test_best_is_exported_where_there_is_one_and_last_on_demand(run_dir, tiny_base):
     last = export_run(run_dir, show=False).models[0].gguf_path.read_bytes()
     os.rename(run_dir / "last", run_dir / "best")
-    write_run(tiny_base, run_dir, chat_format="chatml")
+    write_run(tiny_base, run_dir, chat_template="chatml")
     edit_adapter(run_dir, lambda weights: {name: weight / 2 for name, weight in weights.items()})
     assert export_run(run_dir, overwrite=True, show=False).models[0].gguf_path.read_bytes() == last
     assert export_run(run_dir, adapter="last", overwrite=True, show=False).models[0].gguf_path.read_bytes() != last
@@ -159,7 +159,7 @@ def test_an_adapter_that_diverged_is_refused(run_dir):
 
 def test_a_failure_in_the_middle_leaves_nothing(tiny_base, tmp_path):
     base_dir = spoil_last_norm(tiny_base, tmp_path / "base")
-    run_dir = write_run(base_dir, tmp_path / "run", chat_format="chatml")
+    run_dir = write_run(base_dir, tmp_path / "run", chat_template="chatml")
     with pytest.raises(ValueError, match=r"model\.layers\.1\..*: holds NaN or infinity"):
         export_run(run_dir, quantizations=["Q8_0", "F16"], show=False)
     assert list_files(run_dir / "export") == []
@@ -250,15 +250,15 @@ def test_nf4_base_is_merged_from_its_dequantized_weights(tmp_path):
         (plain_dir / name).write_text((quantized_dir / name).read_text())
     files = []
     for base_dir in (quantized_dir, plain_dir):
-        run_dir = write_run(base_dir, base_dir.parent / "run", chat_format="chatml")
+        run_dir = write_run(base_dir, base_dir.parent / "run", chat_template="chatml")
         files.append(export_run(run_dir, quantizations=["Q8_0"], show=False).models[0].gguf_path.read_bytes())
     assert files[0] == files[1]
 
 
-def test_base_export_refuses_to_overwrite_and_unknown_chat_formats(tiny_base, tmp_path):
+def test_base_export_refuses_to_overwrite_and_unknown_chat_templates(tiny_base, tmp_path):
     target = tmp_path / "deep" / "base.gguf"
-    assert export_base(tiny_base, target, quantization="q8_0", chat_format="chatml", show=False) == target
+    assert export_base(tiny_base, target, quantization="q8_0", chat_template="chatml", show=False) == target
     with pytest.raises(ValueError, match="exists already"):
-        export_base(tiny_base, target, quantization="Q8_0", chat_format="chatml", show=False)
-    with pytest.raises(ValueError, match="unknown chat_format 'vicuna'; choose from llama3, "):
-        export_base(tiny_base, tmp_path / "x.gguf", quantization="Q8_0", chat_format="vicuna", show=False)
+        export_base(tiny_base, target, quantization="Q8_0", chat_template="chatml", show=False)
+    with pytest.raises(ValueError, match="unknown chat_template 'vicuna'; choose from llama3, "):
+        export_base(tiny_base, tmp_path / "x.gguf", quantization="Q8_0", chat_template="vicuna", show=False)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import write_biased_base, write_run
-from tune2gguf.chat_formats import CHATML
+from tune2gguf.chat_templates import CHATML
 from tune2gguf.data.messages import Conversation, Message
 from tune2gguf.export.heldout_rows import make_rows
 from tune2gguf.export.pipeline import Export, export_run
@@ -32,7 +32,7 @@ def write_proven_run(base_dir: Path, run_dir: Path, *, num_rows: int = 6) -> Pat
     """Write a run with an adapter on the values only, and held-out rows."""
     from safetensors.numpy import load_file, save_file
 
-    write_run(base_dir, run_dir, chat_format="chatml")
+    write_run(base_dir, run_dir, chat_template="chatml")
     path = run_dir / "last" / "adapter_model.safetensors"
     save_file({name: weight / 4 for name, weight in load_file(path).items() if "v_proj" in name}, path)
     write_heldout(run_dir, [row["messages"] for row in make_conversations(num_rows)])
@@ -82,7 +82,7 @@ def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
     from tune2gguf.loss import cross_entropy_of_supervised
 
     proof = prove(export_run(run_dir, show=False))
-    tokenizer = load_tokenizer(ending_base, chat_format="chatml")
+    tokenizer = load_tokenizer(ending_base, chat_template="chatml")
     base = open_merge_base(ending_base)
     source = open_base_source(base, adapter=read_adapter(run_dir / "last", base.specs))
     head = source.read("output.weight", 0, 384)
@@ -116,7 +116,7 @@ def test_a_model_that_does_not_end_its_turn_fails(tmp_path):
 
 def test_another_template_than_the_trained_one_is_found_with_the_first_difference(run_dir, ending_base, monkeypatch):
     wrong = replace(CHATML, jinja_template=CHATML.jinja_template.replace("<|im_start|>assistant", "<|im_start|>bot"))
-    monkeypatch.setitem(__import__("tune2gguf.chat_formats").chat_formats.CHAT_FORMATS, "chatml", wrong)
+    monkeypatch.setitem(__import__("tune2gguf.chat_templates").chat_templates.CHAT_TEMPLATES, "chatml", wrong)
     export = export_run(run_dir, quantizations=["F16"], show=False)
     monkeypatch.undo()
     [failure, *_] = prove(export).failures
@@ -126,7 +126,7 @@ def test_another_template_than_the_trained_one_is_found_with_the_first_differenc
 
 def test_conversations_that_spell_special_tokens_are_counted_apart(ending_base, run_dir):
     model = open_model(export_run(run_dir, quantizations=["F16"], show=False).models[0].gguf_path, context_length=256)
-    tokenizer = load_tokenizer(ending_base, chat_format="chatml")
+    tokenizer = load_tokenizer(ending_base, chat_template="chatml")
     chats = [
         Conversation((Message("user", question), Message("assistant", "It ends a turn.")))
         for question in ("What is <|im_end|>?", "What ends a turn?")
@@ -136,7 +136,7 @@ def test_conversations_that_spell_special_tokens_are_counted_apart(ending_base, 
 
 
 def test_rows_are_cut_as_in_training_and_raw_text_counts(ending_base):
-    tokenizer = load_tokenizer(ending_base, chat_format="chatml")
+    tokenizer = load_tokenizer(ending_base, chat_template="chatml")
     chat = Conversation((Message("user", "a " * 50), Message("assistant", "b")))
     rows = make_rows([chat, Conversation(text="The ferry leaves.")], tokenizer, max_seq_len=20)
     assert len(rows) == 1, "the first row's reply lies beyond max_seq_len"

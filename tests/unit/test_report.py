@@ -148,7 +148,7 @@ def test_text_of_data_config_and_model_is_text_alone(tmp_path, judged):
         ledger=ledger,
         verdict=verdict,
         metrics=metrics,
-        config=make_config(chat_format=HOSTILE.replace("\x1b", "").replace("\0", ""), parent_run="<b>"),
+        config=make_config(chat_template=HOSTILE.replace("\x1b", "").replace("\0", ""), parent_run="<b>"),
         environment=ENVIRONMENT | {"platform": HOSTILE, "command": [HOSTILE, HOSTILE], "resumed": [
             {"step": 3, "started": HOSTILE, "device": HOSTILE, "git_revision": None}]},
     )  # fmt: skip

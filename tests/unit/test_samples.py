@@ -35,7 +35,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def tokenizer(base):
-    return load_tokenizer(base, chat_format="chatml")
+    return load_tokenizer(base, chat_template="chatml")
 
 
 def load_model(base, **options) -> CausalLM:

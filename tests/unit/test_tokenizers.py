@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.tokenizer_files import find_llama3_tokenizer, load_llama3
-from tune2gguf.chat_formats import LLAMA3_1
+from tune2gguf.chat_templates import LLAMA3_1
 from tune2gguf.data import Message
 from tune2gguf.tokenizers import ChatTokenizer, find_tokenizer_file, load_tokenizer, make_llama3_tokenizer_json
 
@@ -63,7 +63,7 @@ def test_empty_system_message_is_a_block_without_content():
 
 @pytest.mark.parametrize(("system", "shown"), [(None, ""), (" Be brief.\n", "Be brief."), ("", "")])
 def test_llama3_1_puts_metas_date_block_before_the_system_message(system, shown):
-    tokenizer = dataclasses.replace(load_llama3(), chat_format=LLAMA3_1)
+    tokenizer = dataclasses.replace(load_llama3(), chat_template=LLAMA3_1)
     turns = [] if system is None else [Message("system", system)]
     ids, supervised = tokenizer.encode_conversation([*turns, user("Hi"), assistant("Hello!")])
     assert tokenizer.decode(ids) == (
@@ -139,7 +139,7 @@ def test_raw_text_is_supervised_between_its_beginning_and_its_end():
 
 
 def test_chatml_supervises_the_reply_and_its_end_but_not_the_line_break_after_it(tiny_base):
-    tokenizer = load_tokenizer(tiny_base, chat_format="chatml")
+    tokenizer = load_tokenizer(tiny_base, chat_template="chatml")
     ids, supervised = tokenizer.encode_conversation([user(" Hi "), assistant("Ho\n"), user("x"), assistant("y")])
     start, end = tokenizer.special_ids["<|im_start|>"], tokenizer.special_ids["<|im_end|>"]
     assert tokenizer.decode(ids) == (
@@ -181,14 +181,14 @@ def test_llama3_pads_with_the_token_made_for_it_and_has_the_published_vocabulary
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer; looked for tokenizer\.json, tokenizer\.model"):
-        load_tokenizer(tmp_path, chat_format="llama3")
+        load_tokenizer(tmp_path, chat_template="llama3")
 
 
-def test_chat_format_that_does_not_fit_the_tokenizer_is_refused_with_the_one_that_does(tiny_base):
-    with pytest.raises(ValueError, match=r"<\|eot_id\|>.* of chat_format=llama3; chat_format=chatml would fit"):
-        load_tokenizer(tiny_base, chat_format="llama3")
-    with pytest.raises(ValueError, match=r"chat_format='mistral' is not one of llama3, llama3_1, chatml"):
-        load_tokenizer(tiny_base, chat_format="mistral")
+def test_chat_template_that_does_not_fit_the_tokenizer_is_refused_with_the_one_that_does(tiny_base):
+    with pytest.raises(ValueError, match=r"<\|eot_id\|>.* of chat_template=llama3; chat_template=chatml would fit"):
+        load_tokenizer(tiny_base, chat_template="llama3")
+    with pytest.raises(ValueError, match=r"chat_template='mistral' is not one of llama3, llama3_1, chatml"):
+        load_tokenizer(tiny_base, chat_template="mistral")
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,13 @@ def test_chat_format_that_does_not_fit_the_tokenizer_is_refused_with_the_one_tha
 def test_damaged_tokenizer_model_is_refused(tmp_path, content, said):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        load_tokenizer(tmp_path, chat_format="llama3")
+        load_tokenizer(tmp_path, chat_template="llama3")
 
 
 def test_damaged_tokenizer_json_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
-        load_tokenizer(tmp_path, chat_format="chatml")
+        load_tokenizer(tmp_path, chat_template="chatml")
 
 
 def test_truncation_and_padding_set_in_the_file_do_not_reach_the_rows(tmp_path, tiny_base):
@@ -216,6 +216,6 @@ def test_truncation_and_padding_set_in_the_file_do_not_reach_the_rows(tmp_path, 
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     text = "The ferry leaves Reed Quay at seven and at nine."
-    assert load_tokenizer(tmp_path, chat_format="chatml").decode(
-        load_tokenizer(tmp_path, chat_format="chatml").encode(text)
+    assert load_tokenizer(tmp_path, chat_template="chatml").decode(
+        load_tokenizer(tmp_path, chat_template="chatml").encode(text)
     ) == (text)

@@ -40,7 +40,7 @@ REFERENCES = {
     "model.lora_dropout": "lora_dropout",
     "model.max_seq_len": "max_seq_len",
     "tokenizer.base_dir": "base_dir",
-    "tokenizer.chat_format": "chat_format",
+    "tokenizer.chat_template": "chat_template",
     "optimizer.lr": "learning_rate",
     "optimizer.weight_decay": "weight_decay",
     "lr_scheduler.name": "scheduler",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tune2gguf.chat_formats import CHAT_FORMATS
+from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.export.type_mix import QUANTIZATIONS
 from tune2gguf.schedules import SCHEDULERS
 
@@ -47,7 +47,7 @@ KEYS = {
     "base_dir": Key(str),
     "base_source": Key(str, optional=True),
     "base_weights": Key(str, choices=("bf16", "fp32", "nf4")),
-    "chat_format": Key(str, choices=tuple(CHAT_FORMATS)),
+    "chat_template": Key(str, choices=tuple(CHAT_TEMPLATES)),
     "output_dir": Key(str),
     "device": Key(str),
     "dtype": Key(str, choices=("bf16", "fp32")),

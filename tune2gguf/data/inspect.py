@@ -58,7 +58,7 @@ def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspec
     config = read_config(path, overrides)
     dataset = OmegaConf.to_container(config.dataset, resolve=True)
     dataset.pop("_component_")
-    tokenizer = load_tokenizer(config.base_dir, chat_format=config.chat_format)
+    tokenizer = load_tokenizer(config.base_dir, chat_template=config.chat_template)
     summary = summarize_data(
         dataset,
         tokenizer=tokenizer,
@@ -71,7 +71,7 @@ def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspec
 
 
 def inspect_files(
-    files: Sequence[str], base_dir: Path, *, chat_format: str, max_seq_len: int, num_rows: int
+    files: Sequence[str], base_dir: Path, *, chat_template: str, max_seq_len: int, num_rows: int
 ) -> Inspection:
     """Look at data files with the tokenizer of a base folder.
 
@@ -82,7 +82,7 @@ def inspect_files(
     problems = check_files(dataset)
     if problems:
         raise ValueError("\n".join(problems))
-    tokenizer = load_tokenizer(base_dir, chat_format=chat_format)
+    tokenizer = load_tokenizer(base_dir, chat_template=chat_template)
     summary = summarize_data(
         dataset,
         tokenizer=tokenizer,

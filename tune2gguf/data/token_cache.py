@@ -45,8 +45,8 @@ def tokenize_once(
     """Return tokenize_file's result, from the cache where the same content was tokenized before.
 
     The cache is `tokens/` in cache.get_cache_dir(), and tokens are mapped into memory from it. Its key is the content
-    of the file, the tokenizer, the chat format, the row format and the code that makes tokens of rows. A file with bad
-    rows that stop the run is not kept.
+    of the file, the tokenizer, the chat template, the row format and the code that makes tokens of rows. A file with
+    bad rows that stop the run is not kept.
 
     Raises:
         ValueError: as tokenize_file

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tune2gguf.cache import get_cache_dir
-from tune2gguf.chat_formats import ChatFormat
+from tune2gguf.chat_templates import ChatTemplate
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, list_gguf_tensors, write_metadata
 from tune2gguf.export.kernels import load_kernels
@@ -27,7 +27,7 @@ def write_gguf_files(
     base: MergeBase,
     adapter: Adapter | None,
     name: str,
-    chat_format: ChatFormat,
+    chat_template: ChatTemplate,
     num_threads: int | None,
     max_cache_bytes: int,
     show: bool,
@@ -53,7 +53,7 @@ def write_gguf_files(
     converter = Converter(base, adapter, load_kernels(), cache)
     with replace_at_the_end(sizes) as unfinished:
         outputs = {quantization: Output(unfinished[path], types[quantization]) for quantization, path in paths.items()}
-        _write_headers(outputs, tensors, base=base, name=name, chat_format=chat_format)
+        _write_headers(outputs, tensors, base=base, name=name, chat_template=chat_template)
         num_elements = sum(_count_elements(tensor.shape) for tensor in tensors)
         label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
         with tqdm(total=num_elements, desc=label, unit="", unit_scale=True, disable=not show, leave=False) as bar:
@@ -74,9 +74,9 @@ def _write_headers(
     *,
     base: MergeBase,
     name: str,
-    chat_format: ChatFormat,
+    chat_template: ChatTemplate,
 ) -> None:
-    vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_format=chat_format)
+    vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_template=chat_template)
     for quantization, output in outputs.items():
         write_metadata(
             output.path,
@@ -86,7 +86,7 @@ def _write_headers(
             architecture=base.architecture,
             quantization=quantization,
             vocabulary=vocabulary,
-            chat_template=chat_format.jinja_template,
+            jinja_template=chat_template.jinja_template,
             hf_config=_read_json(base.base_dir / "config.json"),
             generation_config=_read_json(base.base_dir / "generation_config.json"),
         )

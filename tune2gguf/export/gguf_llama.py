@@ -116,7 +116,7 @@ def write_metadata(
     architecture: Architecture,
     quantization: Quantization,
     vocabulary: Vocabulary,
-    chat_template: str,
+    jinja_template: str,
     hf_config: dict,
     generation_config: dict,
 ) -> None:
@@ -133,7 +133,7 @@ def write_metadata(
     writer = GGUFWriter(path, "llama")
     _add_general_keys(writer, name, sum(math.prod(tensor.shape) for tensor in tensors), generation_config)
     _add_architecture_keys(writer, architecture, has_head_dim=hf_config.get("head_dim") is not None)
-    _add_tokenizer_keys(writer, vocabulary, chat_template)
+    _add_tokenizer_keys(writer, vocabulary, jinja_template)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(quantization.file_type)
     for tensor in tensors:
@@ -177,7 +177,7 @@ def _add_architecture_keys(writer: GGUFWriter, architecture: Architecture, *, ha
     writer.add_rope_dimension_count(architecture.head_dim)
 
 
-def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary, chat_template: str) -> None:
+def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary, jinja_template: str) -> None:
     if vocabulary.add_space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.add_space_prefix)
     writer.add_tokenizer_model("gpt2")
@@ -190,7 +190,7 @@ def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary, chat_templat
         writer.add_uint32(f"tokenizer.ggml.{ids_keys.get(kind, kind)}_token_id", number)
     for kind, is_added in vocabulary.early_flags.items():
         writer.add_bool(f"tokenizer.ggml.add_{kind}_token", is_added)
-    writer.add_chat_template(chat_template)
+    writer.add_chat_template(jinja_template)
     for kind, is_added in vocabulary.late_flags.items():
         writer.add_bool(f"tokenizer.ggml.add_{kind}_token", is_added)
 

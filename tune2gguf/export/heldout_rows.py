@@ -32,7 +32,7 @@ def load_heldout(run: FinishedRun, *, num_rows: int) -> HeldOut | None:
     if num_rows <= 0 or not (run.run_dir / HELDOUT_FILE).is_file():
         return None
     conversations = read_heldout(run.run_dir)[:num_rows]
-    tokenizer = load_tokenizer(run.base_dir, chat_format=run.chat_format.name)
+    tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)
     rows = make_rows(conversations, tokenizer, max_seq_len=run.max_seq_len)
     return HeldOut(tokenizer, conversations, rows) if rows else None
 

@@ -38,7 +38,7 @@ def find_licence(base_dir: Path, *, base_name: str, is_llama3: bool) -> Licence:
 
     Args:
         base_name: where the base came from, such as `meta-llama/Llama-3.2-1B-Instruct`
-        is_llama3: whether it has Llama 3's tokenizer and chat format
+        is_llama3: whether it has Llama 3's tokenizer and chat template
     """
     text = next((_read_text(base_dir / name) for name in _LICENCE_FILES if (base_dir / name).is_file()), None)
     version = _find_llama_version(base_name, text or "")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.chat_formats import ChatFormat
+from tune2gguf.chat_templates import ChatTemplate
 from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
 from tune2gguf.export.adapter import Adapter
@@ -30,7 +30,7 @@ def write_merged_hf(
     *,
     base: MergeBase,
     adapter: Adapter,
-    chat_format: ChatFormat,
+    chat_template: ChatTemplate,
     report: Callable[[int], None],
 ) -> None:
     """Write the folder in one move; it must not exist, and a failure leaves nothing.
@@ -43,7 +43,7 @@ def write_merged_hf(
     """
     with create_folder(out_dir) as unfinished:
         _write_weights(unfinished, base, adapter, report)
-        _write_configs(unfinished, base.base_dir, chat_format)
+        _write_configs(unfinished, base.base_dir, chat_template)
 
 
 def _write_weights(folder: Path, base: MergeBase, adapter: Adapter, report: Callable[[int], None]) -> None:
@@ -88,7 +88,7 @@ def _iterate_rows(
             report(slab.num_elements)
 
 
-def _write_configs(folder: Path, base_dir: Path, chat_format: ChatFormat) -> None:
+def _write_configs(folder: Path, base_dir: Path, chat_template: ChatTemplate) -> None:
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     # transformers renamed torch_dtype to dtype.
@@ -101,18 +101,18 @@ def _write_configs(folder: Path, base_dir: Path, chat_format: ChatFormat) -> Non
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     else:
         _write_json(folder / "tokenizer.json", make_llama3_tokenizer_json(tokenizer_file))
-    _write_json(folder / "tokenizer_config.json", _make_tokenizer_config(base_dir, chat_format))
+    _write_json(folder / "tokenizer_config.json", _make_tokenizer_config(base_dir, chat_template))
 
 
-def _make_tokenizer_config(base_dir: Path, chat_format: ChatFormat) -> dict:
+def _make_tokenizer_config(base_dir: Path, chat_template: ChatTemplate) -> dict:
     """The base's, with the chat template and the end of turn that were trained."""
     path = base_dir / "tokenizer_config.json"
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
-    elif chat_format.beginning:
-        config["bos_token"] = chat_format.beginning
-    return config | {"eos_token": chat_format.end_of_turn, "chat_template": chat_format.jinja_template}
+    elif chat_template.beginning:
+        config["bos_token"] = chat_template.beginning
+    return config | {"eos_token": chat_template.end_of_turn, "chat_template": chat_template.jinja_template}
 
 
 def _write_json(path: Path, content: dict) -> None:

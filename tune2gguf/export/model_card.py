@@ -60,7 +60,7 @@ def _describe_run(run: FinishedRun, files: Sequence[tuple[Path, str]]) -> str:
     serve = f"ollama create {run.name.lower()} -f {files[0][1]} && ollama run {run.name.lower()}"
     return (
         "## Run it\n\n| file | size | Modelfile |\n|---|---|---|\n" + "\n".join(rows) + f"\n\n```\n{serve}\n```\n\n"
-        f"Chat format: {run.chat_format.name}, context as trained: {run.max_seq_len} tokens. "
+        f"Chat template: {run.chat_template.name}, context as trained: {run.max_seq_len} tokens. "
         "The file holds tokenizer and chat template; llama.cpp needs nothing else."
     )
 

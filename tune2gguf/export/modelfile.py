@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tune2gguf.chat_formats import ChatFormat
+from tune2gguf.chat_templates import ChatTemplate
 
 # What leaves the trained distribution as it is. Ollama's own defaults penalize repetition and cut the tail.
 NEUTRAL_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
@@ -11,7 +11,7 @@ NEUTRAL_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, 
 def make_modelfile(
     gguf_name: str,
     *,
-    chat_format: ChatFormat,
+    chat_template: ChatTemplate,
     context_length: int,
     system_prompt: str | None = None,
     licence: str | None = None,
@@ -30,11 +30,11 @@ def make_modelfile(
         "# ollama create NAME -f THIS_FILE",
         f"FROM ./{gguf_name}",
         # The template that was trained; BOS is not in it, because the runtime adds it.
-        f'TEMPLATE """{chat_format.ollama_template}"""',
+        f'TEMPLATE """{chat_template.ollama_template}"""',
     ]
     if system_prompt is not None:
         lines.append(f"SYSTEM {_quote(system_prompt, 'system prompt')}")
-    lines += [f'PARAMETER stop "{stop}"' for stop in chat_format.stops]
+    lines += [f'PARAMETER stop "{stop}"' for stop in chat_template.stops]
     lines.append(f"PARAMETER num_ctx {context_length}")
     lines.append("# The distribution as trained; lower the temperature for more predictable answers.")
     lines += [f"PARAMETER {name} {value:g}" for name, value in NEUTRAL_SAMPLING.items()]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.chat_formats import CHAT_FORMATS
+from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.gguf_files import replace_at_the_end, write_gguf_files
@@ -99,7 +99,7 @@ def export_run(
         # The card describes what is in the folder, and is written anew with each export.
         files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
         _refuse_existing([*files, *(path for path in (adapter_path, merged_dir) if path is not None)])
-    licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_format.name.startswith("llama3"))
+    licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_template.name.startswith("llama3"))
     modelfiles = _make_modelfiles(run, models, licence)
     lora = read_adapter(run.adapter_dir, open_merge_base(run.base_dir).specs)
     heldout = load_heldout(run, num_rows=num_heldout_rows)
@@ -112,7 +112,7 @@ def export_run(
         base=merge.chosen,
         adapter=lora,
         name=run.name,
-        chat_format=run.chat_format,
+        chat_template=run.chat_template,
         num_threads=num_threads,
         max_cache_bytes=max_cache_bytes,
         show=show,
@@ -130,7 +130,7 @@ def export_base(
     out_path: str | Path,
     *,
     quantization: str,
-    chat_format: str,
+    chat_template: str,
     overwrite: bool = False,
     num_threads: int | None = None,
     max_cache_bytes: int = DEFAULT_MAX_BYTES,
@@ -143,8 +143,8 @@ def export_base(
     """
     base_dir, out_path = Path(base_dir), Path(out_path)
     [chosen] = _get_quantizations([quantization])
-    if chat_format not in CHAT_FORMATS:
-        raise ValueError(f"unknown chat_format {chat_format!r}; choose from {', '.join(CHAT_FORMATS)}")
+    if chat_template not in CHAT_TEMPLATES:
+        raise ValueError(f"unknown chat_template {chat_template!r}; choose from {', '.join(CHAT_TEMPLATES)}")
     if not overwrite:
         _refuse_existing([out_path])
     write_gguf_files(
@@ -152,7 +152,7 @@ def export_base(
         base=open_merge_base(base_dir),
         adapter=None,
         name=base_dir.resolve().name,
-        chat_format=CHAT_FORMATS[chat_format],
+        chat_template=CHAT_TEMPLATES[chat_template],
         num_threads=num_threads,
         max_cache_bytes=max_cache_bytes,
         show=show,
@@ -201,7 +201,7 @@ def _make_modelfiles(run: FinishedRun, models: list[ExportedModel], licence: Lic
     return {
         model.modelfile_path: make_modelfile(
             model.gguf_path.name,
-            chat_format=run.chat_format,
+            chat_template=run.chat_template,
             context_length=run.max_seq_len,
             system_prompt=run.system_prompt,
             licence=licence.text,
@@ -225,7 +225,7 @@ def _write_extras(export: Export, adapter: Adapter, *, show: bool) -> None:
         new_dir = export.merged_dir.with_name(f".{export.merged_dir.name}.unfinished")
         shutil.rmtree(new_dir, ignore_errors=True)
         with tqdm(total=num_elements, desc="merging", unit="", unit_scale=True, disable=not show, leave=False) as bar:
-            write_merged_hf(new_dir, base=base, adapter=adapter, chat_format=run.chat_format, report=bar.update)
+            write_merged_hf(new_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=bar.update)
         _replace_folder(export.merged_dir, new_dir)
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.chat_formats import CHAT_FORMATS, ChatFormat
+from tune2gguf.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from tune2gguf.checkpoints.digest import digest_base
 
 ADAPTERS = ("best", "last")
-_NEEDED_KEYS = ("base_dir", "base_weights", "chat_format", "max_seq_len", "quantization")
+_NEEDED_KEYS = ("base_dir", "base_weights", "chat_template", "max_seq_len", "quantization")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FinishedRun:
     name: str
     adapter_dir: Path
     base_dir: Path
-    chat_format: ChatFormat
+    chat_template: ChatTemplate
     max_seq_len: int
     quantization: str
     base_name: str
@@ -54,8 +54,8 @@ def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
     """
     run_dir = Path(run_dir)
     config = _read_config(run_dir)
-    if config["chat_format"] not in CHAT_FORMATS:
-        raise ValueError(f"{run_dir / 'config.yaml'}: unknown chat_format {config['chat_format']!r}")
+    if config["chat_template"] not in CHAT_TEMPLATES:
+        raise ValueError(f"{run_dir / 'config.yaml'}: unknown chat_template {config['chat_template']!r}")
     base_dir = Path(config["base_dir"] if base_dir is None else base_dir)
     if not base_dir.is_dir():
         raise ValueError(f"no base model in {base_dir}; if it has moved, say where it is with --base-dir")
@@ -65,7 +65,7 @@ def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
         name=run_dir.resolve().name,
         adapter_dir=_find_adapter(run_dir, adapter),
         base_dir=base_dir,
-        chat_format=CHAT_FORMATS[config["chat_format"]],
+        chat_template=CHAT_TEMPLATES[config["chat_template"]],
         max_seq_len=config["max_seq_len"],
         quantization=config["quantization"],
         base_name=str(config.get("base_source") or base_dir.resolve().name),

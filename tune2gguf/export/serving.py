@@ -118,15 +118,15 @@ def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, chats: Sequence
 def _serve(model: LlamaCppModel, tokenizer: ChatTokenizer, chat: Conversation) -> list[int]:
     """Return the ids of the prompt as the server makes them, and those of the reply."""
     prompt, reply = cut_before_reply(chat)
-    chat_format = tokenizer.chat_format
-    generated = trim(reply) + chat_format.end_of_turn + chat_format.turn_separator
+    chat_template = tokenizer.chat_template
+    generated = trim(reply) + chat_template.end_of_turn + chat_template.turn_separator
     return model.tokenize(model.apply_template(prompt), adds_bos=True) + model.tokenize(generated)
 
 
 def _describe_difference(trained: list[int], served: list[int], tokenizer: ChatTokenizer) -> str | None:
-    bos = tokenizer.special_ids.get(tokenizer.chat_format.beginning)
+    bos = tokenizer.special_ids.get(tokenizer.chat_template.beginning)
     if bos is not None and served.count(bos) != 1:
-        return f"{tokenizer.chat_format.beginning} is served {served.count(bos)} times"
+        return f"{tokenizer.chat_template.beginning} is served {served.count(bos)} times"
     if trained == served:
         return None
     pairs = zip(trained, served, strict=False)

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.chat_formats import ChatFormat
+from tune2gguf.chat_templates import ChatTemplate
 from tune2gguf.tokenizers import LLAMA3_PATTERN, find_tokenizer_file, make_llama3_tokenizer_json
 
 # enum llama_token_type in llama.h
@@ -45,11 +45,11 @@ class Vocabulary:
     add_space_prefix: bool | None
 
 
-def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_format: ChatFormat) -> Vocabulary:
+def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_template: ChatTemplate) -> Vocabulary:
     """Read the vocabulary of a base folder from tokenizer.json, or from Llama 3's tokenizer.model.
 
     Raises:
-        ValueError: if there is no tokenizer, llama.cpp has no equal of it, or it lacks the chat format's tokens
+        ValueError: if there is no tokenizer, llama.cpp has no equal of it, or it lacks the chat template's tokens
     """
     base_dir = Path(base_dir)
     path = find_tokenizer_file(base_dir)
@@ -59,7 +59,7 @@ def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_format: ChatF
         tokenizer_config=_read_json_if_present(base_dir / "tokenizer_config.json"),
         hf_config=_read_json_if_present(base_dir / "config.json"),
         vocab_size=vocab_size,
-        chat_format=chat_format,
+        chat_template=chat_template,
         source=path,
     )
 
@@ -70,7 +70,7 @@ def make_vocabulary(
     tokenizer_config: dict,
     hf_config: dict,
     vocab_size: int,
-    chat_format: ChatFormat,
+    chat_template: ChatTemplate,
     source: Path,
 ) -> Vocabulary:
     """Turn the content of tokenizer.json into the vocabulary of a GGUF; `source` is named in errors.
@@ -81,13 +81,13 @@ def make_vocabulary(
     pre = _identify_pre_tokenizer(tokenizer, source)
     tokens, token_types = _list_tokens(tokenizer, vocab_size, source)
     ids = {token: number for number, token in enumerate(tokens)}
-    wanted = [token for token in (chat_format.beginning, chat_format.end_of_turn) if token]
+    wanted = [token for token in (chat_template.beginning, chat_template.end_of_turn) if token]
     missing = [token for token in wanted if token not in ids]
     if missing:
-        raise ValueError(f"{source}: lacks {', '.join(missing)}, which chat format {chat_format.name!r} needs")
+        raise ValueError(f"{source}: lacks {', '.join(missing)}, which chat template {chat_template.name!r} needs")
     early_flags = _find_flags(tokenizer, tokenizer_config)
     # What was trained decides: with a beginning, every conversation starts with exactly one BOS; without, with none.
-    adds_bos = bool(chat_format.beginning)
+    adds_bos = bool(chat_template.beginning)
     if "bos" in early_flags:
         early_flags["bos"] = adds_bos
     merges = tokenizer["model"]["merges"]
@@ -96,7 +96,7 @@ def make_vocabulary(
         token_types=token_types,
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
         pre=pre,
-        special_ids=_find_special_ids(ids, tokenizer, tokenizer_config, hf_config, chat_format),
+        special_ids=_find_special_ids(ids, tokenizer, tokenizer_config, hf_config, chat_template),
         early_flags=early_flags,
         late_flags={} if "bos" in early_flags else {"bos": adds_bos},
         add_space_prefix=tokenizer_config.get("add_prefix_space"),
@@ -144,7 +144,7 @@ def _list_tokens(tokenizer: dict, vocab_size: int, source: Path) -> tuple[list[s
 
 
 def _find_special_ids(
-    ids: dict[str, int], tokenizer: dict, tokenizer_config: dict, hf_config: dict, chat_format: ChatFormat
+    ids: dict[str, int], tokenizer: dict, tokenizer_config: dict, hf_config: dict, chat_template: ChatTemplate
 ) -> dict[str, int]:
     """tokenizer_config.json's names come before config.json's ids; the end of sequence is the trained end of turn."""
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
@@ -158,9 +158,9 @@ def _find_special_ids(
         number = hf_config.get(f"{kind}_token_id")
         if isinstance(number, int):
             found.setdefault(kind, number)
-    if chat_format.beginning:
-        found["bos"] = ids[chat_format.beginning]
-    found["eos"] = ids[chat_format.end_of_turn]
+    if chat_template.beginning:
+        found["bos"] = ids[chat_template.beginning]
+    found["eos"] = ids[chat_template.end_of_turn]
     # A missing name must not move bos and eos behind the others.
     first = {kind: found.pop(kind) for kind in ("bos", "eos") if kind in found}
     return first | found

@@ -1,4 +1,4 @@
-"""The chat formats that are trained and served: one record feeds the tokenizer, the GGUF and the Modelfile."""
+"""The chat templates that are trained and served: one record feeds the tokenizer, the GGUF and the Modelfile."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class ChatFormat:
+class ChatTemplate:
     """How a conversation becomes text. Content is trimmed of surrounding whitespace everywhere.
 
     A message is `role_start + role + role_end + content + end_of_turn + turn_separator`.
@@ -25,7 +25,7 @@ class ChatFormat:
 
 
 # The jinja template is Llama 3.0's published one: it is the format torchtune trains on, and Ollama recognizes it.
-LLAMA3 = ChatFormat(
+LLAMA3 = ChatTemplate(
     name="llama3",
     beginning="<|begin_of_text|>",
     role_start="<|start_header_id|>",
@@ -72,7 +72,7 @@ LLAMA3_1 = replace(
 )
 
 # No default system message: what is not in the training rows is not in the prompt that is served.
-CHATML = ChatFormat(
+CHATML = ChatTemplate(
     name="chatml",
     beginning="",
     role_start="<|im_start|>",
@@ -90,4 +90,4 @@ CHATML = ChatFormat(
     stops=("<|im_start|>", "<|im_end|>"),
 )
 
-CHAT_FORMATS = {chat_format.name: chat_format for chat_format in (LLAMA3, LLAMA3_1, CHATML)}
+CHAT_TEMPLATES = {chat_template.name: chat_template for chat_template in (LLAMA3, LLAMA3_1, CHATML)}
