@@ -1,12 +1,13 @@
 """Does the verdict tell over- from underfitting on real runs? What each run must come out as is written down in KINDS.
 
-    python benchmarks/verdict_runs.py --out runs/verdict --device cuda --jobs 4 [--only TEXT]
+    python benchmarks/verdict_runs.py --out runs/verdict --device cuda --jobs 6 [--only TEXT] [--pack FILE.tar.gz]
     python benchmarks/verdict_runs.py --out runs/verdict --judge [--record benchmarks/results/verdict_runs.jsonl]
     python benchmarks/verdict_runs.py --recorded benchmarks/results/verdict_runs.jsonl
 
 SmolLM2-135M-Instruct on three data sets: the quickstart's conversations, orders as JSON, unit conversions. Finished
 runs are not repeated, one that was stopped goes on. Runs are judged anew each time, by the verdict as it is now;
---record keeps what the verdict reads of them, and --recorded judges that.
+--pack keeps the runs without their weights, anew after each that ends; unpacked elsewhere they can be judged and
+reported. --record keeps what the verdict reads of them, and --recorded judges that.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import random
 import re
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +31,9 @@ from tune2gguf.verdict import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING,
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_SETS = {"quickstart": "examples/quickstart", "orders": "benchmarks/data/orders", "units": "benchmarks/data/units"}
 BATCH_SIZE = 8
+# Written last, when a run has ended.
+END_FILE = "verdict.json"
+PACKED = ("config.yaml", "environment.json", "data.json", "plan.json", "heldout.jsonl", "metrics.jsonl", END_FILE)
 
 
 @dataclass(frozen=True)
@@ -84,24 +90,29 @@ class Run:
 def list_runs(only: str) -> list[Run]:
     """Return all runs whose names hold the text, the longest first, so that none is left alone at the end."""
     runs = [Run(data, name, seed) for name, kind in KINDS.items() for data in DATA_SETS for seed in kind.seeds]
-    return [run for run in runs if only in run.name]
+    return sorted((run for run in runs if only in run.name), key=count_steps, reverse=True)
+
+
+def read_rows(run: Run, split: str) -> list[str]:
+    """Return the lines of a run's data set."""
+    return (REPOSITORY / DATA_SETS[run.data_set] / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def count_steps(run: Run) -> int:
+    settings, num_rows = run.kind.settings, run.kind.num_rows or len(read_rows(run, "train"))
+    steps_per_epoch = -(-num_rows // BATCH_SIZE)
+    return settings["epochs"] * min(steps_per_epoch, settings.get("max_steps_per_epoch", steps_per_epoch))
 
 
 def make_command(run: Run, *, out: Path, base_dir: str, device: str) -> list[str]:
     """Write the run's own training rows where it has fewer, and return its command."""
     folder, kind = REPOSITORY / DATA_SETS[run.data_set], run.kind
-    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    train, num_rows = folder / "train.jsonl", len(lines)
+    train = folder / "train.jsonl"
     if kind.num_rows is not None:
-        train, num_rows = out / "data" / f"{run.name}.jsonl", kind.num_rows
+        train = out / "data" / f"{run.name}.jsonl"
         train.parent.mkdir(parents=True, exist_ok=True)
-        picked = random.Random(run.seed).sample(lines, num_rows)
+        picked = random.Random(run.seed).sample(read_rows(run, "train"), kind.num_rows)
         train.write_text("".join(f"{line}\n" for line in picked), encoding="utf-8")
-    num_heldout = len((folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
-    steps_per_epoch = -(-num_rows // BATCH_SIZE)
-    num_steps = kind.settings["epochs"] * min(
-        steps_per_epoch, kind.settings.get("max_steps_per_epoch", steps_per_epoch)
-    )
     settings = {
         "device": device,
         "base_dir": base_dir,
@@ -109,8 +120,8 @@ def make_command(run: Run, *, out: Path, base_dir: str, device: str) -> list[str
         "seed": run.seed,
         "dataset.files": f"[{train}]",
         "dataset.validation_files": f"[{folder / 'heldout.jsonl'}]",
-        "max_val_rows": num_heldout if kind.num_heldout is None else kind.num_heldout,
-        "eval_every_n_steps": -(-num_steps // 10),
+        "max_val_rows": kind.num_heldout or len(read_rows(run, "heldout")),
+        "eval_every_n_steps": -(-count_steps(run) // 10),
         "num_samples": 0,
         "keep_last": 1,
         "output_dir": out / run.name,
@@ -124,7 +135,7 @@ def make_command(run: Run, *, out: Path, base_dir: str, device: str) -> list[str
 
 def train(run: Run, *, out: Path, base_dir: str, device: str, threads: int) -> float | None:
     """Make the run, unless it is finished; return its seconds, None where it failed."""
-    if (out / run.name / "last").is_dir():
+    if is_finished(run, out):
         return 0.0
     command = make_command(run, out=out, base_dir=base_dir, device=device)
     started = time.perf_counter()
@@ -134,6 +145,24 @@ def train(run: Run, *, out: Path, base_dir: str, device: str, threads: int) -> f
     seconds = time.perf_counter() - started
     print(f"{run.name}: {'done' if done.returncode == 0 else f'FAILED ({log.name})'} in {seconds:.0f} s", flush=True)
     return seconds if done.returncode == 0 else None
+
+
+def is_finished(run: Run, out: Path) -> bool:
+    return (out / run.name / END_FILE).is_file()
+
+
+def pack(runs: list[Run], *, out: Path, path: Path, lock: threading.Lock) -> None:
+    """Write the files and logs of all runs so far, in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    with lock:
+        with tarfile.open(unfinished, "w:gz") as archive:
+            for run in runs:
+                files = [out / run.name / name for name in PACKED] if is_finished(run, out) else []
+                for file in (*files, out / f"{run.name}.log"):
+                    if file.is_file():
+                        archive.add(file, file.relative_to(out))
+        unfinished.replace(path)
 
 
 def record(run: Run, curves: Curves) -> str:
@@ -216,6 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds this")
     parser.add_argument("--judge", action="store_true", help="train nothing; judge what is there")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="keep the runs without weights in a .tar.gz")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep what the verdict reads of the runs")
     parser.add_argument("--recorded", type=Path, metavar="FILE", help="judge the runs of such a file")
     return parser.parse_args()
@@ -232,9 +262,16 @@ def main() -> None:
     if not arguments.judge:
         threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
         options = {"out": out, "base_dir": arguments.base_dir, "device": arguments.device, "threads": threads}
+        lock = threading.Lock()
+
+        def train_and_pack(run: Run) -> None:
+            train(run, **options)
+            if arguments.pack is not None:
+                pack(runs, out=out, path=arguments.pack, lock=lock)
+
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda run: train(run, **options), runs))
-    finished = [(run, read_curves(out / run.name)) for run in runs if (out / run.name / "last").is_dir()]
+            list(pool.map(train_and_pack, runs))
+    finished = [(run, read_curves(out / run.name)) for run in runs if is_finished(run, out)]
     missing = len(runs) - len(finished)
     table = format_table([(run, curves, judge(curves)) for run, curves in finished])
     (out / "table.md").write_text(table + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,9 +172,17 @@ def describe_environment(device: str) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "packages": {name: version(name) for name in _REPORTED_PACKAGES},
+        "packages": {name: _find_version(name) for name in _REPORTED_PACKAGES},
         "git_revision": _read_git_revision(),
     }
+
+
+def _find_version(package: str) -> str | None:
+    """Return None where it is not installed: training needs no llama.cpp, a checkout on the path no package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _read_git_revision() -> str | None:

@@ -268,7 +268,7 @@ def _describe_config(config: dict[str, Any]) -> dict[str, Any]:
 def _describe_environment(environment: dict[str, Any]) -> dict[str, Any]:
     apart = {"command", "packages", "resumed"}
     rows = [(key.replace("_", " "), _show(value)) for key, value in environment.items() if key not in apart]
-    rows += environment.get("packages", {}).items()
+    rows += [(name, version or "not installed") for name, version in environment.get("packages", {}).items()]
     resumed = [
         (entry.get("started"), f"{entry['step']:,}", entry.get("device"), entry.get("git_revision") or "unknown")
         for entry in environment.get("resumed", [])
