@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# The machines of a run read the same programs from disks of different speed before their processes can meet.
+MEETING_TIME = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,55 @@ class AgreedError(ValueError):
 
 
 def join_processes() -> None:
-    """Join the processes that torchrun started; stand alone where it did not."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    """Join the processes that torchrun started; stand alone where it did not.
+
+    Raises:
+        ConnectionError: if they do not find each other
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    rank = os.environ["RANK"]
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIME))
+        start = agree_on_start(store, rank=rank, size=size)
         # What the processes tell each other beside gradients is on the CPU: no GPU has to wait for it.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=rank, world_size=size)
+    except (RuntimeError, TimeoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"process {rank}: the processes of the run do not find each other: {reason}") from error
+
+
+def agree_on_start(store: dist.Store, *, rank: int, size: int) -> str:
+    """Return a name of this start, the same in every process, that no start before has had.
+
+    torchrun keeps its store over restarts, with all that processes which are gone have written there: who takes an
+    address for one of this start is refused the connection. So rank 0 draws a name, and gives it to whoever asks with
+    a word that nobody has used.
+
+    Raises:
+        TimeoutError: in rank 0, if not all processes have asked in MEETING_TIME
+        RuntimeError: in the others, likewise
+    """
+    if rank != 0:
+        word = uuid.uuid4().hex
+        store.set(f"tune2gguf/word/{rank}", word)
+        store.wait([f"tune2gguf/start/{word}"], MEETING_TIME)
+        start = store.get(f"tune2gguf/start/{word}").decode()
+        store.set(f"{start}/heard/{rank}", "")
+        return start
+    start, waiting = f"tune2gguf/{uuid.uuid4().hex}", set(range(1, size))
+    deadline = time.monotonic() + MEETING_TIME.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"{start}/heard/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"tune2gguf/word/{other}"]):
+                store.set(f"tune2gguf/start/{store.get(f'tune2gguf/word/{other}').decode()}", start)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {min(waiting)} has not come in {MEETING_TIME.total_seconds():.0f} s")
+        time.sleep(0.01)
+    return start
 
 
 def start_world(device: str) -> World:

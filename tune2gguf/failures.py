@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 import torch.distributed as dist
 from torch import OutOfMemoryError
 
-from tune2gguf.distributed import AgreedError, broadcast_from_main, describe_error, join_processes, wait_for_all
+from tune2gguf.distributed import AgreedError, describe_error, join_processes, wait_for_all
 from tune2gguf.signals import StopRequested
+from tune2gguf.watch import POLL_SECONDS, Watch
 
 if TYPE_CHECKING:
     from tune2gguf.checkpoints.state import CheckpointWriter
@@ -24,13 +23,15 @@ if TYPE_CHECKING:
 
 # What a user can mend, said in one line; anything else is our mistake and shows where it happened.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
-_POLL_SECONDS = 0.5
 
 
 @contextmanager
 def end_together() -> Iterator[None]:
     """Join the processes, run the block, and turn its failure into one line and an exit code of every process."""
-    join_processes()
+    try:
+        join_processes()
+    except ConnectionError as error:
+        sys.exit(f"error: {error}")
     reporter = _Reporter()
     try:
         yield
@@ -39,7 +40,8 @@ def end_together() -> Iterator[None]:
     except StopRequested as stop:
         _leave(str(stop), exit_code=128 + stop.signum)
     except KeyboardInterrupt:
-        reporter.fail("stopped before the training began; nothing was lost", exit_code=130)
+        # While it trains a run takes the signal otherwise; see signals.py.
+        reporter.fail("stopped; nothing was lost: the same command with resume=auto goes on", exit_code=130)
     except _ONE_LINE as error:
         reporter.fail(f"error: {reporter.prefix}{describe_error(error)}", exit_code=1)
     except Exception as error:
@@ -95,20 +97,17 @@ class _Reporter:
         self.is_alone = not dist.is_initialized()
         self.prefix = "" if self.is_alone else f"process {dist.get_rank()}: "
         if not self.is_alone:
-            # Of this start only: torchrun keeps its store over restarts.
-            self._key = f"tune2gguf/failed/{broadcast_from_main(time.time_ns())}"
-            self._store = _connect()
-            threading.Thread(target=self._watch, name="watch for failed processes", daemon=True).start()
+            self._watch = Watch()
 
     def fail(self, message: str, *, exit_code: int) -> NoReturn:
         """Say why, unless another process was first, and end without waiting for the others."""
         if self.is_alone:
             print(message, file=sys.stderr, flush=True)
             sys.exit(exit_code)
-        if self._is_first():
+        if self._watch.claim_failure():
             print(message, file=sys.stderr, flush=True)
         if dist.get_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(4 * _POLL_SECONDS)  # the store ends with this process; the others have to hear of it before
+            time.sleep(4 * POLL_SECONDS)  # the store ends with this process; the others have to hear of it before
         sys.stdout.flush()
         # Leaving the process group in good order would wait for processes that may be gone.
         os._exit(exit_code)
@@ -119,32 +118,3 @@ class _Reporter:
         if isinstance(error, RuntimeError) and ("onnection" in text or "NCCL" in text or "imed out" in text):
             return "error: another process of the run is gone; was it killed, or did its machine run out of memory?"
         return f"{self.prefix}{''.join(traceback.format_exception(error)).rstrip()}"
-
-    def _is_first(self) -> bool:
-        own = str(dist.get_rank())
-        try:
-            return self._store.compare_set(self._key, "", own).decode() == own
-        except RuntimeError:
-            return True  # the store is gone with its process, and nobody else can be asked
-
-    def _watch(self) -> None:
-        """End this process when another has failed: in a collective on a GPU it would not hear of it."""
-        store, own = _connect(), str(dist.get_rank())
-        try:
-            while not store.check([self._key]):
-                time.sleep(_POLL_SECONDS)
-            if store.get(self._key).decode() != own:
-                os._exit(1)
-        except RuntimeError:
-            return  # without the store torchrun ends the process
-
-
-def _connect() -> dist.TCPStore:
-    """Return a connection of its own to the store through which the processes found each other."""
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=30),
-    )
