@@ -11,9 +11,11 @@ run=$(python -c "from tune2gguf.runs import find_free_folder; print(find_free_fo
 tune run recipes/lora_finetune.py --config "$config" output_dir="$run"
 python scripts/export.py "$run"
 python scripts/show_result.py "$run"
+echo
+python scripts/report.py "$run"
 cat <<END
 
-written: $run (adapters, metrics, config), $run/export (GGUF, Modelfile)
+written: $run (adapters, metrics, config, report.html), $run/export (GGUF, Modelfile)
 next, after ". .venv/bin/activate":
   serve it:       ollama create marlo -f $run/export/Modelfile && ollama run marlo
   your own rows:  tune run recipes/lora_finetune.py --config $config output_dir=runs/mine dataset.files=[my.jsonl] dataset.validation_files=null dataset.validation_split=0.1

@@ -1,4 +1,4 @@
-"""Write report.html of a run again, from what its folder holds."""
+"""Write report.html of a run again, from what its folder holds, and say the verdict and the next command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.conclude import recall_verdict
 from tune2gguf.report import rewrite_report
 
 
@@ -14,7 +15,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run, such as runs/quickstart; it may still be running")
     arguments = parser.parse_args()
     try:
-        print(f"wrote {rewrite_report(arguments.run)}")
+        path = rewrite_report(arguments.run)
+        print("\n".join([*recall_verdict(arguments.run), f"wrote {path}"]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

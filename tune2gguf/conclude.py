@@ -76,10 +76,21 @@ def conclude_run(run_dir: str | Path) -> list[str]:
     entry.advice.extend({"command": one.command, "changes": one.changes} for one in advice)
     _write_verdict(run, verdict, advice, outcome)
     append_entry(run.folder, entry)
-    lines = describe_verdict(verdict, advice)
-    if outcome is not None:
-        lines.insert(1, describe_outcome(outcome, str(run.config["parent_run"])))
+    described = "" if outcome is None else describe_outcome(outcome, str(run.config["parent_run"]))
+    lines = describe_verdict(verdict, advice, described)
     return [*lines, f"ledger: {os.path.relpath(run.folder / LEDGER_FILE)}", _write_report(run, verdict, advice)]
+
+
+def recall_verdict(run_dir: str | Path) -> list[str]:
+    """Return what a run said at its end of its verdict and the next command; nothing of one that has not ended.
+
+    Raises:
+        ValueError: if there is no such folder
+    """
+    from tune2gguf.report.folder import read_run_folder
+
+    run = read_run_folder(Path(run_dir))
+    return [] if run.verdict is None else describe_verdict(run.verdict, run.advice, run.outcome)
 
 
 def read_recorded_run(run_dir: Path) -> RecordedRun:
@@ -112,9 +123,9 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
-def describe_verdict(verdict: Verdict, advice: Sequence[Advice]) -> list[str]:
-    """Return the verdict with its reasons and the next command, a line each."""
-    lines = [f"verdict: {verdict.label}", *(f"  {reason}" for reason in verdict.reasons)]
+def describe_verdict(verdict: Verdict, advice: Sequence[Advice], outcome: str) -> list[str]:
+    """Return the verdict with its reasons, how the run came out beside its parent, and the next command, a line each."""
+    lines = [f"verdict: {verdict.label}", *filter(None, [outcome]), *(f"  {reason}" for reason in verdict.reasons)]
     shown = advice if verdict.label == GOOD_FIT else advice[:1]
     for one in shown:
         lines += [f"next: {one.reason} (guide, {one.guide_section})", f"  {one.command}"]

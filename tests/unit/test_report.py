@@ -343,6 +343,11 @@ def test_script_writes_and_refuses_in_a_sentence(tmp_path):
     command = [sys.executable, "scripts/report.py"]
     done = subprocess.run([*command, str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"wrote {folder / 'report.html'}\n"), done.stderr
+    judged = write_run(tmp_path / "judged", verdict=VERDICT)
+    done = subprocess.run([*command, str(judged)], cwd=REPOSITORY, capture_output=True, text=True)
+    first, *reasons, _ = done.stdout.splitlines()
+    assert first == "verdict: overfitting"
+    assert f"  {VERDICT['advice'][0]['command']}" in reasons
     for wrong, reason in ((tmp_path / "none", "no such folder"), (tmp_path, "not the folder of a run")):
         refused = subprocess.run([*command, str(wrong)], cwd=REPOSITORY, capture_output=True, text=True)
         assert refused.returncode == 1 and reason in refused.stderr and "Traceback" not in refused.stderr
