@@ -124,7 +124,7 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def describe_verdict(verdict: Verdict, advice: Sequence[Advice], outcome: str) -> list[str]:
-    """Return the verdict with its reasons, how the run came out beside its parent, and the next command, a line each."""
+    """Return verdict, how the run came out beside its parent, the reasons and the next command, a line each."""
     lines = [f"verdict: {verdict.label}", *filter(None, [outcome]), *(f"  {reason}" for reason in verdict.reasons)]
     shown = advice if verdict.label == GOOD_FIT else advice[:1]
     for one in shown:
