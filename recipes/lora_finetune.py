@@ -35,8 +35,7 @@ class LoRAFinetuneRecipe:
         with agree_on_errors():
             self._setup_data()
         self._plan_memory()
-        with agree_on_errors():
-            checkpoint = self._open_checkpoint()
+        checkpoint = self._open_checkpoint()
         with explain_out_of_memory(self.shape, self.device):
             self._setup_model()
             self._setup_optimizer()
@@ -73,20 +72,15 @@ class LoRAFinetuneRecipe:
 
     def _open_checkpoint(self):
         """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
-        from tune2gguf.checkpoints.digest import digest_base
-        from tune2gguf.resume import describe_run, open_checkpoint
+        from tune2gguf.distributed import agree_on_errors
+        from tune2gguf.resume import check_machines, describe_run, open_checkpoint
 
         cfg, world = self.cfg, self.world
-        if not world.is_main:
-            return None
-        self.run = describe_run(
-            cfg,
-            base_digest=digest_base(cfg.base_dir),
-            data_fingerprint=self.data.ledger["fingerprint"],
-            num_processes=world.size,
-            parallel=self.parallel,
-        )
-        return open_checkpoint(cfg.resume, Path(cfg.output_dir), self.run)
+        with agree_on_errors():
+            self.run = describe_run(cfg, self.data.ledger["fingerprint"], parallel=self.parallel, world=world)
+        check_machines(cfg, self.run)
+        with agree_on_errors():
+            return open_checkpoint(cfg.resume, Path(cfg.output_dir), self.run) if world.is_main else None
 
     def _plan_memory(self) -> None:
         """Say what the run will need before it takes it, and warn where it will not be there."""
@@ -122,7 +116,14 @@ class LoRAFinetuneRecipe:
         if self.parallel == "shard":
             shard(self.model, world)
         with agree_on_errors():
-            load_base(self.model, cfg.base_dir, device=world.device, base_weights=cfg.base_weights, show=world.is_main)
+            load_base(
+                self.model,
+                cfg.base_dir,
+                device=world.device,
+                base_weights=cfg.base_weights,
+                show=world.is_main,
+                is_shared=world.local_size > 1,
+            )
         initialize_adapters(self.model, cfg.seed)
         self.trained_model = replicate(self.model, world) if self.parallel == "replicate" else self.model
         seed_dropout(cfg.seed, rank=world.rank)

@@ -21,10 +21,12 @@ MEETING_TIME = timedelta(minutes=5)
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that torchrun started."""
+    """This process among those that torchrun started; `local_…` is among those of this machine."""
 
     rank: int
     size: int
+    local_rank: int
+    local_size: int
     device: torch.device
 
     @property
@@ -97,12 +99,14 @@ def start_world(device: str) -> World:
     join_processes()
     size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch_device = torch.device(device)
     if torch_device.type == "cuda" and torch_device.index is None:
-        torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch_device = torch.device("cuda", local_rank)
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
-    return World(rank=rank, size=size, device=torch_device)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=torch_device)
 
 
 def stop_world() -> None:

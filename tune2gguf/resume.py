@@ -40,12 +40,20 @@ if TYPE_CHECKING:
     from tune2gguf.distributed import World
     from tune2gguf.models import CausalLM
 
-# Neither the weights nor the metrics of a step depend on these, nor on what is below them; the base and the rows are
-# compared by their content. early_stopping_patience decides, as epochs does, how many steps there are.
-FREE_KEYS = {
+# Where things are may be another place on each machine of a run; the rest of the config is the same on all.
+OWN_KEYS = {
     "output_dir",
     "parent_run",
     "resume",
+    "base_dir",
+    "model.base_dir",
+    "tokenizer.base_dir",
+    "dataset.files",
+    "dataset.validation_files",
+}
+# Neither the weights nor the metrics of a step depend on these, nor on what is below them; the base and the rows are
+# compared by their content. early_stopping_patience decides, as epochs does, how many steps there are.
+FREE_KEYS = OWN_KEYS | {
     "early_stopping_patience",
     "metric_logger",
     "save_every_n_steps",
@@ -53,11 +61,6 @@ FREE_KEYS = {
     "on_nonfinite",
     "parallel",
     "base_source",
-    "base_dir",
-    "model.base_dir",
-    "tokenizer.base_dir",
-    "dataset.files",
-    "dataset.validation_files",
 }
 
 
@@ -109,24 +112,59 @@ class Progress:
         self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
 
 
-def describe_run(
-    cfg: DictConfig, *, base_digest: str, data_fingerprint: str, num_processes: int, parallel: str
-) -> dict[str, Any]:
+def describe_run(cfg: DictConfig, data_fingerprint: str, *, parallel: str, world: World) -> dict[str, Any]:
     """Return what decides a run's result: its config, flat, and what base, rows and processes it has."""
-    from omegaconf import OmegaConf
+    from tune2gguf.checkpoints.digest import digest_base
 
-    config = dict(_flatten(OmegaConf.to_container(cfg, resolve=True)))
     return {
-        "config": {key: value for key, value in config.items() if not _is_free(key)},
-        "base": base_digest,
+        "config": _flatten_without(FREE_KEYS, cfg),
+        # One process a machine reads the whole base for this.
+        "base": digest_base(cfg.base_dir) if world.local_rank == 0 else None,
         "data": data_fingerprint,
-        "processes": num_processes,
-        "parallel": parallel if num_processes > 1 else "replicate",
+        "processes": world.size,
+        "parallel": parallel if world.size > 1 else "replicate",
     }
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+def check_machines(cfg: DictConfig, run: Mapping[str, Any]) -> None:
+    """Make sure that all machines of a run were given the same; every process has to ask.
+
+    Args:
+        run: from describe_run
+
+    Raises:
+        AgreedError: if arguments, base or rows of a machine are not those of the first, with what differs
+    """
+    from tune2gguf.distributed import AgreedError, gather_over_ranks
+
+    here = {"base": run["base"], "data": run["data"], "config": _flatten_without(OWN_KEYS, cfg)}
+    first, *others = gather_over_ranks(here)
+    for rank, other in enumerate(others, start=1):
+        before, now = first["config"], other["config"]
+        differences = [
+            f"{key}: {before.get(key)} in process 0, {now.get(key)} in process {rank}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if other["base"] not in (None, first["base"]):
+            differences.append("the base model: its files are not the same")
+        if other["data"] != first["data"]:
+            differences.append("the data: the rows are not the same")
+        if differences:
+            raise AgreedError(
+                f"process {rank} is on a machine with something else than process 0; what differs:\n  "
+                + "\n  ".join(differences)
+            )
+
+
+def _flatten_without(left_out: set[str], cfg: DictConfig) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return {
+        key: value
+        for key, value in _flatten(OmegaConf.to_container(cfg, resolve=True))
+        if not any(key == name or key.startswith(f"{name}.") for name in left_out)
+    }
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -260,15 +298,16 @@ def enter_run_folder(
 
 
 def _rewind(output_dir: Path, *, step: int, sizes: Mapping[str, int]) -> None:
-    for name, num_bytes in sizes.items():
-        JsonLinesFile(output_dir / name).cut(num_bytes)
     checkpoints_dir = output_dir / CHECKPOINTS
     checkpoints_dir.mkdir(exist_ok=True)
     remove_leftovers(checkpoints_dir)
-    for folder in list_checkpoints(checkpoints_dir):
+    # The newest first, and the lines that they need last: killed in between, the rest can still be gone on from.
+    for folder in reversed(list_checkpoints(checkpoints_dir)):
         if get_step(folder) > step:
             remove_checkpoint(folder)
             print(f"resume: removed {folder}, which this run comes to again")
+    for name, num_bytes in sizes.items():
+        JsonLinesFile(output_dir / name).cut(num_bytes)
 
 
 def _restore_best(output_dir: Path, checkpoint: Checkpoint, progress: Progress) -> None:

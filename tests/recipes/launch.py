@@ -42,11 +42,11 @@ class Launch:
         *,
         num_processes: int = 1,
         limits: dict[int, tuple] | None = None,
-        base_dirs: dict[int, Path] | None = None,
+        added: dict[int, list[str]] | None = None,
     ) -> None:
+        """Start them; `limits` and `added` arguments are those of single ranks."""
         self.log = log
         common = {}
-        own_arguments = {rank: [*arguments, f"base_dir={base}"] for rank, base in (base_dirs or {}).items()}
         if num_processes > 1:
             common |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
             # As torchrun's agent does, this process keeps the store through which the others meet.
@@ -57,7 +57,7 @@ class Launch:
             CONTEXT.Process(
                 target=run_recipe,
                 args=(
-                    own_arguments.get(rank, arguments),
+                    [*arguments, *(added or {}).get(rank, [])],
                     log,
                     {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     (limits or {}).get(rank),

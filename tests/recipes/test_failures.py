@@ -101,7 +101,8 @@ def test_skipped_step_leaves_the_adapter_finite_and_the_steps_counted(poisoned, 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_error_of_one_process_ends_all_with_its_line(run_arguments, tmp_path, rank):
     """Its machine lacks the base."""
-    launch = Launch(run_arguments, tmp_path / "log", num_processes=2, base_dirs={rank: tmp_path / "absent"})
+    absent = {rank: [f"base_dir={tmp_path / 'absent'}"]}
+    launch = Launch(run_arguments, tmp_path / "log", num_processes=2, added=absent)
     started = time.monotonic()
     assert launch.wait(timeout=30) == [1, 1]
     assert time.monotonic() - started < 30
@@ -109,6 +110,22 @@ def test_error_of_one_process_ends_all_with_its_line(run_arguments, tmp_path, ra
     whose = "process 1: " if rank == 1 else ""
     assert text.count("error: ") == 1 and f"error: {whose}no base model in {tmp_path / 'absent'}" in text
     assert "Traceback" not in text
+    assert not (tmp_path / "runs/tiny").exists()
+
+
+def test_machine_with_other_rows_or_arguments_is_refused(run_arguments, tmp_path):
+    rows = write_rows(tmp_path / "other.jsonl", make_conversations(20, start=1))
+    launch = Launch(
+        run_arguments,
+        tmp_path / "log",
+        num_processes=2,
+        added={1: [f"dataset.files=[{rows}]", "learning_rate=0.5", f"output_dir={tmp_path / 'elsewhere'}"]},
+    )
+    assert launch.wait(timeout=60) == [1, 1]
+    text = (tmp_path / "log").read_text()
+    assert text.count("error: ") == 1 and "process 1 is on a machine with something else than process 0" in text
+    assert "the data: the rows are not the same" in text and "0.5 in process 1" in text
+    assert "the base model" not in text and "output_dir" not in text and "Traceback" not in text
     assert not (tmp_path / "runs/tiny").exists()
 
 

@@ -3,6 +3,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,13 @@ from tune2gguf.checkpoints.base import open_base
 from tune2gguf.checkpoints.digest import digest_base, digest_file
 from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.layout import to_hf_rows, to_tune_rows
-from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_safetensors
+from tune2gguf.checkpoints.safetensors_file import (
+    StoredTensor,
+    TensorToWrite,
+    map_file,
+    view_tensor,
+    write_safetensors,
+)
 from tune2gguf.random_base import write_random_base
 
 
@@ -287,3 +294,36 @@ def test_random_base_takes_the_real_tokenizer_in_either_form(tmp_path):
     published = "6b9e4e7fb171f92fd137b777cc2714bf87d11576700a1dcd7a399e7bbe39537b"
     assert digest_file(as_json / "tokenizer.json") == published
     assert not (as_json / "original").exists()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32], ids=str)
+def test_shared_tensors_are_the_same_and_of_one_map(sharded_source, dtype):
+    read, shared = (dict(open_base(sharded_source).iterate_tensors(dtype=dtype, is_shared=x)) for x in (False, True))
+    assert all(torch.equal(read[name], shared[name]) and read[name].dtype == shared[name].dtype for name in read)
+    sizes = {path.stat().st_size for path in sharded_source.glob("*.safetensors")}
+    mapped = {name for name, weight in shared.items() if weight.untyped_storage().nbytes() in sizes}
+    layers = {f"layers.{n}.{part}.weight" for n in range(2) for part in ("mlp.w1", "mlp.w2", "mlp.w3", "attn.v_proj")}
+    layers |= {f"layers.{n}.attn.output_proj.weight" for n in range(2)}
+    ends = {"tok_embeddings.weight", "output.weight"}
+    assert mapped == {None: ends, torch.bfloat16: ends | layers, torch.float32: set()}[dtype]
+
+
+def test_what_is_written_to_a_shared_tensor_does_not_reach_the_file(single_base):
+    before = (single_base / "model.safetensors").read_bytes()
+    for _, weight in open_base(single_base).iterate_tensors(dtype=torch.float32, is_shared=True):
+        weight.zero_()
+    assert (single_base / "model.safetensors").read_bytes() == before
+
+
+def test_file_that_shrinks_before_it_is_mapped_is_an_error(single_base):
+    base = open_base(single_base)
+    path = single_base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="the file changed after it was opened"):
+        list(base.iterate_tensors(dtype=torch.float32, is_shared=True))
+
+
+def test_unaligned_tensor_is_read(single_base):
+    path = single_base / "odd.bin"
+    path.write_bytes(b"\x00" + np.arange(4, dtype=np.float32).tobytes())
+    assert view_tensor(map_file(path), StoredTensor(path, "odd", "F32", (2, 2), 1, 17)).tolist() == [[0, 1], [2, 3]]

@@ -20,9 +20,12 @@ from tune2gguf.checkpoints.safetensors_file import (
     SINGLE_FILE,
     StoredTensor,
     get_bytes,
+    get_torch_dtype,
+    map_file,
     read_header,
     read_rows,
     read_tensor,
+    view_tensor,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +52,13 @@ class BaseCheckpoint:
         tensor = self._read_stored(name)
         return tensor.dequantize() if isinstance(self.stored[name], StoredNf4) else tensor
 
+    def _is_as_wanted(self, name: str, dtype: torch.dtype | None) -> bool:
+        """Whether a weight can be used as it is stored. Norms are not worth a map; they become float32 anyway."""
+        stored, spec = self.stored[name], self.specs[name]
+        if isinstance(stored, StoredNf4) or spec.num_heads is not None or len(spec.shape) < 2:
+            return False
+        return not spec.is_linear if dtype is None else get_torch_dtype(stored) == dtype
+
     def _read_stored(self, name: str) -> Tensor | Nf4Weight:
         stored, num_heads = self.stored[name], self.specs[name].num_heads
         if isinstance(stored, StoredNf4):
@@ -56,6 +66,12 @@ class BaseCheckpoint:
             return weight if num_heads is None else weight.reorder_rows(lambda rows: to_tune_rows(rows, num_heads))
         tensor = read_tensor(stored)
         return tensor if num_heads is None else to_tune_rows(tensor, num_heads)
+
+    def _read_as(self, name: str, dtype: torch.dtype | None) -> Tensor | Nf4Weight:
+        weight = self._read_stored(name)
+        if not isinstance(self.stored[name], StoredNf4):
+            return weight if dtype is None else weight.to(dtype)
+        return weight if dtype is None and self.specs[name].is_linear else weight.dequantize(dtype)
 
     def read_rows(self, name: str, begin: int, end: int) -> Tensor:
         """Read rows [begin, end) in torchtune's order, [end - begin, in], in the stored dtype; NF4 as float32."""
@@ -77,7 +93,9 @@ class BaseCheckpoint:
             return read_nf4(stored, begin=begin, end=end).dequantize()
         return read_nf4(stored).dequantize()[begin:end]
 
-    def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
+    def iterate_tensors(
+        self, *, dtype: torch.dtype | None = None, is_shared: bool = False
+    ) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
         """Yield (torchtune's parameter name, weight in torchtune's layout), one at a time, in the order of the files.
 
         Each tensor is fresh memory that the caller owns, and the checkpoint keeps none: memory never holds more than
@@ -85,15 +103,18 @@ class BaseCheckpoint:
 
         Args:
             dtype: convert to it; None keeps the stored dtype, and the layers' 4-bit weights as they are
+            is_shared: other processes of this machine take the same base: embedding and head, and with a dtype the
+                layers' matrices, are views of the mapped file where they are stored as they are wanted
         """
+        maps: dict[Path, Tensor] = {}
         for name in sorted(self.stored, key=lambda name: (self.stored[name].path, self.stored[name].begin)):
-            weight = self._read_stored(name)
-            if not isinstance(self.stored[name], StoredNf4):
-                yield name, weight if dtype is None else weight.to(dtype)
-            elif dtype is None and self.specs[name].is_linear:
-                yield name, weight
+            if is_shared and self._is_as_wanted(name, dtype):
+                path = self.stored[name].path
+                if path not in maps:
+                    maps[path] = map_file(path)
+                yield name, view_tensor(maps[path], self.stored[name])
             else:
-                yield name, weight.dequantize(dtype)
+                yield name, self._read_as(name, dtype)
 
 
 def open_base(base_dir: str | Path) -> BaseCheckpoint:

@@ -1,8 +1,9 @@
-"""Safetensors files one tensor at a time: a checked header, reads into fresh memory, streamed writes.
+"""Safetensors files one tensor at a time: a checked header, reads into fresh memory, maps, streamed writes.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header,
-JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. Tensors are read, not mapped: mapped
-pages count as resident memory until the kernel drops them, and a file that shrinks under a map kills the process.
+JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. Tensors are read, not mapped, where
+nobody shares them: mapped pages count as resident memory until the kernel drops them, and a file that shrinks under a
+map kills the process.
 """
 
 from __future__ import annotations
@@ -159,6 +160,29 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # A child process must not share what it writes; on Windows it never does.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     return torch.frombuffer(mmap.mmap(-1, num_bytes, **private), dtype=dtype).view(shape)
+
+
+def map_file(path: Path) -> Tensor:
+    """Return a file's bytes, of which memory holds one copy for all processes that map it.
+
+    What a process writes to them is its own and never reaches the file. Whoever shortens the file while it is mapped
+    kills the process; a download or a copy that puts another file in its place does not.
+    """
+    import torch
+
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def view_tensor(content: Tensor, stored: StoredTensor) -> Tensor:
+    """Return a tensor as a view of its file's bytes; in fresh memory where it is not aligned to its elements.
+
+    Raises:
+        ValueError: if the file has become shorter since its header was read
+    """
+    dtype = get_torch_dtype(stored)
+    if stored.begin % dtype.itemsize or len(content) < stored.end:
+        return read_tensor(stored)
+    return content[stored.begin : stored.end].view(dtype).view(stored.shape)
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
