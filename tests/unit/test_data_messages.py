@@ -49,13 +49,34 @@ def test_system_message_and_many_turns_are_kept():
     ("format", "row"),
     [
         ("sharegpt", {"system": "Be brief.", "conversations": SHAPES[3][1]["conversations"]}),
+        ("openai", {"system": "Be brief.", "messages": [QUESTION, ANSWER]}),
         ("alpaca", {"system": "Be brief.", "instruction": "Hi", "output": "Hello!"}),
+        ("prompt_completion", {"system": "Be brief.", "prompt": "Hi", "completion": "Hello!"}),
     ],
 )
 def test_system_column_is_the_system_message(format, row):
     messages = read_conversation(row, format=format).messages
     assert [message.role for message in messages] == ["system", "user", "assistant"]
     assert messages[0].content == "Be brief."
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "unused"),
+    [
+        ("openai", {"messages": [QUESTION, ANSWER], "id": 7, "system": None}, ("id",)),
+        ("openai", {"conversations": [QUESTION, ANSWER | {"thinking": "Hm."}]}, ("conversations[].thinking",)),
+        ("openai", {"messages": [QUESTION | {"name": "Bo"}, ANSWER | {"weight": 1}]}, ("messages[].name",)),
+        ("alpaca", {"instruction": "Hi", "output": "Hello!", "context": "x", "tags": []}, ("context",)),
+        ("text", {"text": "Hi", "system": "x"}, ("system",)),
+    ],
+)
+def test_keys_that_hold_something_and_are_not_used_are_named(format, row, unused):
+    assert read_conversation(row, format=format).unused_keys == unused
+
+
+def test_key_without_a_value_is_shown_as_such():
+    with pytest.raises(ValueError, match=r"its keys \(prompt: null, completion\) fit no format"):
+        detect_format({"prompt": None, "completion": "x"})
 
 
 def test_alpaca_input_follows_the_instruction_after_an_empty_line():
@@ -142,6 +163,13 @@ def test_conversation_that_cannot_be_trained_on_is_refused(turns, said):
         ("alpaca", {"instruction": "Hi", "output": "x", "history": [["a", "b"]]}, "'history' is not supported"),
         ("prompt_completion", {"prompt": "Hi", "completion": ""}, "message 2, the assistant's, is empty"),
         ("prompt_completion", {"prompt": ["Hi"], "completion": "x"}, "'prompt' must be text, got a list of 1"),
+        ("openai", {"system": 3, "messages": [QUESTION, ANSWER]}, "'system' must be text, got int 3"),
+        ("openai", {"system": "x", "messages": [turn("system", "y"), QUESTION, ANSWER]}, "'system' beside a system m"),
+        (
+            "openai",
+            {"messages": [turn("user", [{"text": "a"}, {"text": "b"}])]},
+            "of a list of parts only",
+        ),
         ("text", {"text": None}, "'text' must be text, got null"),
         ("text", {"text": " \n"}, "'text' is empty"),
         ("text", {"text": "a\0"}, "'text' holds a NUL byte"),

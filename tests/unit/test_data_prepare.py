@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import make_conversations, write_rows
@@ -208,6 +210,21 @@ def test_rows_that_spell_special_tokens_are_noted(tmp_path, tokenizer):
     assert "rows that spell a special token: 1 (lines 3)" in note
 
 
+def test_keys_that_are_not_used_are_noted(tmp_path, tokenizer):
+    rows = [row | {"topic": "boats"} for row in make_conversations(3)]
+    rows[0]["messages"][1]["thinking"] = "Hm."
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1)
+    assert data.ledger["notes"] == [f"{path}: not used: topic (3 rows), messages[].thinking (1 rows)"]
+
+
+def test_limit_of_a_row_holds_in_files_without_lines_too(tmp_path, tokenizer):
+    rows = [{"prompt": "Hi", "completion": "x" * size} for size in (10, 10_000_000)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: the row is 9\.5 MiB long; the limit is 4 MiB"):
+        chat_dataset(f"{tmp_path}/a.parquet", tokenizer=tokenizer, max_seq_len=1000, seed=1)
+
+
 def test_raw_text_that_was_rendered_with_a_template_is_refused(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "<|im_start|>user\nHi<|im_end|>"}])
     with pytest.raises(ValueError, match=r"line 1: 'text' spells the special token <\|im_start\|>; give the turns"):
@@ -261,10 +278,12 @@ def test_long_list_of_problems_is_shortened_and_counted(tmp_path, tokenizer):
 
 def test_data_without_a_row_to_train_on_is_refused(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="there is no row to train on"):
+    with pytest.raises(ValueError, match=r"there is no row to train on in .*a\.jsonl$"):
         chat_dataset(f"{tmp_path}/a.jsonl", tokenizer=tokenizer, max_seq_len=100, seed=1)
     (tmp_path / "b.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"no row to train on; 1 rows were dropped, the first is .*line 1: its keys"):
+    with pytest.raises(
+        ValueError, match=r"to train on in .*b\.jsonl; 1 rows were dropped, the first is .*line 1: its keys"
+    ):
         chat_dataset(f"{tmp_path}/b.jsonl", tokenizer=tokenizer, max_seq_len=100, seed=1, on_bad_row="drop")
 
 

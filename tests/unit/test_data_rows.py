@@ -3,6 +3,9 @@
 import csv
 import gzip
 import json
+import os
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,6 +71,11 @@ def test_byte_order_mark_blank_lines_and_missing_last_line_break_are_no_rows(tmp
         (b'"text"', "a row must be a JSON object, got a string"),
         (b'{"a": "\xff"}', "invalid UTF-8 at byte 7 of the line"),
         (b"[" * 100_000, "malformed JSON: nested too deeply"),
+        (b'{"a": 2, "b": {"c": 1, "c": 2}}', "malformed JSON: the key 'c' stands twice in an object"),
+        (
+            b'{"a": ' + b"9" * 5000 + b"}",
+            "malformed JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits",
+        ),
         (b'{"a": "' + b"x" * 10_000_000 + b'"}', "the row is 9.5 MiB long; the limit is 4 MiB, so split it"),
     ],
 )
@@ -83,9 +91,35 @@ def test_row_at_the_limit_is_read_and_one_byte_more_is_not(tmp_path):
     assert [problem is None for _, _, problem in read(tmp_path / "a.jsonl")] == [True, False]
 
 
-def test_utf16_file_is_named_as_such(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]), encoding="utf-16")
-    assert "the file looks like UTF-16, save it as UTF-8" in read(tmp_path / "a.jsonl")[0][2]
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (json.dumps(ROWS[0]).encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
+        (gzip.compress(b"{}"), "the file is gzip-compressed; its name must end in .gz"),
+        (b"PK\x03\x04\x14", "the file is a zip archive; unpack it"),
+        (b"PAR1\x15", "the file is a Parquet file; its name must end in .parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "the file is a pointer of Git LFS; get the file itself"),
+        (b'{\n "a": 1\n}\n', r"line 1: a row must stand on one line, or all rows in an array: \[{…}, {…}\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_file_that_is_not_what_its_name_says_is_one_sentence(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path / name)
+
+
+def test_array_is_read_whatever_the_file_is_called(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS, indent=1))
+    assert [value for _, value, _ in read(tmp_path / "a.jsonl")] == ROWS
+
+
+def test_csv_row_beyond_the_limit_is_named_and_the_next_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text(f'prompt,completion\n"{"x" * 10_000_000}",y\nx,y\n')
+    assert read(tmp_path / "a.csv") == [
+        (2, None, "the row is 9.5 MiB long; the limit is 4 MiB, so split it"),
+        (3, {"prompt": "x", "completion": "y"}, None),
+    ]
 
 
 def test_bad_csv_rows_are_named(tmp_path):
@@ -115,11 +149,14 @@ def test_messages_in_a_csv_column_are_json(tmp_path):
             r"a\.json, row 2: malformed JSON: .* line 2 column 7 .*nothing after it can be read",
         ),
         ("a.json", b'[{"a": 1}\n {"a": 2}]', r"a\.json, row 1: malformed JSON: ',' or '\]' is missing after this row"),
+        ("a.json", b'[{"a": 1},]', r"a\.json, row 1: malformed JSON: a ',' stands behind the last row"),
+        ("a.json", b'[{"a": 1, "a": 2}]', r"a\.json, row 1: malformed JSON: the key 'a' stands twice"),
         ("a.json", b'[{"a": 1},\n', r"a\.json, row 2: malformed JSON: Expecting value: line 2"),
         ("a.json", b'[{"a": 1}] []', r"a\.json: malformed JSON: there is text behind the array's end"),
         ("a.json", b'[\n{"a": "\xff"}]', r"a\.json, line 2: invalid UTF-8 at byte 9"),
         ("a.csv", b'a,b\nx,"y\n', r"a\.csv, line 2: malformed CSV: unexpected end of data"),
         ("a.csv", b"a,a\nx,y\n", r"a\.csv, line 1: the header names a column twice"),
+        ("a.csv", b"a;b\nx;y\n", r"a\.csv, line 1: the header is one column, 'a;b'; commas must stand between"),
         ("a.parquet", b"PAR1 nonsense", r"a\.parquet: cannot be read as Parquet"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: damaged \.gz file"),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 1000)[:-12], r"a\.jsonl\.gz: damaged \.gz file"),
@@ -142,12 +179,46 @@ def test_files_are_found_by_path_and_glob_each_once_and_in_order(tmp_path):
 def test_every_file_that_cannot_be_used_is_named_in_one_error(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "a.txt").write_text("x")
-    names = ["missing.jsonl", "none*.jsonl", "empty.jsonl", "a.txt", ".", "hub:name"]
+    (tmp_path / "lost.jsonl").symlink_to("missing.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    said = {
+        "missing.jsonl": "no such file",
+        "none*.jsonl": "no such file",
+        "empty.jsonl": "the file is empty",
+        "a.txt": "unknown type",
+        ".": "a folder; name files or a glob",
+        "lost.jsonl": "a link that leads to no file",
+        "loop.jsonl": "a link that leads to no file",
+        "pipe.jsonl": "not a regular file",
+        "hub:name": "hub:OWNER/NAME",
+    }
     with pytest.raises(ValueError) as error:
-        find_files([str(tmp_path / name) if not name.startswith("hub:") else name for name in names])
+        find_files([str(tmp_path / name) if not name.startswith("hub:") else name for name in said])
     lines = str(error.value).splitlines()
-    said = ["no such file", "no such file", "the file is empty", "unknown type", "not a file", "hub:OWNER/NAME"]
-    assert [words in line for words, line in zip(said, lines, strict=True)] == [True] * len(names)
+    assert [words in line for words, line in zip(said.values(), lines, strict=True)] == [True] * len(said)
+
+
+def test_file_that_may_not_be_read_is_one_sentence():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "a.jsonl"
+        path.write_text("{}")
+        path.chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:  # root may read everything
+                os.seteuid(65534)
+            with pytest.raises(ValueError, match=r"a\.jsonl: cannot be read \(Permission denied\)"):
+                find_files(str(path))
+        finally:
+            os.seteuid(user)
+
+
+def test_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl")
+    assert find_files("~/a.jsonl") == [f"{tmp_path}/a.jsonl"]
 
 
 def test_file_whose_name_holds_glob_characters_is_found(tmp_path):

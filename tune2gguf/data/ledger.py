@@ -91,6 +91,10 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
         more = "; …" if len(selection.dropped) > MAX_LINES_SHOWN else ""
         notes.append(f"rows dropped: {len(selection.dropped)} ({reasons}{more}); data.json lists them")
     for file in files:
+        unused = file.index.unused_keys
+        if unused:
+            shown = ", ".join(f"{key} ({count} rows)" for key, count in list(unused.items())[:MAX_LINES_SHOWN])
+            notes.append(f"{file.name}: not used: {shown}{', …' if len(unused) > MAX_LINES_SHOWN else ''}")
         lines = file.index.lines_that_spell_special
         if lines:
             unit = file.index.unit

@@ -7,7 +7,7 @@ torchtune's message transforms are not used: they need four seconds of imports b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,11 @@ FORMATS = tuple(_REQUIRED_KEYS)
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
 
+# What a row may have besides, and what its turns may have besides role and content. Other keys are counted as unused.
+_OPTIONAL_KEYS = {"openai": ("system",), "sharegpt": ("system",), "alpaca": ("input", "system")}
+_OPTIONAL_KEYS |= {"prompt_completion": ("system",), "text": ()}
+_OPTIONAL_TURN_KEYS = ("weight",)
+
 # Keys that would change what the model sees or must say: a row that uses one is refused rather than trained without it.
 _TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 
@@ -48,6 +53,7 @@ class Conversation:
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    unused_keys: tuple[str, ...] = field(default=(), compare=False)  # of the row, where they hold anything
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def detect_format(row: Mapping[str, Any]) -> str:
             f"its keys fit the formats {' and '.join(fitting)}; say which with dataset.format={fitting[0]}"
         )
     if not fitting:
-        keys = ", ".join(map(str, row)) or "none"
+        keys = ", ".join(f"{key}: null" if value is None else str(key) for key, value in row.items()) or "none"
         known = "; ".join(f"{name}: {', '.join(required)}" for name, required in _REQUIRED_KEYS.items())
         raise ValueError(f"its keys ({keys}) fit no format ({known})")
     # The list is named either way in the wild; the keys inside tell which of the two it is.
@@ -110,32 +116,58 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
         ValueError: if the row is not in the format, or is no conversation that can be trained on
     """
     _refuse_tools(row)
+    used = {*_REQUIRED_KEYS[format], *_OPTIONAL_KEYS[format]}
     if format == "text":
-        return Conversation(text=_read_text(row, "text"))
+        return Conversation(text=_read_text(row, "text"), unused_keys=_find_unused(row, used))
+    unused_in_turns: tuple[str, ...] = ()
     if format == "alpaca":
         messages = _read_alpaca(row)
     elif format == "prompt_completion":
         messages = [Message("user", _read_text(row, "prompt")), Message("assistant", _read_text(row, "completion"))]
     else:
-        messages = _read_turns(row, _OPENAI if format == "openai" else _SHAREGPT)
+        shape = _OPENAI if format == "openai" else _SHAREGPT
+        key = _find_list_key(row, shape)
+        messages = _read_turns(row[key], shape, key)
+        used = {key, *_OPTIONAL_KEYS[format]}  # the list may go by its other name
+        unused_in_turns = _find_unused_in_turns(row[key], shape, key)
+    messages = _put_system_first(row, messages)
     _check_order(messages)
     _check_content(messages)
-    return Conversation(tuple(messages))
+    return Conversation(tuple(messages), unused_keys=_find_unused(row, used) + unused_in_turns)
 
 
-def _read_turns(row: Mapping[str, Any], shape: _Shape) -> list[Message]:
-    key = next((key for key in shape.list_keys if row.get(key) is not None), None)
-    if key is None:
-        raise ValueError(f"{shape.list_keys[0]!r} is missing; the row has {', '.join(map(str, row)) or 'no keys'}")
-    turns = row[key]
+def _find_unused(values: Mapping[str, Any], used: Collection[str]) -> tuple[str, ...]:
+    """Return the keys that hold something and are not used; tables fill with null what a row does not have."""
+    return tuple(key for key in values if key not in used and values[key] not in (None, "", []))
+
+
+def _find_unused_in_turns(turns: list[Mapping[str, Any]], shape: _Shape, list_key: str) -> tuple[str, ...]:
+    used = (shape.role_key, shape.content_key, *_OPTIONAL_TURN_KEYS)
+    keys = (key for turn in turns if len(turn) > 2 for key in _find_unused(turn, used))
+    return tuple(f"{list_key}[].{key}" for key in dict.fromkeys(keys))
+
+
+def _put_system_first(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Make the row's system column, where it has one, the system message."""
+    if row.get("system") in (None, ""):
+        return messages
+    system = _read_text(row, "system")
+    if messages[0].role == "system":
+        raise ValueError("there is a 'system' beside a system message; keep one of the two")
+    return [Message("system", system), *messages]
+
+
+def _find_list_key(row: Mapping[str, Any], shape: _Shape) -> str:
+    for key in shape.list_keys:
+        if row.get(key) is not None:
+            return key
+    raise ValueError(f"{shape.list_keys[0]!r} is missing; the row has {', '.join(map(str, row)) or 'no keys'}")
+
+
+def _read_turns(turns: Any, shape: _Shape, key: str) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{key!r} must be a non-empty list, got {_describe(turns)}")
-    messages = [_read_turn(turn, shape, f"{key}[{index}]") for index, turn in enumerate(turns)]
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0].role != "system":
-        _check_text(system, "'system'")
-        messages.insert(0, Message("system", system))
-    return messages
+    return [_read_turn(turn, shape, f"{key}[{index}]") for index, turn in enumerate(turns)]
 
 
 def _read_turn(turn: Any, shape: _Shape, place: str) -> Message:
@@ -154,7 +186,8 @@ def _read_turn(turn: Any, shape: _Shape, place: str) -> Message:
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping) and "text" in content[0]:
         content = content[0]["text"]  # OpenAI's long form of a text
     if not isinstance(content, str):
-        raise ValueError(f"{place}: {shape.content_key!r} must be text, got {_describe(content)}")
+        hint = "; of a list of parts only a single text can be used" if isinstance(content, list) else ""
+        raise ValueError(f"{place}: {shape.content_key!r} must be text, got {_describe(content)}{hint}")
     _check_text(content, f"{place}: {shape.content_key!r}")
     return Message(shape.roles[role], content, is_trained=_read_weight(turn, place))
 
@@ -175,8 +208,7 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
     prompt = _read_text(row, "instruction")
     if row.get("input") is not None and _read_text(row, "input").strip():
         prompt += "\n\n" + row["input"]
-    system = [Message("system", _read_text(row, "system"))] if row.get("system") else []
-    return [*system, Message("user", prompt), Message("assistant", _read_text(row, "output"))]
+    return [Message("user", prompt), Message("assistant", _read_text(row, "output"))]
 
 
 def _read_text(row: Mapping[str, Any], key: str) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tune2gguf.tokenizers import ChatTokenizer
 
 MAX_PROBLEMS_SHOWN = 20
+MAX_FILES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def _require_rows(
         dropped = f"; {len(selection.dropped)} rows were dropped" if selection.dropped else ""
         held_out = f"; {len(selection.validation)} are held out" if selection.validation else ""
         first = f", the first is {selection.dropped[0].source}: {selection.dropped[0].reason}" if dropped else ""
-        raise ValueError(f"there is no row to train on{held_out}{dropped}{first}")
+        names = ", ".join(file.name for file in files[:MAX_FILES_SHOWN]) + (", …" * (len(files) > MAX_FILES_SHOWN))
+        raise ValueError(f"there is no row to train on in {names}{held_out}{dropped}{first}")
     if validation_split and not selection.validation:
         raise ValueError(
             f"dataset.validation_split={validation_split} holds out none of the {len(selection.train)} rows; "

@@ -10,8 +10,10 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +25,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAX_ROW_BYTES = 4 * 2**20  # about a million tokens, far beyond any max_seq_len
+# Where a quote is not closed, the rest of a CSV file is one cell: it is read so far, and no further.
+_MAX_CELL_CHARACTERS = 64 * 2**20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"hub:(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
 # How surrogateescape spells a byte that is no UTF-8.
 _INVALID_BYTE = re.compile("[\udc80-\udcff]")
+# How files begin that are not the text they are named as.
+_OTHER_CONTENTS = {
+    b"\xff\xfe": "is UTF-16; save it as UTF-8",
+    b"\xfe\xff": "is UTF-16; save it as UTF-8",
+    b"\x1f\x8b": "is gzip-compressed; its name must end in .gz",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"PAR1": "is a Parquet file; its name must end in .parquet",
+    b"version https://git-lfs": "is a pointer of Git LFS; get the file itself with git lfs pull",
+}
 
 
 @dataclass(frozen=True)
@@ -63,12 +76,13 @@ def find_files(patterns: str | Sequence[str]) -> list[str]:
     """
     names, problems = [], []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if not isinstance(pattern, str):
+        if not isinstance(pattern, str) or not pattern:
             problems.append(f"files must be paths, got {pattern!r}")
         elif is_hub(pattern):
             names.append(pattern)
         else:
-            found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+            pattern = os.path.expanduser(pattern)
+            found = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
             problems += [] if found else [f"{pattern}: no such file"]
             names += found
     names = list(dict.fromkeys(names))
@@ -84,12 +98,26 @@ def _find_file_problems(name: str) -> Iterator[str]:
             yield f"{name}: a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT"
         return
     path = Path(name)
-    if not path.is_file():
-        yield f"{name}: not a file; name files or a glob such as {name.rstrip('/')}/*.jsonl"
+    if os.path.isdir(path):
+        yield f"{name}: a folder; name files or a glob such as {name.rstrip('/')}/*.jsonl"
+    elif os.path.islink(path) and not os.path.exists(path):
+        yield f"{name}: a link that leads to no file"
+    elif not os.path.isfile(path):
+        yield f"{name}: not a regular file"
+    elif problem := _find_open_problem(path):
+        yield f"{name}: {problem}"
     elif _get_suffix(path) not in SUFFIXES:
         yield f"{name}: unknown type; known are {', '.join(SUFFIXES)}, each but .parquet also with .gz"
     elif path.stat().st_size == 0:
         yield f"{name}: the file is empty"
+
+
+def _find_open_problem(path: Path) -> str | None:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
 
 
 def _get_suffix(path: Path) -> str:
@@ -124,7 +152,7 @@ def _read_text_file(name: str, file: BinaryIO) -> Iterator[Row]:
     suffix = _get_suffix(Path(name))
     if suffix == ".csv":
         yield from _read_csv(name, file)
-    elif suffix == ".json" and _is_array(file):
+    elif _is_array(file):
         yield from _read_json_array(name, file)
     else:
         yield from _read_json_lines(name, file)
@@ -155,8 +183,12 @@ def compute_content_digest(name: str) -> str:
 def _open(path: Path) -> BinaryIO:
     """Open for reading bytes, unpacked where the name ends in .gz, behind a byte order mark."""
     file = (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
-    if file.read(3) != b"\xef\xbb\xbf":
-        file.seek(0)
+    beginning = file.read(32)
+    for bytes_, said in _OTHER_CONTENTS.items():
+        if beginning.startswith(bytes_):
+            file.close()
+            raise ValueError(f"{path}: the file {said}")
+    file.seek(3 if beginning.startswith(b"\xef\xbb\xbf") else 0)
     return file
 
 
@@ -168,11 +200,15 @@ def _is_array(file: BinaryIO) -> bool:
 
 
 def _read_json_lines(name: str, file: BinaryIO) -> Iterator[Row]:
+    is_first = True
     for number, line in enumerate(_read_lines(file), start=1):
         source = Source(name, number)
         if len(line) > MAX_ROW_BYTES:
-            yield Row(source, problem=_describe_too_long(len(line)))
+            yield Row(source, problem=describe_too_long(len(line)))
         elif line.strip():
+            if is_first and line.strip() == b"{":
+                raise ValueError(f"{source}: a row must stand on one line, or all rows in an array: [{{…}}, {{…}}]")
+            is_first = False
             yield _parse_json(line.rstrip(b"\r\n"), source)
 
 
@@ -189,21 +225,40 @@ def _read_lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def _describe_too_long(num_bytes: int) -> str:
+def describe_too_long(num_bytes: int) -> str:
+    """Return what is wrong with a row of more than MAX_ROW_BYTES."""
     return f"the row is {num_bytes / 2**20:.1f} MiB long; the limit is {MAX_ROW_BYTES // 2**20} MiB, so split it"
 
 
 def _parse_json(line: bytes, source: Source) -> Row:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        hint = "; the file looks like UTF-16, save it as UTF-8" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        return Row(source, problem=f"invalid UTF-8 at byte {error.start} of the line{hint}")
+        return Row(source, problem=f"invalid UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
         return Row(source, problem=f"malformed JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return Row(source, problem="malformed JSON: nested too deeply")
+    except (ValueError, RecursionError) as error:
+        return Row(source, problem=f"malformed JSON: {_describe_error(error)}")
     return _require_object(value, source)
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of a key that stands twice, Python's json would keep the last value in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {key!r} stands twice in an object")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+
+
+def _describe_error(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    # Python's own sentence on numbers of more than 4300 digits goes on about an interpreter setting.
+    return str(error).partition("; use sys.")[0]
 
 
 def _require_object(value: Any, source: Source) -> Row:
@@ -216,22 +271,23 @@ def _require_object(value: Any, source: Source) -> Row:
 def _read_json_array(name: str, file: BinaryIO) -> Iterator[Row]:
     text = _decode_whole(name, file.read())
     skip = re.compile(r"[ \t\r\n]*").match
-    decoder = json.JSONDecoder()
     position = skip(text, text.index("[") + 1).end()
     number = 0
     while text[position : position + 1] != "]":
         number += 1
         source = Source(name, number, "row")
         try:
-            value, end = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise ValueError(f"{source}: malformed JSON: {reason}; nothing after it can be read") from None
+            value, end = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            reason = f"malformed JSON: {_describe_error(error)}; nothing after it can be read"
+            raise ValueError(f"{source}: {reason}") from None
         is_too_long = end - position > MAX_ROW_BYTES
-        yield Row(source, problem=_describe_too_long(end - position)) if is_too_long else _require_object(value, source)
+        yield Row(source, problem=describe_too_long(end - position)) if is_too_long else _require_object(value, source)
         position = skip(text, end).end()
         if text[position : position + 1] == ",":
             position = skip(text, position + 1).end()
+            if text[position : position + 1] == "]":
+                raise ValueError(f"{source}: malformed JSON: a ',' stands behind the last row")
         elif text[position : position + 1] != "]":
             raise ValueError(f"{source}: malformed JSON: ',' or ']' is missing after this row")
     if text[position + 1 :].strip():
@@ -249,7 +305,7 @@ def _decode_whole(name: str, raw: bytes) -> str:
 def _read_csv(name: str, file: BinaryIO) -> Iterator[Row]:
     # Bytes that are no UTF-8 become surrogates here, so that only their row is at fault.
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-    csv.field_size_limit(MAX_ROW_BYTES)
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
     reader = csv.reader(text, strict=True)
     header: list[str] | None = None
     line = 1
@@ -258,15 +314,24 @@ def _read_csv(name: str, file: BinaryIO) -> Iterator[Row]:
             source, line = Source(name, line), reader.line_num + 1
             if cells and header is None:
                 header = cells
-                if len(set(header)) < len(header):
-                    raise ValueError(f"{source}: the header names a column twice")
+                _check_header(header, source)
             elif cells:
                 yield _make_csv_row(source, header, cells)
     except csv.Error as error:
         raise ValueError(f"{Source(name, line)}: malformed CSV: {error}; nothing after it can be read") from None
 
 
+def _check_header(header: list[str], source: Source) -> None:
+    if len(set(header)) < len(header):
+        raise ValueError(f"{source}: the header names a column twice")
+    if len(header) == 1 and re.search("[;\t|]", header[0]):
+        raise ValueError(f"{source}: the header is one column, {header[0]!r}; commas must stand between columns")
+
+
 def _make_csv_row(source: Source, header: list[str], cells: list[str]) -> Row:
+    num_characters = sum(map(len, cells))
+    if num_characters > MAX_ROW_BYTES:
+        return Row(source, problem=describe_too_long(num_characters))
     if len(cells) != len(header):
         return Row(source, problem=f"{len(cells)} cells where the header names {len(header)} columns")
     if any(_INVALID_BYTE.search(cell) for cell in cells):
@@ -275,9 +340,9 @@ def _make_csv_row(source: Source, header: list[str], cells: list[str]) -> Row:
     for key in ("messages", "conversations"):
         if key in value:
             try:
-                value[key] = json.loads(value[key])
-            except (json.JSONDecodeError, RecursionError) as error:
-                return Row(source, problem=f"column {key!r}: malformed JSON: {error}")
+                value[key] = _DECODER.decode(value[key])
+            except (ValueError, RecursionError) as error:
+                return Row(source, problem=f"column {key!r}: malformed JSON: {_describe_error(error)}")
     return Row(source, value)
 
 

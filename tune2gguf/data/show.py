@@ -56,8 +56,9 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
     yield f"messages: {', '.join(f'{count} {role}' for role, count in summary.roles.items())}"
     if summary.dropped:
         yield f"dropped: {', '.join(f'{count} {kind}' for kind, count in summary.dropped.items())}"
+    units = {file["file"]: file["unit"] for file in ledger["files"]}
     for row in ledger["rows_dropped"][:MAX_PROBLEMS_SHOWN]:
-        yield f"  {escape(row['file'])}, line {row['line']}: {escape(row['reason'])}"
+        yield f"  {escape(row['file'])}, {units[row['file']]} {row['line']}: {escape(row['reason'])}"
     if ledger["dropped"] > MAX_PROBLEMS_SHOWN:
         yield f"  and {ledger['dropped'] - MAX_PROBLEMS_SHOWN} more"
 

@@ -18,7 +18,7 @@ from tune2gguf.data.messages import (
     digest,
     read_conversation,
 )
-from tune2gguf.data.rows import Row, Source, read_rows
+from tune2gguf.data.rows import MAX_ROW_BYTES, Row, Source, describe_too_long, read_rows
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizers import ChatTokenizer, Segment
@@ -60,6 +60,7 @@ class TokenIndex:
     role_counts: dict[str, int]  # messages of the good rows; raw texts count as "text"
     unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
+    unused_keys: dict[str, int]  # good rows that have something under a key that is not used
 
     @property
     def num_read(self) -> int:
@@ -157,11 +158,19 @@ def read_conversations(name: str, *, format: str) -> Iterator[tuple[Row, Convers
                 elif found != decided:
                     raise ValueError(f"its shape is {found}, but the file's is {decided} since {decided_by}")
             conversation: Conversation | str = read_conversation(row.value, format=decided)
+            _check_size(conversation)
         except AmbiguousFormatError as error:
             raise ValueError(f"{row.source}: {error}") from None
         except ValueError as error:
             conversation = str(error)
         yield row, conversation
+
+
+def _check_size(conversation: Conversation) -> None:
+    """Hold rows of files without lines to the limit of a line, too."""
+    num_characters = sum(len(message.content) for message in conversation.messages) + len(conversation.text or "")
+    if num_characters > MAX_ROW_BYTES:
+        raise ValueError(describe_too_long(num_characters))
 
 
 def tokenize_file(name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool) -> TokenizedFile:
@@ -191,7 +200,7 @@ def write_tokens(
 ) -> TokenIndex:
     """Write the good rows' tokens and return the index of all rows."""
     lines, digests, problems, spelling = [], [], [], []
-    unit, role_counts = "line", Counter()
+    unit, role_counts, unused_keys = "line", Counter(), Counter()
     for row, conversation in rows:
         line, unit = row.source.line, row.source.unit
         spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
@@ -204,6 +213,7 @@ def write_tokens(
             lines.append(line)
             digests.append(digest(conversation))
             role_counts.update([message.role for message in conversation.messages] or ["text"])
+            unused_keys.update(conversation.unused_keys)
             if spelled is not None:
                 spelling.append(line)
     writer.flush()
@@ -219,6 +229,7 @@ def write_tokens(
         role_counts=dict(role_counts),
         unit=unit,
         lines_that_spell_special=spelling,
+        unused_keys=dict(unused_keys),
     )
 
 
