@@ -3,12 +3,13 @@
 # CPU-minutes, needs a C++ compiler) and its converter, which that package's source distribution carries.
 # Then: python -m pytest -m oracle
 set -euo pipefail
-version=0.3.36
+requirement=$(grep -o 'llama-cpp-python==[0-9.]*' "$(dirname "$0")/../../pyproject.toml")
+version=${requirement#*==}
 cache=${TUNE2GGUF_CACHE:-$HOME/.cache/tune2gguf}
 source=$cache/llama.cpp
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python -m pip download --no-deps --no-binary :all: --dest "$folder" "llama-cpp-python==$version"
+python -m pip download --no-deps --no-binary :all: --dest "$folder" "$requirement"
 if [ "$(python -c 'import llama_cpp; print(llama_cpp.__version__)' 2>/dev/null)" != "$version" ]; then
     python -m pip install "$folder/llama_cpp_python-$version.tar.gz"
 fi
