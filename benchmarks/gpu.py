@@ -49,7 +49,7 @@ def make_ours(arguments, device: str):
     from tune2gguf.checkpoints.layout import list_tensors
     from tune2gguf.checkpoints.load import fill_model
     from tune2gguf.lora import initialize_adapters
-    from tune2gguf.models import build_lora_llama, prepare_training
+    from tune2gguf.models import build_lora_llama, can_fuse, prepare_training
 
     architecture = ARCHITECTURES[MODELS[arguments.model]]
     with torch.device("meta"):
@@ -71,7 +71,10 @@ def make_ours(arguments, device: str):
     base_weights = "nf4" if arguments.kind == "qlora" else "bf16"
     fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
     initialize_adapters(model, 0)
-    prepare_training(model, compile=arguments.compile, enable_activation_checkpointing=arguments.checkpointing)
+    fuse = can_fuse(torch.device(device), dtype="bf16", compile=arguments.compile)
+    prepare_training(
+        model, compile=arguments.compile, enable_activation_checkpointing=arguments.checkpointing, fuse=fuse
+    )
     tokens, labels, input_pos, row_lengths = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
     row_ids = torch.repeat_interleave(torch.arange(ROWS_PER_PACK, device=device), row_lengths[0].to(device))
     row_ids = row_ids.expand(arguments.batch, -1).contiguous()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
 
-# Projected at a time: 256 x 128256 logits are 131 MB in float32, and the product is still large enough to be efficient;
-# on a GPU 2048 at a time were 1 % faster and took 2.2 GiB more.
-POSITIONS_PER_CHUNK = 256
+# Projected at a time: 256 x 128256 logits are 131 MB in float32, and the product is still large enough to be efficient.
+# A GPU, whose kernel needs no float32 copy of them, takes 512: the product of 256 ran at three quarters of its speed.
+POSITIONS_PER_CHUNK = {"cpu": 256, "cuda": 512}
 
 
 def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,16 +47,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, targets.numel(), POSITIONS_PER_CHUNK):
-            chunk = slice(start, start + POSITIONS_PER_CHUNK)
+        compute = _compute_fused if hidden.is_cuda and find_spec("triton") is not None else _compute_plainly
+        num_positions = POSITIONS_PER_CHUNK[hidden.device.type]
+        for start in range(0, targets.numel(), num_positions):
+            chunk = slice(start, start + num_positions)
             logits = hidden[chunk] @ head_weight.T
-            log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            target = targets[chunk, None]
-            losses[chunk] = -log_probabilities.gather(1, target).squeeze(1)
+            losses[chunk], logits_gradient = compute(logits, targets[chunk], with_gradient=gradient is not None)
             if gradient is not None:
-                probabilities = log_probabilities.exp_()
-                probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
-                gradient[chunk] = probabilities.to(head_weight.dtype) @ head_weight
+                gradient[chunk] = logits_gradient @ head_weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -63,3 +63,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None, None
+
+
+def _compute_plainly(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Return each position's cross entropy, float32 [n], and its gradient over the logits [n, vocab]."""
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    target = targets[:, None]
+    losses = -log_probabilities.gather(1, target).squeeze(1)
+    if not with_gradient:
+        return losses, None
+    probabilities = log_probabilities.exp_()
+    probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+    return losses, probabilities.to(logits.dtype)
+
+
+def _compute_fused(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The same in one kernel, which writes the gradient over the logits."""
+    from tune2gguf.fused.launch import cross_entropy
+
+    losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    cross_entropy(logits, targets, losses, with_gradient=with_gradient)
+    return losses, logits if with_gradient else None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,16 @@ from tune2gguf.lora import LoRALinear
 from tune2gguf.loss import cross_entropy_of_supervised, select_supervised
 
 LORA_ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
+
+
+class TokenEmbedding(nn.Embedding):
+    """An embedding whose weight may stay in the host's memory: a step looks up a few of its rows only."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens [batch, seq] to [batch, seq, dim] on the tokens' device."""
+        if self.weight.device == tokens.device:
+            return super().forward(tokens)
+        return super().forward(tokens.to(self.weight.device)).to(tokens.device)
 
 
 class CausalLM(nn.Module):
@@ -110,23 +122,50 @@ def prepare_training(
     compile: bool,
     enable_activation_checkpointing: bool,
     enable_activation_offloading: bool = False,
+    fuse: bool = False,
 ) -> None:
-    """Wrap and compile the layers of a loaded model, in place.
+    """Wrap, compile or fuse the layers of a model, in place.
 
     Args:
         compile: compile each layer; they share one compiled graph
         enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
         enable_activation_offloading: keep these inputs in the CPU's memory until then; the model is on a GPU
+        fuse: train each layer with the kernels of tune2gguf.fused; see can_fuse
     """
     layers = model.decoder.layers
+    if enable_activation_offloading:
+        model.offloading = training.OffloadActivations()
+    if fuse:
+        for layer in layers:
+            layer.forward = partial(_run_fused, layer, layer.forward, checkpointing=enable_activation_checkpointing)
+        return
     # Compiled first: around a checkpoint the compiler would give up at the attention's graph break.
     if compile:
         for layer in layers:
             layer.compile()
     if enable_activation_checkpointing:
         training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
-    if enable_activation_offloading:
-        model.offloading = training.OffloadActivations()
+
+
+def can_fuse(device: torch.device, *, dtype: str, compile: bool) -> bool:
+    """Whether layers are trained with the fused kernels: in bf16 on CUDA, unless they are to be compiled."""
+    return device.type == "cuda" and dtype == "bf16" and not compile and find_spec("triton") is not None
+
+
+def _run_fused(
+    layer: TransformerSelfAttentionLayer,
+    plain_forward: Callable[..., Tensor],
+    x: Tensor,
+    *,
+    mask: Tensor | BlockMask | None = None,
+    input_pos: Tensor | None = None,
+    checkpointing: bool,
+) -> Tensor:
+    from tune2gguf.fused.layer import run_layer
+
+    if isinstance(mask, Tensor):  # a reply is generated token by token, with caches
+        return plain_forward(x, mask=mask, input_pos=input_pos)
+    return run_layer(layer, x, mask=mask, positions=input_pos, checkpointing=checkpointing)
 
 
 def build_lora_llama(
@@ -170,7 +209,7 @@ def build_lora_llama(
                 mlp_norm=RMSNorm(dim=shape.embed_dim, eps=shape.norm_eps),
             )
         )
-    tok_embeddings = nn.Embedding(shape.vocab_size, shape.embed_dim)
+    tok_embeddings = TokenEmbedding(shape.vocab_size, shape.embed_dim)
     output = TiedLinear(tok_embeddings) if shape.tied else nn.Linear(shape.embed_dim, shape.vocab_size, bias=False)
     decoder = TransformerDecoder(
         tok_embeddings=tok_embeddings,

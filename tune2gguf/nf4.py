@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -164,6 +165,17 @@ def find_nearest_codes(scaled: Tensor, lower_codes: Tensor, next_bounds: Tensor)
 
 def dequantize_nf4_tensor(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a torchao NF4Tensor as a dense tensor, as its own `.to(dtype)` does but without full-size temporaries."""
+    if weight.quantized_data.is_cuda and find_spec("triton") is not None:
+        from tune2gguf.fused.launch import dequantize_nf4
+
+        return dequantize_nf4(
+            weight.quantized_data,
+            weight.quantized_scalers,
+            weight.quantization_factor,
+            weight.scaler_mean,
+            weight.nf4.float(),
+            dtype=dtype,
+        ).view(weight.shape)
     deviations = weight.quantized_scalers.view(-1, weight.scaler_block_size) / weight.quantization_factor.unsqueeze(1)
     scales = deviations.flatten() + weight.scaler_mean
     return _dequantize(weight.quantized_data, scales, weight.nf4.float(), tuple(weight.shape), dtype)

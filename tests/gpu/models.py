@@ -129,12 +129,18 @@ def _measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def prepare(
-    model: CausalLM, *, compile: bool = False, checkpointing: bool = False, offloading: bool = False
+    model: CausalLM,
+    *,
+    compile: bool = False,
+    checkpointing: bool = False,
+    offloading: bool = False,
+    fuse: bool = False,
 ) -> CausalLM:
     prepare_training(
         model,
         compile=compile,
         enable_activation_checkpointing=checkpointing,
         enable_activation_offloading=offloading,
+        fuse=fuse,
     )
     return model

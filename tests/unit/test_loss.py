@@ -23,7 +23,7 @@ def compute_plainly(hidden, weight, labels):
 
 @pytest.mark.parametrize("positions_per_chunk", [1, 5, 256])
 def test_loss_and_gradient_equal_the_plain_computation(monkeypatch, positions_per_chunk):
-    monkeypatch.setattr(loss_module, "POSITIONS_PER_CHUNK", positions_per_chunk)
+    monkeypatch.setattr(loss_module, "POSITIONS_PER_CHUNK", {"cpu": positions_per_chunk})
     hidden, weight, labels = make_problem()
     expected = compute_plainly(hidden, weight, labels)
     (expected_gradient,) = torch.autograd.grad(expected, hidden)
@@ -73,10 +73,10 @@ def test_logits_of_all_positions_are_never_held():
             seen.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor))
             return out
 
-    positions, vocab = 4 * loss_module.POSITIONS_PER_CHUNK, 500
+    positions, vocab = 4 * loss_module.POSITIONS_PER_CHUNK["cpu"], 500
     hidden = torch.randn(positions, 8, requires_grad=True)
     with LargestTensor():
         cross_entropy_of_supervised(
             hidden, torch.randn(vocab, 8), torch.randint(0, vocab, (positions,))
         ).sum().backward()
-    assert max(seen) == loss_module.POSITIONS_PER_CHUNK * vocab
+    assert max(seen) == loss_module.POSITIONS_PER_CHUNK["cpu"] * vocab

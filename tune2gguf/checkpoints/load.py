@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtune.modules.tied_linear import TiedLinear
 
 from tune2gguf.checkpoints.base import open_base
 from tune2gguf.lora import LoRALinear
@@ -62,7 +64,7 @@ def fill_model(
         else:
             # The norms are computed in float32; a weight in another dtype sends them down torch's slow path.
             weight = weight.to(torch.float32 if weight.dim() == 1 else _DTYPES.get(base_weights, torch.bfloat16))
-        _set_frozen(decoder, name, weight.to(device=device))
+        _set_frozen(decoder, name, weight.to(_choose_device(decoder, name, device, base_weights)))
     for module in decoder.modules():
         if isinstance(module, LoRALinear):
             module.lora_a.to_empty(device=device)
@@ -72,6 +74,13 @@ def fill_model(
                 module.rope_init()
     unfilled = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
     assert not unfilled, f"every base weight is to be given; not filled: {unfilled}"
+
+
+def _choose_device(decoder: nn.Module, name: str, device: torch.device, base_weights: str) -> torch.device:
+    """Beside 4-bit layers an embedding that is not the head as well is a large part: it stays in the host's memory."""
+    is_looked_up_only = name == "tok_embeddings.weight" and not isinstance(decoder.output, TiedLinear)
+    is_sharded = isinstance(decoder.tok_embeddings.weight, DTensor)
+    return torch.device("cpu") if base_weights == "nf4" and is_looked_up_only and not is_sharded else device
 
 
 def _is_layer_matrix(decoder: nn.Module, name: str) -> bool:

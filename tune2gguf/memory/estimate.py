@@ -152,7 +152,7 @@ def _count_work(shape: Shape) -> int:
     a, c, tokens = shape.architecture, BYTES[shape.dtype], _count_tokens(shape)
     # Logits and their log-probabilities in float32; a CPU makes a float32 copy of bf16 logits in between.
     bytes_per_logit = c + 4 + (4 if c == 2 and shape.device_type == "cpu" else c % 4)
-    loss = bytes_per_logit * min(POSITIONS_PER_CHUNK, tokens) * a.vocab_size
+    loss = bytes_per_logit * min(POSITIONS_PER_CHUNK[shape.device_type], tokens) * a.vocab_size
     loss += 2 * tokens * a.embed_dim * c  # the hidden states that go in, and their gradient
     largest = max(math.prod(spec.shape) for spec in list_tensors(a) if spec.is_linear)
     dense = largest * (c + DEQUANTIZE_BYTES_PER_WEIGHT[shape.device_type]) if shape.base_weights == "nf4" else 0

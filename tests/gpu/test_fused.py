@@ -1,0 +1,61 @@
+"""The fused layers compute what torchtune's layers compute: losses and every adapter gradient."""
+
+import pytest
+import torch
+
+from tests.gpu.models import (
+    CUDA,
+    MARKS,
+    compute,
+    list_adapter,
+    make_batch,
+    make_exact_model,
+    make_model,
+    make_rows,
+    measure_errors,
+    pack,
+    prepare,
+)
+
+pytestmark = MARKS
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("base_weights", ["bf16", "nf4"])
+def test_fused_layers_are_as_near_to_float32_as_plain_ones(small_base, base_weights, is_packed, checkpointing):
+    batch = (pack if is_packed else make_batch)(make_rows([96, 96]))
+    expected = compute(make_exact_model(small_base, base_weights=base_weights), batch)
+    plain = measure_errors(compute(make_model(small_base, CUDA, base_weights=base_weights), batch), expected)
+    model = prepare(make_model(small_base, CUDA, base_weights=base_weights), fuse=True, checkpointing=checkpointing)
+    fused = measure_errors(compute(model, batch), expected)
+    for fused_error, plain_error in zip(fused, plain, strict=True):
+        assert fused_error < 1.3 * plain_error
+    # Negative control: a changed adapter is seen.
+    with torch.no_grad():
+        list_adapter(model)[0][1].zero_()
+    assert measure_errors(compute(model, batch), expected)[0] > 2 * fused[0]
+
+
+def test_with_dropout_checkpointing_changes_nothing_and_a_seed_decides(small_base):
+    outcomes = []
+    for checkpointing, seed in ((False, 0), (True, 0), (False, 1)):
+        model = make_model(small_base, CUDA, base_weights="bf16", dropout=0.2)
+        torch.manual_seed(seed)
+        outcomes.append(compute(prepare(model, fuse=True, checkpointing=checkpointing), pack(make_rows([150, 93]))))
+    kept, checkpointed, other = outcomes
+    assert torch.equal(kept.losses, checkpointed.losses)
+    assert measure_errors(checkpointed, kept)[1] == 0
+    assert not torch.equal(kept.losses, other.losses)
+
+
+def test_dropped_gradients_are_on_average_those_without_dropout(small_base):
+    """Over 200 masks; a mask that is not drawn again in backward, or not made up for, leads elsewhere."""
+    batch = make_batch(make_rows([96, 96]))
+    model = prepare(make_model(small_base, CUDA, base_weights="bf16", dropout=0.1), fuse=True)
+    torch.manual_seed(0)
+    masked = [compute(model, batch).gradients for _ in range(200)]
+    expected = compute(prepare(make_model(small_base, CUDA, base_weights="bf16"), fuse=True), batch).gradients
+    for name, gradient in expected.items():
+        mean = torch.stack([gradients[name] for gradients in masked]).mean(dim=0)
+        assert torch.nn.functional.cosine_similarity(mean.flatten(), gradient.flatten(), dim=0) > 0.97, name

@@ -1,0 +1,358 @@
+"""Triton kernels of a training step on a GPU: what lies between the large matrix products of a Llama layer.
+
+An adapter's second product, low_rank [rows, rank] times B or A, has so short an inner dimension that it costs as much
+as writing its result. It is therefore computed tile by tile where its result is used, and never written.
+
+All arithmetic is float32; what is stored is rounded once to the tensor's dtype. Matrices are row-major.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Of a tile: rows are tokens.
+TILE_ROWS, TILE_COLUMNS = 64, 128
+# Of the kernels that need whole rows at a time; 16 is the least that a tile's product takes.
+NORM_ROWS, NORM_COLUMNS = 16, 256
+MAX_RANK = 256
+
+
+@triton.jit
+def _keep(seed, index, threshold):
+    """Draw True with probability 1 - threshold / 2^31, from a hash (Murmur3's finalizer) of seed and index alone."""
+    bits = index.to(tl.uint32) ^ seed.to(tl.uint32)
+    bits ^= bits >> 16
+    bits *= 0x85EBCA6B
+    bits ^= bits >> 13
+    bits += seed.to(tl.uint32)
+    bits *= 0xC2B2AE35
+    bits ^= bits >> 16
+    return (bits >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _low_rank_tile(
+    low_rank, low_rank_stride, rows, row_mask, factor, column_stride, rank_stride, columns, column_mask,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return low_rank[rows] times the columns of a factor, [rows, columns] in float32."""
+    r = tl.arange(0, RANK_BLOCK)
+    left = tl.load(
+        low_rank + rows[:, None] * low_rank_stride + r[None, :],
+        mask=row_mask[:, None] & (r < RANK)[None, :],
+        other=0.0,
+    )
+    right = tl.load(
+        factor + columns[None, :] * column_stride + r[:, None] * rank_stride,
+        mask=(r < RANK)[:, None] & column_mask[None, :],
+        other=0.0,
+    )
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def _norm_kernel(
+    x, delta, low_rank, factor, weight, summed, out, rstd, num_rows, low_rank_stride, eps,
+    DIM: tl.constexpr, HAS_DELTA: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_mask = rows < num_rows
+    squares = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, DIM, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        column_mask = columns < DIM
+        at = rows[:, None] * DIM + columns[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
+        tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_DELTA:
+            tile += tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)
+            if RANK > 0:
+                tile += _low_rank_tile(
+                    low_rank, low_rank_stride, rows, row_mask, factor, RANK, 1, columns, column_mask, RANK, RANK_BLOCK
+                )
+            rounded = tile.to(summed.dtype.element_ty)
+            tl.store(summed + at, rounded, mask=mask)
+            tile = rounded.to(tl.float32)
+        squares += tl.sum(tile * tile, axis=1)
+    scale = tl.rsqrt(squares / DIM + eps)
+    tl.store(rstd + rows, scale, mask=row_mask)
+    tl.debug_barrier()
+    source = summed if HAS_DELTA else x
+    for start in range(0, DIM, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        column_mask = columns < DIM
+        at = rows[:, None] * DIM + columns[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
+        tile = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+        gains = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
+        tl.store(out + at, (tile * scale[:, None] * gains[None, :]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed_0", "seed_1", "seed_2", "threshold"])
+def _norm_backward_kernel(
+    gradient, x, rstd, weight, residual, out, low_rank, factor, seed_0, seed_1, seed_2, threshold, keep_scale,
+    num_rows, low_rank_stride, DIM: tl.constexpr, NUM_ADAPTERS: tl.constexpr, DROPS: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_mask = rows < num_rows
+    scale = tl.load(rstd + rows, mask=row_mask, other=0.0)
+    products = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, DIM, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        column_mask = columns < DIM
+        at = rows[:, None] * DIM + columns[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
+        tile = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+        for adapter in tl.static_range(NUM_ADAPTERS):
+            part = _low_rank_tile(
+                low_rank + adapter * RANK, low_rank_stride, rows, row_mask,
+                factor + adapter * RANK * DIM, 1, DIM, columns, column_mask, RANK, RANK_BLOCK,
+            )  # fmt: skip
+            if DROPS:
+                seed = seed_0 if adapter == 0 else (seed_1 if adapter == 1 else seed_2)
+                part = tl.where(_keep(seed, at, threshold), part * keep_scale, 0.0)
+            tile += part
+        if NUM_ADAPTERS > 0:
+            rounded = tile.to(gradient.dtype.element_ty)
+            tl.store(gradient + at, rounded, mask=mask)
+            tile = rounded.to(tl.float32)
+        gains = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
+        normed = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
+        products += tl.sum(tile * gains[None, :] * normed, axis=1)
+    mean = products / DIM
+    tl.debug_barrier()
+    for start in range(0, DIM, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        column_mask = columns < DIM
+        at = rows[:, None] * DIM + columns[None, :]
+        mask = row_mask[:, None] & column_mask[None, :]
+        tile = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+        gains = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
+        normed = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
+        tile = (tile * gains[None, :] - normed * mean[:, None]) * scale[:, None]
+        tile += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotate_heads(
+    values, width, first_head, rows, row_mask, cos, sin, low_rank, low_rank_stride, factor,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROPE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    for number in range(HEADS):
+        columns = (first_head + number) * HEAD_DIM + tl.arange(0, HEAD_DIM)
+        at = rows[:, None] * width + columns[None, :]
+        tile = tl.load(values + at, mask=row_mask[:, None], other=0.0).to(tl.float32)
+        if RANK > 0:
+            tile += _low_rank_tile(
+                low_rank, low_rank_stride, rows, row_mask, factor, RANK, 1, columns, columns >= 0, RANK, RANK_BLOCK
+            )
+        if ROPE:
+            first, second = tl.split(tl.reshape(tile, (ROWS, HEAD_DIM // 2, 2)))
+            tile = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, HEAD_DIM))
+        tl.store(values + at, tile.to(values.dtype.element_ty), mask=row_mask[:, None])
+
+
+@triton.jit
+def _rotate_kernel(
+    q, k, v, low_rank_q, low_rank_k, low_rank_v, factor_q, factor_k, factor_v, rope, positions,
+    num_rows, seq, low_rank_stride, HAS_POSITIONS: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    RANK_Q: tl.constexpr, RANK_K: tl.constexpr, RANK_V: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    INVERSE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program turns KV_HEADS heads: a part of q's, or all of k's; or adds to v's."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row_mask = rows < num_rows
+    if HAS_POSITIONS:  # noqa: SIM108, the compiler takes branches of constants away
+        places = tl.load(positions + rows, mask=row_mask, other=0)
+    else:
+        places = rows % seq
+    # torchtune's layout: neighbours are a pair, and a table of [places, HEAD_DIM / 2, (cos, sin)].
+    angles = tl.load(rope + places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], mask=row_mask[:, None])
+    cos, sin = tl.split(tl.reshape(angles, (ROWS, HEAD_DIM // 2, 2)))
+    if INVERSE:
+        sin = -sin
+    part = tl.program_id(1)
+    if part < Q_HEADS // KV_HEADS:
+        _rotate_heads(
+            q, Q_HEADS * HEAD_DIM, part * KV_HEADS, rows, row_mask, cos, sin, low_rank_q, low_rank_stride, factor_q,
+            KV_HEADS, HEAD_DIM, RANK_Q, RANK_BLOCK, True, ROWS,
+        )  # fmt: skip
+    elif part == Q_HEADS // KV_HEADS:
+        _rotate_heads(
+            k, KV_HEADS * HEAD_DIM, 0, rows, row_mask, cos, sin, low_rank_k, low_rank_stride, factor_k,
+            KV_HEADS, HEAD_DIM, RANK_K, RANK_BLOCK, True, ROWS,
+        )  # fmt: skip
+    else:
+        _rotate_heads(
+            v, KV_HEADS * HEAD_DIM, 0, rows, row_mask, cos, sin, low_rank_v, low_rank_stride, factor_v,
+            KV_HEADS, HEAD_DIM, RANK_V, RANK_BLOCK, False, ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gate_tile(
+    values, low_rank, low_rank_stride, factor, rows, row_mask, columns, column_mask, at, mask,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    tile = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
+    if RANK > 0:
+        tile += _low_rank_tile(
+            low_rank, low_rank_stride, rows, row_mask, factor, RANK, 1, columns, column_mask, RANK, RANK_BLOCK
+        )
+    return tile
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate, up, out, low_rank_gate, low_rank_up, factor_gate, factor_up, num_rows, width, low_rank_stride,
+    RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row_mask, column_mask = rows < num_rows, columns < width
+    at = rows[:, None] * width + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    g = _gate_tile(
+        gate, low_rank_gate, low_rank_stride, factor_gate, rows, row_mask, columns, column_mask, at, mask,
+        RANK_GATE, RANK_BLOCK,
+    )  # fmt: skip
+    u = _gate_tile(
+        up, low_rank_up, low_rank_stride, factor_up, rows, row_mask, columns, column_mask, at, mask,
+        RANK_UP, RANK_BLOCK,
+    )  # fmt: skip
+    tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def _swiglu_backward_kernel(
+    gradient, gate, up, low_rank_gate, low_rank_up, factor_gate, factor_up, low_rank_down, factor_down,
+    seed, threshold, keep_scale, num_rows, width, low_rank_stride, DROPS: tl.constexpr,
+    RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_DOWN: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row_mask, column_mask = rows < num_rows, columns < width
+    at = rows[:, None] * width + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    g = _gate_tile(
+        gate, low_rank_gate, low_rank_stride, factor_gate, rows, row_mask, columns, column_mask, at, mask,
+        RANK_GATE, RANK_BLOCK,
+    )  # fmt: skip
+    u = _gate_tile(
+        up, low_rank_up, low_rank_stride, factor_up, rows, row_mask, columns, column_mask, at, mask,
+        RANK_UP, RANK_BLOCK,
+    )  # fmt: skip
+    upstream = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    product = silu * u
+    if RANK_DOWN > 0:
+        part = _low_rank_tile(
+            low_rank_down, RANK_DOWN, rows, row_mask, factor_down, 1, width, columns, column_mask, RANK_DOWN, RANK_BLOCK
+        )
+        if DROPS:
+            keep = _keep(seed, at, threshold)
+            part = tl.where(keep, part * keep_scale, 0.0)
+            product = tl.where(keep, product * keep_scale, 0.0)
+        upstream += part
+    tl.store(gradient + at, product.to(gradient.dtype.element_ty), mask=mask)
+    tl.store(gate + at, (upstream * u * (sigmoid + silu * (1.0 - sigmoid))).to(gate.dtype.element_ty), mask=mask)
+    tl.store(up + at, (upstream * silu).to(up.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def _add_kernel(
+    base, residual, low_rank, factor, out, seed, threshold, keep_scale, num_rows, width, column_stride, rank_stride,
+    HAS_RESIDUAL: tl.constexpr, DROPS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row_mask, column_mask = rows < num_rows, columns < width
+    at = rows[:, None] * width + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tile = tl.load(base + at, mask=mask, other=0.0).to(tl.float32)
+    if RANK > 0:
+        part = _low_rank_tile(
+            low_rank, RANK, rows, row_mask, factor, column_stride, rank_stride, columns, column_mask, RANK, RANK_BLOCK
+        )
+        if DROPS:
+            part = tl.where(_keep(seed, at, threshold), part * keep_scale, 0.0)
+        tile += part
+    if HAS_RESIDUAL:
+        tile += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold"])
+def _drop_kernel(
+    x, rstd, weight, out, seed, threshold, keep_scale, num_rows, width,
+    NORMS: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row_mask, column_mask = rows < num_rows, columns < width
+    at = rows[:, None] * width + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    if NORMS:
+        scale = tl.load(rstd + rows, mask=row_mask, other=0.0)
+        gains = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
+        tile = tile * scale[:, None] * gains[None, :]
+    if DROPS:
+        # Rounded first, as what is dropped without this kernel would be.
+        tile = tile.to(out.dtype.element_ty).to(tl.float32)
+        tile = tl.where(_keep(seed, at, threshold), tile * keep_scale, 0.0)
+    tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _cross_entropy_kernel(logits, targets, losses, VOCAB: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * VOCAB
+    target = tl.load(targets + row)
+    at_target = tl.load(logits + target).to(tl.float32)
+    highest = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, VOCAB, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        values = tl.load(logits + places, mask=places < VOCAB, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(values, axis=0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(values - higher), axis=0)
+        highest = higher
+    log_total = highest + tl.log(total)
+    tl.store(losses + row, log_total - at_target)
+    if GRADIENT:
+        for start in range(0, VOCAB, BLOCK):
+            places = start + tl.arange(0, BLOCK)
+            values = tl.load(logits + places, mask=places < VOCAB, other=float("-inf")).to(tl.float32)
+            probabilities = tl.exp(values - log_total)
+            probabilities = tl.where(places == target, probabilities - 1.0, probabilities)
+            tl.store(logits + places, probabilities.to(logits.dtype.element_ty), mask=places < VOCAB)
+
+
+@triton.jit
+def _dequantize_nf4_kernel(
+    codes, scales, factors, mean, table, out, num_codes, CODES_PER_SCALE: tl.constexpr, SCALES_PER_FACTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < num_codes
+    pair = tl.load(codes + places, mask=mask, other=0)
+    block = places // CODES_PER_SCALE
+    deviation = tl.load(scales + block, mask=mask, other=0).to(tl.float32)
+    factor = tl.load(factors + block // SCALES_PER_FACTOR, mask=mask, other=1.0)
+    scale = tl.div_rn(deviation, factor) + tl.load(mean)
+    first = tl.load(table + (pair >> 4)) * scale
+    second = tl.load(table + (pair & 15)) * scale
+    values = tl.reshape(tl.join(first, second), (2 * BLOCK,))
+    at = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < 2 * num_codes)

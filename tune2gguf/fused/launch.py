@@ -1,0 +1,256 @@
+"""The kernels as functions of tensors: they allocate results, choose tiles and launch.
+
+Low-rank products come as an `Adapted`: the first product [rows, rank], and the factor that the second one takes.
+Tensors are contiguous unless it says otherwise; rows are tokens, [rows, width].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from tune2gguf.fused import kernels
+from tune2gguf.fused.kernels import NORM_COLUMNS, NORM_ROWS, TILE_COLUMNS, TILE_ROWS
+
+CROSS_ENTROPY_BLOCK = 8192
+CODES_PER_PROGRAM = 2048
+HEAD_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Which elements of an adapter's input are dropped; the same seed drops the same ones again."""
+
+    seed: int
+    share: float
+
+    @property
+    def threshold(self) -> int:
+        return round(self.share * 2**31)
+
+    @property
+    def keep_scale(self) -> float:
+        return 1.0 / (1.0 - self.share)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What an adapter adds to a product: low_rank [rows, rank], whose rows may lie apart, times factor.
+
+    Attributes:
+        factor: B [out, rank] in forward, A [rank, in] in backward
+        dropout: of the adapter's input, which in backward drops what is added; None: nothing is dropped
+    """
+
+    low_rank: Tensor
+    factor: Tensor
+    dropout: Dropout | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.low_rank.shape[1]
+
+
+def pad_rank(*ranks: int) -> int:
+    """Return the inner dimension of a tile's product: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(max(ranks)))
+
+
+def _draw(dropout: Dropout | None) -> tuple[int, int, float]:
+    return (0, 0, 1.0) if dropout is None else (dropout.seed, dropout.threshold, dropout.keep_scale)
+
+
+def _tile(num_rows: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(width, TILE_COLUMNS), triton.cdiv(num_rows, TILE_ROWS)
+
+
+def norm(
+    x: Tensor, weight: Tensor, eps: float, *, delta: Tensor | None = None, adapted: Adapted | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x + delta + what an adapter adds, its RMS norm, and 1 / its root mean square, float32 [rows].
+
+    Without delta the first is x itself.
+    """
+    num_rows, dim = x.shape
+    summed = x if delta is None else torch.empty_like(x)
+    out, rstd = torch.empty_like(x), torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    rank = 0 if adapted is None else adapted.rank
+    kernels._norm_kernel[(triton.cdiv(num_rows, NORM_ROWS),)](
+        x, x if delta is None else delta,
+        x if adapted is None else adapted.low_rank, x if adapted is None else adapted.factor,
+        weight, summed, out, rstd, num_rows, 0 if adapted is None else adapted.low_rank.stride(0), eps,
+        DIM=dim, HAS_DELTA=delta is not None, RANK=rank, RANK_BLOCK=pad_rank(rank),
+        ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return summed, out, rstd
+
+
+def norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    *,
+    low_rank: Tensor | None = None,
+    factor: Tensor | None = None,
+    dropouts: tuple[Dropout, ...] = (),
+    rank: int = 0,
+) -> Tensor:
+    """Return residual + the gradient through the norm; `gradient` is overwritten.
+
+    Args:
+        gradient: of the norm's output, [rows, dim], without what the adapters add
+        low_rank: of up to three adapters that take the norm's output, side by side, [rows, n * rank]
+        factor: their A below each other, [n * rank, dim]
+    """
+    num_rows, dim = x.shape
+    out = torch.empty_like(x)
+    num_adapters = 0 if low_rank is None else low_rank.shape[1] // rank
+    draws = [_draw(dropout) for dropout in dropouts] or [_draw(None)]
+    seeds = ([seed for seed, _, _ in draws] + [0, 0])[:3]
+    kernels._norm_backward_kernel[(triton.cdiv(num_rows, NORM_ROWS),)](
+        gradient, x, rstd, weight, residual, out, x if low_rank is None else low_rank, x if factor is None else factor,
+        *seeds, draws[0][1], draws[0][2], num_rows, 0 if low_rank is None else low_rank.stride(0),
+        DIM=dim, NUM_ADAPTERS=num_adapters, DROPS=bool(dropouts), RANK=rank, RANK_BLOCK=pad_rank(rank),
+        ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def rotate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor,
+    positions: Tensor | None,
+    *,
+    seq: int,
+    head_dim: int,
+    adapted: tuple[Adapted | None, Adapted | None, Adapted | None] = (None, None, None),
+    inverse: bool = False,
+) -> None:
+    """Add what the adapters add to q, k and v, then turn q and k by their positions (back, if inverse), in place.
+
+    Args:
+        q: [rows, heads * head_dim]
+        k, v: [rows, kv heads * head_dim]
+        rope: float32 [places, head_dim / 2, 2], cosines and sines
+        positions: int64 [rows]; None where row i of every seq rows is at i
+    """
+    num_rows = q.shape[0]
+    q_heads, kv_heads = q.shape[1] // head_dim, k.shape[1] // head_dim
+    ranks = [0 if one is None else one.rank for one in adapted]
+    strides = {one.low_rank.stride(0) for one in adapted if one is not None} or {0}
+    (stride,) = strides
+    # A part of q's heads for each, one for k, and one for v where something is added to it.
+    num_parts = q_heads // kv_heads + 1 + (adapted[2] is not None)
+    kernels._rotate_kernel[(triton.cdiv(num_rows, HEAD_ROWS), num_parts)](
+        q, k, v, *(q if one is None else one.low_rank for one in adapted),
+        *(q if one is None else one.factor for one in adapted), rope, rope if positions is None else positions,
+        num_rows, seq, stride, HAS_POSITIONS=positions is not None, Q_HEADS=q_heads, KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim, RANK_Q=ranks[0], RANK_K=ranks[1], RANK_V=ranks[2], RANK_BLOCK=pad_rank(*ranks),
+        INVERSE=inverse, ROWS=HEAD_ROWS, num_warps=4,
+    )  # fmt: skip
+
+
+def swiglu(gate: Tensor, up: Tensor, *, adapted_gate: Adapted | None, adapted_up: Adapted | None) -> Tensor:
+    """Return silu(gate) * up, [rows, width], after the adapters' parts are added to both."""
+    num_rows, width = gate.shape
+    out = torch.empty_like(gate)
+    pair = (adapted_gate, adapted_up)
+    ranks = [0 if one is None else one.rank for one in pair]
+    stride = next((one.low_rank.stride(0) for one in pair if one is not None), 0)
+    kernels._swiglu_kernel[_tile(num_rows, width)](
+        gate, up, out, *(gate if one is None else one.low_rank for one in pair),
+        *(gate if one is None else one.factor for one in pair), num_rows, width, stride,
+        RANK_GATE=ranks[0], RANK_UP=ranks[1], RANK_BLOCK=pad_rank(*ranks),
+        ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def swiglu_backward(
+    gradient: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    *,
+    adapted_gate: Adapted | None,
+    adapted_up: Adapted | None,
+    adapted_down: Adapted | None,
+) -> None:
+    """Overwrite the gradient of silu(gate) * up with that product itself, and gate and up with their gradients.
+
+    Args:
+        gradient: [rows, width], without the part of the down projection's adapter
+        gate, up: [rows, width], without their adapters' parts
+        adapted_down: with its A; what its dropout drops of the product is zero in what `gradient` then holds
+    """
+    num_rows, width = gate.shape
+    pair = (adapted_gate, adapted_up)
+    ranks = [0 if one is None else one.rank for one in pair]
+    stride = next((one.low_rank.stride(0) for one in pair if one is not None), 0)
+    down_rank = 0 if adapted_down is None else adapted_down.rank
+    dropout = None if adapted_down is None else adapted_down.dropout
+    kernels._swiglu_backward_kernel[_tile(num_rows, width)](
+        gradient, gate, up, *(gate if one is None else one.low_rank for one in pair),
+        *(gate if one is None else one.factor for one in pair),
+        gate if adapted_down is None else adapted_down.low_rank, gate if adapted_down is None else adapted_down.factor,
+        *_draw(dropout), num_rows, width, stride, DROPS=dropout is not None,
+        RANK_GATE=ranks[0], RANK_UP=ranks[1], RANK_DOWN=down_rank, RANK_BLOCK=pad_rank(*ranks, down_rank),
+        ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+    )  # fmt: skip
+
+
+def add(base: Tensor, adapted: Adapted | None, *, residual: Tensor | None = None, factor_is_a: bool = False) -> Tensor:
+    """Return base + residual + what an adapter adds, [rows, width]; written over `base`.
+
+    Args:
+        factor_is_a: the factor is A [rank, width]; else B [width, rank]
+    """
+    num_rows, width = base.shape
+    rank = 0 if adapted is None else adapted.rank
+    strides = (1, width) if factor_is_a else (rank, 1)
+    dropout = None if adapted is None else adapted.dropout
+    kernels._add_kernel[_tile(num_rows, width)](
+        base, base if residual is None else residual, base if adapted is None else adapted.low_rank,
+        base if adapted is None else adapted.factor, base, *_draw(dropout), num_rows, width, *strides,
+        HAS_RESIDUAL=residual is not None, DROPS=dropout is not None, RANK=rank, RANK_BLOCK=pad_rank(rank),
+        ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+    )  # fmt: skip
+    return base
+
+
+def drop(x: Tensor, dropout: Dropout | None, *, rstd: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    """Return x, or its RMS norm if rstd and weight are given, with what the dropout drops set to zero."""
+    num_rows, width = x.shape
+    out = torch.empty_like(x)
+    kernels._drop_kernel[_tile(num_rows, width)](
+        x, x if rstd is None else rstd, x if weight is None else weight, out, *_draw(dropout), num_rows, width,
+        NORMS=rstd is not None, DROPS=dropout is not None, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, *, with_gradient: bool) -> None:
+    """Write each row's cross entropy, float32 [rows], and with_gradient its gradient over the logits [rows, vocab]."""
+    num_rows, vocab = logits.shape
+    kernels._cross_entropy_kernel[(num_rows,)](
+        logits, targets, losses, VOCAB=vocab, GRADIENT=with_gradient, BLOCK=CROSS_ENTROPY_BLOCK, num_warps=16
+    )
+
+
+def dequantize_nf4(
+    codes: Tensor, scales: Tensor, factors: Tensor, mean: Tensor, table: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    """Return a flat weight from torchao's parts: codes uint8, two in each, int8 scales, float32 factors and mean."""
+    num_codes = codes.numel()
+    out = torch.empty(2 * num_codes, dtype=dtype, device=codes.device)
+    kernels._dequantize_nf4_kernel[(triton.cdiv(num_codes, CODES_PER_PROGRAM),)](
+        codes, scales, factors, mean, table, out, num_codes, CODES_PER_SCALE=num_codes // scales.numel(),
+        SCALES_PER_FACTOR=scales.numel() // factors.numel(), BLOCK=CODES_PER_PROGRAM, num_warps=8,
+    )  # fmt: skip
+    return out
