@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from tune2gguf.data.inspect import inspect_config, inspect_files
+from tune2gguf.data.inspect import check_outputs, inspect_config, inspect_files
 
 
 def main() -> None:
@@ -23,10 +23,12 @@ def main() -> None:
     parser.add_argument("--max-seq-len", type=int, default=2048, help="without --config: tokens kept of a row")
     parser.add_argument("--rows", type=int, default=3, help="rows to print with their supervised tokens coloured")
     parser.add_argument("--html", type=Path, help="write the same as a page, to a file that does not exist yet")
+    parser.add_argument("--png", type=Path, help="write the histogram as a picture, to a file that does not exist yet")
     arguments = parser.parse_args()
     if (arguments.config is None) == (arguments.base_dir is None):
         parser.error("give either --config, or data files and --base-dir")
     try:
+        check_outputs(arguments.html, arguments.png)
         if arguments.config is not None:
             inspection = inspect_config(arguments.config, arguments.arguments, num_rows=arguments.rows)
         else:
@@ -40,6 +42,8 @@ def main() -> None:
         print(inspection.format(colored=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
         if arguments.html is not None:
             print(f"\nwrote {inspection.write_html(arguments.html)}")
+        if arguments.png is not None:
+            print(f"wrote {inspection.write_png(arguments.png)}")
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from tests.conftest import REPOSITORY, make_conversations, write_rows
 from tune2gguf.data import collate, plan_epoch
@@ -124,11 +125,27 @@ def test_histogram_of_the_page_has_a_bar_for_each_bin_and_tells_it_in_words():
     assert plot_lengths([Bin(0, 10, 7)], max_seq_len=15).keys == ()
 
 
-def test_page_that_exists_is_not_overwritten(tmp_path, tiny_base):
+def test_histogram_is_a_picture_with_a_bar_for_each_bin_and_the_limit(mixed_file, tiny_base, tmp_path):
+    """Read back by its pixels: blue columns for the bins that hold rows, and a red one at max_seq_len."""
+    from matplotlib.image import imread
+
+    inspection = inspect(mixed_file, tiny_base)
+    pixels = imread(inspection.write_png(tmp_path / "lengths.png"))[..., :3]
+    blue, red = ((np.abs(pixels - np.array(to_rgb(name))).max(axis=2) < 0.02) for name in ("tab:blue", "tab:red"))
+    columns = (blue.sum(axis=0) > 3).astype(int)
+    filled = [entry for entry in make_histogram(inspection.summary.lengths) if entry.count]
+    assert np.count_nonzero(np.diff(columns) == 1) >= len(filled) - 1
+    assert red.any(axis=0).any()
+
+
+def test_file_that_exists_is_not_overwritten(tmp_path, tiny_base):
     inspection = inspect(write_rows(tmp_path / "a.jsonl", make_conversations(2)), tiny_base)
-    (tmp_path / "page.html").write_text("mine")
-    with pytest.raises(ValueError, match=r"page\.html exists and is not overwritten"):
-        inspection.write_html(tmp_path / "page.html")
+    for name, write in {"page.html": inspection.write_html, "lengths.png": inspection.write_png}.items():
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{name} exists and is not overwritten"):
+            write(tmp_path / name)
+        with pytest.raises(ValueError, match=r"there is no folder .*missing"):
+            write(tmp_path / "missing" / name)
 
 
 def test_config_is_inspected_with_its_own_tokenizer_split_and_step(run_arguments):
@@ -148,10 +165,12 @@ def test_unreadable_data_or_tokenizer_is_one_sentence(tmp_path, tiny_base):
 def test_script_prints_and_writes(tmp_path, tiny_base, mixed_file):
     arguments = [str(mixed_file), "--base-dir", str(tiny_base), "--chat-template", "chatml", "--rows", "1"]
     command = [sys.executable, "scripts/inspect_data.py", *arguments, "--html", str(tmp_path / "page.html")]
+    command += ["--png", str(tmp_path / "lengths.png")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "tokens per row: median" in done.stdout
-    assert done.stdout.endswith(f"wrote {tmp_path / 'page.html'}\n")
+    assert done.stdout.endswith(f"wrote {tmp_path / 'page.html'}\nwrote {tmp_path / 'lengths.png'}\n")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr == f"error: {tmp_path / 'page.html'} exists and is not overwritten\n"

@@ -1,8 +1,12 @@
-"""A data summary as one HTML file that needs nothing else: figures, a histogram, rows with supervised tokens marked."""
+"""A data summary as one HTML file that needs nothing else: figures, a histogram, rows with supervised tokens marked.
+
+The histogram alone is to be had as a picture, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.data.show import Bin, format_summary, make_histogram, split_runs
@@ -27,26 +31,31 @@ def make_html(summary: DataSummary, rows: Sequence[TokenizedRow], tokenizer: Cha
     )
 
 
+def draw_png(summary: DataSummary) -> bytes:
+    """Return the histogram as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDE[0] / 72, WIDE[1] / 72), dpi=144, layout="constrained")
+    axes = figure.subplots()
+    colors = {"bar": "tab:blue", "limit": "tab:red", "ink": "black"}
+    bins = make_histogram(summary.lengths)
+    if _draw_bins(axes, bins, max_seq_len=summary.max_seq_len, colors=colors):
+        axes.legend([f"max_seq_len = {summary.max_seq_len}"], frameon=False)
+    axes.set(xlabel="tokens" if bins[-1].stop else "tokens; the last bar holds all longer rows", ylabel="rows")
+    axes.spines[["top", "right"]].set_visible(False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
 def plot_lengths(bins: Sequence[Bin], *, max_seq_len: int) -> Plot:
     """Draw the histogram, with a line at max_seq_len where it is in the range."""
-    width = bins[0].stop or 1
-    has_limit = max_seq_len < width * len(bins)
+    has_limit = _reaches(bins, max_seq_len)
     shown = ", ".join(f"{entry.start} to {entry.stop - 1}: {entry.count}" for entry in bins if entry.stop)
     longer = "" if bins[-1].stop else f"; {bins[-1].start} or more: {bins[-1].count}"
 
     def draw(axes: Axes) -> None:
-        lefts = [entry.start for entry in bins]
-        bars = axes.bar(lefts, [entry.count for entry in bins], width=0.92 * width, align="edge", color=COLORS["bar"])
-        # Over every bar there is room for a figure of four digits only where the page is wide.
-        if axes.figure.get_figwidth() * 72 >= WIDE[0]:
-            axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=10, color=COLORS["ink"])
-        if has_limit:
-            axes.axvline(max_seq_len, color=COLORS["limit"], linewidth=1.5)
-        every = -(-len(bins) // 8)
-        axes.set_xticks(
-            lefts[::every], [f"{left}{'' if bins[n].stop else ' +'}" for n, left in enumerate(lefts)][::every]
-        )
-        axes.set_xlim(0, width * len(bins))
+        _draw_bins(axes, bins, max_seq_len=max_seq_len, colors=COLORS)
 
     options = {"ylabel": "rows", "xlabel": "tokens", "label": f"Rows by tokens, {shown}{longer}"}
     return Plot(
@@ -56,6 +65,28 @@ def plot_lengths(bins: Sequence[Bin], *, max_seq_len: int) -> Plot:
         keys=(Key(f"max_seq_len = {max_seq_len}", "limit"),) if has_limit else (),
         notes=() if bins[-1].stop else (f"The last bar holds all rows of {bins[-1].start} tokens or more.",),
     )
+
+
+def _reaches(bins: Sequence[Bin], max_seq_len: int) -> bool:
+    return max_seq_len < (bins[0].stop or 1) * len(bins)
+
+
+def _draw_bins(axes: Axes, bins: Sequence[Bin], *, max_seq_len: int, colors: Mapping[str, str]) -> bool:
+    """Draw the bars and, where it is in their range, the limit; return whether it is. Colours: bar, limit, ink."""
+    width = bins[0].stop or 1
+    lefts = [entry.start for entry in bins]
+    has_limit = _reaches(bins, max_seq_len)
+    if has_limit:
+        axes.axvline(max_seq_len, color=colors["limit"], linewidth=1.5)
+    bars = axes.bar(lefts, [entry.count for entry in bins], width=0.92 * width, align="edge", color=colors["bar"])
+    # Over every bar there is room for a figure of four digits only where the page is wide.
+    if axes.figure.get_figwidth() * 72 >= WIDE[0]:
+        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=10, color=colors["ink"])
+    every = -(-len(bins) // 8)
+    labels = [f"{entry.start}{'' if entry.stop else ' +'}" for entry in bins]
+    axes.set_xticks(lefts[::every], labels[::every])
+    axes.set_xlim(0, width * len(bins))
+    return has_limit
 
 
 def _describe_row(row: TokenizedRow, tokenizer: ChatTokenizer) -> dict[str, Any]:

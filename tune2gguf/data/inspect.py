@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.data.html import make_html
+from tune2gguf.data.html import draw_png, make_html
 from tune2gguf.data.prepare import check_files
 from tune2gguf.data.show import format_row, format_summary
 from tune2gguf.data.summary import DataSummary, summarize_data
@@ -37,12 +37,35 @@ class Inspection:
         Raises:
             ValueError: if the file exists
         """
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(make_html(self.summary, self.rows, self.tokenizer))
-        except FileExistsError:
-            raise ValueError(f"{path} exists and is not overwritten") from None
-        return path
+        return _write_new(path, make_html(self.summary, self.rows, self.tokenizer).encode())
+
+    def write_png(self, path: Path) -> Path:
+        """Write the histogram of the rows' tokens as a picture.
+
+        Raises:
+            ValueError: if the file exists
+        """
+        return _write_new(path, draw_png(self.summary))
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Find out before the data is read whether the files can be written.
+
+    Raises:
+        ValueError: if one exists, or its folder does not
+    """
+    for path in filter(None, paths):
+        if path.exists():
+            raise ValueError(f"{path} exists and is not overwritten")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}")
+
+
+def _write_new(path: Path, content: bytes) -> Path:
+    check_outputs(path)
+    with path.open("xb") as file:
+        file.write(content)
+    return path
 
 
 def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspection:
