@@ -100,7 +100,7 @@ class LoRAFinetuneRecipe:
         from tune2gguf.checkpoints.load import load_base
         from tune2gguf.distributed import agree_on_errors
         from tune2gguf.lora import initialize_adapters
-        from tune2gguf.models import prepare_training
+        from tune2gguf.models import can_fuse, prepare_training
         from tune2gguf.parallel import replicate, shard
         from tune2gguf.seeds import seed_dropout
 
@@ -112,6 +112,8 @@ class LoRAFinetuneRecipe:
             compile=cfg.compile,
             enable_activation_checkpointing=cfg.enable_activation_checkpointing,
             enable_activation_offloading=cfg.enable_activation_offloading,
+            fuse=can_fuse(world.device, dtype=cfg.dtype, compile=cfg.compile),
+            lengths_vary=self.data.unit == "rows",
         )
         if self.parallel == "shard":
             shard(self.model, world)
@@ -161,13 +163,7 @@ class LoRAFinetuneRecipe:
             base_model_name=cfg.base_source or cfg.base_dir,
         )
         self.validation = plan_run_validation(
-            self.data,
-            self.progress,
-            rows_per_step=self.rows_per_step,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=cfg.epochs,
-            every_n_steps=cfg.eval_every_n_steps,
-            max_rows=cfg.max_val_rows,
+            cfg, self.data, self.progress, rows_per_step=self.rows_per_step, steps_per_epoch=self.steps_per_epoch
         )
 
     def _setup_run_folder(self, checkpoint) -> None:

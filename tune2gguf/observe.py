@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from tune2gguf.distributed import broadcast_from_main
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from tune2gguf.data import PreparedData
     from tune2gguf.data.tokenize import TokenizedRows
     from tune2gguf.distributed import World
@@ -21,33 +23,39 @@ if TYPE_CHECKING:
 
 
 def plan_run_validation(
+    cfg: DictConfig,
     data: PreparedData,
     at: Progress,
     *,
     rows_per_step: int,
     steps_per_epoch: int,
-    epochs: int,
-    every_n_steps: int | None,
-    max_rows: int | None,
 ) -> ValidationPlan:
     """Plan a run's validations; one that goes on keeps the rows and steps that it began with, for more epochs, too.
 
     Args:
         at: learns what was planned
         rows_per_step: or packs
-        every_n_steps, max_rows: as in plan_validation
     """
-    from tune2gguf.validation_plan import plan_validation
+    from tune2gguf.samples import MAX_REPLY_TOKENS
+    from tune2gguf.validation_plan import estimate_samples_cost, plan_validation
 
+    held_out = data.ledger["validation"]
+    samples_cost = estimate_samples_cost(
+        num_samples=cfg.num_samples,
+        epochs=cfg.epochs,
+        reply_tokens=held_out["supervised_tokens"] / max(1, held_out["rows"]),
+        max_reply_tokens=MAX_REPLY_TOKENS,
+    )
     trained_share = min(1.0, steps_per_epoch * rows_per_step / len(data.sequences))
     plan = plan_validation(
         lengths=data.validation.lengths(),
         digests=data.validation.digests(),
-        training_tokens=epochs * trained_share * int(data.train.lengths().sum()),
+        training_tokens=cfg.epochs * trained_share * int(data.train.lengths().sum()),
         steps_per_epoch=steps_per_epoch,
-        epochs=epochs,
-        every_n_steps=at.eval_every_n_steps or every_n_steps,
-        max_rows=at.num_val_rows or max_rows,
+        epochs=cfg.epochs,
+        every_n_steps=at.eval_every_n_steps or cfg.eval_every_n_steps,
+        max_rows=at.num_val_rows or cfg.max_val_rows,
+        samples_cost=samples_cost,
     )
     at.eval_every_n_steps, at.num_val_rows = plan.every_n_steps, len(plan.rows) or None
     return plan
@@ -107,7 +115,7 @@ class Observer:
             max_seq_len=self.max_seq_len,
             device=self.world.device,
             # Processes that went on with different tokens would wait for each other for ever.
-            agree=broadcast_from_main if self.is_sharded else lambda token: token,
+            agree=broadcast_from_main if self.is_sharded else lambda tokens: tokens,
         )
         if self.record is not None:
             self.record.write_samples({"step": at.step, "epoch": at.epoch, **answer} for answer in answers)

@@ -13,6 +13,7 @@ from tune2gguf.data.messages import Conversation, Message
 if TYPE_CHECKING:
     import torch
 
+    from tune2gguf.llama_cpp import Reply
     from tune2gguf.models import CausalLM
     from tune2gguf.tokenizers import ChatTokenizer
 
@@ -43,7 +44,7 @@ def _find_prompts(
         if not conversation.messages:
             continue
         messages, reference = cut_before_reply(conversation)
-        num_tokens = len(tokenizer.encode_prompt([Message(turn["role"], turn["content"]) for turn in messages]))
+        num_tokens = len(_encode(messages, tokenizer))
         if messages and num_tokens < max_seq_len:
             yield Prompt(row, messages, reference, num_tokens)
 
@@ -65,7 +66,7 @@ def answer_prompts(
     *,
     max_seq_len: int,
     device: torch.device,
-    agree: Callable[[int], int] = lambda token: token,
+    agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
 ) -> list[dict]:
     """Return what samples.jsonl says of each prompt, answered greedily; the model is left as it was.
 
@@ -74,20 +75,28 @@ def answer_prompts(
     Args:
         agree: as in generate.AdapterModel
     """
-    from tune2gguf.generate import lend_caches
+    from tune2gguf.generate import generate_together, lend_caches, make_reply
 
-    longest = min(max_seq_len, max(prompt.num_tokens for prompt in prompts) + MAX_REPLY_TOKENS)
-    answers = []
-    with lend_caches(model, tokenizer, max_seq_len=longest, device=device, agree=agree) as asked:
-        for prompt in prompts:
-            reply = asked.chat(prompt.messages, max_tokens=MAX_REPLY_TOKENS)
-            answers.append(
-                {
-                    "row": prompt.row,
-                    "prompt": prompt.messages,
-                    "reference": prompt.reference,
-                    "reply": reply.text,
-                    "ended_by_itself": reply.ended_by_itself,
-                }
-            )
-    return answers
+    ids = [_encode(prompt.messages, tokenizer) for prompt in prompts]
+    num_places = max(map(len, ids)) + MAX_REPLY_TOKENS
+    caches = {"batch_size": len(ids), "num_places": num_places}
+    with lend_caches(model, tokenizer, max_seq_len=max_seq_len, device=device, agree=agree, **caches) as asked:
+        replies = generate_together(asked, ids, max_tokens=MAX_REPLY_TOKENS)
+    return [
+        _describe_reply(prompt, make_reply(tokenizer, *pair))
+        for prompt, *pair in zip(prompts, ids, replies, strict=True)
+    ]
+
+
+def _encode(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -> list[int]:
+    return tokenizer.encode_prompt([Message(turn["role"], turn["content"]) for turn in messages])
+
+
+def _describe_reply(prompt: Prompt, reply: Reply) -> dict:
+    return {
+        "row": prompt.row,
+        "prompt": prompt.messages,
+        "reference": prompt.reference,
+        "reply": reply.text,
+        "ended_by_itself": reply.ended_by_itself,
+    }

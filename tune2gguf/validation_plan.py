@@ -15,6 +15,8 @@ MAX_SHARE = 0.10  # of the training time
 # What a forward pass over a token costs of a training step's work on it. Backward through a frozen base costs about as
 # much as forward, and the adapter, the clipping and the optimizer come on top.
 FORWARD_SHARE = 0.4
+# What a step of generating costs, in trained tokens: one token of every reply, for which all weights are read.
+GENERATION_COST = 13
 TIMES_A_RUN = 10
 # The interval of the mean of fewer rows is so wide that measuring them less often tells more.
 ENOUGH_ROWS = 32
@@ -29,6 +31,7 @@ class ValidationPlan:
     every_n_steps: int  # between validations; each epoch's end has one besides
     num_validations: int  # with the one before training
     share: float  # of the training time that they cost, estimated
+    samples_share: float = 0.0  # likewise of the samples
 
     def is_due(self, step: int, *, is_epoch_end: bool) -> bool:
         """Whether there is a validation after so many steps; before training there always is."""
@@ -43,6 +46,8 @@ class ValidationPlan:
             f"held out: {self.num_held_out} rows, {measured} of them measured {self.num_validations} times, "
             f"about {self.share:.0%} of the training time"
         )
+        if self.samples_share > 0:
+            line += f", and {self.samples_share:.0%} for the samples"
         if len(self.rows) < self.num_held_out:
             line += f"; all of them: max_val_rows={self.num_held_out}"
         return line
@@ -57,6 +62,7 @@ def plan_validation(
     epochs: int,
     every_n_steps: int | None = None,
     max_rows: int | None = None,
+    samples_cost: float = 0.0,
 ) -> ValidationPlan:
     """Choose the rows and the steps of a run's validations.
 
@@ -68,12 +74,16 @@ def plan_validation(
         digests: of each held-out row's content
         training_tokens: that the run trains on in all epochs together
         every_n_steps: None takes the most often of TIMES_A_RUN times a run and less for which MAX_SHARE allows
-            ENOUGH_ROWS rows (or max_rows, or all where there are fewer); at the least each epoch's end
+            ENOUGH_ROWS rows (or max_rows, or all where there are fewer); at the least each epoch's end, and twice
+            on the way of a single one
         max_rows: exact; None takes as many as MAX_SHARE allows, at least one
+        samples_cost: of answering the held-out prompts, in trained tokens; what it leaves of MAX_SHARE, and no less
+            than half of that, is for the rows
     """
     by_digest = sorted(range(len(digests)), key=lambda row: digests[row])
     costs = FORWARD_SHARE * np.cumsum(np.asarray(lengths, np.float64)[by_digest])
-    budget = MAX_SHARE * training_tokens
+    allowed = MAX_SHARE * training_tokens
+    budget = max(allowed - samples_cost, allowed / 2)
     if every_n_steps is None:
         wanted = min(len(by_digest), ENOUGH_ROWS if max_rows is None else max_rows)
         wanted_cost = costs[wanted - 1] if wanted else 0.0
@@ -88,17 +98,32 @@ def plan_validation(
         every_n_steps=every_n_steps,
         num_validations=times,
         share=float(costs[len(rows) - 1]) * times / training_tokens if rows else 0.0,
+        samples_share=samples_cost / training_tokens if rows else 0.0,
     )
 
 
+def estimate_samples_cost(*, num_samples: int, epochs: int, reply_tokens: float, max_reply_tokens: int) -> float:
+    """Return what the samples of a run cost, in trained tokens: all prompts are answered together.
+
+    Args:
+        reply_tokens: of a held-out reply, on average; the base is taken to go on until it is cut off
+    """
+    if num_samples == 0:
+        return 0.0
+    return GENERATION_COST * (max_reply_tokens + epochs * min(reply_tokens, max_reply_tokens))
+
+
 def _choose_interval(cost: float, budget: float, *, steps_per_epoch: int, epochs: int) -> int:
-    """Return the steps between validations that cost so much each; those at the epochs' ends alone if no more fit."""
+    """Return the steps between validations that cost so much each; the fewest that show a shape if no more fit.
+
+    Those at the epochs' ends do, unless there is but one: a curve has to be seen on its way.
+    """
     num_steps = steps_per_epoch * epochs
     for times in range(TIMES_A_RUN, 0, -1):
         interval = math.ceil(num_steps / times)
         if cost * count_validations(interval, steps_per_epoch=steps_per_epoch, epochs=epochs) <= budget:
-            return interval
-    return steps_per_epoch
+            break
+    return min(interval, steps_per_epoch if epochs > 1 else math.ceil(num_steps / 3))
 
 
 def count_validations(every_n_steps: int, *, steps_per_epoch: int, epochs: int) -> int:

@@ -5,7 +5,15 @@ import hashlib
 import numpy as np
 import pytest
 
-from tune2gguf.validation_plan import FORWARD_SHARE, MAX_SHARE, ValidationPlan, count_validations, plan_validation
+from tune2gguf.validation_plan import (
+    FORWARD_SHARE,
+    GENERATION_COST,
+    MAX_SHARE,
+    ValidationPlan,
+    count_validations,
+    estimate_samples_cost,
+    plan_validation,
+)
 
 
 def make_digests(count: int) -> list[bytes]:
@@ -74,12 +82,34 @@ def test_there_are_ten_validations_on_the_way_where_many_rows_fit_and_fewer_befo
     assert plan(40, train_rows=60).num_validations == 4  # each epoch's end stays
 
 
+@pytest.mark.parametrize("train_rows", [20, 259])
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_even_the_shortest_run_is_seen_on_its_way(train_rows, epochs):
+    found = plan(40, train_rows=train_rows, steps=65 * epochs, epochs=epochs)
+    on_the_way = list_steps(found, steps_per_epoch=65, epochs=epochs)[1:-1]
+    assert any(0.2 * 65 * epochs <= step <= 0.7 * 65 * epochs for step in on_the_way)
+
+
 def test_what_is_asked_for_is_done_whatever_it_costs_and_said():
     found = plan(40, train_rows=259, every_n_steps=10, max_rows=40)
     assert found.rows == list(range(40))
     assert found.num_validations == 1 + 19 + 3
     assert found.share == pytest.approx(0.4 * 40 * 23 / (259 * 3))
     assert found.describe() == "held out: 40 rows, all of them measured 23 times, about 47% of the training time"
+
+
+@pytest.mark.parametrize("train_rows", [100, 259, 1000])
+def test_samples_leave_less_for_rows_but_never_less_than_half(train_rows):
+    samples_cost = estimate_samples_cost(num_samples=3, epochs=3, reply_tokens=30, max_reply_tokens=64)
+    assert samples_cost == GENERATION_COST * (64 + 3 * 30)
+    assert estimate_samples_cost(num_samples=0, epochs=3, reply_tokens=30, max_reply_tokens=64) == 0
+    found = plan(400, train_rows=train_rows, samples_cost=samples_cost)
+    training_tokens = 3 * train_rows * 100
+    assert found.samples_share == pytest.approx(samples_cost / training_tokens)
+    left = max(MAX_SHARE - found.samples_share, MAX_SHARE / 2)
+    one_more = found.share * (len(found.rows) + 1) / len(found.rows)
+    assert found.share <= left < one_more
+    assert f", and {found.samples_share:.0%} for the samples" in found.describe()
 
 
 def test_rows_left_out_are_said_with_the_way_to_have_them():
