@@ -1,11 +1,15 @@
 """One pass over the base against llama.cpp's own way, converter and then llama-quantize: CPU time, memory, disk.
 
-    python benchmarks/export.py --model llama3_2_1b --out benchmarks/results/export_1b.txt
+    python benchmarks/export.py --model llama3_2_1b --case llama_cpp cache --out benchmarks/results/export_cpu.txt
 
-The base has random weights of the true shape, the adapter is random. Ours is scripts/export.py without its cache and
-without the proof, merging included; the other side starts from the merged folder, which nobody times. Each is a process
-of its own. Then: the same export with the cache empty and full, for an adapter on the attention alone. Without
-llama-cpp-python and llama.cpp's source (CONTRIBUTING.md) the other side is left out.
+The base has random weights of the true shape, the adapter is random. Each run is a process of its own, no proof:
+
+- llama_cpp: scripts/export.py without its cache, merging included, on the adapter of all linear layers; beside it the
+  converter and llama-quantize, from a merged folder that nobody times. By turns, medians.
+- cache: scripts/export.py with no cache, an empty and a full one, with an adapter on the attention alone.
+- peak: scripts/export.py once, for memory and disk of a model whose other side would take too long.
+
+The other side needs llama-cpp-python and llama.cpp's source (CONTRIBUTING.md).
 """
 
 import argparse
@@ -13,14 +17,16 @@ import filecmp
 import json
 import os
 import platform
+import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +66,7 @@ class Cost:
 
 def measure(command: list[str], *, cache_dir: Path) -> Cost:
     environment = os.environ | {"TUNE2GGUF_CACHE": str(cache_dir), "PYTHONPATH": _join_python_path()}
+    environment["LLAMA_CPP_SOURCE"] = str(oracle.get_source())
     begin = time.perf_counter()
     # A small process in between: on Linux the peak of a child begins with what its parent holds.
     finished = subprocess.run(
@@ -101,83 +108,146 @@ def write_random_run(base_dir: Path, run_dir: Path, *, modules: tuple[str, ...])
 
 def make_export_command(run_dir: Path, quantization: str, *options: str) -> list[str]:
     script = str(REPOSITORY / "scripts/export.py")
-    return [sys.executable, script, str(run_dir), "--quantization", quantization, "--proof-rows", "0", *options]
+    options = ("--quantization", quantization, "--proof-rows", "0", "--force", *options)
+    return [sys.executable, script, str(run_dir), *options]
 
 
 def measure_disk(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str) -> list[str]:
-    run_dir = write_random_run(base_dir, folder / "all-linear", modules=("attn.", "mlp."))
-    cache = folder / "no-cache"
-    ours = measure(make_export_command(run_dir, quantization, "--no-cache"), cache_dir=cache)
-    lines = [f"ours, adapter on all linear layers     {ours}, {measure_disk(run_dir / 'export'):.0f} MB written"]
+def take_median(costs: list[Cost]) -> Cost:
+    """Each figure's median, but the largest peak."""
+    return Cost(
+        statistics.median(cost.seconds for cost in costs),
+        statistics.median(cost.cpu_seconds for cost in costs),
+        max(cost.peak_mb for cost in costs),
+    )
+
+
+def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str, num_repeats: int) -> list[str]:
     missing = oracle.find_missing()
     if missing is not None:
-        return [*lines, f"llama.cpp's own way was not run: {missing}"]
+        sys.exit(f"error: {missing}")
+    run_dir = write_random_run(base_dir, folder / "all-linear", modules=("attn.", "mlp."))
     run, base = read_run(run_dir), open_merge_base(base_dir)
-    merged_dir, bf16_path = folder / "merged" / run.name, folder / "bf16.gguf"
+    merged_dir, bf16_path, pattern = folder / "merged" / run.name, folder / "bf16.gguf", folder / "theirs-{}.gguf"
     adapter = read_adapter(run.adapter_dir, base.specs)
     write_merged_hf(merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=lambda count: None)
-    convert = measure([sys.executable, "-c", CONVERT.format(str(merged_dir), str(bf16_path))], cache_dir=cache)
-    pattern = str(folder / "theirs-{}.gguf")
-    quantize = measure(
-        [sys.executable, "-c", QUANTIZE.format(str(bf16_path), pattern, quantization, os.cpu_count())], cache_dir=cache
-    )
-    theirs = Path(pattern.format(quantization))
+    commands = {
+        "ours": make_export_command(run_dir, quantization, "--no-cache"),
+        "convert": [sys.executable, "-c", CONVERT.format(str(merged_dir), str(bf16_path))],
+        "quantize": [
+            *(sys.executable, "-c"),
+            QUANTIZE.format(str(bf16_path), str(pattern), quantization, os.cpu_count()),
+        ],
+    }
+    costs: dict[str, list[Cost]] = {name: [] for name in commands}
+    for _ in range(num_repeats):
+        for name, command in commands.items():
+            costs[name].append(measure(command, cache_dir=folder / "no-cache"))
+    ours, convert, quantize = (take_median(costs[name]) for name in commands)
+    theirs = Path(str(pattern).format(quantization))
     is_same = filecmp.cmp(theirs, run.export_dir / f"{run.name}-{quantization}.gguf", shallow=False)
     written = (bf16_path.stat().st_size + theirs.stat().st_size) / 1e6
-    ratio = ours.cpu_seconds / (convert.cpu_seconds + quantize.cpu_seconds)
+    cpu_seconds = convert.cpu_seconds + quantize.cpu_seconds
+    ratios = [
+        mine.cpu_seconds / (first.cpu_seconds + second.cpu_seconds)
+        for mine, first, second in zip(*costs.values(), strict=True)
+    ]
+    lines = [
+        f"medians of {num_repeats}, adapter on all linear layers",
+        f"ours                                   {ours}, {measure_disk(run.export_dir):.0f} MB written",
+        f"llama.cpp's converter, of merged folder {convert}",
+        f"llama-quantize                         {quantize}, {written:.0f} MB written in all",
+        f"CPU-seconds, ours / theirs             {ours.cpu_seconds / cpu_seconds:7.2f}; "
+        f"of each repeat {', '.join(f'{ratio:.2f}' for ratio in ratios)}; bytes {'equal' if is_same else 'DIFFERENT'}",
+    ]
     for path in (bf16_path, theirs):
         path.unlink()
     shutil.rmtree(merged_dir)
+    return lines
+
+
+def measure_cache(base_dir: Path, folder: Path, quantization: str, num_repeats: int) -> list[str]:
+    run_dirs = [
+        write_random_run(base_dir, folder / name / "attention", modules=("attn.",)) for name in ("first", "second")
+    ]
+    costs: dict[str, list[Cost]] = {"no cache": [], "empty cache": [], "full cache": []}
+    for number in range(num_repeats):
+        cache_dir = folder / f"cache-{number}"
+        for name, run_dir in zip(costs, (run_dirs[0], run_dirs[0], run_dirs[1]), strict=True):
+            options = ["--no-cache"] if name == "no cache" else []
+            costs[name].append(measure(make_export_command(run_dir, quantization, *options), cache_dir=cache_dir))
+        shutil.rmtree(cache_dir)
+    medians = {name: take_median(of_name) for name, of_name in costs.items()}
+    first, second = (next((run_dir / "export").glob("*.gguf")) for run_dir in run_dirs)
+    is_same = filecmp.cmp(first, second, shallow=False)
+    none, full = medians["no cache"], medians["full cache"]
     return [
-        *lines,
-        f"llama.cpp's converter, of merged folder {convert}",
-        f"llama-quantize                         {quantize}, {written:.0f} MB written in all",
-        f"CPU-seconds, ours / theirs             {ratio:7.2f}; bytes {'equal' if is_same else 'DIFFERENT'}",
+        f"medians of {num_repeats}, adapter on the attention; the full cache serves another run on the same base",
+        *(f"{name:<39}{cost}" for name, cost in medians.items()),
+        f"no cache / full cache                  {none.seconds / full.seconds:7.2f} of wall time, "
+        f"{none.cpu_seconds / full.cpu_seconds:.2f} of CPU-seconds; bytes {'equal' if is_same else 'DIFFERENT'}",
     ]
 
 
-def measure_cache(base_dir: Path, folder: Path, quantization: str) -> list[str]:
-    costs = {}
-    for name in ("no cache", "empty cache", "full cache"):
-        run_dir = write_random_run(base_dir, folder / name.replace(" ", "-") / "attention", modules=("attn.",))
-        options = ["--no-cache"] if name == "no cache" else []
-        costs[name] = measure(make_export_command(run_dir, quantization, *options), cache_dir=folder / "cache")
-    lines = [f"attention only, {name:<23}{cost}" for name, cost in costs.items()]
-    speedup = costs["no cache"].seconds / costs["full cache"].seconds
-    return [*lines, f"no cache / full cache, wall time       {speedup:7.2f}"]
+def measure_peak(base_dir: Path, folder: Path, quantization: str, num_repeats: int) -> list[str]:
+    run_dir = write_random_run(base_dir, folder / "peak", modules=("attn.", "mlp."))
+    command = make_export_command(run_dir, quantization, "--no-cache")
+    cost = take_median([measure(command, cache_dir=folder / "no-cache") for _ in range(num_repeats)])
+    written = measure_disk(run_dir / "export")
+    return [f"adapter on all linear layers           {cost}, {written:.0f} MB written"]
+
+
+CASES = {"llama_cpp": compare_with_llama_cpp, "cache": measure_cache, "peak": measure_peak}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama3_2_1b", choices=ARCHITECTURES)
+    parser.add_argument("--case", nargs="+", default=["llama_cpp", "cache"], choices=CASES)
     parser.add_argument("--base", type=Path, help="a base folder of this shape; default: one is made")
     parser.add_argument("--quantization", default="Q4_K_M")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for large temporary files; default: the system's")
-    parser.add_argument("--out", type=Path, help="file for the result; default: the terminal only")
+    parser.add_argument("--out", type=Path, help="file to append the result to; default: the terminal only")
     arguments = parser.parse_args()
+    begin = time.perf_counter()
+    header = [
+        f"{date.today()}, {platform.platform()}, {describe_processor()}, {os.cpu_count()} cores, python "
+        f"{platform.python_version()}, xllamacpp {version('xllamacpp')}, llama-cpp-python {find_oracle_version()}",
+        f"command: {shlex.join(['python', *sys.argv])}",
+        f"load when it began {os.getloadavg()[0]:.1f}",
+    ]
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
-        folder = Path(name)
-        base_dir = arguments.base
+        folder, base_dir = Path(name), arguments.base
         if base_dir is None:
             tokenizer = fetch_pypi_file(*vars(LLAMA3_TOKENIZER).values())
             base_dir = write_random_base(ARCHITECTURES[arguments.model], folder / "base", tokenizer_model=tokenizer)
-        base_dir = base_dir.resolve()
-        header = (
-            f"{date.today()}, {platform.platform()}, {os.cpu_count()} cores, which both sides use, "
-            f"python {platform.python_version()}, xllamacpp {version('xllamacpp')}\n"
-            f"{arguments.model}, {arguments.quantization}; load when it began {os.getloadavg()[0]:.1f}\n"
-        )
-        begin = time.perf_counter()
-        lines = compare_with_llama_cpp(base_dir, folder, arguments.quantization)
-        lines += measure_cache(base_dir, folder, arguments.quantization)
-        text = "\n".join([header, *lines, "", f"measured in {time.perf_counter() - begin:.0f} s"]) + "\n"
+        lines = []
+        for case in arguments.case:
+            measured = CASES[case](base_dir.resolve(), folder, arguments.quantization, arguments.repeats)
+            lines += ["", f"{arguments.model}, {arguments.quantization}, {case}: {measured[0]}", *measured[1:]]
+    text = "\n".join([*header, *lines, "", f"measured in {time.perf_counter() - begin:.0f} s"]) + "\n"
     print(text)
     if arguments.out is not None:
-        arguments.out.write_text(text)
+        with arguments.out.open("a") as file:
+            file.write(text + "\n")
+
+
+def describe_processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def find_oracle_version() -> str:
+    try:
+        return version("llama-cpp-python")
+    except PackageNotFoundError:
+        return "absent"
 
 
 if __name__ == "__main__":

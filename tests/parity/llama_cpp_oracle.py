@@ -53,25 +53,26 @@ def find_missing() -> str | None:
     """Return why the oracle cannot be used, or None."""
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed (tests/parity/install_oracle.sh)"
-    if not (_get_source() / "convert_hf_to_gguf.py").is_file():
-        return f"{_get_source()} does not hold llama.cpp's converter (tests/parity/install_oracle.sh)"
+    if not (get_source() / "convert_hf_to_gguf.py").is_file():
+        return f"{get_source()} does not hold llama.cpp's converter (tests/parity/install_oracle.sh)"
     return None
 
 
-def _get_source() -> Path:
+def get_source() -> Path:
+    """Return the folder of llama.cpp's source, from which the converter runs."""
     return Path(os.environ.get("LLAMA_CPP_SOURCE", get_cache_dir() / "llama.cpp"))
 
 
 def convert_to_bf16(hf_dir: Path, gguf_path: Path, *, pre: str = "") -> None:
     """Run convert_hf_to_gguf.py; `pre` names the pre-tokenizer where the vocabulary is not a published one."""
     arguments = [str(hf_dir), "--outtype", "bf16", "--outfile", str(gguf_path)]
-    _run(_CONVERT, str(_get_source()), pre, *arguments)
+    _run(_CONVERT, str(get_source()), pre, *arguments)
 
 
 def convert_adapter(adapter_dir: Path, base_dir: Path, gguf_path: Path, *, outtype: str = "f32") -> None:
     """Run convert_lora_to_gguf.py."""
     arguments = [str(adapter_dir), "--base", str(base_dir), "--outtype", outtype, "--outfile", str(gguf_path)]
-    _run(_CONVERT_LORA, str(_get_source()), *arguments)
+    _run(_CONVERT_LORA, str(get_source()), *arguments)
 
 
 def quantize(gguf_path: Path, pattern: Path, names: list[str], *, num_threads: int = 1) -> None:

@@ -16,7 +16,7 @@ from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, wr
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import to_hf_rows
 from tune2gguf.export.gguf_llama import GGUFTensor
-from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.tokenizers import find_tokenizer_file, make_llama3_tokenizer_json
@@ -41,7 +41,7 @@ def write_merged_hf(
     Raises:
         ValueError: if the folder exists, or a merged weight is not finite
     """
-    with create_folder(out_dir) as unfinished:
+    with create_folder(out_dir) as unfinished, keep_products_on_their_thread():
         _write_weights(unfinished, base, adapter, report)
         _write_configs(unfinished, base.base_dir, chat_template)
 

@@ -15,7 +15,7 @@ import numpy as np
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import ALIGNMENT, GGUFTensor, compute_rope_factors
 from tune2gguf.export.kernels import Kernels
-from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.quantized_cache import CACHED_TYPES, QuantizedCache
 from tune2gguf.export.slabs import Slab, iterate_slabs, read_merged_rows
@@ -103,7 +103,7 @@ def append_tensors(
         types = {output.types[slab.tensor.name] for output in outputs}
         return converter.convert(slab, types)
 
-    with ExitStack() as stack:
+    with keep_products_on_their_thread(), ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(num_threads))
         files = [stack.enter_context(output.path.open("ab")) for output in outputs]
         for slab, converted in _map_in_order(pool, convert, iterate_slabs(tensors), max_pending=2 * num_threads):
