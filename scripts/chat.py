@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tune2gguf.chat import open_chat_model, start_conversation, talk
+from tune2gguf.chat import check_options, open_chat_model, start_conversation, talk
 from tune2gguf.export.run_folder import read_run
 
 
@@ -26,13 +26,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
     try:
+        check_options(**options, num_threads=arguments.threads)
         run = read_run(arguments.run, base_dir=arguments.base_dir)
         model = open_chat_model(
             run, gguf_path=arguments.gguf, uses_adapter=arguments.adapter, num_threads=arguments.threads
         )
         system_prompt = run.system_prompt if arguments.system is None else arguments.system
-        options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
         if arguments.once is not None:
             messages = [*start_conversation(system_prompt), {"role": "user", "content": arguments.once}]
             model.chat(messages, on_text=show, **options)

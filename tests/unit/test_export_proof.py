@@ -1,6 +1,7 @@
 """The proof of an export holds for what is served as trained, and fails for what is not, saying why."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -155,6 +156,24 @@ def test_the_script_proves_and_fails_with_exit_code_1(run_dir):
     failed = run_script(run_dir, "--quantization", "Q8_0", "--force", "--max-loss-increase", "-1")
     assert failed.returncode == 1
     assert "NOT PROVEN" in failed.stdout and "proven: ids" not in failed.stdout
+
+
+def test_what_is_not_proven_is_not_handed_to_ollama(run_dir, tmp_path, monkeypatch):
+    called = tmp_path / "called"
+    (tmp_path / "ollama").write_text(f"#!/bin/sh\ntouch {called}\n")
+    (tmp_path / "ollama").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    finished = run_script(run_dir, "--quantization", "Q8_0", "--max-loss-increase", "-1", "--ollama", "marlo")
+    assert finished.returncode == 1
+    assert finished.stdout.endswith("not handed to Ollama as marlo, because it is not proven\n")
+    assert not called.exists()
+
+
+def test_the_proof_of_replaced_files_goes_with_them(run_dir):
+    prove(export_run(run_dir, show=False))
+    assert (run_dir / "export" / "proof.json").is_file()
+    export_run(run_dir, overwrite=True, show=False)
+    assert not (run_dir / "export" / "proof.json").exists()
 
 
 def test_a_run_without_held_out_rows_is_said_to_be_unproven(run_dir):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tune2gguf.cache import get_cache_dir
@@ -16,7 +13,9 @@ from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, list_gguf_tens
 from tune2gguf.export.kernels import load_kernels
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.one_pass import Converter, Output, append_tensors
+from tune2gguf.export.progress import open_bar
 from tune2gguf.export.quantized_cache import QuantizedCache
+from tune2gguf.export.results import replace_at_the_end
 from tune2gguf.export.type_mix import Quantization, count_bytes
 from tune2gguf.export.vocabulary import read_vocabulary
 
@@ -41,22 +40,19 @@ def write_gguf_files(
         max_cache_bytes: 0 neither uses nor keeps quantized tensors
 
     Raises:
-        ValueError: if the tokenizer cannot be written, the disk is too small, or a weight is not finite; then no file
-            is left, and none is replaced
+        ValueError: if the tokenizer cannot be written, the disk is full, or a weight is not finite; then no file is
+            left, and none is replaced
     """
-    from tqdm import tqdm
-
     tensors = list_gguf_tensors(base.specs, base.architecture)
     types = {quantization: choose_types(tensors, base.architecture, quantization) for quantization in paths}
-    sizes = {path: _count_file_bytes(tensors, types[quantization]) for quantization, path in paths.items()}
     cache = QuantizedCache(get_cache_dir() / "quantized", max_cache_bytes) if max_cache_bytes > 0 else None
     converter = Converter(base, adapter, load_kernels(), cache)
-    with replace_at_the_end(sizes) as unfinished:
+    with replace_at_the_end(list(paths.values())) as unfinished:
         outputs = {quantization: Output(unfinished[path], types[quantization]) for quantization, path in paths.items()}
         _write_headers(outputs, tensors, base=base, name=name, chat_template=chat_template)
         num_elements = sum(_count_elements(tensor.shape) for tensor in tensors)
         label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
-        with tqdm(total=num_elements, desc=label, unit="", unit_scale=True, disable=not show, leave=False) as bar:
+        with open_bar(label, total=num_elements, show=show) as bar:
             append_tensors(
                 list(outputs.values()),
                 tensors,
@@ -92,32 +88,6 @@ def _write_headers(
         )
 
 
-@contextmanager
-def replace_at_the_end(sizes: dict[Path, int]) -> Iterator[dict[Path, Path]]:
-    """Yield a temporary path beside each path; they take the final names together, or vanish when the block fails.
-
-    Raises:
-        ValueError: if the disk cannot hold `sizes` bytes, or writing fails
-    """
-    folders = {path.parent for path in sizes}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(sizes.values()), min(shutil.disk_usage(folder).free for folder in folders)
-    if needed > free:
-        raise ValueError(f"the files need {needed / 1e9:.1f} GB, but {folders.pop()} has {free / 1e9:.1f} GB free")
-    unfinished = {path: path.with_name(f".{path.name}.unfinished") for path in sizes}
-    try:
-        yield unfinished
-        for path, temporary in unfinished.items():
-            os.replace(temporary, path)
-    except OSError as error:
-        folder = folders.pop()
-        raise ValueError(f"writing to {folder} failed: {error.strerror or error}; nothing was left there") from None
-    finally:
-        for temporary in unfinished.values():
-            temporary.unlink(missing_ok=True)
-
-
 def _read_json(path: Path) -> dict:
     """Return {} where there is no such file: generation_config.json is optional."""
     if not path.is_file():
@@ -128,7 +98,10 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def _count_file_bytes(tensors: list[GGUFTensor], types: dict[str, str]) -> int:
+def count_file_bytes(base: MergeBase, quantization: Quantization) -> int:
+    """Return the size in bytes of all tensors in a file of this type."""
+    tensors = list_gguf_tensors(base.specs, base.architecture)
+    types = choose_types(tensors, base.architecture, quantization)
     return sum(count_bytes(types[tensor.name], tensor.shape) for tensor in tensors)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tune2gguf.export.licence import Licence
-from tune2gguf.export.run_folder import FinishedRun
+from tune2gguf.export.run_folder import BEST, FinishedRun
 
 GUIDE_PARAMETERS = (
     "learning_rate",
@@ -36,11 +36,11 @@ def make_model_card(
     """
     parts = [
         _make_front_matter(run, licence),
-        f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf."
-        + ("" if merge is None else f"\n\nThe adapter was {merge}."),
+        f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf: "
+        f"the run's {run.adapter_dir.name} adapter." + ("" if merge is None else f"\n\nThe adapter was {merge}."),
         f"## Licence\n\n{licence.duties}",
         _describe_run(run, files),
-        _describe_quality(run.run_dir / "metrics.jsonl"),
+        _describe_quality(run.run_dir / "metrics.jsonl", adapter=run.adapter_dir.name),
         _describe_data(run.run_dir / "data.json"),
         "## Parameters\n\n| parameter | value |\n|---|---|\n"
         + "\n".join(f"| {name} | {run.config[name]} |" for name in GUIDE_PARAMETERS if name in run.config),
@@ -65,18 +65,19 @@ def _describe_run(run: FinishedRun, files: Sequence[tuple[Path, str]]) -> str:
     )
 
 
-def _describe_quality(path: Path) -> str:
+def _describe_quality(path: Path, *, adapter: str) -> str:
     if not path.is_file():
         return ""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     losses = [record for record in records if "val_loss" in record]
     if not losses:
         return ""
-    best = min(losses, key=lambda record: record["val_loss"])
+    trained = losses[1:] or losses
+    exported = min(trained, key=lambda record: record["val_loss"]) if adapter == BEST else trained[-1]
     return (
         "## Held-out loss\n\n"
-        f"{losses[0]['val_loss']:.3f} before training, {best['val_loss']:.3f} at step {best['step']} "
-        f"({best['val_rows']} rows, nats per supervised token)."
+        f"{losses[0]['val_loss']:.3f} before training, {exported['val_loss']:.3f} at step {exported['step']} "
+        f"({exported['val_rows']} rows, nats per supervised token)."
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
-from tune2gguf.export.gguf_files import replace_at_the_end, write_gguf_files
+from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.heldout_rows import load_heldout
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.merge_base import open_merge_base
@@ -19,7 +18,16 @@ from tune2gguf.export.merge_choice import MergeChoice, choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
+from tune2gguf.export.progress import open_bar
+from tune2gguf.export.proof import PROOF_FILE
 from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES
+from tune2gguf.export.results import (
+    check_free_space,
+    claim_folder,
+    explain_write_errors,
+    replace_at_the_end,
+    replace_folder,
+)
 from tune2gguf.export.run_folder import FinishedRun, read_run
 from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.runs import write_text
@@ -90,6 +98,10 @@ def export_run(
     Raises:
         ValueError: for anything missing or unfitting; then no file has been left under its final name
     """
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
+    if num_heldout_rows < 0:
+        raise ValueError(f"{num_heldout_rows} held-out rows cannot be measured; give 1 or more, or 0 for none")
     run = read_run(run_dir, adapter=adapter, base_dir=base_dir)
     chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
     models = [_name_model(run, quantization, is_only=len(chosen) == 1) for quantization in chosen]
@@ -105,24 +117,34 @@ def export_run(
     heldout = load_heldout(run, num_rows=num_heldout_rows)
     merge = choose_merge_base(run, lora, heldout, requested=merge_base, original_dir=original_base_dir)
     export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
-    # The small and the quick first: what fails, fails before the long part.
-    _write_extras(export, lora, show=show)
+    with claim_folder(run.export_dir):
+        check_free_space(run.export_dir, _count_bytes(export, lora))
+        # The small and the quick first: what fails, fails before the long part.
+        _write_extras(export, lora, show=show)
+        _write_models(export, lora, num_threads=num_threads, max_cache_bytes=max_cache_bytes, show=show)
+        with explain_write_errors(run.export_dir):
+            for path, text in modelfiles.items():
+                write_text(path, text)
+            card = make_model_card(run, licence=licence, files=list_served(run), merge=merge.describe())
+            write_text(export.model_card_path, card)
+    return export
+
+
+def _write_models(
+    export: Export, adapter: Adapter, *, num_threads: int | None, max_cache_bytes: int, show: bool
+) -> None:
     write_gguf_files(
-        {get_quantization(model.quantization): model.gguf_path for model in models},
-        base=merge.chosen,
-        adapter=lora,
-        name=run.name,
-        chat_template=run.chat_template,
+        {get_quantization(model.quantization): model.gguf_path for model in export.models},
+        base=export.merge.chosen,
+        adapter=adapter,
+        name=export.run.name,
+        chat_template=export.run.chat_template,
         num_threads=num_threads,
         max_cache_bytes=max_cache_bytes,
         show=show,
     )
-    for path, text in modelfiles.items():
-        write_text(path, text)
-    write_text(
-        export.model_card_path, make_model_card(run, licence=licence, files=list_served(run), merge=merge.describe())
-    )
-    return export
+    # It was of the files that were replaced.
+    (export.run.export_dir / PROOF_FILE).unlink(missing_ok=True)
 
 
 def export_base(
@@ -147,9 +169,12 @@ def export_base(
         raise ValueError(f"unknown chat_template {chat_template!r}; choose from {', '.join(CHAT_TEMPLATES)}")
     if not overwrite:
         _refuse_existing([out_path])
+    base = open_merge_base(base_dir)
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    check_free_space(out_path.parent, count_file_bytes(base, chosen))
     write_gguf_files(
         {chosen: out_path},
-        base=open_merge_base(base_dir),
+        base=base,
         adapter=None,
         name=base_dir.resolve().name,
         chat_template=CHAT_TEMPLATES[chat_template],
@@ -210,29 +235,24 @@ def _make_modelfiles(run: FinishedRun, models: list[ExportedModel], licence: Lic
     }
 
 
-def _write_extras(export: Export, adapter: Adapter, *, show: bool) -> None:
-    from tqdm import tqdm
+def _count_bytes(export: Export, adapter: Adapter) -> int:
+    base = export.merge.chosen
+    num_bytes = sum(count_file_bytes(base, get_quantization(model.quantization)) for model in export.models)
+    if export.adapter_path is not None:
+        num_bytes += sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
+    if export.merged_dir is not None:
+        num_bytes += count_file_bytes(base, QUANTIZATIONS["BF16"])
+    return num_bytes
 
+
+def _write_extras(export: Export, adapter: Adapter, *, show: bool) -> None:
     run, base = export.run, export.merge.chosen
     if export.adapter_path is not None:
-        size = sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
-        with replace_at_the_end({export.adapter_path: size}) as unfinished:
+        with replace_at_the_end([export.adapter_path]) as unfinished:
             write_adapter_gguf(unfinished[export.adapter_path], adapter, specs=base.specs, name=run.name)
     if export.merged_dir is not None:
-        num_elements = sum(
-            spec.shape[0] * (spec.shape[-1] if len(spec.shape) == 2 else 1) for spec in base.specs.values()
-        )
+        num_elements = sum(math.prod(spec.shape) for spec in base.specs.values())
         new_dir = export.merged_dir.with_name(f".{export.merged_dir.name}.unfinished")
-        shutil.rmtree(new_dir, ignore_errors=True)
-        with tqdm(total=num_elements, desc="merging", unit="", unit_scale=True, disable=not show, leave=False) as bar:
+        with open_bar("merging", total=num_elements, show=show) as bar, explain_write_errors(run.export_dir):
             write_merged_hf(new_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=bar.update)
-        _replace_folder(export.merged_dir, new_dir)
-
-
-def _replace_folder(path: Path, new_dir: Path) -> None:
-    old_dir = path.with_name(f".{path.name}.replaced")
-    shutil.rmtree(old_dir, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old_dir)
-    os.rename(new_dir, path)
-    shutil.rmtree(old_dir, ignore_errors=True)
+            replace_folder(export.merged_dir, new_dir)

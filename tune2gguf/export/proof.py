@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune2gguf.export.adapter import Adapter, read_adapter
-from tune2gguf.export.gguf_llama import choose_types, list_gguf_tensors
+from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.heldout_rows import HeldOut, load_heldout
 from tune2gguf.export.kernels import Kernels, load_kernels
 from tune2gguf.export.merge_base import MergeBase
+from tune2gguf.export.progress import open_bar
 from tune2gguf.export.serving import ServedFile, serve_file
 from tune2gguf.export.step_losses import StepLoss, measure_steps
-from tune2gguf.export.type_mix import QUANTIZATIONS, count_bytes
+from tune2gguf.export.type_mix import QUANTIZATIONS
 from tune2gguf.export.weight_sources import (
     open_base_source,
     open_gguf_source,
@@ -121,8 +122,6 @@ def prove_export(
 
 
 def _measure_export(subject: _Subject, paths: dict[str, Path], *, show: bool) -> dict[str, StepLoss]:
-    from tqdm import tqdm
-
     trained, adapter = subject.trained, subject.adapter
     sources = {
         BASE: open_base_source(trained, adapter=None),
@@ -131,7 +130,7 @@ def _measure_export(subject: _Subject, paths: dict[str, Path], *, show: bool) ->
     }
     sources |= {name: open_gguf_source(path, trained, subject.kernels) for name, path in paths.items()}
     num_layers = len(sources) * trained.architecture.num_layers
-    with tqdm(total=num_layers, desc="proving", unit="layer", disable=not show, leave=False) as bar:
+    with open_bar("proving", total=num_layers, unit="layer", show=show) as bar:
         return measure_steps(sources, subject.heldout.rows, reference=ADAPTER, report=bar.update)
 
 
@@ -158,7 +157,7 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
 def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
     """Return a sentence that names the smallest larger type within the limit, without writing files."""
     adapter, rows = subject.adapter, subject.heldout.rows
-    sizes = _compute_sizes(subject.merged_into)
+    sizes = {name: count_file_bytes(subject.merged_into, kind) for name, kind in QUANTIZATIONS.items()}
     larger = sorted((size, name) for name, size in sizes.items() if size > sizes[larger_than])
     reference = open_base_source(subject.trained, adapter=adapter)
     for _, name in larger:
@@ -167,15 +166,6 @@ def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) ->
         if step.increase <= limit:
             return f"The smallest type within it is {name} ({step.increase:+.1%}): --quantization {name}"
     return None
-
-
-def _compute_sizes(base: MergeBase) -> dict[str, int]:
-    tensors = list_gguf_tensors(base.specs, base.architecture)
-    sizes = {}
-    for name, quantization in QUANTIZATIONS.items():
-        types = choose_types(tensors, base.architecture, quantization)
-        sizes[name] = sum(count_bytes(types[tensor.name], tensor.shape) for tensor in tensors)
-    return sizes
 
 
 def _find_serving_failures(name: str, served: ServedFile) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 from tune2gguf.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from tune2gguf.checkpoints.digest import digest_base
 
-ADAPTERS = ("best", "last")
+BEST, LAST = "best", "last"
+ADAPTERS = (BEST, LAST)
 _NEEDED_KEYS = ("base_dir", "base_weights", "chat_template", "max_seq_len", "quantization")
 
 
