@@ -13,23 +13,22 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torchtune import training
-from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.modules import (
     FeedForward,
     MultiHeadAttention,
-    RMSNorm,
-    RotaryPositionalEmbeddings,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
 )
 from torchtune.modules.tied_linear import TiedLinear
 
 from tune2gguf.architectures import ARCHITECTURES, Architecture, find_architecture_differences, read_architecture
+from tune2gguf.layers import FrozenRMSNorm, RoPE, ScaledRoPE
 from tune2gguf.lora import LoRALinear
 from tune2gguf.loss import cross_entropy_of_supervised, select_supervised
 
+BLOCK_SIZE = 128  # queries and keys of a block of flex attention
 LORA_ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 
 
@@ -93,7 +92,9 @@ class CausalLM(nn.Module):
             mask: True where a new token attends to a place of the caches, [batch, new, max_seq_len]
             input_pos: positions of the new tokens, [batch, new]
         """
-        return self.decoder(tokens, mask=mask, input_pos=input_pos)[:, -1].float()
+        # Compiled layers would be compiled anew for prompts, single tokens and caches, and crowd out those of training.
+        with torch.compiler.set_stance("force_eager"):
+            return self.decoder(tokens, mask=mask, input_pos=input_pos)[:, -1].float()
 
 
 def make_row_mask(row_ids: Tensor) -> Tensor | BlockMask:
@@ -105,15 +106,40 @@ def make_row_mask(row_ids: Tensor) -> Tensor | BlockMask:
     Returns:
         on a CPU a bool tensor [batch, seq, seq]; on a GPU a block mask, of which attention skips the empty blocks
     """
-    batch, seq = row_ids.shape
+    seq = row_ids.shape[1]
     if row_ids.device.type == "cpu":
         same_row = row_ids[:, :, None] == row_ids[:, None, :]
         return same_row & torch.ones(seq, seq, dtype=torch.bool).tril()
 
+    return make_block_mask(row_ids)
+
+
+def make_block_mask(row_ids: Tensor) -> BlockMask:
+    """Return what `create_block_mask` does, from the row ids at the blocks' ends instead of all [seq, seq] pairs.
+
+    Args:
+        row_ids: [batch, seq], never falling along a sequence
+    """
+    seq, size = row_ids.shape[1], BLOCK_SIZE
+    num_blocks = -(-seq // size)
+    starts = torch.arange(num_blocks, device=row_ids.device) * size
+    first, last = row_ids[:, starts], row_ids[:, (starts + size - 1).clamp(max=seq - 1)]
+    before = starts[:, None] > starts[None, :]
+    # A block of keys is seen where its last row is the queries' first or a later one; whole, where all is one row.
+    is_seen = (last[:, None, :] >= first[:, :, None]) & (before | (starts[:, None] == starts[None, :]))
+    is_whole = (first[:, None, :] == last[:, :, None]) & before & (starts + size <= seq)[:, None]
+    partial, whole = (is_seen & ~is_whole)[:, None], is_whole[:, None]
+
     def attends(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (row_ids[b, query] == row_ids[b, key])
 
-    return create_block_mask(attends, batch, None, seq, seq, device=row_ids.device.type)
+    def list_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        order = chosen.int().argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(dim=-1, dtype=torch.int32), order.int()
+
+    return BlockMask.from_kv_blocks(
+        *list_blocks(partial), *list_blocks(whole), BLOCK_SIZE=size, mask_mod=attends, seq_lengths=(seq, seq)
+    )
 
 
 def prepare_training(
@@ -123,11 +149,14 @@ def prepare_training(
     enable_activation_checkpointing: bool,
     enable_activation_offloading: bool = False,
     fuse: bool = False,
+    lengths_vary: bool = False,
 ) -> None:
     """Wrap, compile or fuse the layers of a model, in place.
 
     Args:
         compile: compile each layer; they share one compiled graph
+        lengths_vary: whether batches differ in shape; compiled for any shape from the start, as torch gives up, and
+            says so nowhere, after eight recompilations
         enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
         enable_activation_offloading: keep these inputs in the CPU's memory until then; the model is on a GPU
         fuse: train each layer with the kernels of tune2gguf.fused; see can_fuse
@@ -142,7 +171,7 @@ def prepare_training(
     # Compiled first: around a checkpoint the compiler would give up at the attention's graph break.
     if compile:
         for layer in layers:
-            layer.compile()
+            layer.compile(dynamic=True if lengths_vary else None)
     if enable_activation_checkpointing:
         training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
 
@@ -205,8 +234,8 @@ def build_lora_llama(
                     down_proj=make_linear(shape.intermediate_dim, shape.embed_dim, apply_lora_to_mlp),
                     up_proj=make_linear(shape.embed_dim, shape.intermediate_dim, apply_lora_to_mlp),
                 ),
-                sa_norm=RMSNorm(dim=shape.embed_dim, eps=shape.norm_eps),
-                mlp_norm=RMSNorm(dim=shape.embed_dim, eps=shape.norm_eps),
+                sa_norm=FrozenRMSNorm(dim=shape.embed_dim, eps=shape.norm_eps),
+                mlp_norm=FrozenRMSNorm(dim=shape.embed_dim, eps=shape.norm_eps),
             )
         )
     tok_embeddings = TokenEmbedding(shape.vocab_size, shape.embed_dim)
@@ -217,7 +246,7 @@ def build_lora_llama(
         max_seq_len=max_seq_len,
         num_heads=shape.num_heads,
         head_dim=shape.head_dim,
-        norm=RMSNorm(shape.embed_dim, eps=shape.norm_eps),
+        norm=FrozenRMSNorm(shape.embed_dim, eps=shape.norm_eps),
         output=output,
     )
     model = CausalLM(decoder)
@@ -229,8 +258,8 @@ def build_lora_llama(
 def _make_rope(architecture: Architecture, max_seq_len: int) -> nn.Module:
     scaling = architecture.rope_scaling
     if scaling is None:
-        return RotaryPositionalEmbeddings(architecture.head_dim, max_seq_len=max_seq_len, base=architecture.rope_base)
-    return Llama3ScaledRoPE(
+        return RoPE(architecture.head_dim, max_seq_len=max_seq_len, base=architecture.rope_base)
+    return ScaledRoPE(
         architecture.head_dim,
         max_seq_len=max_seq_len,
         base=architecture.rope_base,

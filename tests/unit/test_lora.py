@@ -138,3 +138,24 @@ def test_keep_mask_drops_the_fraction_everywhere_alike(dropout):
     # The four 16-bit lanes of a drawn word are equally fair, and neighbours are independent.
     assert keep.view(-1, 4).mean(0).tolist() == pytest.approx([1 - dropout] * 4, abs=0.004)
     assert (keep[:, :-1] * keep[:, 1:]).mean().item() == pytest.approx((1 - dropout) ** 2, abs=0.004)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("input_needs_gradient", [False, True])
+def test_a_step_multiplies_no_more_than_lora_needs(dropout, input_needs_gradient):
+    """Forward: base, A and B. Backward: the gradients of A and B, and only where x needs one, base and A once more."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count_addmm(added, a, b, *args, out_shape=None, **kwargs) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    in_place = {torch.ops.aten.addmm_: count_addmm}  # which torch does not count
+    layer, rows, in_dim, out_dim, rank = make_layer(dropout=dropout), 10, 24, 40, 4
+    x = torch.randn(rows, in_dim, requires_grad=input_needs_gradient)
+    with FlopCounterMode(display=False, custom_mapping=in_place) as forward:
+        out = layer(x).sum()
+    with FlopCounterMode(display=False, custom_mapping=in_place) as backward:
+        out.backward()
+    base, a, b = (2 * rows * size for size in (in_dim * out_dim, rank * in_dim, rank * out_dim))
+    assert forward.get_total_flops() == base + a + b
+    assert backward.get_total_flops() == 2 * b + a + (base + a if input_needs_gradient else 0)

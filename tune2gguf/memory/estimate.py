@@ -117,7 +117,8 @@ def list_layer_activations(shape: Shape) -> list[int]:
     d, i, q = a.embed_dim, a.intermediate_dim, a.num_heads * a.head_dim
     adapted = {spec.tune_name.split(".")[-2]: spec.shape[1] for spec in _list_adapted(shape)}
     per_token = 4 * [q * c] + [4 * a.num_heads]  # q, k and v (expanded to all heads), output; log of the normalizers
-    per_token += 2 * [4 * d, 4]  # both norms' inputs and scales, in float32
+    # Both norms' inputs and factors; of the fused layers of a GPU in float32.
+    per_token += 2 * [c * d if shape.device_type == "cpu" else 4 * d, 4]
     per_token += 3 * [i * c]  # input and output of silu, and what it is multiplied with
     per_token += [i * c] if "w2" in adapted else []
     per_token += [d * c] if adapted.keys() & {"q_proj", "k_proj", "v_proj"} else []
@@ -150,8 +151,8 @@ def _count_work(shape: Shape) -> int:
     from tune2gguf.loss import POSITIONS_PER_CHUNK
 
     a, c, tokens = shape.architecture, BYTES[shape.dtype], _count_tokens(shape)
-    # Logits and their log-probabilities in float32; a CPU makes a float32 copy of bf16 logits in between.
-    bytes_per_logit = c + 4 + (4 if c == 2 and shape.device_type == "cpu" else c % 4)
+    # A CPU writes the gradient over the logits; a GPU without Triton has log-probabilities in float32 beside them.
+    bytes_per_logit = c if shape.device_type == "cpu" else c + 4 + c % 4
     loss = bytes_per_logit * min(POSITIONS_PER_CHUNK[shape.device_type], tokens) * a.vocab_size
     loss += 2 * tokens * a.embed_dim * c  # the hidden states that go in, and their gradient
     largest = max(math.prod(spec.shape) for spec in list_tensors(a) if spec.is_linear)

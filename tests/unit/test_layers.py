@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
+
+from tune2gguf.layers import FrozenRMSNorm, RoPE, ScaledRoPE
+
+
+def compare(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tensor, **options) -> None:
+    """Compare outputs and gradients, in float32 to 1e-6, in bf16 to its rounding."""
+    tolerance = 1e-6 if x.dtype == torch.float32 else 2**-7
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    found, expected = (module(x, **options) for module in (ours, theirs))
+    assert found.dtype == expected.dtype == x.dtype
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    gradients = [torch.autograd.grad(out, x, upstream)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=tolerance, rtol=tolerance)
+
+
+def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+    return x.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_its_gradient_equal_torchtunes(dtype):
+    ours, theirs = FrozenRMSNorm(48, eps=1e-2), RMSNorm(48, eps=1e-2)
+    for norm in (ours, theirs):
+        norm.scale.data = torch.linspace(0.5, 2, 48)
+        norm.scale.requires_grad_(False)
+    compare(ours, theirs, draw(3, 5, 48, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_leaves_its_input_as_it_is_and_keeps_no_copy_for_backward(dtype):
+    x, kept = draw(3, 5, 48, dtype=dtype), []
+    before = x.detach().clone()
+    norm = FrozenRMSNorm(48)
+    norm.scale.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        norm(x)
+    assert torch.equal(x, before)
+    assert [tensor.data_ptr() for tensor in kept if tensor.shape == x.shape] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [None, [[0, 1, 2, 0, 1], [4, 9, 2, 3, 30]]])
+@pytest.mark.parametrize(("ours", "theirs"), [(RoPE, RotaryPositionalEmbeddings), (ScaledRoPE, Llama3ScaledRoPE)])
+def test_rotation_and_its_gradient_equal_torchtunes(ours, theirs, positions, dtype):
+    input_pos = None if positions is None else torch.tensor(positions)
+    compare(
+        ours(16, max_seq_len=32, base=10_000),
+        theirs(16, max_seq_len=32, base=10_000),
+        draw(2, 5, 3, 16, dtype=dtype),
+        input_pos=input_pos,
+    )
+
+
+def test_another_position_is_another_rotation():
+    """Negative control."""
+    x, rope = draw(1, 4, 2, 16, dtype=torch.float32), RoPE(16, max_seq_len=32)
+    shifted = rope(x, input_pos=torch.arange(1, 5)[None])
+    assert (rope(x) - shifted).abs().max() > 1e-2
