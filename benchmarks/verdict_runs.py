@@ -1,32 +1,28 @@
-"""Does the verdict tell over- from underfitting on real runs? What each run must come out as is written down in KINDS.
+"""Make real runs of which it is known beforehand how they must be judged: KINDS says it. judge_runs.py judges them.
 
     python benchmarks/verdict_runs.py --out runs/verdict --device cuda --jobs 6 [--only TEXT] [--pack FILE.tar.gz]
-    python benchmarks/verdict_runs.py --out runs/verdict --judge [--record benchmarks/results/verdict_runs.jsonl]
-    python benchmarks/verdict_runs.py --recorded benchmarks/results/verdict_runs.jsonl
+    python benchmarks/verdict_runs.py --out runs/verdict --no-training --record benchmarks/results/verdict_runs.jsonl
 
 SmolLM2-135M-Instruct on three data sets: the quickstart's conversations, orders as JSON, unit conversions. Finished
-runs are not repeated, one that was stopped goes on. Runs are judged anew each time, by the verdict as it is now;
---pack keeps the runs without their weights, anew after each that ends; unpacked elsewhere they can be judged and
-reported. --record keeps what the verdict reads of them, and --recorded judges that.
+runs are not repeated, one that was stopped goes on. --pack keeps the runs without their weights, anew after each that
+ends; unpacked elsewhere they are runs like those made there. --record keeps what the verdict reads of them.
 """
 
 import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.curves import Curves, TrainingStep, Validation, read_curves
-from tune2gguf.verdict import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, Verdict, judge
+from tune2gguf.curves import Curves, read_curves
+from tune2gguf.verdict import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, judge
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_SETS = {"quickstart": "examples/quickstart", "orders": "benchmarks/data/orders", "units": "benchmarks/data/units"}
@@ -165,17 +161,20 @@ def pack(runs: list[Run], *, out: Path, path: Path, lock: threading.Lock) -> Non
         unfinished.replace(path)
 
 
-def record(run: Run, curves: Curves) -> str:
-    """Return what the verdict reads of a run, as a line of JSON; losses to 4 digits after the point."""
-    first = curves.validations[0]
+def record(run: Run, run_dir: Path, curves: Curves) -> str:
+    """Return what the verdict reads of a run, and where it was made, as a line of JSON; losses to 4 digits."""
+    environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
     return json.dumps(
         {
             "run": run.name,
+            "started": environment["started"],
+            "device": environment["device"],
+            "torch": environment["packages"]["torch"],
             "loss": [step.loss and round(step.loss, 4) for step in curves.training],
             "lr": [step.lr and float(f"{step.lr:.4g}") for step in curves.training],
-            "row_tokens": first.row_tokens,
+            "row_tokens": curves.validations[0].row_tokens,
             "validations": [
-                {**{key: asdict(one)[key] for key in ("step", "epoch")}, "rows": [round(x, 4) for x in one.row_losses]}
+                {"step": one.step, "epoch": one.epoch, "rows": [round(x, 4) for x in one.row_losses]}
                 for one in curves.validations
             ],
         },
@@ -183,83 +182,25 @@ def record(run: Run, curves: Curves) -> str:
     )
 
 
-def read_recorded(path: Path) -> Iterator[tuple[Run, Curves]]:
-    """Yield the runs of a file that --record wrote."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        data = json.loads(line)
-        match = re.fullmatch(rf"({'|'.join(DATA_SETS)})-({'|'.join(KINDS)})-(\d+)", data["run"])
-        tokens = tuple(data["row_tokens"])
-        training = [
-            TrainingStep(step=number, epoch=0, loss=loss, lr=lr)
-            for number, (loss, lr) in enumerate(zip(data["loss"], data["lr"], strict=True), start=1)
-        ]
-        validations = [
-            Validation(
-                step=one["step"],
-                epoch=one["epoch"],
-                loss=sum(one["rows"]) / sum(tokens),
-                rows=len(tokens),
-                tokens=sum(tokens),
-                row_losses=tuple(one["rows"]),
-                row_tokens=tokens,
-            )
-            for one in data["validations"]
-        ]
-        yield Run(match[1], match[2], int(match[3])), Curves(tuple(training), tuple(validations))
-
-
-def format_table(judged: list[tuple[Run, Curves, Verdict]]) -> str:
-    """Return the runs as a Markdown table, and below it how many are right, and how many are taken for the reverse."""
-    lines = [
-        "| run | made to be | judged | base | best (step) | final (step) | rise, % of gain | further gain, % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    right = reversed_ = 0
-    for run, curves, verdict in judged:
-        is_right = verdict.label == run.kind.expected
-        right += is_right
-        reversed_ += {run.kind.expected, verdict.label} == {OVERFITTING, UNDERFITTING}
-        base, best, final = curves.base, curves.best, curves.final
-        shares = [format_share(verdict.figures, name) for name in ("rise", "further_gain")]
-        lines.append(
-            f"| {run.name} | {run.kind.expected} | {'' if is_right else '**'}{verdict.label}{'' if is_right else '**'} "
-            f"| {base.loss:.3f} | {best.loss:.3f} ({best.step}) | {final.loss:.3f} ({final.step}) "
-            f"| {' | '.join(shares)} |"
-        )
-    summary = f"\n{right} of {len(judged)} right; {reversed_} taken for the reverse (over- for underfitting or back)"
-    return "\n".join([*lines, summary])
-
-
-def format_share(figures: dict[str, float], name: str) -> str:
-    """Return a share with its interval, in percent; a dash where the verdict did not come to it."""
-    if name not in figures:
-        return "–"
-    return "{:.1f} ({:.1f} … {:.1f})".format(*(100 * figures[key] for key in (name, f"{name}_low", f"{name}_high")))
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make runs of known kinds, and judge them.")
+    parser = argparse.ArgumentParser(description="Make runs of known kinds.")
     parser.add_argument("--out", type=Path, default=Path("runs/verdict"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--base-dir", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds this")
-    parser.add_argument("--judge", action="store_true", help="train nothing; judge what is there")
+    parser.add_argument("--no-training", action="store_true", help="take what is there")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="keep the runs without weights in a .tar.gz")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep what the verdict reads of the runs")
-    parser.add_argument("--recorded", type=Path, metavar="FILE", help="judge the runs of such a file")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.recorded is not None:
-        print(format_table([(run, curves, judge(curves)) for run, curves in read_recorded(arguments.recorded)]))
-        return
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     runs = list_runs(arguments.only)
-    if not arguments.judge:
+    if not arguments.no_training:
         threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
         options = {"out": out, "base_dir": arguments.base_dir, "device": arguments.device, "threads": threads}
         lock = threading.Lock()
@@ -272,12 +213,13 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(train_and_pack, runs))
     finished = [(run, read_curves(out / run.name)) for run in runs if is_finished(run, out)]
-    missing = len(runs) - len(finished)
-    table = format_table([(run, curves, judge(curves)) for run, curves in finished])
-    (out / "table.md").write_text(table + "\n", encoding="utf-8")
+    for run, curves in finished:
+        print(f"{run.name}: made to be {run.kind.expected}, judged {judge(curves).label}")
     if arguments.record is not None:
-        arguments.record.write_text("".join(record(*one) + "\n" for one in finished), encoding="utf-8")
-    print(f"\n{table}\n\nwrote {out / 'table.md'}")
+        lines = [record(run, out / run.name, curves) for run, curves in sorted(finished, key=lambda one: one[0].name)]
+        arguments.record.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        print(f"wrote {arguments.record}")
+    missing = len(runs) - len(finished)
     if missing:
         sys.exit(f"error: {missing} of {len(runs)} runs are not finished; their logs are beside their folders")
 

@@ -1,0 +1,224 @@
+"""Judge the recorded runs of verdict_runs.py by the verdict as it is now, and write the page that says how it did.
+
+python benchmarks/judge_runs.py [--recorded benchmarks/results/verdict_runs.jsonl] [--docs docs]
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from verdict_runs import DATA_SETS, KINDS, REPOSITORY, Run
+
+from tune2gguf.curves import Curves, TrainingStep, Validation
+from tune2gguf.verdict import LABELS, OVERFITTING, UNDERFITTING, Verdict, judge
+
+RECORDED = REPOSITORY / "benchmarks/results/verdict_runs.jsonl"
+PAGE, FIGURE = "verdict_runs.md", "verdict_runs.svg"
+# Held-out rows that a run is judged on again, drawn from its own, and how often.
+FEWER_ROWS, NUM_DRAWS = (6, 10, 20, 40), 5
+COLORS = dict(zip(KINDS, ("#c4601d", "#6f4bb5", "#b8508e", "#0b5cad", "#6a6f78"), strict=True))
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """A recorded run and what the verdict says of it."""
+
+    run: Run
+    curves: Curves
+    verdict: Verdict
+    made_on: str  # device and torch
+    started: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.verdict.label == self.run.kind.expected
+
+
+def read_recorded(path: Path) -> list[JudgedRun]:
+    """Return the runs of a file that verdict_runs.py recorded, judged, in the order of data sets and kinds."""
+    judged = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        data = json.loads(line)
+        match = re.fullmatch(rf"({'|'.join(DATA_SETS)})-({'|'.join(KINDS)})-(\d+)", data["run"])
+        run, curves = Run(match[1], match[2], int(match[3])), _make_curves(data)
+        made_on = f"{data['device']}, torch {data['torch']}"
+        judged.append(JudgedRun(run, curves, judge(curves), made_on, data["started"]))
+    sets, kinds = [*DATA_SETS], [*KINDS]
+    return sorted(judged, key=lambda one: (kinds.index(one.run.kind_name), sets.index(one.run.data_set), one.run.seed))
+
+
+def _make_curves(data: dict) -> Curves:
+    tokens = tuple(data["row_tokens"])
+    training = [
+        TrainingStep(step=number, epoch=0, loss=loss, lr=lr)
+        for number, (loss, lr) in enumerate(zip(data["loss"], data["lr"], strict=True), start=1)
+    ]
+    return Curves(
+        tuple(training),
+        tuple(_make_validation(one["step"], one["epoch"], one["rows"], tokens) for one in data["validations"]),
+    )
+
+
+def _make_validation(step: int, epoch: int, losses: Sequence[float], tokens: Sequence[int]) -> Validation:
+    return Validation(
+        step=step,
+        epoch=epoch,
+        loss=sum(losses) / sum(tokens),
+        rows=len(tokens),
+        tokens=sum(tokens),
+        row_losses=tuple(losses),
+        row_tokens=tuple(tokens),
+    )
+
+
+def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
+    """Return the curves as they would be if only these rows had been held out."""
+    validations = [
+        _make_validation(
+            one.step, one.epoch, [one.row_losses[row] for row in rows], [one.row_tokens[row] for row in rows]
+        )
+        for one in curves.validations
+    ]
+    return Curves(curves.training, tuple(validations))
+
+
+def format_table(judged: Sequence[JudgedRun]) -> str:
+    """Return the runs as a Markdown table; a label that is not the expected one is bold."""
+    lines = [
+        "| run | made to be | judged | base | best (step) | final (step) | rise, % of gain | further gain, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in judged:
+        base, best, final, label = one.curves.base, one.curves.best, one.curves.final, one.verdict.label
+        shares = [format_share(one.verdict.figures, name) for name in ("rise", "further_gain")]
+        lines.append(
+            f"| {one.run.name} | {one.run.kind.expected} | {label if one.is_right else f'**{label}**'} "
+            f"| {base.loss:.3f} | {best.loss:.3f} ({best.step}) | {final.loss:.3f} ({final.step}) "
+            f"| {' | '.join(shares)} |"
+        )
+    return "\n".join(lines)
+
+
+def format_share(figures: dict[str, float], name: str) -> str:
+    """Return a share with its interval, in percent; a dash where the verdict did not come to it."""
+    if name not in figures:
+        return "–"
+    return "{:.1f} ({:.1f} … {:.1f})".format(*(100 * figures[key] for key in (name, f"{name}_low", f"{name}_high")))
+
+
+def count_reversed(pairs: Sequence[tuple[str, str]]) -> int:
+    """Return how many pairs of expected and judged are an overfit called an underfit, or the reverse."""
+    return sum({expected, label} == {OVERFITTING, UNDERFITTING} for expected, label in pairs)
+
+
+def judge_on_fewer_rows(judged: Sequence[JudgedRun]) -> dict[int, list[tuple[str, str]]]:
+    """Return, by the number of rows, expected and judged label of each run on rows drawn from its own."""
+    generator, found = np.random.default_rng(0), {}
+    for num_rows in FEWER_ROWS:
+        found[num_rows] = [
+            (one.run.kind.expected, judge(take_rows(one.curves, rows)).label)
+            for one in judged
+            if one.curves.final.rows >= num_rows and one.run.kind.num_heldout is None
+            for rows in (generator.choice(one.curves.final.rows, num_rows, replace=False) for _ in range(NUM_DRAWS))
+        ]
+    return found
+
+
+def format_fewer_rows(found: dict[int, list[tuple[str, str]]]) -> str:
+    """Return a Markdown table: of each expected label how often it was judged so, left open, or taken for another."""
+    lines = ["| rows | made to be | " + " | ".join(LABELS) + " |", "|---|---|" + "---|" * len(LABELS)]
+    for num_rows, pairs in found.items():
+        for expected in dict.fromkeys(expected for expected, _ in pairs):
+            counts = Counter(label for wanted, label in pairs if wanted == expected)
+            lines.append(f"| {num_rows} | {expected} | " + " | ".join(str(counts[label]) for label in LABELS) + " |")
+    return "\n".join(lines)
+
+
+def draw_curves(judged: Sequence[JudgedRun], path: Path) -> None:
+    """Write the held-out loss of every run over the fraction of its steps, a panel for each data set."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "verdict_runs", "svg.fonttype": "none", "font.size": 9})
+    figure, panels = plt.subplots(1, len(DATA_SETS), figsize=(11, 3.6), layout="constrained")
+    for panel, name in zip(panels, DATA_SETS, strict=True):
+        shown = set()
+        for one in (one for one in judged if one.run.data_set == name):
+            kind, lines = one.run.kind_name, one.curves.validations
+            label = None if kind in shown else f"{kind}: {one.run.kind.expected}"
+            shown.add(kind)
+            fractions = [line.step / one.curves.final.step for line in lines]
+            panel.plot(fractions, [line.loss for line in lines], color=COLORS[kind], linewidth=1.2, label=label)
+            panel.plot(fractions[-1], one.curves.final.loss, "o", color=COLORS[kind], markersize=3)
+        panel.set(title=name, yscale="log", xlabel="fraction of the run's steps")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("held-out loss, nats a token")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def make_page(judged: Sequence[JudgedRun]) -> str:
+    """Return the page of the judged runs."""
+    pairs = [(one.run.kind.expected, one.verdict.label) for one in judged]
+    right, fewer = sum(one.is_right for one in judged), judge_on_fewer_rows(judged)
+    by_kind = "\n".join(f"- {describe_kind(name)}" for name in KINDS)
+    made_on = "; ".join(sorted({one.made_on for one in judged}))
+    days = sorted({one.started[:10] for one in judged})
+    return f"""# The verdict on real runs
+
+{right} of {len(judged)} right ({right / len(judged):.0%}); {count_reversed(pairs)} taken for the reverse, an overfit \
+for an underfit or back.
+
+SmolLM2-135M-Instruct on three data sets: the quickstart's conversations (259 to train on, 40 held out), orders as \
+JSON and unit conversions with their step (220 and 80 each). Each run was made to come out as one label, which was \
+written down before the first run (`KINDS` in `benchmarks/verdict_runs.py`):
+
+{by_kind}
+
+Made on {made_on}, {" to ".join(dict.fromkeys((days[0], days[-1])))}:
+
+    python benchmarks/verdict_runs.py --out runs/verdict --device cuda --jobs 6
+    python benchmarks/verdict_runs.py --out runs/verdict --no-training --record benchmarks/results/verdict_runs.jsonl
+
+This page is `python benchmarks/judge_runs.py`, on the recorded runs with the verdict as it is now. What each figure \
+means: [verdict.md](verdict.md).
+
+![Held-out loss of each run]({FIGURE})
+
+{format_table(judged)}
+
+## On fewer rows
+
+The same runs, each judged {NUM_DRAWS} times on rows drawn from its held-out ones; how often which label. \
+{sum(map(count_reversed, fewer.values()))} of {sum(map(len, fewer.values()))} are taken for the reverse.
+
+{format_fewer_rows(fewer)}
+"""
+
+
+def describe_kind(name: str) -> str:
+    kind = KINDS[name]
+    settings = ", ".join(f"{key} {value}" for key, value in kind.settings.items())
+    rows = "" if kind.num_rows is None else f"{kind.num_rows} rows to train on, "
+    rows += "" if kind.num_heldout is None else f"{kind.num_heldout} held-out rows, "
+    return f"`{name}`, to be **{kind.expected}**: {rows}{settings}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Judge recorded runs, and write the page about it.")
+    parser.add_argument("--recorded", type=Path, default=RECORDED)
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs")
+    arguments = parser.parse_args()
+    judged = read_recorded(arguments.recorded)
+    draw_curves(judged, arguments.docs / FIGURE)
+    (arguments.docs / PAGE).write_text(make_page(judged), encoding="utf-8")
+    print(f"wrote {arguments.docs / PAGE} and {arguments.docs / FIGURE}")
+
+
+if __name__ == "__main__":
+    main()
