@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tune2gguf.data.messages import Conversation, Message
-from tune2gguf.data.rows import Source
-from tune2gguf.data.tokenize import TokenizedRows, read_conversations
+from tune2gguf.data.messages import Conversation, Message, detect_format, digest, read_conversation
+from tune2gguf.data.rows import Row, Source, read_rows
+from tune2gguf.data.tokenize import TokenizedRows
 
 HELDOUT_FILE = "heldout.jsonl"
 
@@ -18,15 +18,33 @@ def format_heldout(validation: TokenizedRows, *, format: str) -> str:
 
     Args:
         format: as the files were read with
+
+    Raises:
+        ValueError: if a file is not what it was when its rows were tokenized
     """
     sources = [row.source for row in validation]
-    found: dict[Source, Conversation] = {}
-    for name in {source.file for source in sources}:
-        lines = {source.line for source in sources if source.file == name}
-        for row, conversation in read_conversations(name, format=format):
-            if row.source.line in lines and isinstance(conversation, Conversation):
-                found[row.source] = conversation
+    lines_by_file: dict[str, set[int]] = {}
+    for source in sources:
+        lines_by_file.setdefault(source.file, set()).add(source.line)
+    found = {
+        row.source: _read_again(row, format)
+        for name, lines in lines_by_file.items()
+        for row in read_rows(name, lines=lines)
+    }
+    for source, expected in zip(sources, validation.digests(), strict=True):
+        if source not in found or found[source] is None or digest(found[source]) != expected:
+            raise ValueError(f"{source}: is not what it was a moment ago; leave data files alone while a run begins")
     return "".join(_format_line(source, found[source]) for source in sources)
+
+
+def _read_again(row: Row, format: str) -> Conversation | None:
+    """Return the conversation of a row that was a good one: of the format that was named, or the one of its keys."""
+    if row.problem is not None:
+        return None
+    try:
+        return read_conversation(row.value, format=detect_format(row.value) if format == "auto" else format)
+    except ValueError:
+        return None
 
 
 def read_heldout(run_dir: str | Path) -> list[Conversation]:

@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -128,14 +128,22 @@ def _get_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_rows(name: str) -> Iterator[Row]:
+def read_rows(name: str, *, lines: Collection[int] | None = None) -> Iterator[Row]:
     """Yield the rows of one file that find_files returned; blank lines are no rows.
 
     A row that cannot be read is yielded with its problem. Nothing is skipped.
 
+    Args:
+        lines: yield these rows only, by the `line` of their source; a few of a JSONL file are had without parsing all
+
     Raises:
         ValueError: if the file is damaged such that nothing behind the damage can be read
     """
+    rows = _read_file(name, lines)
+    yield from rows if lines is None else (row for row in rows if row.source.line in lines)
+
+
+def _read_file(name: str, lines: Collection[int] | None) -> Iterator[Row]:
     if is_hub(name):
         yield from _read_hub(name)
     elif _get_suffix(Path(name)) == ".parquet":
@@ -143,19 +151,19 @@ def read_rows(name: str) -> Iterator[Row]:
     else:
         try:
             with _open(Path(name)) as file:
-                yield from _read_text_file(name, file)
+                yield from _read_text_file(name, file, lines)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{name}: damaged .gz file ({error})") from None
 
 
-def _read_text_file(name: str, file: BinaryIO) -> Iterator[Row]:
+def _read_text_file(name: str, file: BinaryIO, lines: Collection[int] | None) -> Iterator[Row]:
     suffix = _get_suffix(Path(name))
     if suffix == ".csv":
         yield from _read_csv(name, file)
     elif _is_array(file):
         yield from _read_json_array(name, file)
     else:
-        yield from _read_json_lines(name, file)
+        yield from _read_json_lines(name, file, lines)
 
 
 def count_rows(name: str) -> int | None:
@@ -199,9 +207,11 @@ def _is_array(file: BinaryIO) -> bool:
     return first == b"["
 
 
-def _read_json_lines(name: str, file: BinaryIO) -> Iterator[Row]:
+def _read_json_lines(name: str, file: BinaryIO, lines: Collection[int] | None) -> Iterator[Row]:
     is_first = True
     for number, line in enumerate(_read_lines(file), start=1):
+        if lines is not None and number not in lines:
+            continue
         source = Source(name, number)
         if len(line) > MAX_ROW_BYTES:
             yield Row(source, problem=describe_too_long(len(line)))
