@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.conftest import TINY_UNTIED, write_tiny_base
+from tests.tokenizer_files import fetch_or_skip
 from tune2gguf.architectures import (
     LLAMA3_1_8B,
     LLAMA3_2_1B,
@@ -26,9 +27,12 @@ from tune2gguf.architectures import (
 from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.checkpoints.layout import list_tensors
 from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.gguf_to_hf import convert_gguf_to_hf
+from tune2gguf.pypi import SMOLLM2_GGUF
 from tune2gguf.tokenizers import LLAMA3_PATTERN
 
 RANK, ALPHA = 8, 16
+REAL_MODEL = "SmolLM2-135M-Instruct"
 LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHATML_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -77,13 +81,26 @@ def write_small_run(model: SmallModel, folder: Path) -> Path:
     return write_run(folder / "base", folder / model.name, chat_template=model.chat_template)
 
 
-def write_run(base_dir: Path, run_dir: Path, *, chat_template: str) -> Path:
-    """Write what the export reads of a run on this base: config.yaml and an adapter on all linear layers."""
-    _write_adapter(read_architecture(base_dir), run_dir / "last")
+def write_run(base_dir: Path, run_dir: Path, *, chat_template: str, strength: float = 1) -> Path:
+    """Write what the export reads of a run on this base: config.yaml and an adapter on all linear layers.
+
+    Args:
+        strength: factor of the adapter's weights; a power of two, so that they stay exact
+    """
+    _write_adapter(read_architecture(base_dir), run_dir / "last", strength)
     config = {"quantization": "Q4_K_M", "max_seq_len": 128, "base_dir": str(base_dir), "chat_template": chat_template}
     config["base_weights"] = "bf16"
     (run_dir / "config.yaml").write_text(json.dumps(config))
     return run_dir
+
+
+def write_smollm2_run(folder: Path) -> Path:
+    """Write the real SmolLM2 to `folder/base`, and a run to `folder/SmolLM2-135M-Instruct`; return it.
+
+    The adapter is a mild one: the model still answers.
+    """
+    base_dir = convert_gguf_to_hf(fetch_or_skip(SMOLLM2_GGUF), folder / "base")
+    return write_run(base_dir, folder / REAL_MODEL, chat_template="chatml", strength=2**-6)
 
 
 def write_biased_base(base_dir: Path, find_bias: Callable[[str], float]) -> Path:
@@ -207,7 +224,7 @@ def _make_post_processor(bos_id: int) -> dict:
     return {"type": "Sequence", "processors": [byte_level, template]}
 
 
-def _write_adapter(architecture: Architecture, folder: Path) -> None:
+def _write_adapter(architecture: Architecture, folder: Path, strength: float) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
@@ -217,7 +234,7 @@ def _write_adapter(architecture: Architecture, folder: Path) -> None:
             module = "base_model.model." + spec.hf_name.removesuffix(".weight")
             # Products are multiples of 2^-18 up to 2^-4: eight of them add up exactly in float32.
             shape_a, shape_b = (RANK, spec.shape[1]), (spec.shape[0], RANK)
-            weights[f"{module}.lora_A.weight"] = draw_integers(f"{module} A", shape_a) / 512
+            weights[f"{module}.lora_A.weight"] = draw_integers(f"{module} A", shape_a) / 512 * strength
             weights[f"{module}.lora_B.weight"] = draw_integers(f"{module} B", shape_b) / 512
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}

@@ -1,4 +1,5 @@
-"""Write gguf_digests.txt: the sha256 of what llama.cpp's own converter and llama-quantize make of the small models.
+"""Write gguf_digests.txt: the sha256 of what llama.cpp's own converter and llama-quantize make of the small models and
+of the real SmolLM2.
 
 python -m tests.parity.make_gguf_digests
 """
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run
+from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run, write_smollm2_run
 from tests.parity.llama_cpp_oracle import convert_adapter, convert_to_bf16, find_missing, quantize
 from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.merge_base import open_merge_base
@@ -32,6 +33,8 @@ def main() -> None:
     for model in SMALL_MODELS:
         with tempfile.TemporaryDirectory() as folder:
             lines += make_lines(model, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        lines += make_real_lines(Path(folder))
     DIGESTS_FILE.write_text(HEADER + "".join(lines))
     print(DIGESTS_FILE)
 
@@ -50,6 +53,19 @@ def make_lines(model: SmallModel, folder: Path) -> list[str]:
     return [
         f"{model.name} {kind} {name} {digest_file(folder / f'{kind}-{name}.gguf')}\n" for kind, name in list_files()
     ]
+
+
+def make_real_lines(folder: Path) -> list[str]:
+    """Return `SmolLM2-135M-Instruct merged TYPE DIGEST` for all types."""
+    run_dir = write_smollm2_run(folder)
+    write_hf_folder(run_dir, folder / "merged" / run_dir.name, is_merged=True)
+    convert_to_bf16(folder / "merged" / run_dir.name, folder / "merged.gguf")
+    lines = []
+    for name in QUANTIZATIONS:
+        quantize(folder / "merged.gguf", folder / "{}.gguf", [name])
+        lines.append(f"{run_dir.name} merged {name} {digest_file(folder / f'{name}.gguf')}\n")
+        (folder / f"{name}.gguf").unlink()
+    return lines
 
 
 def list_files() -> list[tuple[str, str]]:
