@@ -36,16 +36,9 @@ def plan_run_validation(
         at: learns what was planned
         rows_per_step: or packs
     """
-    from tune2gguf.samples import MAX_REPLY_TOKENS
-    from tune2gguf.validation_plan import estimate_samples_cost, plan_validation
+    from tune2gguf.validation_plan import plan_validation
 
     held_out = data.ledger["validation"]
-    samples_cost = estimate_samples_cost(
-        num_samples=cfg.num_samples,
-        epochs=cfg.epochs,
-        reply_tokens=held_out["supervised_tokens"] / max(1, held_out["rows"]),
-        max_reply_tokens=MAX_REPLY_TOKENS,
-    )
     trained_share = min(1.0, steps_per_epoch * rows_per_step / len(data.sequences))
     plan = plan_validation(
         lengths=data.validation.lengths(),
@@ -55,7 +48,8 @@ def plan_run_validation(
         epochs=cfg.epochs,
         every_n_steps=at.eval_every_n_steps or cfg.eval_every_n_steps,
         max_rows=at.num_val_rows or cfg.max_val_rows,
-        samples_cost=samples_cost,
+        num_samples=cfg.num_samples,
+        reply_tokens=held_out["supervised_tokens"] / max(1, held_out["rows"]),
     )
     at.eval_every_n_steps, at.num_val_rows = plan.every_n_steps, len(plan.rows) or None
     return plan
@@ -113,6 +107,7 @@ class Observer:
             self.tokenizer,
             self.prompts,
             max_seq_len=self.max_seq_len,
+            max_tokens=self.validation.max_reply_tokens,
             device=self.world.device,
             # Processes that went on with different tokens would wait for each other for ever.
             agree=broadcast_from_main if self.is_sharded else lambda tokens: tokens,

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tune2gguf.checkpoints.durable import write_durably
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -84,9 +86,13 @@ def find_free_folder(wanted: str | Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one move, so that a reader never sees half of it."""
+    """Write a file in one move, so that a reader never sees half of it.
+
+    Raises:
+        OSError: with the file's name
+    """
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
+    write_durably(unfinished, text.encode())
     os.replace(unfinished, path)
 
 
@@ -137,18 +143,28 @@ def describe_plan(
     num_steps: int,
 ) -> list[str]:
     """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
+    from tune2gguf.cpu import describe_cpu
+    from tune2gguf.data.summary import describe_padding
+    from tune2gguf.parallel import describe_parallel
     from tune2gguf.samples import describe_prompts
 
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
+    lines += [describe_cpu()] if device == "cpu" else []
     if world_size > 1:
-        lines.append(f"processes: {world_size}, each with {'a part' if parallel == 'shard' else 'all'} of the base")
+        lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
     lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} held out")
     lines.append(validation.describe())
-    samples = describe_prompts(prompts, num_samples=cfg.num_samples, num_held_out=len(data.validation))
+    samples = describe_prompts(
+        prompts,
+        num_samples=cfg.num_samples,
+        num_held_out=len(data.validation),
+        max_tokens=validation.max_reply_tokens,
+    )
     lines += [] if samples is None else [samples]
     if data.unit == "packs":
         lines.append(f"packs: {len(data.sequences)} of {cfg.max_seq_len} tokens, {data.sequences.fill:.1%} full")
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
+    lines.append(describe_padding(data, seed=cfg.seed, batch_size=batch))
     lines.append(
         f"{data.unit} per step: {batch} x {accumulation} x {world_size} = {batch * accumulation * world_size}"
         " (batch x accumulation x processes)"

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tune2gguf.models import CausalLM
     from tune2gguf.tokenizers import ChatTokenizer
 
-MAX_REPLY_TOKENS = 64
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -49,11 +47,12 @@ def _find_prompts(
             yield Prompt(row, messages, reference, num_tokens)
 
 
-def describe_prompts(prompts: Sequence[Prompt], *, num_samples: int, num_held_out: int) -> str | None:
+def describe_prompts(prompts: Sequence[Prompt], *, num_samples: int, num_held_out: int, max_tokens: int) -> str | None:
     """Return the line that a run says before it starts; None where no samples are wanted, or no row is held out."""
     if num_samples == 0 or num_held_out == 0:
         return None
-    line = f"samples: {len(prompts)} held-out prompts, answered before training, after each epoch and at the end"
+    line = f"samples: {len(prompts)} held-out prompts, answered before training, after each epoch and at the end, "
+    line += f"in at most {max_tokens} tokens"
     if len(prompts) < num_samples:
         line += f"; num_samples={num_samples}, but no other held-out row is a conversation with room for a reply"
     return line
@@ -65,6 +64,7 @@ def answer_prompts(
     prompts: Sequence[Prompt],
     *,
     max_seq_len: int,
+    max_tokens: int,
     device: torch.device,
     agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
 ) -> list[dict]:
@@ -73,15 +73,16 @@ def answer_prompts(
     Nothing random is drawn, so that a run with samples trains to the same bytes as one without.
 
     Args:
+        max_tokens: of a reply
         agree: as in generate.AdapterModel
     """
     from tune2gguf.generate import generate_together, lend_caches, make_reply
 
     ids = [_encode(prompt.messages, tokenizer) for prompt in prompts]
-    num_places = max(map(len, ids)) + MAX_REPLY_TOKENS
+    num_places = max(map(len, ids)) + max_tokens
     caches = {"batch_size": len(ids), "num_places": num_places}
     with lend_caches(model, tokenizer, max_seq_len=max_seq_len, device=device, agree=agree, **caches) as asked:
-        replies = generate_together(asked, ids, max_tokens=MAX_REPLY_TOKENS)
+        replies = generate_together(asked, ids, max_tokens=max_tokens)
     return [
         _describe_reply(prompt, make_reply(tokenizer, *pair))
         for prompt, *pair in zip(prompts, ids, replies, strict=True)

@@ -17,6 +17,7 @@ MAX_SHARE = 0.10  # of the training time
 FORWARD_SHARE = 0.4
 # What a step of generating costs, in trained tokens: one token of every reply, for which all weights are read.
 GENERATION_COST = 13
+MAX_REPLY_TOKENS, MIN_REPLY_TOKENS = 64, 16
 TIMES_A_RUN = 10
 # The interval of the mean of fewer rows is so wide that measuring them less often tells more.
 ENOUGH_ROWS = 32
@@ -32,6 +33,7 @@ class ValidationPlan:
     num_validations: int  # with the one before training
     share: float  # of the training time that they cost, estimated
     samples_share: float = 0.0  # likewise of the samples
+    max_reply_tokens: int = 0  # of a sample
 
     def is_due(self, step: int, *, is_epoch_end: bool) -> bool:
         """Whether there is a validation after so many steps; before training there always is."""
@@ -62,7 +64,8 @@ def plan_validation(
     epochs: int,
     every_n_steps: int | None = None,
     max_rows: int | None = None,
-    samples_cost: float = 0.0,
+    num_samples: int = 0,
+    reply_tokens: float = 0.0,
 ) -> ValidationPlan:
     """Choose the rows and the steps of a run's validations.
 
@@ -77,12 +80,16 @@ def plan_validation(
             ENOUGH_ROWS rows (or max_rows, or all where there are fewer); at the least each epoch's end, and twice
             on the way of a single one
         max_rows: exact; None takes as many as MAX_SHARE allows, at least one
-        samples_cost: of answering the held-out prompts, in trained tokens; what it leaves of MAX_SHARE, and no less
-            than half of that, is for the rows
+        num_samples: held-out prompts that are answered, in replies of at most so many tokens as half of MAX_SHARE
+            allows; what they leave of MAX_SHARE is for the rows
+        reply_tokens: of a held-out reply, on average
     """
     by_digest = sorted(range(len(digests)), key=lambda row: digests[row])
     costs = FORWARD_SHARE * np.cumsum(np.asarray(lengths, np.float64)[by_digest])
     allowed = MAX_SHARE * training_tokens
+    max_reply_tokens, samples_cost = 0, 0.0
+    if num_samples > 0 and by_digest:
+        max_reply_tokens, samples_cost = _limit_replies(allowed / 2, epochs=epochs, reply_tokens=reply_tokens)
     budget = max(allowed - samples_cost, allowed / 2)
     if every_n_steps is None:
         wanted = min(len(by_digest), ENOUGH_ROWS if max_rows is None else max_rows)
@@ -98,19 +105,23 @@ def plan_validation(
         every_n_steps=every_n_steps,
         num_validations=times,
         share=float(costs[len(rows) - 1]) * times / training_tokens if rows else 0.0,
-        samples_share=samples_cost / training_tokens if rows else 0.0,
+        samples_share=samples_cost / training_tokens,
+        max_reply_tokens=max_reply_tokens,
     )
 
 
-def estimate_samples_cost(*, num_samples: int, epochs: int, reply_tokens: float, max_reply_tokens: int) -> float:
-    """Return what the samples of a run cost, in trained tokens: all prompts are answered together.
+def _limit_replies(budget: float, *, epochs: int, reply_tokens: float) -> tuple[int, float]:
+    """Return how long a sample may be, and what all of them cost in trained tokens.
 
-    Args:
-        reply_tokens: of a held-out reply, on average; the base is taken to go on until it is cut off
+    All prompts are answered together. The base is taken to go on until it is cut off, as it often does, the adapter
+    to answer as the held-out rows do.
     """
-    if num_samples == 0:
-        return 0.0
-    return GENERATION_COST * (max_reply_tokens + epochs * min(reply_tokens, max_reply_tokens))
+    cost = 0.0
+    for limit in range(MAX_REPLY_TOKENS, MIN_REPLY_TOKENS - 1, -1):
+        cost = GENERATION_COST * (limit + epochs * min(reply_tokens, limit))
+        if cost <= budget:
+            break
+    return limit, cost
 
 
 def _choose_interval(cost: float, budget: float, *, steps_per_epoch: int, epochs: int) -> int:

@@ -8,11 +8,12 @@ from tune2gguf.checkpoints.load import load_base
 from tune2gguf.data.messages import Conversation, Message
 from tune2gguf.lora import LoRALinear, initialize_adapters
 from tune2gguf.models import CausalLM, lora_llama, prepare_training
-from tune2gguf.samples import MAX_REPLY_TOKENS, answer_prompts, choose_prompts, describe_prompts
+from tune2gguf.samples import answer_prompts, choose_prompts, describe_prompts
 from tune2gguf.seeds import capture_random_state
 from tune2gguf.tokenizers import load_tokenizer
 
 CPU = torch.device("cpu")
+MAX_TOKENS = 40
 
 
 def make_conversation(question: str) -> Conversation:
@@ -65,7 +66,7 @@ def answer_without_cache(model: CausalLM, tokenizer, prompt) -> list[int]:
     ids = tokenizer.encode_prompt([Message(turn["role"], turn["content"]) for turn in prompt.messages])
     begin = len(ids)
     with torch.no_grad():
-        while len(ids) - begin < MAX_REPLY_TOKENS and (len(ids) == begin or ids[-1] not in tokenizer.stop_ids):
+        while len(ids) - begin < MAX_TOKENS and (len(ids) == begin or ids[-1] not in tokenizer.stop_ids):
             hidden = model.compute_hidden(torch.tensor([ids]))[0, -1]
             ids.append(int((hidden @ model.head_weight.T).argmax()))
     return ids[begin:]
@@ -75,7 +76,7 @@ def answer_without_cache(model: CausalLM, tokenizer, prompt) -> list[int]:
 def test_answers_are_the_likeliest_tokens_without_dropout(base, tokenizer, is_checkpointed):
     model = load_model(base, enable_activation_checkpointing=is_checkpointed)
     prompts = choose_prompts(CONVERSATIONS, tokenizer, num_samples=3, max_seq_len=256)
-    answers = answer_prompts(model, tokenizer, prompts, max_seq_len=256, device=CPU)
+    answers = answer_prompts(model, tokenizer, prompts, max_seq_len=256, max_tokens=MAX_TOKENS, device=CPU)
     model.eval()
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = answer_without_cache(model, tokenizer, prompt)
@@ -91,7 +92,7 @@ def test_model_and_random_numbers_are_left_as_they_were(base, tokenizer):
     torch.manual_seed(1)
     before = capture_random_state(CPU)
     prompts = choose_prompts(CONVERSATIONS, tokenizer, num_samples=2, max_seq_len=256)
-    answer_prompts(model, tokenizer, prompts, max_seq_len=256, device=CPU)
+    answer_prompts(model, tokenizer, prompts, max_seq_len=256, max_tokens=MAX_TOKENS, device=CPU)
     after = capture_random_state(CPU)
     assert torch.equal(before.pop("torch"), after.pop("torch")) and before == after
     assert all(module.training for module in model.modules())
@@ -108,13 +109,13 @@ def test_model_and_random_numbers_are_left_as_they_were(base, tokenizer):
 def test_what_leaves_no_room_or_has_no_prompt_is_passed_over_and_said(tokenizer):
     prompts = choose_prompts(CONVERSATIONS, tokenizer, num_samples=9, max_seq_len=256)
     assert [prompt.row for prompt in prompts] == [1, 3, 4]
-    assert describe_prompts(prompts, num_samples=9, num_held_out=5) == (
-        "samples: 3 held-out prompts, answered before training, after each epoch and at the end; num_samples=9, "
-        "but no other held-out row is a conversation with room for a reply"
+    assert describe_prompts(prompts, num_samples=9, num_held_out=5, max_tokens=40) == (
+        "samples: 3 held-out prompts, answered before training, after each epoch and at the end, "
+        "in at most 40 tokens; num_samples=9, but no other held-out row is a conversation with room for a reply"
     )
-    assert describe_prompts(prompts, num_samples=3, num_held_out=5).endswith("at the end")
-    assert describe_prompts([], num_samples=0, num_held_out=5) is None
-    assert describe_prompts([], num_samples=3, num_held_out=0) is None
+    assert describe_prompts(prompts, num_samples=3, num_held_out=5, max_tokens=40).endswith("in at most 40 tokens")
+    assert describe_prompts([], num_samples=0, num_held_out=5, max_tokens=40) is None
+    assert describe_prompts([], num_samples=3, num_held_out=0, max_tokens=40) is None
     # A prompt that fills max_seq_len leaves no room.
     longest = max(prompt.num_tokens for prompt in prompts)
     fitting = choose_prompts(CONVERSATIONS, tokenizer, num_samples=9, max_seq_len=longest)

@@ -8,10 +8,11 @@ import pytest
 from tune2gguf.validation_plan import (
     FORWARD_SHARE,
     GENERATION_COST,
+    MAX_REPLY_TOKENS,
     MAX_SHARE,
+    MIN_REPLY_TOKENS,
     ValidationPlan,
     count_validations,
-    estimate_samples_cost,
     plan_validation,
 )
 
@@ -98,18 +99,18 @@ def test_what_is_asked_for_is_done_whatever_it_costs_and_said():
     assert found.describe() == "held out: 40 rows, all of them measured 23 times, about 47% of the training time"
 
 
-@pytest.mark.parametrize("train_rows", [100, 259, 1000])
-def test_samples_leave_less_for_rows_but_never_less_than_half(train_rows):
-    samples_cost = estimate_samples_cost(num_samples=3, epochs=3, reply_tokens=30, max_reply_tokens=64)
-    assert samples_cost == GENERATION_COST * (64 + 3 * 30)
-    assert estimate_samples_cost(num_samples=0, epochs=3, reply_tokens=30, max_reply_tokens=64) == 0
-    found = plan(400, train_rows=train_rows, samples_cost=samples_cost)
-    training_tokens = 3 * train_rows * 100
-    assert found.samples_share == pytest.approx(samples_cost / training_tokens)
-    left = max(MAX_SHARE - found.samples_share, MAX_SHARE / 2)
+@pytest.mark.parametrize("train_rows", [50, 100, 259, 1000])
+def test_samples_and_rows_together_cost_at_most_a_tenth(train_rows):
+    found = plan(400, train_rows=train_rows, num_samples=3, reply_tokens=30)
+    steps = found.max_reply_tokens + 3 * min(30, found.max_reply_tokens)
+    assert found.samples_share == pytest.approx(GENERATION_COST * steps / (3 * train_rows * 100))
+    assert MIN_REPLY_TOKENS <= found.max_reply_tokens <= MAX_REPLY_TOKENS
     one_more = found.share * (len(found.rows) + 1) / len(found.rows)
-    assert found.share <= left < one_more
+    assert found.share + found.samples_share <= MAX_SHARE < one_more + found.samples_share
+    assert (train_rows < 259) == (found.max_reply_tokens < MAX_REPLY_TOKENS), "replies are cut where they have to be"
     assert f", and {found.samples_share:.0%} for the samples" in found.describe()
+    without = plan(400, train_rows=train_rows, num_samples=0, reply_tokens=30)
+    assert (without.samples_share, len(without.rows) > len(found.rows)) == (0, True)
 
 
 def test_rows_left_out_are_said_with_the_way_to_have_them():
