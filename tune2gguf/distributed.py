@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tune2gguf.cpu import prepare_cpu
+
 # The machines of a run read the same programs from disks of different speed before their processes can meet.
 MEETING_TIME = timedelta(minutes=5)
 
@@ -91,7 +93,7 @@ def agree_on_start(store: dist.Store, *, rank: int, size: int) -> str:
 
 
 def start_world(device: str) -> World:
-    """Take this process's place and device among the joined processes.
+    """Take this process's place and device among the joined processes; on a CPU, its share of the cores, too.
 
     Args:
         device: cpu or cuda; with several GPUs each process takes the one of its local rank
@@ -106,6 +108,8 @@ def start_world(device: str) -> World:
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch_device.type == "cpu":
+        prepare_cpu(local_size)
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=torch_device)
 
 

@@ -107,6 +107,7 @@ def run_recipe(arguments: list[str], log: Path, environment: dict[str, str], lim
     import torch
 
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # more processes would share all cores
     if limit is not None:
         resource.setrlimit(limit[0], (limit[1], limit[1]))
     from recipes.lora_finetune import recipe_main

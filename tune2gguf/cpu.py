@@ -1,0 +1,91 @@
+"""What a run on a CPU sets before it computes: threads for each process, and an allocator that keeps what it has."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from pathlib import Path
+
+# Of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NEVER = -1
+GROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+
+def prepare_cpu(num_processes: int) -> None:
+    """Set this process's threads and allocator; `num_processes` of the run share the machine."""
+    import torch
+
+    torch.set_num_threads(choose_num_threads(num_processes))
+    keep_freed_memory()
+
+
+def choose_num_threads(num_processes: int) -> int:
+    """Return the threads of each process: an equal share of the cores, at least one.
+
+    What the user says with OMP_NUM_THREADS stays; torchrun sets it to 1 where nobody said anything, and that does not
+    count. One process keeps torch's own choice, unless its control group has fewer cores than that.
+    """
+    import torch
+
+    said = os.environ.get("OMP_NUM_THREADS")
+    if said is not None and not (said == "1" and num_processes > 1 and "TORCHELASTIC_RUN_ID" in os.environ):
+        return torch.get_num_threads()
+    if num_processes == 1:
+        return min(torch.get_num_threads(), count_cores())
+    return max(1, count_cores() // num_processes)
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use: two hardware threads of a core are one, and a quota is heeded."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    try:
+        cores = len({Path(_TOPOLOGY.format(cpu)).read_text() for cpu in cpus})
+    except OSError:
+        cores = len(cpus)
+    return max(1, min(cores, _read_quota(GROUP_QUOTA)))
+
+
+def _read_quota(path: Path) -> int:
+    """Return the cores of a control group's quota, rounded up; without one, more than any machine has."""
+    try:
+        quota, period = path.read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):  # none set is spelled "max"
+        return 1 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep the memory that a step frees for the next one; return whether it does.
+
+    By default it returns large blocks to the system and gets them back page by page, zeroed: a tenth of a step's time.
+    The peak stays, as the next step needs as much.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def describe_cpu() -> str:
+    """Return what the log says of the CPU: the threads of this process, and how bf16 is computed."""
+    import torch
+
+    return f"CPU: {torch.get_num_threads()} threads a process, {count_cores()} cores, bf16 {_describe_bf16()}"
+
+
+def _describe_bf16() -> str:
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        return "by AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "by AVX512"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "by oneDNN"
+    return "emulated; dtype=fp32 base_weights=fp32 is faster here, in twice the memory"
