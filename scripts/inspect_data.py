@@ -16,7 +16,7 @@ from tune2gguf.data.inspect import check_outputs, inspect_config, inspect_files
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arguments", nargs="*", help="data files; with --config, key=value overrides")
+    parser.add_argument("arguments", nargs="*", help="data files and dataset.KEY=VALUE; with --config, any KEY=VALUE")
     parser.add_argument("--config", type=Path, help="a run's YAML; data, tokenizer and step are taken from it")
     parser.add_argument("--base-dir", type=Path, help="without --config: the base folder whose tokenizer counts")
     parser.add_argument("--chat-template", default="llama3", help="without --config: llama3 | llama3_1 | chatml")
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3, help="rows to print with their supervised tokens coloured")
     parser.add_argument("--html", type=Path, help="write the same as a page, to a file that does not exist yet")
     parser.add_argument("--png", type=Path, help="write the histogram as a picture, to a file that does not exist yet")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if (arguments.config is None) == (arguments.base_dir is None):
         parser.error("give either --config, or data files and --base-dir")
     try:

@@ -238,6 +238,8 @@ def find_tokenizer_file(base_dir: str | Path) -> Path:
     Raises:
         ValueError: if there is none
     """
+    if not Path(base_dir).is_dir():
+        raise ValueError(f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config …")
     names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
     for name in names:
         if (Path(base_dir) / name).is_file():

@@ -1,6 +1,7 @@
 """What inspect_data.py says of a data set: figures that can be counted by hand, and no character that acts."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -158,8 +159,11 @@ def test_config_is_inspected_with_its_own_tokenizer_split_and_step(run_arguments
 def test_unreadable_data_or_tokenizer_is_one_sentence(tmp_path, tiny_base):
     with pytest.raises(ValueError, match=r"missing\.jsonl: no such file"):
         inspect(tmp_path / "missing.jsonl", tiny_base)
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(1))
     with pytest.raises(ValueError, match="no tokenizer"):
-        inspect(write_rows(tmp_path / "a.jsonl", make_conversations(1)), tmp_path)
+        inspect(path, tmp_path)
+    with pytest.raises(ValueError, match=r"no base model in .*nowhere\. Get it with:\n  python scripts/download\.py"):
+        inspect(path, tmp_path / "nowhere")
 
 
 def test_script_prints_and_writes(tmp_path, tiny_base, mixed_file):
@@ -176,8 +180,34 @@ def test_script_prints_and_writes(tmp_path, tiny_base, mixed_file):
     assert refused.stderr == f"error: {tmp_path / 'page.html'} exists and is not overwritten\n"
 
 
-def test_ambiguous_shape_is_one_sentence_too(tmp_path, tiny_base):
+def test_ambiguous_shape_is_one_sentence_and_its_way_out_works(tmp_path, tiny_base):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(make_conversations(1)[0] | {"text": "x"}))
-    with pytest.raises(ValueError, match="fit the formats openai and text"):
+    with pytest.raises(ValueError, match=r"fit the formats openai and text; say which with dataset\.format=openai$"):
         inspect(path, tiny_base)
+    options = {"chat_template": "chatml", "max_seq_len": 100, "num_rows": 1}
+    inspection = inspect_files([str(path), "dataset.format=openai"], tiny_base, **options)
+    assert inspection.summary.data.ledger["trained"] == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "options", "said"),
+    [
+        ("dataset.fromat=openai", {}, "unknown key 'dataset.fromat'; did you mean 'dataset.format'?"),
+        ("dataset.format=chat", {}, "dataset.format=chat is not one of auto, openai"),
+        ("dataset.validation_split=2", {}, "must be a fraction"),
+        ("none.jsonl", {}, "none.jsonl: no such file"),
+        ("none.jsonl", {"num_rows": -1}, "num_rows=-1 must be at least 0"),
+        ("none.jsonl", {"max_seq_len": 1}, "max_seq_len=1 must be at least 2"),
+    ],
+)
+def test_wrong_option_is_refused(tmp_path, tiny_base, argument, options, said):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(2))
+    options = {"chat_template": "chatml", "max_seq_len": 100, "num_rows": 1} | options
+    with pytest.raises(ValueError, match=re.escape(said)):
+        inspect_files([str(path), argument], tiny_base, **options)
+
+
+def test_misspelled_key_of_a_config_is_refused(run_arguments):
+    with pytest.raises(ValueError, match="unknown config key 'datset'; did you mean 'dataset'"):
+        inspect_config(run_arguments[1], [*run_arguments[2:], "datset.format=text"], num_rows=1)

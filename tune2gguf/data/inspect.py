@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tune2gguf.data.html import draw_png, make_html
-from tune2gguf.data.prepare import check_files
+from tune2gguf.data.prepare import chat_dataset, check_files
 from tune2gguf.data.show import format_row, format_summary
 from tune2gguf.data.summary import DataSummary, summarize_data
 from tune2gguf.data.tokenize import TokenizedRow
@@ -71,14 +74,20 @@ def _write_new(path: Path, content: bytes) -> Path:
 def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspection:
     """Look at the data of a run's config.
 
+    Args:
+        overrides: key=value, as for the run
+
     Raises:
-        ValueError: if config, tokenizer or data cannot be read
+        ValueError: if config, tokenizer or data cannot be read, or a key or value is wrong
     """
     from omegaconf import OmegaConf
 
     from tune2gguf.config import read_config
+    from tune2gguf.config.check import check_values
 
+    _check_at_least(0, num_rows=num_rows)
     config = read_config(path, overrides)
+    check_values(config)
     dataset = OmegaConf.to_container(config.dataset, resolve=True)
     dataset.pop("_component_")
     tokenizer = load_tokenizer(config.base_dir, chat_template=config.chat_template)
@@ -94,14 +103,21 @@ def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspec
 
 
 def inspect_files(
-    files: Sequence[str], base_dir: Path, *, chat_template: str, max_seq_len: int, num_rows: int
+    arguments: Sequence[str], base_dir: Path, *, chat_template: str, max_seq_len: int, num_rows: int
 ) -> Inspection:
     """Look at data files with the tokenizer of a base folder.
 
+    Args:
+        arguments: files as chat_dataset takes them, and its other options as dataset.KEY=VALUE
+
     Raises:
-        ValueError: if tokenizer or data cannot be read
+        ValueError: if tokenizer or data cannot be read, or an option is wrong
     """
-    dataset = {"files": list(files)}
+    _check_at_least(0, num_rows=num_rows)
+    _check_at_least(2, max_seq_len=max_seq_len)  # one to predict from, one to predict
+    overrides = [argument for argument in arguments if re.match(r"dataset\.\w+=", argument)]
+    files = [argument for argument in arguments if argument not in overrides]
+    dataset = {"files": files, **_read_options(overrides)}
     problems = check_files(dataset)
     if problems:
         raise ValueError("\n".join(problems))
@@ -115,6 +131,27 @@ def inspect_files(
         accumulation_steps=ACCUMULATION_STEPS,
     )
     return Inspection(summary, _draw_rows(summary, num_rows, seed=0), tokenizer)
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def _read_options(overrides: list[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    from tune2gguf.config.names import suggest
+
+    if not overrides:
+        return {}
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))["dataset"]
+    known = inspect.signature(chat_dataset).parameters.keys() - {"files", "tokenizer", "max_seq_len", "seed"}
+    for key in options:
+        if key not in known:
+            raise ValueError(f"unknown key 'dataset.{key}'{suggest(f'dataset.{key}', sorted(known))}")
+    return options
 
 
 def _draw_rows(summary: DataSummary, num_rows: int, *, seed: int) -> list[TokenizedRow]:
