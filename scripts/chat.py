@@ -20,7 +20,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--system", help="system prompt; default: the one the run was trained with, if it was one")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most probable token")
     parser.add_argument("--max-tokens", type=int, default=256, help="limit of a reply")
-    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp; they spin, so no more than free cores")
+    parser.add_argument(
+        "--threads", type=int, help="of llama.cpp, no more than free cores; default: by the file's size"
+    )
     return parser.parse_args()
 
 

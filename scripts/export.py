@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of the held-out loss over the trained model's; 0.05 = 5 %%",
     )
     parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
-    parser.add_argument("--threads", type=int, help="to quantize with; default: all cores")
+    parser.add_argument("--threads", type=int, help="to quantize and to prove with; default: all cores")
     parser.add_argument("--no-cache", action="store_true", help="neither use nor keep quantized tensors of the base")
     return parser.parse_args()
 
@@ -80,7 +80,12 @@ def main() -> None:
 
 def show_proof(export: Export, arguments: argparse.Namespace) -> bool:
     """Prove the export and print the result; return whether it holds."""
-    proof = prove_export(export, num_rows=arguments.proof_rows, max_loss_increase=arguments.max_loss_increase)
+    proof = prove_export(
+        export,
+        num_rows=arguments.proof_rows,
+        max_loss_increase=arguments.max_loss_increase,
+        num_threads=arguments.threads,
+    )
     if proof is None:
         print("not proven: the run has no held-out rows (dataset.validation_files or dataset.validation_split)")
         return True

@@ -27,7 +27,7 @@ class ChatModel(Protocol):
 
 
 def open_chat_model(
-    run: FinishedRun, *, gguf_path: Path | None = None, uses_adapter: bool = False, num_threads: int = 1
+    run: FinishedRun, *, gguf_path: Path | None = None, uses_adapter: bool = False, num_threads: int | None = None
 ) -> ChatModel:
     """Load what to talk to: the newest exported file, the given one, or base and adapter in torch.
 
@@ -46,13 +46,13 @@ def open_chat_model(
     return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len)
 
 
-def check_options(*, max_tokens: int, temperature: float, num_threads: int) -> None:
+def check_options(*, max_tokens: int, temperature: float, num_threads: int | None) -> None:
     """Raise ValueError for a number that makes no sense."""
     if max_tokens < 1:
         raise ValueError(f"a reply of {max_tokens} tokens is none; give 1 or more")
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature:g} makes no sense; give 0, which is greedy, or more")
-    if num_threads < 1:
+    if num_threads is not None and num_threads < 1:
         raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
 
 

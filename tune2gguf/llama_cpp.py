@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tune2gguf.cpu import count_cores
+
+BYTES_PER_THREAD = 200_000_000
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -141,13 +145,22 @@ class LlamaCppModel:
             raise ValueError(f"llama.cpp refused {endpoint}: {error.read().decode(errors='replace')}") from None
 
 
+def choose_num_threads(path: Path) -> int:
+    """Return one thread for each 200 MB of weights, up to the cores: threads of a small model mostly wait."""
+    return max(1, min(count_cores(), path.stat().st_size // BYTES_PER_THREAD))
+
+
 def open_model(
-    path: str | Path, *, num_threads: int = 1, context_length: int = 2048, adapter_path: str | Path | None = None
+    path: str | Path,
+    *,
+    num_threads: int | None = None,
+    context_length: int = 2048,
+    adapter_path: str | Path | None = None,
 ) -> LlamaCppModel:
     """Load a GGUF file.
 
     Args:
-        num_threads: llama.cpp's threads spin while they wait; more than the free cores make it slower
+        num_threads: None chooses by the file's size; threads spin while they wait, and more than the free cores slow it
         context_length: tokens, prompt and reply together
         adapter_path: a LoRA adapter in GGUF to apply
 
@@ -163,8 +176,8 @@ def open_model(
     params = CommonParams()
     params.model.path = str(path)
     params.n_ctx = context_length
-    params.cpuparams.n_threads = num_threads
-    params.cpuparams_batch.n_threads = num_threads
+    params.cpuparams.n_threads = choose_num_threads(path) if num_threads is None else num_threads
+    params.cpuparams_batch.n_threads = params.cpuparams.n_threads
     params.api_keys = [api_key]
     params.verbosity = -1  # errors reach the caller as exceptions
     params.warmup = False

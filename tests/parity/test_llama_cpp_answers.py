@@ -12,7 +12,7 @@ from tests.conftest import TINY_TIED, TINY_UNTIED, write_tiny_base
 from tests.parity.gguf_models import write_run
 from tests.parity.make_gguf_digests import write_hf_folder
 from tune2gguf.export.pipeline import export_base, export_run
-from tune2gguf.llama_cpp import LlamaCppModel, open_model
+from tune2gguf.llama_cpp import LlamaCppModel, choose_num_threads, open_model
 
 MESSAGES = [{"role": "user", "content": " When does the ferry leave? "}]
 
@@ -123,3 +123,13 @@ def test_llama_cpp_loads_the_type(tiny_base, tmp_path, quantization):
     model = open_model(path, context_length=256)
     log_probabilities = ask_log_probabilities(model, [1, 2, 3], count=384)
     assert math.isclose(log_probabilities.exp().sum(), 1, abs_tol=1e-3)
+
+
+def test_threads_follow_from_the_files_size_and_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr("tune2gguf.llama_cpp.count_cores", lambda: 4)
+    path = tmp_path / "sparse.gguf"
+    chosen = []
+    for size in (1, 399_999_999, 500_000_000, 5_000_000_000):
+        path.open("ab").truncate(size)
+        chosen.append(choose_num_threads(path))
+    assert chosen == [1, 1, 2, 4]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from tune2gguf.cache import get_cache_dir
 from tune2gguf.chat_templates import ChatTemplate
+from tune2gguf.cpu import count_cores
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, list_gguf_tensors, write_metadata
 from tune2gguf.export.kernels import load_kernels
@@ -57,7 +57,7 @@ def write_gguf_files(
                 list(outputs.values()),
                 tensors,
                 converter=converter,
-                num_threads=_count_cores() if num_threads is None else num_threads,
+                num_threads=count_cores() if num_threads is None else num_threads,
                 report=bar.update,
             )
     if cache is not None:
@@ -107,8 +107,3 @@ def count_file_bytes(base: MergeBase, quantization: Quantization) -> int:
 
 def _count_elements(shape: tuple[int, ...]) -> int:
     return shape[0] * (shape[1] if len(shape) == 2 else 1)
-
-
-def _count_cores() -> int:
-    """Cores this process may use, which a container can limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def _make_front_matter(run: FinishedRun, licence: Licence) -> str:
 
 def _describe_run(run: FinishedRun, files: Sequence[tuple[Path, str]]) -> str:
     rows = [f"| {path.name} | {path.stat().st_size / 1e6:.0f} MB | {modelfile} |" for path, modelfile in files]
-    serve = f"ollama create {run.name.lower()} -f {files[0][1]} && ollama run {run.name.lower()}"
+    name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower())
+    serve = f"ollama create {name} -f {files[0][1]} && ollama run {name}"
     return (
         "## Run it\n\n| file | size | Modelfile |\n|---|---|---|\n" + "\n".join(rows) + f"\n\n```\n{serve}\n```\n\n"
         f"Chat template: {run.chat_template.name}, context as trained: {run.max_seq_len} tokens. "

@@ -71,7 +71,7 @@ def prove_export(
     num_rows: int = 16,
     num_replies: int = 3,
     max_loss_increase: float = 0.05,
-    num_threads: int = 1,
+    num_threads: int | None = None,
     show: bool = True,
 ) -> Proof | None:
     """Prove an export on held-out rows and write proof.json; None where the run has no held-out rows.
@@ -80,7 +80,7 @@ def prove_export(
         num_rows: held-out rows to use, the first ones
         num_replies: questions to ask each file
         max_loss_increase: of a file's held-out loss over the trained model's, as a fraction
-        num_threads: of llama.cpp
+        num_threads: of llama.cpp; None chooses by the file's size
 
     Raises:
         ValueError: if something that is needed is missing or cannot be loaded

@@ -76,7 +76,7 @@ def serve_file(
     *,
     context_length: int,
     num_replies: int,
-    num_threads: int,
+    num_threads: int | None,
 ) -> ServedFile:
     """Load a file into llama.cpp and check ids, losses and replies.
 
