@@ -1,12 +1,14 @@
 """Tokenized files are kept: the same arrays come back, and only for the same content, tokenizer and code."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
 
 from tests.conftest import make_conversations, write_rows
-from tune2gguf.data.token_cache import tokenize_once
+from tune2gguf.data.token_cache import KEPT_DAYS, tokenize_once
 from tune2gguf.data.tokenize import tokenize_file
 from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
 
@@ -87,6 +89,26 @@ def test_file_that_stops_the_run_is_not_kept(tmp_path, tokenizer, cache):
     # Once kept with its bad rows listed, it says the same of them.
     tokenize(path, tokenizer, stop_at_problem=False)
     assert tokenize(path, tokenizer).index.problems == stopped.index.problems
+
+
+def test_what_was_not_used_for_long_is_deleted_when_another_file_is_kept(tmp_path, tokenizer, cache):
+    def keep(count):
+        before = set(cache.iterdir()) if cache.exists() else set()
+        tokenize(write_rows(tmp_path / f"{count}.jsonl", make_conversations(count)), tokenizer)
+        return set(cache.iterdir()) - before
+
+    def age(folders, days):
+        for folder in folders:
+            os.utime(folder, (time.time() - days * 86_400,) * 2)
+
+    used, unused, recent = keep(1), keep(2), keep(3)
+    unfinished = {cache / ".unfinished-x"}
+    (cache / ".unfinished-x").mkdir()
+    age(used | unused | unfinished, KEPT_DAYS + 1)
+    age(recent, KEPT_DAYS - 1)
+    tokenize(tmp_path / "1.jsonl", tokenizer)
+    newest = keep(4)
+    assert set(cache.iterdir()) == used | recent | newest
 
 
 def test_small_file_is_not_kept(tmp_path, tokenizer, cache):

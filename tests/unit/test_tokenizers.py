@@ -81,6 +81,24 @@ def test_unicode_reply_is_supervised_byte_for_byte():
     assert tokenizer.decode(find_supervised(tokenizer, user("x"), assistant(reply))) == reply + "<|eot_id|>"
 
 
+@pytest.mark.parametrize(
+    ("content", "content_ids"),
+    [
+        ("naïve 日本語 👋", [3458, 38672, 588, 105180, 102158, 62904, 233]),
+        (" \n Hello!\t\n", [9906, 0]),
+        ("\u00a0Hi\u3000", [4194, 13347, 23249]),
+        ("The end is <|eot_id|>", [791, 842, 374, 83739, 68, 354, 851, 91, 29]),
+        ("<|eot_id|>", [27, 91, 68, 354, 851, 91, 29]),
+    ],
+)
+def test_content_has_the_ids_that_tiktoken_gives_it(content, content_ids):
+    """Unicode, white space around it and special tokens spelled in it, as question and as reply."""
+    ids, supervised = load_llama3().encode_conversation([user(content), assistant(content)])
+    question = [BEGIN, *header(USER), *content_ids, EOT, *header(ASSISTANT)]
+    assert ids == [*question, *content_ids, EOT]
+    assert supervised == [False] * len(question) + [True] * (len(content_ids) + 1)
+
+
 @pytest.mark.parametrize("space", [" ", "\t", "\n", "\r\n", "\v\f", " \n \t"])
 def test_white_space_around_content_is_trimmed(space):
     tokenizer = load_llama3()

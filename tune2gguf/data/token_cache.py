@@ -1,4 +1,7 @@
-"""Tokenized files are kept: the next run on the same file starts at once, and tokens are mapped, not held in memory."""
+"""Tokenized files are kept: the next run on the same file starts at once, and tokens are mapped, not held in memory.
+
+What was not looked at for KEPT_DAYS is deleted when another file is kept, so that the cache does not grow for ever.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 # A smaller file is tokenized in less than a second: not worth a place in the cache.
 MIN_CACHED_BYTES = 2**20
+KEPT_DAYS = 30
 
 
 def tokenize_once(
@@ -58,7 +63,18 @@ def tokenize_once(
         index = _fill(folder, name, tokenizer, format=format, stop_at_problem=stop_at_problem)
         if index.problems and stop_at_problem:
             return TokenizedFile(name, np.empty(0, TOKEN_DTYPE), np.empty(0, bool), index)
+        _delete_old(folder.parent)
+    with contextlib.suppress(OSError):  # a cache that may only be read is as good
+        os.utime(folder)
     return _load(folder, name)
+
+
+def _delete_old(cache: Path) -> None:
+    """Delete what no run has used for KEPT_DAYS; one that still has it mapped keeps it to its end."""
+    for folder in cache.iterdir():
+        with contextlib.suppress(OSError):
+            if folder.stat().st_mtime < time.time() - KEPT_DAYS * 86_400:
+                shutil.rmtree(folder)
 
 
 def _compute_key(name: str, tokenizer: ChatTokenizer, format: str) -> str:
