@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.tokenizer_files import find_llama3_tokenizer, load_llama3
+from tests.tokenizer_files import find_llama3_tokenizer, load_llama3, write_smollm2_tokenizer
 from tune2gguf.chat_templates import LLAMA3_1
 from tune2gguf.data import Message
 from tune2gguf.tokenizers import ChatTokenizer, find_tokenizer_file, load_tokenizer, make_llama3_tokenizer_json
@@ -169,6 +169,29 @@ def test_chatml_supervises_the_reply_and_its_end_but_not_the_line_break_after_it
     assert ids[0] == start
     assert tokenizer.end_of_turn_id == end
     assert tokenizer.stop_ids == (start, end)
+
+
+def test_chatml_row_has_the_ids_that_transformers_gives_it(tmp_path):
+    """SmolLM2's own tokenizer: system, two turns, unicode, trimmed white space and a spelled special token."""
+    write_smollm2_tokenizer(tmp_path)
+    messages = [
+        Message("system", "Be brief."),
+        *(user(" Hi\n"), assistant("Hello!\n")),
+        *(user("naïve 日本語 👋"), assistant("The end is<|im_end|>")),
+    ]
+    ids, supervised = load_tokenizer(tmp_path, chat_template="chatml").encode_conversation(messages)
+    unicode_ids = [3546, 46494, 17097, 241, 115, 40993, 179, 120, 248, 15107, 235, 229]
+    spelled = [44, 108, 306, 79, 486, 108, 46]
+    expected = [
+        *([1, 9690, 198, 6077, 5453, 30, 2, 198, 1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198], False),
+        *([19556, 17, 2], True),
+        *([198, 1, 4093, 198, *unicode_ids, 2, 198, 1, 520, 9531, 198], False),
+        *([504, 1112, 314, *spelled, 2], True),
+        *([198], False),
+    ]
+    pieces, flags = expected[0::2], expected[1::2]
+    assert ids == [id_ for piece in pieces for id_ in piece]
+    assert supervised == [flag for piece, flag in zip(pieces, flags, strict=True) for _ in piece]
 
 
 def test_many_rows_at_once_have_the_ids_of_each_alone():
