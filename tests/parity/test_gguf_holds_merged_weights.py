@@ -148,3 +148,25 @@ def test_merged_folder_names_the_trained_chat_template(run_dir, tmp_path):
     config = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
     assert config["chat_template"] == CHATML.jinja_template
     assert config["eos_token"] == CHATML.end_of_turn
+
+
+def test_merged_folder_has_the_shards_of_the_base(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from tests.conftest import TINY_UNTIED, write_tiny_tokenizer
+    from tests.parity.make_gguf_digests import write_hf_folder
+    from tune2gguf.random_base import write_random_base
+
+    base_dir = write_random_base(TINY_UNTIED, tmp_path / "base", max_shard_bytes=40_000)
+    write_tiny_tokenizer(base_dir)
+    run_dir, merged_dir = write_run(base_dir, tmp_path / "run", chat_template="chatml"), tmp_path / "merged"
+    write_hf_folder(run_dir, merged_dir, is_merged=True)
+    index = "model.safetensors.index.json"
+    maps = [json.loads((folder / index).read_text())["weight_map"] for folder in (base_dir, merged_dir)]
+    assert maps[0] == maps[1] and len(set(maps[0].values())) > 2
+    plain, merged = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (base_dir, merged_dir)
+    )
+    changed = {name for name, weight in merged.items() if not torch.equal(weight, plain[name])}
+    assert changed == {spec.hf_name for spec in list_tensors(TINY_UNTIED) if spec.is_linear}
