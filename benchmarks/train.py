@@ -1,0 +1,196 @@
+"""Training on a CPU: this package, torchtune 0.6.1's own recipe and transformers + PEFT, side by side.
+
+    python benchmarks/train.py --folder /tmp/train --out benchmarks/results/train_cpu.txt
+    python benchmarks/train.py --folder /tmp/train --cases "1b bf16 2x256 50%" --sides ours peft --max-runs 3
+
+Every run is a process of its own, started as a user starts it (ours and torchtune's through `tune run`), on the same
+base, the same rows in the same order and batches, rank, alpha, all linear layers, no dropout, AdamW, one learning rate.
+The sides take turns. Watched from outside: when the first step begins (the progress bar appears), when the log gets the
+line of a step, and the peak of the resident memory up to the last step; then the process is ended. The first step warms
+up; tokens a second are those of the steps after it, padding not counted. Each finished run is a line of
+FOLDER/runs.jsonl, and what is there is not run again: the script can be stopped and started. The table is written anew
+after each run. The other sides get rows that are tokenized already, ours tokenizes them while it starts. Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.train_cases import CASES, REPOSITORY, SIDES, Prepared, make_command, prepare_case
+
+POLL_SECONDS = 0.01
+STOCK_STEP = re.compile(r"^Step (\d+) \| .*?loss:([-\d.e]+)", re.MULTILINE)
+PACKAGES = ("torch", "torchtune", "torchao", "transformers", "peft", "bitsandbytes")
+
+
+class Bar(threading.Thread):
+    """Reads what a process prints, and notes when the progress bar of its steps first appears."""
+
+    def __init__(self, process: subprocess.Popen, num_steps: int) -> None:
+        super().__init__(daemon=True)
+        self.process, self.pattern = process, f" 0/{num_steps} [".encode()
+        self.began: float | None = None
+        self.printed = b""
+
+    def run(self) -> None:
+        while part := os.read(self.process.stdout.fileno(), 4096):
+            self.printed += part
+            if self.began is None and self.pattern in self.printed:
+                self.began = time.monotonic()
+
+
+def read_losses(side: str, output_dir: Path) -> list[float]:
+    """Return the losses of the steps that a run has logged until now."""
+    if side == "ours":
+        path = output_dir / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [record["loss"] for record in map(json.loads, lines) if "lr" in record]
+    logs = [*output_dir.glob("logs/*.txt"), *output_dir.glob("log.txt")]
+    return [float(loss) for _, loss in STOCK_STEP.findall(logs[0].read_text())] if logs else []
+
+
+def read_peak_bytes(pid: int) -> int:
+    """Return the largest resident memory that a process has had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE).group(1)) * 1024
+
+
+def run_side(side: str, prepared: Prepared, output_dir: Path) -> dict:
+    """Start a side, watch it take its steps, end it; return seconds, losses and peak memory."""
+    num_steps = prepared.case.steps
+    command, cwd = make_command(side, prepared, output_dir)
+    if side != "ours":
+        output_dir.mkdir(parents=True)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)  # each side with its own choice
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    bar = Bar(process, num_steps)
+    bar.start()
+    ended: list[float] = []
+    losses: list[float] = []
+    try:
+        while len(losses) < num_steps:
+            time.sleep(POLL_SECONDS)
+            losses = read_losses(side, output_dir)
+            ended += [time.monotonic()] * (len(losses) - len(ended))
+            if process.poll() is not None and len(losses) < num_steps:
+                sys.exit(f"{side} ended early:\n{bar.printed.decode(errors='replace')[-3000:]}")
+        peak_bytes = read_peak_bytes(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+    assert bar.began is not None, bar.printed.decode(errors="replace")[-3000:]
+    return {
+        "start_s": bar.began - started,
+        "step_s": [end - begin for begin, end in zip([bar.began, *ended[:-1]], ended, strict=True)],
+        "losses": losses,
+        "peak_bytes": peak_bytes,
+    }
+
+
+def list_open_runs(arguments: argparse.Namespace, done: list[dict]) -> Iterable[tuple[str, int, str]]:
+    """Yield case, repeat and side of what is still to run; the sides take turns."""
+    known = {(run["case"], run["repeat"], run["side"]) for run in done}
+    for case in arguments.cases:
+        for repeat in range(arguments.repeats):
+            for side in arguments.sides:
+                if (case, repeat, side) not in known:
+                    yield case, repeat, side
+
+
+def summarize(runs: list[dict]) -> dict[str, float]:
+    """Return the medians over the repeats of a case and side."""
+
+    def compute_speed(run: dict, kind: str) -> float:
+        return sum(run[kind][1:]) / sum(run["step_s"][1:])
+
+    return {
+        "tokens/s": statistics.median(compute_speed(run, "tokens") for run in runs),
+        "supervised/s": statistics.median(compute_speed(run, "supervised_tokens") for run in runs),
+        "peak GB": statistics.median(run["peak_bytes"] for run in runs) / 1e9,
+        "start s": statistics.median(run["start_s"] for run in runs),
+        "first loss": statistics.median(run["losses"][0] for run in runs),
+        "last loss": statistics.median(run["losses"][-1] for run in runs),
+    }
+
+
+def make_table(runs: list[dict]) -> list[str]:
+    """Return the lines of all cases: a line a side, and the ratios of ours to each other side."""
+    columns = ("tokens/s", "supervised/s", "peak GB", "start s", "first loss", "last loss")
+    lines = []
+    for case in dict.fromkeys(run["case"] for run in runs):
+        found = {
+            side: [run for run in runs if run["case"] == case and run["side"] == side]
+            for side in SIDES
+            if any(run["case"] == case and run["side"] == side for run in runs)
+        }
+        sides = {side: summarize(of_side) for side, of_side in found.items()}
+        lines += ["", f"{case}, {CASES[case].steps} steps", f"{'':22}" + "".join(f"{name:>14}" for name in columns)]
+        for side, summary in sides.items():
+            label = f"  {side} ({len(found[side])} runs)"
+            lines.append(f"{label:22}" + "".join(f"{summary[name]:14.2f}" for name in columns))
+        for side in ("stock", "peft"):
+            if "ours" in sides and side in sides:
+                label = f"  ours / {side}"
+                ratios = (sides["ours"][name] / sides[side][name] for name in columns)
+                lines.append(f"{label:22}" + "".join(f"{ratio:14.3f}" for ratio in ratios))
+    return lines
+
+
+def describe_machine() -> list[str]:
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next(line.split(":")[1].strip() for line in info if "model name" in line)
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return [f"{date.today()}, {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, type=Path, help="bases, rows and the results of single runs")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-runs", type=int, help="stop after so many runs; default: when all are done")
+    parser.add_argument("--out", type=Path, help="the table; default: print only")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "runs.jsonl"
+    runs = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for case, repeat, side in list(list_open_runs(arguments, runs))[: arguments.max_runs]:
+        prepared = prepare_case(case, folder)
+        output_dir = folder / "run"
+        shutil.rmtree(output_dir, ignore_errors=True)
+        tokens, supervised_tokens = zip(*prepared.count_tokens(), strict=True)
+        run = {"case": case, "repeat": repeat, "side": side, "load": os.getloadavg()[0]}
+        run |= run_side(side, prepared, output_dir) | {"tokens": tokens, "supervised_tokens": supervised_tokens}
+        print(json.dumps(run), flush=True)
+        with results.open("a") as file:
+            file.write(json.dumps(run) + "\n")
+        runs.append(run)
+    lines = [*describe_machine(), "command: python benchmarks/train.py", *make_table(runs)]
+    print("\n".join(lines))
+    if arguments.out is not None:
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
