@@ -11,44 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Of a tile: rows are tokens.
-TILE_ROWS, TILE_COLUMNS = 64, 128
-# Of the kernels that need whole rows at a time; 16 is the least that a tile's product takes.
-NORM_ROWS, NORM_COLUMNS = 16, 256
-MAX_RANK = 256
-
-
-@triton.jit
-def _keep(seed, index, threshold):
-    """Draw True with probability 1 - threshold / 2^31, from a hash (Murmur3's finalizer) of seed and index alone."""
-    bits = index.to(tl.uint32) ^ seed.to(tl.uint32)
-    bits ^= bits >> 16
-    bits *= 0x85EBCA6B
-    bits ^= bits >> 13
-    bits += seed.to(tl.uint32)
-    bits *= 0xC2B2AE35
-    bits ^= bits >> 16
-    return (bits >> 1).to(tl.int32) >= threshold
-
-
-@triton.jit
-def _low_rank_tile(
-    low_rank, low_rank_stride, rows, row_mask, factor, column_stride, rank_stride, columns, column_mask,
-    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Return low_rank[rows] times the columns of a factor, [rows, columns] in float32."""
-    r = tl.arange(0, RANK_BLOCK)
-    left = tl.load(
-        low_rank + rows[:, None] * low_rank_stride + r[None, :],
-        mask=row_mask[:, None] & (r < RANK)[None, :],
-        other=0.0,
-    )
-    right = tl.load(
-        factor + columns[None, :] * column_stride + r[:, None] * rank_stride,
-        mask=(r < RANK)[:, None] & column_mask[None, :],
-        other=0.0,
-    )
-    return tl.dot(left, right, input_precision="ieee")
+from tune2gguf.fused.adapters import _keep, _low_rank_tile, _select_seed
 
 
 @triton.jit
@@ -112,7 +75,7 @@ def _norm_backward_kernel(
                 factor + adapter * RANK * DIM, 1, DIM, columns, column_mask, RANK, RANK_BLOCK,
             )  # fmt: skip
             if DROPS:
-                seed = seed_0 if adapter == 0 else (seed_1 if adapter == 1 else seed_2)
+                seed = _select_seed(adapter, seed_0, seed_1, seed_2)
                 part = tl.where(_keep(seed, at, threshold), part * keep_scale, 0.0)
             tile += part
         if NUM_ADAPTERS > 0:
@@ -292,25 +255,18 @@ def _add_kernel(
     tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
-def _drop_kernel(
-    x, rstd, weight, out, seed, threshold, keep_scale, num_rows, width,
-    NORMS: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+@triton.jit
+def _apply_norm_kernel(
+    x, rstd, weight, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row_mask, column_mask = rows < num_rows, columns < width
     at = rows[:, None] * width + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
-    tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    if NORMS:
-        scale = tl.load(rstd + rows, mask=row_mask, other=0.0)
-        gains = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
-        tile = tile * scale[:, None] * gains[None, :]
-    if DROPS:
-        # Rounded first, as what is dropped without this kernel would be.
-        tile = tile.to(out.dtype.element_ty).to(tl.float32)
-        tile = tl.where(_keep(seed, at, threshold), tile * keep_scale, 0.0)
+    scale = tl.load(rstd + rows, mask=row_mask, other=0.0)
+    gains = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
+    tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[:, None] * gains[None, :]
     tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
 
 

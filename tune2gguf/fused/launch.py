@@ -6,18 +6,25 @@ Tensors are contiguous unless it says otherwise; rows are tokens, [rows, width].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from tune2gguf.fused import kernels
-from tune2gguf.fused.kernels import NORM_COLUMNS, NORM_ROWS, TILE_COLUMNS, TILE_ROWS
+from tune2gguf.fused import adapters, kernels
 
+# Rows (tokens) and columns of a tile, and warps: the fastest of those tried on an H200 at the width of Llama-3.1-8B.
+TILE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+SWIGLU_BACKWARD_TILE = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+NORM_TILE = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # 16 rows are the least that a tile's product takes
+REDUCE_TILE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
+ROWS_PER_PART = 1024
+HEAD_ROWS = 32
 CROSS_ENTROPY_BLOCK = 8192
 CODES_PER_PROGRAM = 2048
-HEAD_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,15 @@ def _draw(dropout: Dropout | None) -> tuple[int, int, float]:
     return (0, 0, 1.0) if dropout is None else (dropout.seed, dropout.threshold, dropout.keep_scale)
 
 
-def _tile(num_rows: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(width, TILE_COLUMNS), triton.cdiv(num_rows, TILE_ROWS)
+def _draw_each(dropouts: Sequence[Dropout]) -> tuple[int, int, int, int, float]:
+    """Return three seeds, and what all dropouts share."""
+    seeds = [dropout.seed for dropout in dropouts]
+    _, threshold, keep_scale = _draw(dropouts[0] if dropouts else None)
+    return (*seeds, *[0] * (3 - len(seeds)), threshold, keep_scale)
+
+
+def _cover(num_rows: int, width: int, tile: dict[str, int]) -> tuple[int, int]:
+    return triton.cdiv(width, tile["COLUMNS"]), triton.cdiv(num_rows, tile["ROWS"])
 
 
 def norm(
@@ -78,12 +92,12 @@ def norm(
     summed = x if delta is None else torch.empty_like(x)
     out, rstd = torch.empty_like(x), torch.empty(num_rows, dtype=torch.float32, device=x.device)
     rank = 0 if adapted is None else adapted.rank
-    kernels._norm_kernel[(triton.cdiv(num_rows, NORM_ROWS),)](
+    kernels._norm_kernel[(triton.cdiv(num_rows, NORM_TILE["ROWS"]),)](
         x, x if delta is None else delta,
         x if adapted is None else adapted.low_rank, x if adapted is None else adapted.factor,
         weight, summed, out, rstd, num_rows, 0 if adapted is None else adapted.low_rank.stride(0), eps,
         DIM=dim, HAS_DELTA=delta is not None, RANK=rank, RANK_BLOCK=pad_rank(rank),
-        ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4,
+        **NORM_TILE,
     )  # fmt: skip
     return summed, out, rstd
 
@@ -110,13 +124,11 @@ def norm_backward(
     num_rows, dim = x.shape
     out = torch.empty_like(x)
     num_adapters = 0 if low_rank is None else low_rank.shape[1] // rank
-    draws = [_draw(dropout) for dropout in dropouts] or [_draw(None)]
-    seeds = ([seed for seed, _, _ in draws] + [0, 0])[:3]
-    kernels._norm_backward_kernel[(triton.cdiv(num_rows, NORM_ROWS),)](
+    kernels._norm_backward_kernel[(triton.cdiv(num_rows, NORM_TILE["ROWS"]),)](
         gradient, x, rstd, weight, residual, out, x if low_rank is None else low_rank, x if factor is None else factor,
-        *seeds, draws[0][1], draws[0][2], num_rows, 0 if low_rank is None else low_rank.stride(0),
+        *_draw_each(dropouts), num_rows, 0 if low_rank is None else low_rank.stride(0),
         DIM=dim, NUM_ADAPTERS=num_adapters, DROPS=bool(dropouts), RANK=rank, RANK_BLOCK=pad_rank(rank),
-        ROWS=NORM_ROWS, COLUMNS=NORM_COLUMNS, num_warps=4,
+        **NORM_TILE,
     )  # fmt: skip
     return out
 
@@ -164,11 +176,11 @@ def swiglu(gate: Tensor, up: Tensor, *, adapted_gate: Adapted | None, adapted_up
     pair = (adapted_gate, adapted_up)
     ranks = [0 if one is None else one.rank for one in pair]
     stride = next((one.low_rank.stride(0) for one in pair if one is not None), 0)
-    kernels._swiglu_kernel[_tile(num_rows, width)](
+    kernels._swiglu_kernel[_cover(num_rows, width, TILE)](
         gate, up, out, *(gate if one is None else one.low_rank for one in pair),
         *(gate if one is None else one.factor for one in pair), num_rows, width, stride,
         RANK_GATE=ranks[0], RANK_UP=ranks[1], RANK_BLOCK=pad_rank(*ranks),
-        ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+        **TILE,
     )  # fmt: skip
     return out
 
@@ -195,13 +207,13 @@ def swiglu_backward(
     stride = next((one.low_rank.stride(0) for one in pair if one is not None), 0)
     down_rank = 0 if adapted_down is None else adapted_down.rank
     dropout = None if adapted_down is None else adapted_down.dropout
-    kernels._swiglu_backward_kernel[_tile(num_rows, width)](
+    kernels._swiglu_backward_kernel[_cover(num_rows, width, SWIGLU_BACKWARD_TILE)](
         gradient, gate, up, *(gate if one is None else one.low_rank for one in pair),
         *(gate if one is None else one.factor for one in pair),
         gate if adapted_down is None else adapted_down.low_rank, gate if adapted_down is None else adapted_down.factor,
         *_draw(dropout), num_rows, width, stride, DROPS=dropout is not None,
         RANK_GATE=ranks[0], RANK_UP=ranks[1], RANK_DOWN=down_rank, RANK_BLOCK=pad_rank(*ranks, down_rank),
-        ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+        **SWIGLU_BACKWARD_TILE,
     )  # fmt: skip
 
 
@@ -215,24 +227,65 @@ def add(base: Tensor, adapted: Adapted | None, *, residual: Tensor | None = None
     rank = 0 if adapted is None else adapted.rank
     strides = (1, width) if factor_is_a else (rank, 1)
     dropout = None if adapted is None else adapted.dropout
-    kernels._add_kernel[_tile(num_rows, width)](
+    kernels._add_kernel[_cover(num_rows, width, TILE)](
         base, base if residual is None else residual, base if adapted is None else adapted.low_rank,
         base if adapted is None else adapted.factor, base, *_draw(dropout), num_rows, width, *strides,
         HAS_RESIDUAL=residual is not None, DROPS=dropout is not None, RANK=rank, RANK_BLOCK=pad_rank(rank),
-        ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+        **TILE,
     )  # fmt: skip
     return base
 
 
-def drop(x: Tensor, dropout: Dropout | None, *, rstd: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-    """Return x, or its RMS norm if rstd and weight are given, with what the dropout drops set to zero."""
+def apply_norm(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    """Return the norm of x [rows, width] again, from 1 / its root mean square, [rows]."""
     num_rows, width = x.shape
     out = torch.empty_like(x)
-    kernels._drop_kernel[_tile(num_rows, width)](
-        x, x if rstd is None else rstd, x if weight is None else weight, out, *_draw(dropout), num_rows, width,
-        NORMS=rstd is not None, DROPS=dropout is not None, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=8,
+    kernels._apply_norm_kernel[_cover(num_rows, width, TILE)](x, rstd, weight, out, num_rows, width, **TILE)
+    return out
+
+
+def reduce_dropped(x: Tensor, factor: Tensor, dropouts: Sequence[Dropout]) -> Tensor:
+    """Return the first products of up to three adapters, side by side, [rows, n * rank]; each drops elements of x.
+
+    Args:
+        factor: their A below each other, [n * rank, width]
+    """
+    num_rows, width = x.shape
+    rank = factor.shape[0] // len(dropouts)
+    out = torch.empty(num_rows, factor.shape[0], dtype=x.dtype, device=x.device)
+    adapters._reduce_dropped_kernel[(triton.cdiv(num_rows, REDUCE_TILE["ROWS"]),)](
+        x, factor, out, *_draw_each(dropouts), num_rows,
+        WIDTH=width, NUM_ADAPTERS=len(dropouts), RANK=rank, RANK_BLOCK=pad_rank(rank), **REDUCE_TILE,
     )  # fmt: skip
     return out
+
+
+def compute_dropped_gradient(
+    low_rank: Tensor,
+    x: Tensor,
+    dropouts: Sequence[Dropout],
+    *,
+    rstd: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Return the gradients of up to three adapters' A below each other, float32 [n * rank, width].
+
+    Summed over parts of the rows in a fixed order, so that the same step gives the same bits.
+
+    Args:
+        low_rank: the gradients of their first products, side by side, [rows, n * rank]
+        x: what they take and drop elements of; with rstd and weight they take its norm
+    """
+    num_rows, width = x.shape
+    num_parts, total_rank = triton.cdiv(num_rows, ROWS_PER_PART), low_rank.shape[1]
+    rank = total_rank // len(dropouts)
+    parts = torch.empty(num_parts, total_rank, width, dtype=torch.float32, device=x.device)
+    adapters._dropped_gradient_kernel[(triton.cdiv(width, GRADIENT_TILE["COLUMNS"]), num_parts)](
+        low_rank, x, x if rstd is None else rstd, x if weight is None else weight, parts, *_draw_each(dropouts),
+        num_rows, WIDTH=width, ROWS_PER_PART=ROWS_PER_PART, NORMS=rstd is not None, NUM_ADAPTERS=len(dropouts),
+        RANK=rank, RANK_BLOCK=pad_rank(rank), **GRADIENT_TILE,
+    )  # fmt: skip
+    return parts.sum(dim=0)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, *, with_gradient: bool) -> None:

@@ -8,7 +8,6 @@ second forward pass needs neither those products nor the down projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -62,15 +61,19 @@ class Group:
             return None
         return Adapted(self.get_slice(self.low_rank, name), self.b[name])
 
-    def reduce(self, make_input: Callable[[Dropout | None], Tensor]) -> None:
-        """Compute the first products from the group's input, which make_input gives with some elements dropped."""
+    @property
+    def draws(self) -> tuple[Dropout, ...]:
+        """What each adapter drops, in the order of names; none where nothing is dropped."""
+        return tuple(self.dropouts[name] for name in self.names if name in self.dropouts)
+
+    def reduce(self, x: Tensor) -> None:
+        """Compute the first products from what the projections take, [rows, in]."""
         if not self.names:
             return
         if self.dropouts:
-            products = [make_input(self.dropouts[name]) @ self.get_a(name).T for name in self.names]
-            self.low_rank = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+            self.low_rank = launch.reduce_dropped(x, self.stacked_a, self.draws)
         else:
-            self.low_rank = make_input(None) @ self.stacked_a.T
+            self.low_rank = x @ self.stacked_a.T
         if self.scaling != 1.0:
             self.low_rank *= self.scaling
 
@@ -89,19 +92,27 @@ class Group:
         self,
         low_rank: Tensor | None,
         gradients: dict[str, list[Tensor]],
-        make_input: Callable[[Dropout | None], Tensor],
+        x: Tensor,
+        *,
+        rstd: Tensor | None = None,
+        weight: Tensor | None = None,
+        is_dropped: bool = False,
     ) -> None:
-        """Note the gradient of every A, from that of the first products and the group's input."""
+        """Note the gradient of every A, from that of the first products and what the projections take.
+
+        Args:
+            x: [rows, in]; with rstd and weight they take its norm
+            is_dropped: what the only adapter drops of x is zero in it
+        """
         if not self.names:
             return
-        if not self.dropouts:
-            whole = multiply_in_float32(low_rank.T, make_input(None))
-            for number, name in enumerate(self.names):
-                gradients[name][0] = whole[number * self.rank : (number + 1) * self.rank]
-            return
-        for name in self.names:
-            dropped = make_input(self.dropouts[name])
-            gradients[name][0] = multiply_in_float32(self.get_slice(low_rank, name).T, dropped)
+        if self.dropouts and not is_dropped:
+            whole = launch.compute_dropped_gradient(low_rank, x, self.draws, rstd=rstd, weight=weight)
+        else:
+            taken = x if rstd is None else launch.apply_norm(x, rstd, weight)
+            whole = multiply_in_float32(low_rank.T, taken)
+        for number, name in enumerate(self.names):
+            gradients[name][0] = whole[number * self.rank : (number + 1) * self.rank]
 
 
 def multiply_in_float32(left: Tensor, right: Tensor) -> Tensor:
@@ -168,7 +179,7 @@ class Pass:
         norm = self.layer.sa_norm
         _, normed, self.first_rstd = launch.norm(x, norm.scale, norm.eps)
         if not again:
-            qkv.reduce(_make_dropped(normed))
+            qkv.reduce(normed)
         q, k, v = (multiply(normed, linears[name]) for name in QKV)
         rope = self.layer.attn.pos_embeddings.cache
         adapted = tuple(qkv.add_to(name) for name in QKV)
@@ -178,7 +189,7 @@ class Pass:
             self.attended = attend(*self.heads, self.mask)
         flat = self.join_heads(self.attended.detach())
         if not again:
-            output.reduce(_make_dropped(flat))
+            output.reduce(flat)
         delta = multiply(flat, linears["output_proj"])
         norm = self.layer.mlp_norm
         adapted_output = output.add_to("output_proj")
@@ -186,14 +197,14 @@ class Pass:
             x, norm.scale, norm.eps, delta=delta, adapted=adapted_output
         )
         if not again:
-            self.groups[GATE_UP].reduce(_make_dropped(normed))
+            self.groups[GATE_UP].reduce(normed)
         self.gate, self.up = multiply(normed, linears["w1"]), multiply(normed, linears["w3"])
 
     def finish(self) -> Tensor:
         """Return the layer's output, [rows, dim]."""
         gate_up, down = self.groups[GATE_UP], self.groups[DOWN]
         product = launch.swiglu(self.gate, self.up, adapted_gate=gate_up.add_to("w1"), adapted_up=gate_up.add_to("w3"))
-        down.reduce(_make_dropped(product))
+        down.reduce(product)
         return launch.add(multiply(product, self.linears["w2"]), down.add_to("w2"), residual=self.middle)
 
     def forget(self) -> None:
@@ -208,7 +219,7 @@ class Pass:
         heads = self._go_back_through_attention(middle_gradient, gradients)
         qkv, norm = self.groups[QKV], self.layer.sa_norm
         low_rank = qkv.reduce_gradients(heads, gradients)
-        qkv.finish_gradients(low_rank, gradients, self._make_normed(x, self.first_rstd, norm.scale))
+        qkv.finish_gradients(low_rank, gradients, x, rstd=self.first_rstd, weight=norm.scale)
         if not needs_input:
             return None, gradients
         normed_gradient = None
@@ -221,7 +232,7 @@ class Pass:
         gate_up, linears, norm = self.groups[GATE_UP], self.linears, self.layer.mlp_norm
         self._go_back_through_down(upstream, gradients)
         low_rank = gate_up.reduce_gradients({"w1": self.gate, "w3": self.up}, gradients)
-        gate_up.finish_gradients(low_rank, gradients, self._make_normed(self.middle, self.second_rstd, norm.scale))
+        gate_up.finish_gradients(low_rank, gradients, self.middle, rstd=self.second_rstd, weight=norm.scale)
         normed_gradient = multiply_back(self.gate, linears["w1"])
         self.gate = None
         normed_gradient = multiply_back(self.up, linears["w3"], add_to=normed_gradient)
@@ -243,13 +254,13 @@ class Pass:
             adapted_up=gate_up.add_to("w3"),
             adapted_down=Adapted(low_rank, down.stacked_a, down.dropouts.get("w2")) if down.names else None,
         )
-        down.finish_gradients(low_rank, gradients, lambda _: product)  # dropped already
+        down.finish_gradients(low_rank, gradients, product, is_dropped=True)
 
     def _go_back_through_attention(self, middle_gradient: Tensor, gradients: dict) -> dict[str, Tensor]:
         output = self.groups[OUTPUT]
         flat = self.join_heads(self.attended.detach())
         low_rank = output.reduce_gradients({"output_proj": middle_gradient}, gradients)
-        output.finish_gradients(low_rank, gradients, _make_dropped(flat))
+        output.finish_gradients(low_rank, gradients, flat)
         gradient = multiply_back(middle_gradient, self.linears["output_proj"])
         if output.names:
             adapted = Adapted(low_rank, output.stacked_a, output.dropouts.get("output_proj"))
@@ -260,9 +271,6 @@ class Pass:
         rope = self.layer.attn.pos_embeddings.cache
         launch.rotate(q, k, v, rope, self.positions, seq=self.seq, head_dim=self.head_dim, inverse=True)
         return {"q_proj": q, "k_proj": k, "v_proj": v}
-
-    def _make_normed(self, x: Tensor, rstd: Tensor, weight: Tensor) -> Callable[[Dropout | None], Tensor]:
-        return lambda dropout: launch.drop(x, dropout, rstd=rstd, weight=weight)
 
     @staticmethod
     def _go_back_through_norm(
@@ -282,13 +290,9 @@ class Pass:
             residual,
             low_rank=low_rank,
             factor=group.stacked_a,
-            dropouts=tuple(group.dropouts[name] for name in group.names) if group.dropouts else (),
+            dropouts=group.draws,
             rank=group.rank,
         )
-
-
-def _make_dropped(x: Tensor) -> Callable[[Dropout | None], Tensor]:
-    return lambda dropout: x if dropout is None else launch.drop(x, dropout)
 
 
 def collect_groups(
