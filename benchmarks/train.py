@@ -9,7 +9,8 @@ The sides take turns. Watched from outside: when the first step begins (the prog
 line of a step, and the peak of the resident memory up to the last step; then the process is ended. The first step warms
 up; tokens a second are those of the steps after it, padding not counted. Each finished run is a line of
 FOLDER/runs.jsonl, and what is there is not run again: the script can be stopped and started. The table is written anew
-after each run. The other sides get rows that are tokenized already, ours tokenizes them while it starts. Needs the extra `bench`.
+after each run. The other sides get rows that are tokenized already, ours tokenizes them while it starts. Needs the
+extra `bench`.
 """
 
 from __future__ import annotations
