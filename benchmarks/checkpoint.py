@@ -9,10 +9,12 @@ holds nothing of the base. Compare the first figure with the seconds of one step
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -78,8 +80,8 @@ def main() -> None:
             written.append(time.perf_counter() - started)
         writer.close()
         num_bytes = sum(path.stat().st_size for path in writer.newest.iterdir())
-    machine = f"torch {torch.__version__}, {platform.machine()}"
-    print(f"{arguments.architecture}, rank {arguments.lora_rank}, {device}; {machine}")
+    print(f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}")
+    print(f"{arguments.architecture}, rank {arguments.lora_rank}, {device}")
     print(f"checkpoint: {num_bytes / 1e6:.0f} MB")
     print(f"training stands still: {statistics.median(stalled):.3f} s (median of {arguments.repeats})")
     print(f"on the disk after:     {statistics.median(written):.3f} s")

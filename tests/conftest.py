@@ -1,11 +1,18 @@
 """Bases small enough to train in a second: true Llama architecture, random weights, a tokenizer made on the spot."""
 
+import importlib.util
 import json
+import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU Triton's kernels run in its interpreter; it has to know before it is imported.
+INTERPRETS_TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+if INTERPRETS_TRITON:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
 from tune2gguf.chat_templates import CHATML
@@ -138,16 +145,20 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def run_arguments(tmp_path, tiny_base) -> list[str]:
-    """Arguments of a tiny, exact (float32, no dropout) run on the quickstart's config: 20 rows, 5 held out."""
+    return make_run_arguments(tmp_path, tiny_base)
+
+
+def make_run_arguments(folder: Path, base_dir: Path) -> list[str]:
+    """Return arguments of a tiny, exact (float32, no dropout) run on the quickstart's config: 20 rows, 5 held out."""
     return [
         "--config",
         str(REPOSITORY / "examples/quickstart/lora.yaml"),
-        f"base_dir={tiny_base}",
+        f"base_dir={base_dir}",
         "base_source=null",
         "model.architecture=null",
-        f"dataset.files=[{write_rows(tmp_path / 'train.jsonl', make_conversations(20))}]",
-        f"dataset.validation_files=[{write_rows(tmp_path / 'heldout.jsonl', make_conversations(5, start=100))}]",
-        f"output_dir={tmp_path / 'runs' / 'tiny'}",
+        f"dataset.files=[{write_rows(folder / 'train.jsonl', make_conversations(20))}]",
+        f"dataset.validation_files=[{write_rows(folder / 'heldout.jsonl', make_conversations(5, start=100))}]",
+        f"output_dir={folder / 'runs' / 'tiny'}",
         "dtype=fp32",
         "base_weights=fp32",
         "epochs=1",

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
@@ -33,6 +34,8 @@ def end_together() -> Iterator[None]:
     except ConnectionError as error:
         sys.exit(f"error: {error}")
     reporter = _Reporter()
+    if not reporter.is_alone and dist.get_rank() != 0:
+        warnings.simplefilter("ignore")  # the main process has the same, and is the one that talks
     try:
         yield
     except AgreedError as error:
@@ -49,6 +52,8 @@ def end_together() -> Iterator[None]:
         if not dist.is_initialized():
             raise
         reporter.fail(reporter.describe_unexpected(error), exit_code=1)
+    finally:
+        reporter.close()
 
 
 @contextmanager
@@ -66,6 +71,8 @@ def save_when_stopped(
     """
     try:
         yield
+        if writer is not None:
+            writer.wait()
     except (StopRequested, AgreedError):
         save()
         if writer is not None:
@@ -111,6 +118,11 @@ class _Reporter:
         sys.stdout.flush()
         # Leaving the process group in good order would wait for processes that may be gone.
         os._exit(exit_code)
+
+    def close(self) -> None:
+        """Watch the other processes no more; this one is about to end."""
+        if not self.is_alone:
+            self._watch.close()
 
     def describe_unexpected(self, error: Exception) -> str:
         """Return the traceback, or one line where the error is that another process is gone."""

@@ -38,6 +38,17 @@ def choose_parallel(parallel: str, shape: Shape, world: World) -> str:
     return "shard" if max_over_ranks(int(is_too_large)) else "replicate"
 
 
+def describe_parallel(asked: str, chosen: str, *, device: str) -> str:
+    """Return what a run says of the way its processes share the base, and why where `auto` chose it."""
+    part = f"each with {'a part' if chosen == 'shard' else 'all'} of the base"
+    if asked != "auto":
+        return part
+    if device == "cpu":
+        return f"{part} (parallel=auto replicates on a CPU)"
+    verb = "exceeds" if chosen == "shard" else "fits into"
+    return f"{part} (parallel=auto: the estimated memory {verb} {USABLE_SHARE:.0%} of a GPU)"
+
+
 def replicate(model: CausalLM, world: World) -> nn.Module:
     """Average the adapter's gradients over the processes; the frozen base stays where it is and never travels."""
     from torch.nn.parallel import DistributedDataParallel
@@ -49,7 +60,7 @@ def replicate(model: CausalLM, world: World) -> nn.Module:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     buffers = [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + buffers)
-    replicated = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    replicated = DistributedDataParallel(model, gradient_as_bucket_view=True)
     # DDP sums in other buckets after its first backward than in it. A run that is resumed has its first backward later
     # than one that was never stopped: taken here, on nothing, it makes no difference.
     replicated(**vars(make_empty_batch().to(world.device))).sum().backward()

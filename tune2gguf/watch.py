@@ -32,8 +32,18 @@ class Watch:
         self._is_over = threading.Event()
         self._unanswered_polls = 0
         self._beats = {rank: (b"", 0) for rank in range(1, self.size)}  # last one, and polls since it changed
-        for target in (self._talk, self._wait_for_answers):
-            threading.Thread(target=target, name="watch", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=target, name="watch", daemon=True)
+            for target in (self._talk, self._wait_for_answers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Look no more. A thread that Python finds inside the store when it ends can keep it from ending."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
 
     def claim_failure(self) -> bool:
         """Tell all processes that this one has failed; return whether it is the first."""
@@ -46,14 +56,13 @@ class Watch:
     def _talk(self) -> None:
         store, number = _connect(), 0
         try:
-            while not store.check([self._key]):
+            while not self._is_over.wait(POLL_SECONDS):
+                if store.check([self._key]) and store.get(self._key).decode() != str(self.rank):
+                    os._exit(1)
                 store.set(f"{self._key}/beat/{self.rank}", str(number))
                 if self.rank == 0:
                     self._listen(store)
                 number, self._unanswered_polls = number + 1, 0
-                time.sleep(POLL_SECONDS)
-            if store.get(self._key).decode() != str(self.rank):
-                os._exit(1)
         except RuntimeError:
             self._is_over.set()  # without the store torchrun ends the process
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune on several machines of a Slurm cluster: sbatch examples/several_nodes/slurm.sh [key=value …]
-# A job that is preempted, requeued or out of time goes on where it stopped, as long as output_dir is on a shared disk.
+# Submitted again, a job that was preempted or out of time goes on where it stopped, as long as output_dir is on a
+# shared disk. After a preemption or a lost node Slurm submits it again by itself (--requeue).
 #SBATCH --job-name=tune2gguf
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

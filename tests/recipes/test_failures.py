@@ -28,6 +28,17 @@ def test_full_disk_ends_in_one_line_and_the_checkpoints_before_are_intact(run_ar
     assert checkpoints and all(find_damage(path) is None for path in checkpoints)
 
 
+def test_last_checkpoint_that_cannot_be_written_is_an_error(run_arguments, tmp_path):
+    """Nothing comes after it that would notice. The optimizer's state is larger than the limit, the adapter smaller."""
+    folder, log = tmp_path / "runs/tiny", tmp_path / "log"
+    launch = Launch([*run_arguments, "save_every_n_steps=100"], log, limits={0: (resource.RLIMIT_FSIZE, 60_000)})
+    assert launch.wait() == [1]
+    assert f"error: {folder}/checkpoints/.step_5.unfinished/state.pt: File too large" in log.read_text()
+    assert (folder / "best/adapter_model.safetensors").is_file() and not (folder / "last").exists()
+    assert not list((folder / "checkpoints").iterdir())
+    run_to_end([*run_arguments, "resume=auto"], log)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     mounted = tmp_path / "disk"

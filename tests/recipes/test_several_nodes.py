@@ -1,6 +1,7 @@
-"""Several torchrun agents, as on several machines: what the README's section says, run on loopback."""
+"""Several torchrun agents, as on several machines: the README's section, on loopback and between two hosts."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -8,32 +9,52 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_run_arguments
 from tests.recipes.launch import count_lines, find_free_port, read_outcome
 from tests.recipes.test_commands import SCRIPTS
 from tests.recipes.test_resume import HARD
 
-pytestmark = [pytest.mark.slow, pytest.mark.load_sensitive]
+pytestmark = pytest.mark.slow
+SECONDS_TO_START = 180  # on a busy machine two agents and two processes take long to import torch
 
 
-@pytest.fixture
-def arguments(run_arguments) -> list[str]:
-    """Long enough to be killed in: 200 steps."""
-    return [*run_arguments, *HARD, "epochs=50", "save_every_n_steps=7", "scheduler=constant", "learning_rate=0.001"]
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, tiny_base) -> list[str]:
+    """Long enough to be killed in: two processes take 200 steps."""
+    shared = make_run_arguments(tmp_path_factory.mktemp("nodes"), tiny_base)
+    return [*shared, *HARD, "epochs=100", "save_every_n_steps=7", "scheduler=constant", "learning_rate=0.001"]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory) -> dict:
+    """What two processes leave that were never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    log = folder.with_suffix(".log")
+    finish([Agent(f"127.0.0.1:{find_free_port()}", [*arguments, f"output_dir={folder}"], log, num_nodes=1)])
+    return read_outcome(folder)
 
 
 class Agent:
-    """torchrun on one of two machines, with one process."""
+    """torchrun on one machine; two of them with a process each, or one with two."""
 
-    def __init__(self, port: int, arguments: list[str], log: Path, *, num_nodes: int = 2, max_restarts: int = 0):
+    def __init__(
+        self,
+        endpoint: str,
+        arguments: list[str],
+        log: Path,
+        *,
+        num_nodes: int = 2,
+        max_restarts: int = 0,
+        on_host: tuple[str, ...] = (),
+    ) -> None:
         self.log = log
-        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test"]
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "test"]
         nodes = ["--nnodes", str(num_nodes), "--nproc-per-node", str(2 // num_nodes)]
         command = ["torchrun", *nodes, *rendezvous, "--max-restarts", str(max_restarts)]
         environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*command, "recipes/lora_finetune.py", *arguments],
+                [*on_host, *command, "recipes/lora_finetune.py", *arguments],
                 cwd=REPOSITORY,
                 env=environment,
                 stdout=output,
@@ -50,65 +71,158 @@ class Agent:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
+    def wait(self, timeout: float = SECONDS_TO_START) -> int:
+        """Return the exit code; kill it after the timeout, and fail."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill(with_workers=True)
+            pytest.fail(f"torchrun is still running after {timeout} s:\n{self.log.read_text()}")
+
+
+def start_nodes(arguments: list[str], tmp_path: Path, **options) -> list[Agent]:
+    endpoint = f"127.0.0.1:{find_free_port()}"
+    return [Agent(endpoint, arguments, tmp_path / f"node-{number}.log", **options) for number in range(2)]
+
 
 def wait_for_lines(path: Path, count: int, agents: list[Agent]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS_TO_START
     while count_lines(path) < count:
         assert time.monotonic() < deadline, "\n".join(agent.log.read_text() for agent in agents)
         assert all(agent.process.poll() is None for agent in agents), "\n".join(a.log.read_text() for a in agents)
         time.sleep(0.01)
 
 
-def start_nodes(arguments: list[str], tmp_path: Path) -> list[Agent]:
-    port = find_free_port()
-    return [Agent(port, arguments, tmp_path / f"node-{number}.log") for number in range(2)]
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; its agent may not have asked for its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
-def run_whole(arguments: list[str], tmp_path: Path) -> dict:
-    for agent in start_nodes([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path):
-        assert agent.process.wait(timeout=180) == 0, agent.log.read_text()
-    return read_outcome(tmp_path / "whole")
+def wait_until_gone(pids: list[int], *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"still there after {seconds} s"
+        time.sleep(0.1)
 
 
-def test_lost_node_ends_the_other_and_restarted_both_end_as_if_never_stopped(arguments, tmp_path):
-    folder = tmp_path / "runs/tiny"
+def finish(agents: list[Agent]) -> None:
+    assert [agent.wait() for agent in agents] == [0] * len(agents), "\n".join(a.log.read_text() for a in agents)
+
+
+def test_lost_node_ends_the_other_and_restarted_both_end_as_if_never_stopped(arguments, whole, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
     agents = start_nodes(arguments, tmp_path)
     wait_for_lines(folder / "metrics.jsonl", 20, agents)
     agents[1].kill(with_workers=True)
-    started = time.monotonic()
-    assert agents[0].process.wait(timeout=60) != 0
-    assert time.monotonic() - started < 30
+    assert agents[0].wait(timeout=30) != 0
     assert agents[0].log.read_text().count("error: another process of the run is gone") == 1
-    for agent in start_nodes([*arguments, "resume=auto"], tmp_path):
-        assert agent.process.wait(timeout=180) == 0, agent.log.read_text()
-    assert read_outcome(folder) == run_whole(arguments, tmp_path)
+    finish(start_nodes(arguments, tmp_path))
+    assert read_outcome(folder) == whole
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_agent_leaves_no_process_behind_and_all_is_saved(arguments, tmp_path, killed):
-    folder = tmp_path / "runs/tiny"
+def test_killed_agent_leaves_no_process_behind_and_all_is_saved(arguments, whole, tmp_path, killed):
+    folder = tmp_path / "run"
+    arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
     agents = start_nodes(arguments, tmp_path)
     wait_for_lines(folder / "metrics.jsonl", 20, agents)
-    (orphan,) = agents[killed].find_workers()
+    orphans = agents[killed].find_workers()
     agents[killed].kill(with_workers=False)
-    assert agents[1 - killed].process.wait(timeout=60) != 0
-    deadline = time.monotonic() + 30
-    while Path(f"/proc/{orphan}").exists():
-        assert time.monotonic() < deadline, "the killed agent's process is still there"
-        time.sleep(0.1)
+    wait_until_gone(orphans, seconds=30)
+    assert agents[1 - killed].wait(timeout=60) != 0
     said = "".join(agent.log.read_text() for agent in agents)
     assert "to go on from there" in said or "error: another process of the run is gone" in said
-    for agent in start_nodes([*arguments, "resume=auto"], tmp_path):
-        assert agent.process.wait(timeout=180) == 0, agent.log.read_text()
-    assert read_outcome(folder) == run_whole(arguments, tmp_path)
+    finish(start_nodes(arguments, tmp_path))
+    assert read_outcome(folder) == whole
 
 
-def test_killed_process_is_restarted_and_goes_on(arguments, tmp_path):
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_killed_process_is_restarted_and_goes_on(arguments, whole, tmp_path, num_nodes):
     """torchrun --max-restarts with resume=auto: nobody has to be there."""
-    folder, log = tmp_path / "runs/tiny", tmp_path / "log"
-    agent = Agent(find_free_port(), [*arguments, "resume=auto"], log, num_nodes=1, max_restarts=1)
-    wait_for_lines(folder / "metrics.jsonl", 20, [agent])
-    os.kill(agent.find_workers()[1], signal.SIGKILL)
-    assert agent.process.wait(timeout=180) == 0, log.read_text()
-    assert "resume: going on after step" in log.read_text()
-    assert read_outcome(folder) == run_whole(arguments, tmp_path)
+    folder = tmp_path / "run"
+    arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
+    agents = start_nodes(arguments, tmp_path, num_nodes=num_nodes, max_restarts=2)[:num_nodes]
+    wait_for_lines(folder / "metrics.jsonl", 20, agents)
+    os.kill(agents[-1].find_workers()[-1], signal.SIGKILL)
+    finish(agents)
+    assert "resume: going on after step" in agents[0].log.read_text() + agents[-1].log.read_text()
+    assert read_outcome(folder) == whole
+
+
+class Network:
+    """Two hosts, node-0 and node-1, with names and addresses of their own and a cable between them."""
+
+    def __init__(self) -> None:
+        self.names = [f"t2g{os.getpid()}{host}" for host in "ab"]
+
+    def __enter__(self) -> "Network":
+        a, b = self.names
+        for name in self.names:
+            self.ip(f"netns add {name}")
+        self.ip(f"link add {a} netns {a} type veth peer name {b} netns {b}")
+        for number, name in enumerate(self.names):
+            self.ip(f"-n {name} addr add 10.77.0.{number + 1}/24 dev {name}")
+            self.ip(f"-n {name} link set lo up")
+            self.plug(number, "up")
+            hosts = Path("/etc/netns", name, "hosts")  # what `ip netns exec` shows as /etc/hosts
+            hosts.parent.mkdir(parents=True)
+            hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node-0\n10.77.0.2 node-1\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+            shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+
+    def ip(self, command: str) -> None:
+        subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)
+
+    def plug(self, number: int, state: str) -> None:
+        """Put the cable into a host (up), or pull it out (down)."""
+        self.ip(f"-n {self.names[number]} link set {self.names[number]} {state}")
+
+    def run_on(self, number: int) -> tuple[str, ...]:
+        """Return what starts a command on a host."""
+        rename = f'echo node-{number} > /proc/sys/kernel/hostname && exec "$@"'
+        return ("ip", "netns", "exec", self.names[number], "unshare", "--uts", "sh", "-c", rename, "sh")
+
+
+@pytest.fixture
+def network():
+    hosts = Network()
+    try:
+        hosts.__enter__()
+        subprocess.run([*hosts.run_on(0), "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        hosts.__exit__()
+        pytest.skip(f"two hosts need Linux, root and iproute2: {error}")
+    yield hosts
+    hosts.__exit__()
+
+
+def test_two_hosts_end_when_the_cable_is_pulled_and_go_on_as_if_it_never_was(arguments, whole, tmp_path, network):
+    """Nobody closes a connection then: a process that waits for the other host would wait for ever."""
+    folder = tmp_path / "run"
+    arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
+
+    def start() -> list[Agent]:
+        logs = [tmp_path / f"node-{number}.log" for number in range(2)]
+        return [Agent("node-0:29500", arguments, logs[n], on_host=network.run_on(n)) for n in range(2)]
+
+    agents = start()
+    wait_for_lines(folder / "metrics.jsonl", 20, agents)
+    workers = [pid for agent in agents for pid in agent.find_workers()]
+    network.plug(1, "down")
+    wait_until_gone(workers, seconds=35)
+    for agent in agents:
+        said = agent.log.read_text()
+        assert said.count("has not been heard of for 24 s; its machine or the network to it is lost") == 1, said
+        assert "Traceback" not in said.split("[rank")[0]
+        agent.kill(with_workers=True)
+    network.plug(1, "up")
+    finish(start())
+    assert read_outcome(folder) == whole

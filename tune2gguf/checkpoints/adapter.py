@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.checkpoints.durable import sync_folder, to_json, write_durably
+from tune2gguf.checkpoints.durable import create_unfinished, sync_folder, to_json, write_durably
 from tune2gguf.checkpoints.layout import list_tensors, to_tune_rows
 
 if TYPE_CHECKING:
@@ -112,21 +111,21 @@ def collect_peft_adapter(
 def save_adapter(folder: Path, weights: dict[str, Tensor], config: dict) -> str:
     """Write an adapter folder and return the sha256 of its weights.
 
-    A killed process leaves the old folder or the new one, never half of one.
+    A killed process leaves the old adapter or the new one, whole and under this name.
     """
     from safetensors.torch import save
 
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     content = save(weights, metadata={"format": "pt"})
-    write_durably(unfinished / ADAPTER_WEIGHTS, content)
-    write_durably(unfinished / ADAPTER_CONFIG, to_json(config))
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, replaced)
-    os.rename(unfinished, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with create_unfinished(folder) as unfinished:
+        write_durably(unfinished / ADAPTER_WEIGHTS, content)
+        write_durably(unfinished / ADAPTER_CONFIG, to_json(config))
+        if folder.exists():
+            # Two folders cannot change places in one move; files can, and the config is the same all through a run.
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                os.replace(unfinished / name, folder / name)
+            unfinished.rmdir()
+            sync_folder(folder)
+        else:
+            os.rename(unfinished, folder)
     sync_folder(folder.parent)
     return hashlib.sha256(content).hexdigest()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.checkpoints.digest import digest_file
-from tune2gguf.checkpoints.durable import sync_folder, to_json, write_durably
+from tune2gguf.checkpoints.durable import create_unfinished, sync_folder, to_json, write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,31 +46,29 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint folder: all of it is on disk before its name appears.
 
     Raises:
-        OSError: if it cannot be written; nothing but an unfinished folder is left then
+        OSError: if it cannot be written; nothing is left of it then
     """
     import torch
     from safetensors.torch import save
 
     from tune2gguf.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     buffer = io.BytesIO()
     torch.save(checkpoint.state, buffer)
     manifest = {}
-    # Serialized in memory: safetensors and torch.save hide what the disk says behind errors of their own.
-    for name, content in (
-        (ADAPTER_WEIGHTS, save(checkpoint.adapter, metadata={"format": "pt"})),
-        (ADAPTER_CONFIG, to_json(checkpoint.adapter_config)),
-        (STATE, buffer.getbuffer()),
-        (PROGRESS, to_json(checkpoint.progress)),
-    ):
-        write_durably(unfinished / name, content)
-        manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_durably(unfinished / MANIFEST, to_json({"files": manifest}))
-    sync_folder(unfinished)
-    os.rename(unfinished, folder)
+    with create_unfinished(folder) as unfinished:
+        # Serialized in memory: safetensors and torch.save hide what the disk says behind errors of their own.
+        for name, content in (
+            (ADAPTER_WEIGHTS, save(checkpoint.adapter, metadata={"format": "pt"})),
+            (ADAPTER_CONFIG, to_json(checkpoint.adapter_config)),
+            (STATE, buffer.getbuffer()),
+            (PROGRESS, to_json(checkpoint.progress)),
+        ):
+            write_durably(unfinished / name, content)
+            manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        write_durably(unfinished / MANIFEST, to_json({"files": manifest}))
+        sync_folder(unfinished)
+        os.rename(unfinished, folder)
     sync_folder(folder.parent)
 
 
