@@ -290,7 +290,7 @@ class LoRAFinetuneRecipe:
                 at.best_sha256 = self._save_adapter("best")
             at.validated_step = at.step
         if (is_epoch_end or self._is_over()) and at.sampled_step != at.step:
-            self.observer.answer(at)
+            self.observer.answer(at, after_token=self.stop.raise_if_requested)
             at.sampled_step = at.step
         self.observer.show()
 

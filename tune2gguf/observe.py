@@ -96,12 +96,23 @@ class Observer:
             tqdm.write(describe_validation({"step": at.step, **figures}))
         return held_out.mean
 
-    def answer(self, at: Progress) -> None:
-        """Let the model answer the held-out prompts: in the main process, or in all where each has a part of it."""
+    def answer(self, at: Progress, *, after_token: Callable[[], None]) -> None:
+        """Let the model answer the held-out prompts: in the main process, or in all where each has a part of it.
+
+        Args:
+            after_token: where all processes answer, called by all of them equally often; may raise to give up
+        """
         from tune2gguf.samples import answer_prompts
 
         if not self.prompts or not (self.is_sharded or self.world.is_main):
             return
+
+        def agree(tokens: list[int]) -> list[int]:
+            if self.is_sharded or self.world.size == 1:
+                after_token()
+            # Processes that went on with different tokens would wait for each other for ever.
+            return broadcast_from_main(tokens) if self.is_sharded else tokens
+
         answers = answer_prompts(
             self.model,
             self.tokenizer,
@@ -109,8 +120,7 @@ class Observer:
             max_seq_len=self.max_seq_len,
             max_tokens=self.validation.max_reply_tokens,
             device=self.world.device,
-            # Processes that went on with different tokens would wait for each other for ever.
-            agree=broadcast_from_main if self.is_sharded else lambda tokens: tokens,
+            agree=agree,
         )
         if self.record is not None:
             self.record.write_samples({"step": at.step, "epoch": at.epoch, **answer} for answer in answers)

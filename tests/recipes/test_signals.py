@@ -43,6 +43,20 @@ def test_signal_saves_says_how_to_go_on_and_the_rest_is_the_same(arguments, tmp_
     assert read_outcome(folder) == read_outcome(tmp_path / "whole")
 
 
+def test_signal_while_it_answers_leaves_the_answers_for_later(arguments, tmp_path):
+    """The line of the validation before training comes first, then a reply as long as the row has room for."""
+    arguments = [*arguments, "num_samples=1", "max_seq_len=512"]
+    run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "whole.log")
+    folder, log = tmp_path / "stopped", tmp_path / "stopped.log"
+    launch = Launch([*arguments, f"output_dir={folder}"], log)
+    launch.wait_until(lambda: count_lines(folder / "metrics.jsonl") >= 1)
+    launch.signal(signal.SIGTERM)
+    assert launch.wait(timeout=30) == [143], log.read_text()
+    assert count_lines(folder / "metrics.jsonl") == 1 and count_lines(folder / "samples.jsonl") == 0
+    run_to_end([*arguments, f"output_dir={folder}", "resume=auto"], log)
+    assert read_outcome(folder) == read_outcome(tmp_path / "whole")
+
+
 def test_second_signal_ends_at_once_and_the_last_checkpoint_is_intact(arguments, tmp_path):
     """The first alone would end it with 130, after saving."""
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
