@@ -100,7 +100,7 @@ def count_steps(run: Run) -> int:
     return settings["epochs"] * min(steps_per_epoch, settings.get("max_steps_per_epoch", steps_per_epoch))
 
 
-def make_command(run: Run, *, out: Path, base_dir: str, device: str) -> list[str]:
+def make_command(run: Run, *, out: Path, base_dir: str, device: str, precision: str) -> list[str]:
     """Write the run's own training rows where it has fewer, and return its command."""
     folder, kind = REPOSITORY / DATA_SETS[run.data_set], run.kind
     train = folder / "train.jsonl"
@@ -111,6 +111,8 @@ def make_command(run: Run, *, out: Path, base_dir: str, device: str) -> list[str
         train.write_text("".join(f"{line}\n" for line in picked), encoding="utf-8")
     settings = {
         "device": device,
+        "dtype": precision,
+        "base_weights": precision,
         "base_dir": base_dir,
         "batch_size": BATCH_SIZE,
         "seed": run.seed,
@@ -129,11 +131,11 @@ def make_command(run: Run, *, out: Path, base_dir: str, device: str) -> list[str
     return [*recipe, "--config", str(REPOSITORY / "examples/quickstart/lora.yaml"), *overrides]
 
 
-def train(run: Run, *, out: Path, base_dir: str, device: str, threads: int) -> float | None:
+def train(run: Run, *, out: Path, threads: int, **settings: str) -> float | None:
     """Make the run, unless it is finished; return its seconds, None where it failed."""
     if is_finished(run, out):
         return 0.0
-    command = make_command(run, out=out, base_dir=base_dir, device=device)
+    command = make_command(run, out=out, **settings)
     started = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
     with (out / f"{run.name}.log").open("w", encoding="utf-8") as log:
@@ -186,6 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make runs of known kinds.")
     parser.add_argument("--out", type=Path, default=Path("runs/verdict"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of base and computation")
     parser.add_argument("--base-dir", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds this")
@@ -202,11 +205,11 @@ def main() -> None:
     runs = list_runs(arguments.only)
     if not arguments.no_training:
         threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-        options = {"out": out, "base_dir": arguments.base_dir, "device": arguments.device, "threads": threads}
+        options = {name: getattr(arguments, name) for name in ("base_dir", "device", "precision")}
         lock = threading.Lock()
 
         def train_and_pack(run: Run) -> None:
-            train(run, **options)
+            train(run, out=out, threads=threads, **options)
             if arguments.pack is not None:
                 pack(runs, out=out, path=arguments.pack, lock=lock)
 
