@@ -138,6 +138,7 @@ class LoRAFinetuneRecipe:
     def _restore(self, checkpoint) -> None:
         from tune2gguf.architectures import read_architecture
         from tune2gguf.checkpoints.adapter import collect_peft_adapter
+        from tune2gguf.download import name_base
         from tune2gguf.observe import plan_run_validation
         from tune2gguf.resume import restore_run
         from tune2gguf.seeds import capture_random_state
@@ -160,7 +161,7 @@ class LoRAFinetuneRecipe:
             rank=cfg.lora_rank,
             alpha=cfg.lora_alpha,
             dropout=cfg.lora_dropout,
-            base_model_name=cfg.base_source or cfg.base_dir,
+            base_model_name=name_base(cfg.base_source, cfg.base_dir),
         )
         self.validation = plan_run_validation(
             cfg, self.data, self.progress, rows_per_step=self.rows_per_step, steps_per_epoch=self.steps_per_epoch

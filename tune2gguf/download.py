@@ -47,6 +47,13 @@ def parse_base_source(text: str) -> BaseSource:
     )
 
 
+def name_base(base_source: str | None, base_dir: str | Path) -> str:
+    """Return the name by which peft, transformers and model cards find a base: its hub repository, else its folder."""
+    if base_source is not None and base_source.startswith(HUB_SCHEME):
+        return base_source.removeprefix(HUB_SCHEME).partition("@")[0]
+    return str(base_dir)
+
+
 def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path, BaseSource]:
     """Return `base_dir` and `base_source` of a config, after `key=value` overrides.
 

