@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -109,6 +111,47 @@ def test_what_was_not_used_for_long_is_deleted_when_another_file_is_kept(tmp_pat
     tokenize(tmp_path / "1.jsonl", tokenizer)
     newest = keep(4)
     assert set(cache.iterdir()) == used | recent | newest
+
+
+@pytest.mark.parametrize("damaged", ["tokens.bin", "supervised.bin", "lines.npy", "digests.npy", "index.json"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_damaged_entry_is_made_again(tmp_path, tokenizer, cache, damaged, share):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(20))
+    fresh = tokenize_file(str(path), tokenizer, format="auto", stop_at_problem=True)
+    tokenize(path, tokenizer)
+    [folder] = cache.iterdir()
+    content = (folder / damaged).read_bytes()
+    (folder / damaged).write_bytes(content[: int(len(content) * share)])
+    assert_equal(tokenize(path, tokenizer), fresh)
+    assert (folder / damaged).read_bytes() == content
+
+
+def test_cache_that_cannot_be_written_is_one_sentence(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "file" / "cache"))
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
+    with pytest.raises(ValueError, match=r"tokenized files cannot be kept there \(Not a directory\); name another"):
+        tokenize(path, tokenizer)
+
+
+def test_of_several_processes_one_tokenizes(tmp_path, tokenizer, tiny_base, cache):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(2000))
+    program = """
+import sys
+from tune2gguf.data import token_cache
+from tune2gguf.tokenizers import load_tokenizer
+base, path = sys.argv[1:]
+fill = token_cache._fill
+token_cache._fill = lambda *arguments, **options: print("filled") or fill(*arguments, **options)
+tokenizer = load_tokenizer(base, chat_template="chatml")
+found = token_cache.tokenize_once(path, tokenizer, format="auto", stop_at_problem=True, min_cached_bytes=0)
+print(len(found.tokens))
+"""
+    command = [sys.executable, "-c", program, str(tiny_base), str(path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate()[0].split() for process in processes]
+    num_tokens = str(len(tokenize(path, tokenizer).tokens))
+    assert sorted(outputs) == [[num_tokens], [num_tokens], ["filled", num_tokens]]
 
 
 def test_small_file_is_not_kept(tmp_path, tokenizer, cache):

@@ -6,12 +6,14 @@ What was not looked at for KEPT_DAYS is deleted when another file is kept, so th
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,22 +53,60 @@ def tokenize_once(
 
     The cache is `tokens/` in cache.get_cache_dir(), and tokens are mapped into memory from it. Its key is the content
     of the file, the tokenizer, the chat template, the row format and the code that makes tokens of rows. A file with
-    bad rows that stop the run is not kept.
+    bad rows that stop the run is not kept. Of several processes that want the same file one tokenizes it.
 
     Raises:
-        ValueError: as tokenize_file
+        ValueError: as tokenize_file, or if the cache cannot be written
     """
     if not is_hub(name) and Path(name).stat().st_size < min_cached_bytes:
         return tokenize_file(name, tokenizer, format=format, stop_at_problem=stop_at_problem)
     folder = get_cache_dir() / "tokens" / _compute_key(name, tokenizer, format)
-    if not folder.is_dir():
+    found = _load(folder, name)
+    if found is not None:
+        with contextlib.suppress(OSError):  # a cache that may only be read is as good
+            os.utime(folder)
+        return found
+    with _hold(folder):
+        found = _load(folder, name)  # another process was faster
+        if found is not None:
+            return found
+        shutil.rmtree(folder, ignore_errors=True)  # what is left of one that was damaged
         index = _fill(folder, name, tokenizer, format=format, stop_at_problem=stop_at_problem)
-        if index.problems and stop_at_problem:
-            return TokenizedFile(name, np.empty(0, TOKEN_DTYPE), np.empty(0, bool), index)
-        _delete_old(folder.parent)
-    with contextlib.suppress(OSError):  # a cache that may only be read is as good
-        os.utime(folder)
-    return _load(folder, name)
+    if index.problems and stop_at_problem:
+        return TokenizedFile(name, np.empty(0, TOKEN_DTYPE), np.empty(0, bool), index)
+    _delete_old(folder.parent)
+    found = _load(folder, name)
+    assert found is not None, "it has just been written"
+    return found
+
+
+@contextlib.contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    """Keep other processes from filling the folder; say so where the cache is no place to write."""
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(get_cache_dir() / "locks" / f"{folder.name}.lock")
+        Path(lock.lock_file).parent.mkdir(exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise _explain(error) from None
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _explain(error) from None
+    finally:
+        lock.release()
+
+
+def _explain(error: OSError) -> ValueError:
+    return ValueError(
+        f"{get_cache_dir()}: tokenized files cannot be kept there ({error.strerror}); "
+        "name another folder in the environment variable TUNE2GGUF_CACHE"
+    )
 
 
 def _delete_old(cache: Path) -> None:
@@ -95,7 +135,6 @@ def _fill(folder: Path, name: str, tokenizer: ChatTokenizer, *, format: str, sto
     """Tokenize the file into the folder, which appears whole, or not at all for a file that stops the run."""
     from tqdm import tqdm
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
         with (temporary / "tokens.bin").open("wb") as tokens, (temporary / "supervised.bin").open("wb") as supervised:
@@ -104,17 +143,14 @@ def _fill(folder: Path, name: str, tokenizer: ChatTokenizer, *, format: str, sto
                 desc=f"tokenizing {Path(name).name}",
                 total=count_rows(name),
                 unit=" rows",
-                # One bar, by the first process of torchrun, and none where stderr is no terminal.
-                disable=None if os.environ.get("RANK", "0") == "0" else True,
+                disable=None,  # where stderr is no terminal
                 leave=False,
             )
             writer = TokenWriter(tokenizer, tokens, supervised)
             index = write_tokens(conversations, writer, stop_at_problem=stop_at_problem)
         if not (index.problems and stop_at_problem):
             _save_index(temporary, index)
-            # Another process may have been faster; its folder holds the same.
-            with contextlib.suppress(OSError):
-                os.rename(temporary, folder)
+            os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return index
@@ -128,16 +164,24 @@ def _save_index(folder: Path, index: TokenIndex) -> None:
     (folder / "index.json").write_text(json.dumps(others), encoding="utf-8")
 
 
-def _load(folder: Path, name: str) -> TokenizedFile:
-    others = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    others["problems"] = [(line, reason) for line, reason in others["problems"]]
-    arrays = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
-    return TokenizedFile(
-        name=name,
-        tokens=_map(folder / "tokens.bin", TOKEN_DTYPE),
-        supervised=_map(folder / "supervised.bin", np.dtype(bool)),
-        index=TokenIndex(**arrays, **others),
-    )
+def _load(folder: Path, name: str) -> TokenizedFile | None:
+    """Return what is kept; None where nothing is, or not all of it: a machine that went down may have lost the end."""
+    try:
+        others = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        others["problems"] = [(line, reason) for line, reason in others["problems"]]
+        arrays = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
+        index = TokenIndex(**arrays, **others)
+        tokens = _map(folder / "tokens.bin", TOKEN_DTYPE)
+        supervised = _map(folder / "supervised.bin", np.dtype(bool))
+    except (OSError, ValueError, TypeError, KeyError, EOFError):
+        return None
+    return TokenizedFile(name, tokens, supervised, index) if _is_whole(tokens, supervised, index) else None
+
+
+def _is_whole(tokens: np.ndarray, supervised: np.ndarray, index: TokenIndex) -> bool:
+    num_tokens, num_rows = index.offsets[-1], len(index.offsets) - 1
+    per_row = (index.lines, index.num_supervised, index.first_supervised, index.digests)
+    return len(tokens) == len(supervised) == num_tokens and all(len(values) == num_rows for values in per_row)
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
