@@ -293,7 +293,9 @@ def enter_run_folder(
                 f"resume: {before} epochs have become {cfg.epochs}; the learning rate now follows the longer schedule"
             )
     write_config(folder, cfg)
-    record_resume(folder, step=progress.step, device=device)
+    changes = record_resume(folder, step=progress.step, device=device)
+    if changes:
+        print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
     return folder
 
 

@@ -59,12 +59,23 @@ def write_config(folder: Path, cfg: DictConfig) -> None:
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg))
 
 
-def record_resume(folder: Path, *, step: int, device: str) -> None:
-    """Add to environment.json where, when and from which step the run went on."""
+def record_resume(folder: Path, *, step: int, device: str) -> list[str]:
+    """Add to environment.json where, when and from which step the run went on.
+
+    Returns:
+        what of it rounds otherwise than where the run was last, so that the last bits may become others
+    """
     path = folder / "environment.json"
     environment = json.loads(path.read_text(encoding="utf-8"))
-    environment.setdefault("resumed", []).append({"step": step, **describe_environment(device)})
+    starts = [environment, *environment.setdefault("resumed", [])]
+    now = {"step": step, **describe_environment(device)}
+    before, after = (
+        {"device": start["device"], "threads": start["threads"], "torch": start["packages"]["torch"]}
+        for start in (starts[-1], now)
+    )
+    environment["resumed"].append(now)
     write_text(path, json.dumps(environment, indent=2) + "\n")
+    return [f"{name} {before[name]} before, {after[name]} now" for name in after if before[name] != after[name]]
 
 
 def describe_existing(output_dir: Path) -> str:

@@ -155,6 +155,19 @@ def test_best_adapter_that_has_gone_ahead_of_the_checkpoint_comes_back(arguments
     assert read_outcome(folder) == before
 
 
+def test_other_threads_are_said_to_round_otherwise(arguments, tmp_path, monkeypatch, capsys):
+    folder = copy_run(arguments, tmp_path)
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps({**environment, "threads": 64}))
+    run_recipe([*arguments, "resume=auto"], monkeypatch)
+    assert (
+        "the last bits may differ from a run that was never stopped: threads 64 before, 1 now"
+        in capsys.readouterr().out
+    )
+    run_recipe([*arguments, "resume=auto"], monkeypatch)
+    assert "the last bits" not in capsys.readouterr().out
+
+
 def test_existing_run_says_how_to_go_on(arguments, tmp_path, monkeypatch, capsys):
     copy_run(arguments, tmp_path)
     assert "To go on with that run, add resume=auto." in refuse(arguments, monkeypatch, capsys)
