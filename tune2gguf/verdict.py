@@ -57,7 +57,8 @@ def judge(curves: Curves) -> Verdict:
     losses = _Losses.read(curves)
     gain = losses.estimate_gain()
     figures = _list_losses(curves) | _name("gain", gain)
-    decide = _judge_curve if gain.low > 0 else _judge_without_gain
+    is_notable = gain.low > 0 and gain.high > NOTABLE_GAIN * curves.base.loss
+    decide = _judge_curve if is_notable else _judge_without_gain
     verdict = decide(curves, losses, gain)
     return replace(verdict, figures=figures | verdict.figures)
 
@@ -203,7 +204,7 @@ def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
 
 
 def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
-    """Judge a run whose best adapter is not clearly better than the base."""
+    """Judge a run whose best adapter is not clearly better than the base, or clearly no better than by a trifle."""
     worse = estimate_ratio(losses.final - losses.base, losses.tokens)
     figures = _compare_training(curves)
     scale = NOTABLE_GAIN * curves.base.loss
@@ -213,7 +214,8 @@ def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verd
             f"{curves.final.loss:.3f}, worse by {_describe_nats(worse)}"
         )
         return replace(_judge_rise(lost, figures), figures=figures)
-    same = f"the gain over the base's {curves.base.loss:.3f} cannot be told from zero: {_describe_nats(gain)}"
+    size = "cannot be told from zero" if gain.low <= 0 else f"is less than {_percent(NOTABLE_GAIN)} of it"
+    same = f"the gain over the base's {curves.base.loss:.3f} {size}: {_describe_nats(gain)}"
     if gain.high <= scale:
         return Verdict(UNDERFITTING, (same, "the model answers as it did before training"), figures)
     needed = count_rows_needed(losses.base - losses.best, losses.tokens, margin=scale)

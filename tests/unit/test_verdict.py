@@ -131,6 +131,13 @@ def test_over_and_underfitting_are_never_taken_for_each_other():
     assert under.count(UNDERFITTING) > 30 and over.count(OVERFITTING) > 30
 
 
+def test_a_gain_that_is_sure_but_a_trifle_is_underfitting_however_flat_the_curve():
+    trifle = judge(make_curves(approach(8, floor=3.9, gain=0.1)))
+    assert trifle.figures["gain_low"] > 0
+    assert trifle.label == UNDERFITTING and "is less than 5.0 % of it" in trifle.reasons[0]
+    assert judge(make_curves(approach(8, floor=3.0, gain=1.0))).label == GOOD_FIT
+
+
 def test_a_model_that_did_well_before_is_judged_by_what_it_gained():
     assert judge(make_curves(approach(8, floor=0.05, gain=0.05), noise=0.001)).label == GOOD_FIT
 
