@@ -185,6 +185,7 @@ def test_every_file_that_cannot_be_used_is_named_in_one_error(tmp_path):
     said = {
         "missing.jsonl": "no such file",
         "none*.jsonl": "no such file",
+        "someone/chats": "someone/chats: no such file; the data set of the hub is hub:someone/chats",
         "empty.jsonl": "the file is empty",
         "a.txt": "unknown type",
         ".": "a folder; name files or a glob",
@@ -194,7 +195,7 @@ def test_every_file_that_cannot_be_used_is_named_in_one_error(tmp_path):
         "hub:name": "hub:OWNER/NAME",
     }
     with pytest.raises(ValueError) as error:
-        find_files([str(tmp_path / name) if not name.startswith("hub:") else name for name in said])
+        find_files([str(tmp_path / name) if "hub" not in words else name for name, words in said.items()])
     lines = str(error.value).splitlines()
     assert [words in line for words, line in zip(said.values(), lines, strict=True)] == [True] * len(said)
 

@@ -83,7 +83,9 @@ def find_files(patterns: str | Sequence[str]) -> list[str]:
         else:
             pattern = os.path.expanduser(pattern)
             found = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
-            problems += [] if found else [f"{pattern}: no such file"]
+            is_name = re.fullmatch(r"[\w-]+/[\w.-]+", pattern) and _get_suffix(Path(pattern)) not in SUFFIXES
+            hint = f"; the data set of the hub is hub:{pattern}" if is_name else ""
+            problems += [] if found else [f"{pattern}: no such file{hint}"]
             names += found
     names = list(dict.fromkeys(names))
     problems += [problem for name in names for problem in _find_file_problems(name)]
