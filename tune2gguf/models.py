@@ -17,13 +17,13 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtune import training
 from torchtune.modules import (
     FeedForward,
-    MultiHeadAttention,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
 )
 from torchtune.modules.tied_linear import TiedLinear
 
 from tune2gguf.architectures import ARCHITECTURES, Architecture, find_architecture_differences, read_architecture
+from tune2gguf.attention import Attention
 from tune2gguf.layers import FrozenRMSNorm, RoPE, ScaledRoPE
 from tune2gguf.lora import LoRALinear
 from tune2gguf.loss import cross_entropy_of_supervised, select_supervised
@@ -272,9 +272,9 @@ def _make_rope(architecture: Architecture, max_seq_len: int) -> nn.Module:
 
 def _make_attention(
     shape: Architecture, rope: nn.Module, make_linear: Callable[..., nn.Module], lora_attn_modules: list[str]
-) -> MultiHeadAttention:
+) -> Attention:
     query_dim, key_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return MultiHeadAttention(
+    return Attention(
         embed_dim=shape.embed_dim,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,

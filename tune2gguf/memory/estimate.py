@@ -116,7 +116,11 @@ def list_layer_activations(shape: Shape) -> list[int]:
     a, c = shape.architecture, BYTES[shape.dtype]
     d, i, q = a.embed_dim, a.intermediate_dim, a.num_heads * a.head_dim
     adapted = {spec.tune_name.split(".")[-2]: spec.shape[1] for spec in _list_adapted(shape)}
-    per_token = 4 * [q * c] + [4 * a.num_heads]  # q, k and v (expanded to all heads), output; log of the normalizers
+    # q, k, v and output; torchtune expands k and v to all heads, and its kernel keeps the log of the normalizers.
+    if shape.device_type == "cpu":
+        per_token = 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c]
+    else:
+        per_token = 4 * [q * c] + [4 * a.num_heads]
     # Both norms' inputs and factors; of the fused layers of a GPU in float32.
     per_token += 2 * [c * d if shape.device_type == "cpu" else 4 * d, 4]
     per_token += 3 * [i * c]  # input and output of silu, and what it is multiplied with

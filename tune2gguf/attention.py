@@ -1,0 +1,118 @@
+"""Causal attention on a CPU, in float32, a block of queries at a time.
+
+torch's own kernel multiplies head by head in small bf16 products, an eighth of what oneDNN does with all heads at once;
+the blocks keep memory linear in the length of a row, and what float32 costs more than bf16 is less than that gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torchtune.modules import MultiHeadAttention
+
+# Of a block, in all heads: 8 MB in float32, which stay in the cache.
+SCORES_AT_A_TIME = 1 << 21
+MIN_QUERIES = 16
+
+
+class Attention(MultiHeadAttention):
+    """torchtune's attention, with the product of queries, keys and values done by `attend` where rows are trained."""
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None, input_pos: Tensor | None = None
+    ) -> Tensor:
+        """Map [batch, seq, dim] to the same; with caches, on a GPU and compiled as torchtune does it."""
+        if self.kv_cache is not None or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x, y, mask=mask, input_pos=input_pos)
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (self.pos_embeddings(part, input_pos=input_pos) for part in (q, k))
+        return self.output_proj(attend(q, k, v, mask=mask).flatten(-2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
+    """Return softmax(q k^T / sqrt(head_dim)) v of each head, [batch, seq, heads, head_dim].
+
+    Args:
+        q: [batch, seq, heads, head_dim]
+        k: [batch, seq, kv_heads, head_dim], of which each serves heads / kv_heads neighbouring heads
+        v: like k
+        mask: True where a token attends to another, none of them behind it, [batch, seq, seq]; None for all before it
+    """
+    return _BlockwiseAttention.apply(q, k, v, mask)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Keeps q, k and v for backward, which computes the weights of each block again."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        kv_heads, out = k.shape[2], torch.empty_like(q)
+        keys, values = (_split_heads(part, kv_heads) for part in (k, v))
+        for queries, sees in _list_blocks(q, mask):
+            weights = _compute_weights(_split_heads(q[:, queries], kv_heads), keys[:, sees], mask, queries, sees)
+            _join_heads(torch.bmm(weights, values[:, sees]), out[:, queries])
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple:
+        q, k, v, mask = ctx.saved_tensors
+        kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5
+        keys, values = (_split_heads(part, kv_heads) for part in (k, v))
+        key_gradient, value_gradient = torch.zeros_like(keys), torch.zeros_like(values)
+        q_gradient, k_gradient, v_gradient = (torch.empty_like(part) for part in (q, k, v))
+        for queries, sees in _list_blocks(q, mask):
+            asked, incoming = (_split_heads(part[:, queries], kv_heads) for part in (q, upstream))
+            weights = _compute_weights(asked, keys[:, sees], mask, queries, sees)
+            value_gradient[:, sees].baddbmm_(weights.mT, incoming)
+            scores = torch.ops.aten._softmax_backward_data(
+                torch.bmm(incoming, values[:, sees].mT), weights, -1, weights.dtype
+            )
+            key_gradient[:, sees].baddbmm_(scores.mT, asked, alpha=scale)
+            _join_heads(torch.bmm(scores, keys[:, sees]).mul_(scale), q_gradient[:, queries])
+        _join_heads(key_gradient, k_gradient)
+        _join_heads(value_gradient, v_gradient)
+        return q_gradient, k_gradient, v_gradient, None
+
+
+def _list_blocks(q: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice]]:
+    """Yield the queries of each block and the keys that they see, from the first that one of them attends to."""
+    batch, seq, heads, _ = q.shape
+    size = max(MIN_QUERIES, SCORES_AT_A_TIME // (batch * heads * seq))
+    for start in range(0, seq, size):
+        stop = min(start + size, seq)
+        first = 0 if mask is None else int(mask[:, start:stop].any(dim=1).any(dim=0).nonzero()[0])
+        yield slice(start, stop), slice(first, stop)
+
+
+def _compute_weights(asked: Tensor, keys: Tensor, mask: Tensor | None, queries: slice, sees: slice) -> Tensor:
+    """Return what each query takes of each value, [batch * kv_heads, group * queries, keys]; a row's sum is 1."""
+    scores = torch.bmm(asked, keys.mT).mul_(asked.shape[-1] ** -0.5)
+    num_queries, num_keys = queries.stop - queries.start, sees.stop - sees.start
+    if mask is None:
+        behind = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)
+        scores.view(-1, num_queries, num_keys)[..., queries.start - sees.start :].masked_fill_(behind, -torch.inf)
+    else:
+        hidden = mask[:, queries, sees].logical_not()
+        scores.view(len(mask), -1, num_queries, num_keys).masked_fill_(hidden[:, None], -torch.inf)
+    return torch.softmax(scores, dim=-1)
+
+
+def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """Return [batch, n, heads, head_dim] as [batch * kv_heads, heads / kv_heads * n, head_dim], in float32 or more."""
+    batch, n, heads, head_dim = x.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    split = torch.empty(batch, kv_heads, heads // kv_heads, n, head_dim, dtype=dtype)
+    split.copy_(x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4))
+    return split.view(batch * kv_heads, -1, head_dim)
+
+
+def _join_heads(split: Tensor, out: Tensor) -> None:
+    """Write what _split_heads has made of a tensor like `out`, [batch, n, heads, head_dim], back into it."""
+    batch, n, _, head_dim = out.shape
+    by_head = split.view(batch, len(split) // batch, -1, n, head_dim)
+    out.unflatten(2, (by_head.shape[1], -1)).copy_(by_head.permute(0, 3, 1, 2, 4))
