@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import write_run
 from tune2gguf.export.licence import find_licence
-from tune2gguf.export.pipeline import export_run
+from tune2gguf.export.pipeline import export_run, list_served
 from tune2gguf.export.run_folder import read_run
 
 META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024"
@@ -75,6 +75,15 @@ def test_model_card_lists_the_files_of_all_exports(run_dir):
     assert "FROM ./Ferry-Q4_K_M.gguf\n" in first.models[0].modelfile_path.read_text()
     card = second.model_card_path.read_text()
     assert "| Ferry-Q4_K_M.gguf | " in card and "| Ferry-Q8_0.gguf | " in card
+
+
+def test_a_file_that_is_exported_again_keeps_its_one_modelfile(run_dir):
+    names = ["Q4_K_M", "Q8_0"]
+    for order in ([names, ["Q8_0"]], [["Q8_0"], names]):
+        for quantizations in order:
+            export = export_run(run_dir, quantizations=quantizations, overwrite=True, show=False)
+        assert [path.name for path, _ in list_served(export.run)].count("Ferry-Q8_0.gguf") == 1
+        shutil.rmtree(export.run.export_dir)
 
 
 @pytest.mark.parametrize("base_name", ["meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"])

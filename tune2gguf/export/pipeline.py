@@ -196,11 +196,11 @@ def _get_quantizations(names: Sequence[str]) -> list[Quantization]:
 
 def _name_model(run: FinishedRun, quantization: Quantization, *, is_only: bool) -> ExportedModel:
     gguf_path = run.export_dir / f"{run.name}-{quantization.name}.gguf"
-    modelfile = run.export_dir / "Modelfile"
-    # A type that is exported later does not take the first one's Modelfile away.
-    is_taken = modelfile.is_file() and _read_served_name(modelfile) != gguf_path.name
-    if not is_only or is_taken:
-        modelfile = run.export_dir / f"Modelfile-{quantization.name}"
+    plain, named = run.export_dir / "Modelfile", run.export_dir / f"Modelfile-{quantization.name}"
+    # One Modelfile for each file: the one that serves it already, and none that serves another.
+    serves_it = plain.is_file() and _read_served_name(plain) == gguf_path.name
+    is_first = is_only and not plain.is_file() and not named.is_file()
+    modelfile = plain if serves_it or is_first else named
     return ExportedModel(quantization.name, gguf_path, modelfile)
 
 
