@@ -32,6 +32,7 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
     Raises:
         ValueError: if the folder exists; a run never overwrites another
     """
+    from tune2gguf.checkpoints.digest import digest_base
     from tune2gguf.checkpoints.folder import create_folder
     from tune2gguf.data.heldout import HELDOUT_FILE, format_heldout
 
@@ -42,7 +43,9 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
         raise ValueError(describe_existing(folder))
     with create_folder(folder) as unfinished:
         write_config(unfinished, cfg)
-        write_text(unfinished / "environment.json", json.dumps(describe_environment(device), indent=2) + "\n")
+        # The digest was taken for the resume already; the export compares the base that it merges into.
+        environment = {**describe_environment(device), "base_digest": digest_base(cfg.base_dir)}
+        write_text(unfinished / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_text(unfinished / "data.json", json.dumps(data.ledger, indent=2, ensure_ascii=False) + "\n")
         write_text(unfinished / HELDOUT_FILE, heldout)
     return folder

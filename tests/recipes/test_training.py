@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,19 @@ def test_saved_adapter_gives_the_trained_logits_in_peft(run_arguments, tiny_base
         assert measure_heldout_loss(tuned, tiny_base, tmp_path / "heldout.jsonl") == pytest.approx(expected, abs=1e-4)
         with tuned.disable_adapter():  # negative control
             assert abs(measure_heldout_loss(tuned, tiny_base, tmp_path / "heldout.jsonl") - expected) > 0.1
+
+
+def test_export_refuses_a_base_that_has_changed_since_the_run(run_arguments, tmp_path, tiny_base, monkeypatch):
+    from tune2gguf.export.pipeline import export_run
+
+    run_recipe([*run_arguments, "max_steps_per_epoch=1"], monkeypatch)
+    moved = shutil.copytree(tiny_base, tmp_path / "moved")
+    assert export_run(tmp_path / "runs/tiny", base_dir=moved, show=False).models[0].gguf_path.is_file()
+    content = bytearray((moved / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (moved / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"is not the base that .*tiny was trained on, or it has changed since"):
+        export_run(tmp_path / "runs/tiny", base_dir=moved, overwrite=True, show=False)
 
 
 def measure_heldout_loss(model, base_dir: Path, path: Path) -> float:
