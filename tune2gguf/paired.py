@@ -104,12 +104,12 @@ def choose_best_crosswise(losses: np.ndarray) -> np.ndarray:
 
 
 def extrapolate_gain(late_share: float, at: float) -> float:
-    """Return what half as much learning again would bring, as a share of the gain so far.
+    """Return what as much learning again would bring, as a share of the gain so far.
 
     The curve is taken for an exponential approach to a floor, through its beginning, the point after the fraction `at`
     of the learning, and its end: gain(x) = (1 - exp(-k x)) / (1 - exp(-k)) at the fraction x, so that gain(at) =
-    1 - late_share gives k, and gain(1.5) - 1 is the answer. Real curves have longer tails than exponentials, so that
-    the answer is rather low. A curve that does not bend is taken for a line: 0.5.
+    1 - late_share gives k, and gain(2) - 1 = exp(-k) is the answer. Real curves have longer tails than exponentials,
+    so that the answer is rather low. A curve that does not bend is taken for a line: 1.
 
     Args:
         late_share: of the gain, that came after `at`
@@ -121,7 +121,7 @@ def extrapolate_gain(late_share: float, at: float) -> float:
     if early_share >= 1:
         return 0.0
     if early_share <= at:
-        return 0.5
+        return 1.0
 
     def miss(rate: float) -> float:
         return math.expm1(-rate * at) / math.expm1(-rate) - early_share
@@ -131,6 +131,5 @@ def extrapolate_gain(late_share: float, at: float) -> float:
         return 0.0
     slowest = 1e-6
     if miss(slowest) >= 0:
-        return 0.5
-    rate = brentq(miss, slowest, steepest)
-    return math.exp(-rate) * math.expm1(-rate / 2) / math.expm1(-rate)
+        return 1.0
+    return math.exp(-brentq(miss, slowest, steepest))

@@ -47,7 +47,7 @@ def judge(curves: Curves) -> Verdict:
     """Judge a run by what it measured; pure, and the same for the same curves.
 
     The figures, as far as the verdict came to them: rows, base_loss, best_loss, best_step, final_loss, final_step; gain
-    (of the best over the base, in nats), rise (of the final loss above the best) and further_gain (what half as much
+    (of the best over the base, in nats), rise (of the final loss above the best) and further_gain (what as much
     learning again would bring), the latter two as shares of the gain, each with _low and _high; training_before and
     training_after (mean training loss up to the best and up to the final validation); rows_needed; diverged (1).
     """
@@ -190,7 +190,7 @@ def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     figures = _name("further_gain", further) | _name("late_share", late_share) | {"late_share_at": at}
     came = (
         f"{_percent(late_share.value)} of the gain came in the last {_percent(1 - at)} of the learning (learning rate "
-        f"summed over steps); half as much again would bring about {_describe_share(further)} more"
+        f"summed over steps); as much again would bring about {_describe_share(further)} more"
     )
     if late_share.low > 0 and further.value > NOTABLE_FURTHER_GAIN:
         return Verdict(UNDERFITTING, (f"the held-out loss was still falling: {came}", won), figures)

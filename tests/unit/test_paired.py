@@ -74,10 +74,10 @@ def test_extrapolated_gain_is_exact_for_an_exponential(rate, at):
         return 1 - math.exp(-rate * progress)
 
     late_share = 1 - gain(at) / gain(1)
-    assert extrapolate_gain(late_share, at) == pytest.approx(gain(1.5) / gain(1) - 1, rel=1e-6)
+    assert extrapolate_gain(late_share, at) == pytest.approx(gain(2) / gain(1) - 1, rel=1e-6)
 
 
-def test_extrapolated_gain_of_a_line_is_half_and_of_a_flat_end_nothing():
-    assert extrapolate_gain(0.5, 0.5) == extrapolate_gain(0.9, 0.5) == 0.5
+def test_extrapolated_gain_of_a_line_is_all_of_it_again_and_of_a_flat_end_nothing():
+    assert extrapolate_gain(0.5, 0.5) == extrapolate_gain(0.9, 0.5) == 1.0
     assert extrapolate_gain(0.0, 0.5) == extrapolate_gain(-0.2, 0.5) == 0.0
     assert extrapolate_gain(1e-300, 0.5) < 1e-9
