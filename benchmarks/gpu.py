@@ -42,7 +42,7 @@ def make_pack(vocab_size: int, batch: int, seq: int, device: str):
     return tokens, tokens.clone(), input_pos, [torch.full((ROWS_PER_PACK,), row)] * batch
 
 
-def make_ours(arguments, device: str):
+def make_ours(arguments, device: str, world=None):
     import torch
 
     from tune2gguf.architectures import ARCHITECTURES
@@ -50,6 +50,7 @@ def make_ours(arguments, device: str):
     from tune2gguf.checkpoints.load import fill_model
     from tune2gguf.lora import initialize_adapters
     from tune2gguf.models import build_lora_llama, can_fuse, prepare_training
+    from tune2gguf.parallel import replicate, shard
 
     architecture = ARCHITECTURES[MODELS[arguments.model]]
     with torch.device("meta"):
@@ -67,20 +68,23 @@ def make_ours(arguments, device: str):
         weight = torch.ones if len(spec.shape) == 1 else torch.randn
         return weight(spec.shape, device=device, dtype=torch.bfloat16) * (1.0 if len(spec.shape) == 1 else 0.02)
 
-    weights = ((spec.tune_name, draw(spec)) for spec in list_tensors(architecture))
-    base_weights = "nf4" if arguments.kind == "qlora" else "bf16"
-    fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
-    initialize_adapters(model, 0)
     fuse = can_fuse(torch.device(device), dtype="bf16", compile=arguments.compile)
     prepare_training(
         model, compile=arguments.compile, enable_activation_checkpointing=arguments.checkpointing, fuse=fuse
     )
+    if world is not None and arguments.parallel == "shard":
+        shard(model, world)
+    weights = ((spec.tune_name, draw(spec)) for spec in list_tensors(architecture))
+    base_weights = "nf4" if arguments.kind == "qlora" else "bf16"
+    fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
+    initialize_adapters(model, 0)
+    trained = replicate(model, world) if world is not None and arguments.parallel == "replicate" else model
     tokens, labels, input_pos, row_lengths = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
     row_ids = torch.repeat_interleave(torch.arange(ROWS_PER_PACK, device=device), row_lengths[0].to(device))
     row_ids = row_ids.expand(arguments.batch, -1).contiguous()
 
     def compute_loss():
-        return model(tokens, labels, row_ids=row_ids, input_pos=input_pos).mean()
+        return trained(tokens, labels, row_ids=row_ids, input_pos=input_pos).mean()
 
     return model, compute_loss, architecture.vocab_size
 
@@ -145,19 +149,17 @@ def make_peft(arguments, device: str):
     return model, lambda: model(input_ids=tokens, labels=labels).loss, architecture.vocab_size
 
 
-def run_case(arguments) -> dict:
-    """Train a few steps and return tokens/s, peak memory and losses."""
+def measure(arguments, make, device: str) -> dict:
+    """Train a few steps of what `make` makes and return tokens/s, peak memory and losses."""
     import torch
 
-    device = arguments.device
     torch.manual_seed(0)
-    side = {"ours": make_ours, "stock": make_stock, "peft": make_peft}[arguments.side]
-    model, compute_loss, _ = side(arguments, device)
+    model, compute_loss, _ = make(arguments, device)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     seconds, losses = [], []
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(arguments.steps + 2):
         synchronize(device)
@@ -176,11 +178,38 @@ def run_case(arguments) -> dict:
     return {
         "tokens_per_second": round(tokens_per_second),
         "mfu": round(4 * weights * tokens_per_second / BF16_PEAK, 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device != "cpu" else None,
+        **({"estimated_gib": estimate_peak(arguments)} if arguments.side == "ours" else {}),
         "first_step_s": round(seconds[0], 1),
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
     }
+
+
+def estimate_peak(arguments) -> float:
+    """Return what estimate_memory.py says of a case, GiB, without the CUDA context that torch does not count either."""
+    from tune2gguf.architectures import ARCHITECTURES
+    from tune2gguf.memory.estimate import Shape, estimate_memory
+
+    shape = Shape(
+        architecture=ARCHITECTURES[MODELS[arguments.model]],
+        base_weights="nf4" if arguments.kind == "qlora" else "bf16",
+        dtype="bf16",
+        lora_rank=RANK,
+        lora_dropout=arguments.dropout,
+        lora_attn_modules=tuple(ATTENTION),
+        apply_lora_to_mlp=True,
+        batch_size=arguments.batch,
+        gradient_accumulation_steps=1,
+        longest_row=arguments.seq,
+        enable_activation_checkpointing=arguments.checkpointing,
+        device_type="cuda",
+        num_devices=getattr(arguments, "num_gpus", 1),
+        parallel=getattr(arguments, "parallel", "replicate"),
+        compile=arguments.compile,
+    )
+    estimate = estimate_memory(shape)
+    return round((estimate.training - estimate.program) / 2**30, 2)
 
 
 def count_weights(model: str) -> int:
@@ -199,7 +228,7 @@ def count_weights(model: str) -> int:
 def synchronize(device: str) -> None:
     import torch
 
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
 
 
@@ -212,9 +241,19 @@ def list_cases(arguments) -> list[dict]:
                     if side == "peft" and kind == "qlora":
                         continue  # bitsandbytes would be another library's number
                     case = {"side": side, "model": model, "kind": kind, "seq": seq, "batch": arguments.batch}
-                    compile = side != "peft" and not arguments.no_compile
+                    compile = side == "stock" and not arguments.no_compile
                     cases.append(case | {"compile": compile, "checkpointing": kind == "qlora"})
     return cases
+
+
+def run_in_process(command: list[str], timeout: int) -> dict | str:
+    """Run a case in a process of its own and return its result, or why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {timeout} s"
+    found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(found[0]) if found else "failed: " + " | ".join(done.stderr.strip().splitlines()[-3:])
 
 
 def describe_machine() -> str:
@@ -240,7 +279,7 @@ def main() -> None:
     parser.add_argument("--seq-lengths", nargs="+", type=int, default=[2048, 4096])
     parser.add_argument("--batch", type=int, default=2, help="sequences a step")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
-    parser.add_argument("--no-compile", action="store_true", help="eager, for all sides")
+    parser.add_argument("--no-compile", action="store_true", help="stock torchtune without its compiler")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--timeout", type=int, default=300, help="seconds a case may take")
@@ -250,19 +289,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.case:
         case = json.loads(arguments.case)
-        print("RESULT " + json.dumps(run_case(argparse.Namespace(**case))))
+        make = {"ours": make_ours, "stock": make_stock, "peft": make_peft}[case["side"]]
+        print("RESULT " + json.dumps(measure(argparse.Namespace(**case), make, case["device"])))
         return
     shared = {"steps": arguments.steps, "dropout": arguments.dropout, "device": arguments.device}
     lines = [describe_machine(), "command: python benchmarks/gpu.py " + " ".join(sys.argv[1:]), ""]
     print("\n".join(lines), flush=True)
     for case in arguments.cases or list_cases(arguments):
         command = [sys.executable, __file__, "--case", json.dumps(case | shared)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.timeout)
-            found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            result = found[0] if found else "failed: " + " | ".join(done.stderr.strip().splitlines()[-3:])
-        except subprocess.TimeoutExpired:
-            result = f"stopped after {arguments.timeout} s"
+        result = json.dumps(run_in_process(command, arguments.timeout))
         settings = ("compile" * case["compile"], "checkpointing" * case["checkpointing"])
         label = f"{case['model']} {case['kind']} {case['batch']}x{case['seq']} {case['side']}"
         label = " ".join(filter(None, (label, *settings)))

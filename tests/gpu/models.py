@@ -45,7 +45,7 @@ def make_model(base_dir: Path, device: torch.device, *, base_weights: str, dropo
         lora_dropout=dropout,
         lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
         apply_lora_to_mlp=True,
-        max_seq_len=512,
+        max_seq_len=2048,
     )
     load_base(model, str(base_dir), device=device, base_weights=base_weights, show=False)
     generator = torch.Generator().manual_seed(0)

@@ -59,3 +59,15 @@ def test_dropped_gradients_are_on_average_those_without_dropout(small_base):
     for name, gradient in expected.items():
         mean = torch.stack([gradients[name] for gradients in masked]).mean(dim=0)
         assert torch.nn.functional.cosine_similarity(mean.flatten(), gradient.flatten(), dim=0) > 0.97, name
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
+def test_gradients_are_the_same_bits_each_time(small_base, is_packed):
+    """Rows long enough for several blocks of an attention kernel, which otherwise adds them as they come."""
+    rows = make_rows([1024] * 4)
+    batch = pack(rows[:2]) if is_packed else make_batch(rows)
+    model = prepare(make_model(small_base, CUDA, base_weights="bf16"), fuse=True)
+    first, *others = (compute(model, batch) for _ in range(5))
+    for other in others:
+        assert torch.equal(first.losses, other.losses)
+        assert all(torch.equal(gradient, other.gradients[name]) for name, gradient in first.gradients.items())

@@ -29,7 +29,11 @@ def start_recipe(arguments: list[str], log: Path) -> subprocess.Popen:
     command = [sys.executable, "recipes/lora_finetune.py", *arguments]
     with log.open("a") as output:
         return subprocess.Popen(
-            command, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}, stdout=output, stderr=output
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+            stdout=output,
+            stderr=output,
         )
 
 

@@ -34,4 +34,5 @@ def get_shape(config: DictConfig, *, longest_row: int, num_devices: int, paralle
         device_type=config.device.partition(":")[0],
         num_devices=num_devices,
         parallel=parallel,
+        compile=config.compile,
     )

@@ -24,8 +24,6 @@ PROGRAM_BYTES = 480_000_000
 PROGRAM_BYTES_PER_TOKEN = 1300
 # Assumed: the context of CUDA and its libraries' workspaces.
 CUDA_BYTES = 600_000_000
-# A GPU dequantizes an NF4 weight in one pass, with an index and a float32 value for each.
-DEQUANTIZE_BYTES_PER_WEIGHT = {"cpu": 0, "cuda": 12}
 # glibc gives blocks from 32 MiB on back at once; smaller ones leave gaps, measured as this many layers' activations.
 RETURNED_BYTES = 32 * 2**20
 LAYERS_IN_GAPS = 3.0
@@ -52,6 +50,12 @@ class Shape:
     device_type: str = "cpu"
     num_devices: int = 1
     parallel: str = "replicate"
+    compile: bool = False
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the layers are those of tune2gguf.fused."""
+        return self.device_type == "cuda" and self.dtype == "bf16" and not self.compile
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ def estimate_memory(shape: Shape) -> Estimate:
     """Count the bytes that one process of a run needs."""
     specs = list_tensors(shape.architecture)
     weights = {spec.tune_name: _count_weight_bytes(spec, shape.base_weights) for spec in specs}
+    is_whole_on_gpu = shape.device_type == "cuda" and shape.parallel != "shard"
+    if shape.base_weights == "nf4" and is_whole_on_gpu and not shape.architecture.tied:
+        weights["tok_embeddings.weight"] = 0  # stays in the host's memory
     dense = {spec.tune_name: math.prod(spec.shape) * BYTES[shape.dtype] for spec in specs}
     adapter = 4 * count_adapter_weights(shape)
     parts = shape.num_devices if shape.parallel == "shard" else 1
@@ -112,16 +119,22 @@ def count_adapter_weights(shape: Shape) -> int:
 
 
 def list_layer_activations(shape: Shape) -> list[int]:
-    """Return the bytes of each tensor that autograd keeps of one layer, without the adapter's casts."""
+    """Return the bytes of each tensor that is kept of one layer until backward, without the adapter's casts."""
     a, c = shape.architecture, BYTES[shape.dtype]
     d, i, q = a.embed_dim, a.intermediate_dim, a.num_heads * a.head_dim
+    if shape.is_fused:
+        # Input and middle, q and the attention's result, k and v, gate and up; norms' factors and log of normalizers.
+        per_token = (
+            2 * [d * c] + 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + 2 * [i * c] + [8, 4 * a.num_heads]
+        )
+        return [size * _count_tokens(shape) for size in [*per_token, _count_low_rank(shape)]]
     adapted = {spec.tune_name.split(".")[-2]: spec.shape[1] for spec in _list_adapted(shape)}
     # q, k, v and output; torchtune expands k and v to all heads, and its kernel keeps the log of the normalizers.
     if shape.device_type == "cpu":
         per_token = 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c]
     else:
         per_token = 4 * [q * c] + [4 * a.num_heads]
-    # Both norms' inputs and factors; of the fused layers of a GPU in float32.
+    # Both norms' inputs and factors; on a GPU torchtune's own norm computes in float32.
     per_token += 2 * [c * d if shape.device_type == "cpu" else 4 * d, 4]
     per_token += 3 * [i * c]  # input and output of silu, and what it is multiplied with
     per_token += [i * c] if "w2" in adapted else []
@@ -143,6 +156,7 @@ def count_kept_activations(shape: Shape) -> int:
         is_offloaded = shape.enable_activation_offloading and shape.device_type == "cuda"
         num_inputs = min(OFFLOADING_INPUTS, a.num_layers) if is_offloaded else a.num_layers
         layers = num_inputs * tokens * a.embed_dim * c + layer
+        layers += a.num_layers * tokens * _count_low_rank(shape) if shape.is_fused else 0
     else:
         layers = a.num_layers * layer
     # The adapter in dtype is kept from forward to backward.
@@ -155,18 +169,26 @@ def _count_work(shape: Shape) -> int:
     from tune2gguf.loss import POSITIONS_PER_CHUNK
 
     a, c, tokens = shape.architecture, BYTES[shape.dtype], _count_tokens(shape)
-    # A CPU writes the gradient over the logits; a GPU without Triton has log-probabilities in float32 beside them.
-    bytes_per_logit = c if shape.device_type == "cpu" else c + 4 + c % 4
-    loss = bytes_per_logit * min(POSITIONS_PER_CHUNK[shape.device_type], tokens) * a.vocab_size
+    loss = c * min(POSITIONS_PER_CHUNK[shape.device_type], tokens) * a.vocab_size  # the gradient is written over them
     loss += 2 * tokens * a.embed_dim * c  # the hidden states that go in, and their gradient
+    # torchtune's norm has its input and its result in float32.
+    loss += 2 * tokens * a.embed_dim * 4 if shape.device_type == "cuda" else 0
     largest = max(math.prod(spec.shape) for spec in list_tensors(a) if spec.is_linear)
-    dense = largest * (c + DEQUANTIZE_BYTES_PER_WEIGHT[shape.device_type]) if shape.base_weights == "nf4" else 0
+    dense = largest * c if shape.base_weights == "nf4" else 0
     upstream = 2 * tokens * a.embed_dim * c
+    if shape.is_fused:
+        # The activation's product beside gate and up, which their gradients overwrite.
+        return max(loss, 2 * upstream + tokens * a.intermediate_dim * c + dense)
     mlp = upstream + max(3 * tokens * a.intermediate_dim * c, tokens * a.intermediate_dim * c + dense)
     gaps = 0
     if shape.device_type == "cpu":
         gaps = LAYERS_IN_GAPS * sum(size for size in list_layer_activations(shape) if size < RETURNED_BYTES)
     return max(loss, mlp) + round(gaps)
+
+
+def _count_low_rank(shape: Shape) -> int:
+    """Return the bytes of the adapters' first products, a token and layer."""
+    return len(_list_adapted(shape)) // shape.architecture.num_layers * shape.lora_rank * BYTES[shape.dtype]
 
 
 def _count_tokens(shape: Shape) -> int:
