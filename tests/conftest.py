@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
+from tune2gguf.chat_templates import CHATML
+
 # Without a GPU Triton's kernels run in its interpreter; it has to know before it is imported.
 INTERPRETS_TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 if INTERPRETS_TRITON:
     os.environ["TRITON_INTERPRET"] = "1"
-
-from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
-from tune2gguf.chat_templates import CHATML
 
 # Started in the background of a script, Python ignores Ctrl-C, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
