@@ -31,7 +31,9 @@ class Watch:
         self._store = _connect()
         self._is_over = threading.Event()
         self._unanswered_polls = 0
-        self._beats = {rank: (b"", 0) for rank in range(1, self.size)}  # last one, and polls since it changed
+        # The last beat of each process that this one listens to, and polls since it changed.
+        heard = {0: range(1, self.size), 1: range(1)}.get(self.rank, ())
+        self._beats = {rank: (b"", 0) for rank in heard}
         self._threads = [
             threading.Thread(target=target, name="watch", daemon=True)
             for target in (self._talk, self._wait_for_answers)
@@ -60,8 +62,7 @@ class Watch:
                 if store.check([self._key]) and store.get(self._key).decode() != str(self.rank):
                     os._exit(1)
                 store.set(f"{self._key}/beat/{self.rank}", str(number))
-                if self.rank == 0:
-                    self._listen(store)
+                self._listen(store)
                 number, self._unanswered_polls = number + 1, 0
         except RuntimeError:
             self._is_over.set()  # without the store torchrun ends the process
@@ -71,21 +72,21 @@ class Watch:
             key = f"{self._key}/beat/{rank}"
             beat = store.get(key) if store.check([key]) else b""
             self._beats[rank] = (beat, 0 if beat != before else silent_polls + 1)
-            if silent_polls == MAX_SILENT_POLLS and self.claim_failure():
-                _end_without(f"process {rank}")
+            if silent_polls > MAX_SILENT_POLLS:
+                _end_without(rank, speaks=self.claim_failure())
 
     def _wait_for_answers(self) -> None:
         while not self._is_over.wait(POLL_SECONDS):
             self._unanswered_polls += 1
             if self._unanswered_polls > MAX_SILENT_POLLS:
-                _end_without("process 0")
+                # The store is on the machine of process 0. One line a machine: who is cut off cannot ask who speaks.
+                _end_without(0, speaks=os.environ.get("LOCAL_RANK") == "0")
 
 
-def _end_without(who: str) -> None:
-    # One line a machine: the processes of one that is cut off cannot agree on who speaks.
-    if os.environ.get("LOCAL_RANK") == "0":
+def _end_without(rank: int, *, speaks: bool) -> None:
+    if speaks:
         seconds = MAX_SILENT_POLLS * POLL_SECONDS
-        reason = f"{who} has not been heard of for {seconds:.0f} s; its machine or the network to it is lost"
+        reason = f"process {rank} has not been heard of for {seconds:.0f} s; its machine or the network to it is lost"
         print(f"error: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
 

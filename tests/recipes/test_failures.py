@@ -1,6 +1,7 @@
 """A run that fails: one line says why, what was saved is intact, and nothing wrong reaches the weights."""
 
 import resource
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_UNTIED, make_conversations, write_rows, write_tiny_base
-from tests.recipes.launch import Launch, run_to_end
+from tests.recipes.launch import Launch, count_lines, run_to_end
 from tests.recipes.test_training import read_adapter, read_records
 from tune2gguf.checkpoints.state import find_damage, list_checkpoints
 
@@ -122,6 +123,26 @@ def test_error_of_one_process_ends_all_with_its_line(run_arguments, tmp_path, ra
     assert text.count("error: ") == 1 and f"error: {whose}no base model in {tmp_path / 'absent'}" in text
     assert "Traceback" not in text
     assert not (tmp_path / "runs/tiny").exists()
+
+
+@pytest.mark.slow
+def test_process_that_falls_silent_ends_the_others_with_a_line(run_arguments, tmp_path):
+    """A stopped process stands for a machine without power: it closes no connection."""
+    launches = []
+    for silent in (0, 1):
+        folder, log = tmp_path / f"runs/{silent}", tmp_path / f"{silent}.log"
+        launch = Launch([*run_arguments, "epochs=500", f"output_dir={folder}"], log, num_processes=2)
+        launch.wait_until(lambda metrics=folder / "metrics.jsonl": count_lines(metrics) >= 3)
+        launch.signal(signal.SIGSTOP, rank=silent)
+        launches.append((silent, launch, time.monotonic()))
+    for silent, launch, stopped in launches:
+        launch.processes[1 - silent].join(40)
+        seconds = time.monotonic() - stopped
+        launch.signal(signal.SIGKILL, rank=silent)
+        assert launch.wait()[1 - silent] == 1 and seconds < 30
+        text = launch.log.read_text()
+        assert text.count("error: ") == 1 and f"error: process {silent} has not been heard of for 24 s" in text
+        assert "Traceback" not in text
 
 
 def test_machine_with_other_rows_or_arguments_is_refused(run_arguments, tmp_path):
