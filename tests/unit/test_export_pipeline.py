@@ -1,11 +1,16 @@
 """The export of a run: what it writes, what it refuses, and that a failure leaves nothing under a final name."""
 
+import fcntl
 import json
 import os
+import pty
+import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -282,6 +287,17 @@ def test_a_full_disk_leaves_no_part_of_a_merged_folder(run_dir):
     [line] = finished.stderr.splitlines()
     assert line.endswith("export failed: File too large; no unfinished file was left there")
     assert list_files(run_dir / "export") == []
+
+
+def test_a_terminal_shows_what_is_done_and_the_time_left(run_dir):
+    shown, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=terminal, check=True)
+    text = os.read(shown, 100_000)  # before the last writer's end is closed, which drops what was not read
+    assert re.search(rb"exporting Q4_K_M: +\d+%.*\[\d\d:\d\d<", text)
+    os.close(shown)
+    os.close(terminal)
 
 
 def test_a_log_file_holds_no_progress_bar(run_dir):
