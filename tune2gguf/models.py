@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune import training
 from torchtune.modules import (
-    FeedForward,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
 )
@@ -24,7 +23,7 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from tune2gguf.architectures import ARCHITECTURES, Architecture, find_architecture_differences, read_architecture
 from tune2gguf.attention import Attention
-from tune2gguf.layers import FrozenRMSNorm, RoPE, ScaledRoPE
+from tune2gguf.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
 from tune2gguf.lora import LoRALinear
 from tune2gguf.loss import cross_entropy_of_supervised, select_supervised
 
@@ -229,7 +228,7 @@ def build_lora_llama(
         layers.append(
             TransformerSelfAttentionLayer(
                 attn=_make_attention(shape, rope, make_linear, lora_attn_modules),
-                mlp=FeedForward(
+                mlp=GatedMLP(
                     gate_proj=make_linear(shape.embed_dim, shape.intermediate_dim, apply_lora_to_mlp),
                     down_proj=make_linear(shape.intermediate_dim, shape.embed_dim, apply_lora_to_mlp),
                     up_proj=make_linear(shape.embed_dim, shape.intermediate_dim, apply_lora_to_mlp),

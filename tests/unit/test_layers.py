@@ -1,9 +1,9 @@
 import pytest
 import torch
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
+from torchtune.modules import FeedForward, RMSNorm, RotaryPositionalEmbeddings
 
-from tune2gguf.layers import FrozenRMSNorm, RoPE, ScaledRoPE
+from tune2gguf.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
 
 
 def compare(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tensor, **options) -> None:
@@ -41,6 +41,34 @@ def test_norm_leaves_its_input_as_it_is_and_keeps_no_copy_for_backward(dtype):
         norm(x)
     assert torch.equal(x, before)
     assert [tensor.data_ptr() for tensor in kept if tensor.shape == x.shape] == [x.data_ptr()]
+
+
+def make_mlps(dtype: torch.dtype) -> list[torch.nn.Module]:
+    """Return ours and torchtune's with the same weights."""
+    made = []
+    for kind in (GatedMLP, FeedForward):
+        torch.manual_seed(2)
+        gate, down, up = (torch.nn.Linear(*dims, bias=False, dtype=dtype) for dims in ((16, 24), (24, 16), (16, 24)))
+        made.append(kind(gate_proj=gate, down_proj=down, up_proj=up))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlp_and_its_gradient_equal_torchtunes(dtype):
+    compare(*make_mlps(dtype), draw(3, 5, 16, dtype=dtype))
+
+
+def test_mlp_keeps_gate_up_and_their_product():
+    def list_kept(mlp: torch.nn.Module) -> list[torch.Tensor]:
+        kept = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t)
+        with hooks:
+            mlp(draw(3, 5, 16, dtype=torch.float32))
+        return [tensor for tensor in kept.values() if tensor.numel() == 3 * 5 * 24]
+
+    ours, theirs = make_mlps(torch.float32)
+    assert len(list_kept(ours)) == 3
+    assert len(list_kept(theirs)) == 4  # negative control
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

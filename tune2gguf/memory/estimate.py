@@ -136,7 +136,7 @@ def list_layer_activations(shape: Shape) -> list[int]:
         per_token = 4 * [q * c] + [4 * a.num_heads]
     # Both norms' inputs and factors; on a GPU torchtune's own norm computes in float32.
     per_token += 2 * [c * d if shape.device_type == "cpu" else 4 * d, 4]
-    per_token += 3 * [i * c]  # input and output of silu, and what it is multiplied with
+    per_token += 2 * [i * c] if shape.device_type == "cpu" else 3 * [i * c]  # gate, up; torchtune: silu of gate, too
     per_token += [i * c] if "w2" in adapted else []
     per_token += [d * c] if adapted.keys() & {"q_proj", "k_proj", "v_proj"} else []
     per_token += [d * c] if adapted.keys() & {"w1", "w3"} else []
