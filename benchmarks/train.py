@@ -7,7 +7,7 @@ Every run is a process of its own, started as a user starts it (ours and torchtu
 base, the same rows in the same order and batches, rank, alpha, all linear layers, no dropout, AdamW, one learning rate.
 The sides take turns. Watched from outside: when the first step begins (the progress bar appears), when the log gets the
 line of a step, and the peak of the resident memory up to the last step; then the process is ended. The first step warms
-up; tokens a second are those of the steps after it, padding not counted. Each finished run is a line of
+up; tokens a second are the median of the steps after it, padding not counted. Each finished run is a line of
 FOLDER/runs.jsonl, and what is there is not run again: the script can be stopped and started. The table is written anew
 after each run. The other sides get rows that are tokenized already, ours tokenizes them while it starts. Needs the
 extra `bench`.
@@ -117,14 +117,17 @@ def list_open_runs(arguments: argparse.Namespace, done: list[dict]) -> Iterable[
 
 
 def summarize(runs: list[dict]) -> dict[str, float]:
-    """Return the medians over the repeats of a case and side."""
+    """Return the medians of a case and side: of speed over the steps of all repeats, of the rest over the repeats."""
 
-    def compute_speed(run: dict, kind: str) -> float:
-        return sum(run[kind][1:]) / sum(run["step_s"][1:])
+    def compute_speed(kind: str) -> float:
+        speeds = [
+            count / seconds for run in runs for count, seconds in zip(run[kind][1:], run["step_s"][1:], strict=True)
+        ]
+        return statistics.median(speeds)
 
     return {
-        "tokens/s": statistics.median(compute_speed(run, "tokens") for run in runs),
-        "supervised/s": statistics.median(compute_speed(run, "supervised_tokens") for run in runs),
+        "tokens/s": compute_speed("tokens"),
+        "supervised/s": compute_speed("supervised_tokens"),
         "peak GB": statistics.median(run["peak_bytes"] for run in runs) / 1e9,
         "start s": statistics.median(run["start_s"] for run in runs),
         "first loss": statistics.median(run["losses"][0] for run in runs),
