@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,8 +143,10 @@ def _compute_rows_epochs(data: PreparedData, seed: int, cut: dict[str, int]) -> 
 
 def _compute_cost(name: str, plan: list[list[Step]], lengths: np.ndarray) -> EpochCost:
     batches = [batch for steps in plan for step in steps for batch in step]
-    num_positions = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-    return EpochCost(name, len(plan[0]), int(lengths.sum()), num_positions)
+    sizes = np.array([len(batch) for batch in batches])
+    rows = np.fromiter(chain.from_iterable(batches), np.int64)
+    longest = np.maximum.reduceat(lengths[rows], np.cumsum(sizes) - sizes)
+    return EpochCost(name, len(plan[0]), int(lengths.sum()), int(sizes @ longest))
 
 
 def describe_padding(data: PreparedData, *, seed: int, batch_size: int) -> str:
