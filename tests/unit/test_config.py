@@ -195,6 +195,14 @@ def test_run_of_the_corpus_is_right_without_its_mistakes(run_arguments):
     assert len(WRONG) >= 60
 
 
+def test_compiling_for_a_cpu_without_a_compiler_is_refused_with_its_name(run_arguments, monkeypatch):
+    monkeypatch.setenv("CXX", "c++-that-is-absent")
+    assert find_error([*run_arguments, "compile=true"]) == (
+        "compile=true on a CPU needs a C++ compiler, and there is no c++-that-is-absent; install it, or compile=false"
+    )
+    assert check_config(load_config(run_arguments)) == []
+
+
 # One of each kind, through the recipe's own main: exit code, one message, no traceback.
 KINDS = ["lora_rnk=8", "optimizer.lr=3e-4", "epochs=0", "device=gpu", "batch_size=21", "base_dir=models/absent", "=8"]
 

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,7 @@ def find_device_problems(settled: Mapping[str, Any], *, num_processes: int) -> I
         yield f"device={device!r} is not one of cpu, cuda, cuda:0, cuda:1, …"
         return
     if device == "cpu":
+        yield from _find_compiler_problems(settled)
         return
     num_devices = torch.cuda.device_count()
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -46,6 +49,13 @@ def find_device_problems(settled: Mapping[str, Any], *, num_processes: int) -> I
         yield f"{num_local_processes} processes on this machine, but {num_devices} CUDA devices; start fewer"
     elif dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield f"dtype=bf16: {torch.cuda.get_device_name(index or 0)} cannot compute in bf16; use dtype=fp32"
+
+
+def _find_compiler_problems(settled: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why layers cannot be compiled for a CPU: torch writes C++, and asks for this program to translate it."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if settled.get("compile") and shutil.which(compiler) is None:
+        yield f"compile=true on a CPU needs a C++ compiler, and there is no {compiler}; install it, or compile=false"
 
 
 def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
