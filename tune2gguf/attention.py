@@ -1,7 +1,8 @@
 """Causal attention on a CPU, in float32, a block of queries at a time.
 
-torch's own kernel multiplies head by head in small bf16 products, an eighth of what oneDNN does with all heads at once;
-the blocks keep memory linear in the length of a row, and what float32 costs more than bf16 is less than that gains.
+torch's own kernel multiplies head by head, in products so small for rows of a few hundred tokens that float32 over all
+heads at once takes less time than its bf16, with half the error in the gradients. Blocks keep memory linear in a row's
+length, and skip the keys of other rows in a pack.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchtune.modules import MultiHeadAttention
 
-# Of a block, in all heads: 8 MB in float32, which stay in the cache.
-SCORES_AT_A_TIME = 1 << 21
+# Of a block, in all heads: 1 MB in float32, which stays in a core's cache.
+SCORES_AT_A_TIME = 1 << 18
 MIN_QUERIES = 16
+# Beyond, the products of torch's kernel are large enough for bf16 to pay: 2048 tokens take three quarters of the time.
+LONGEST_BF16_ROW = 1024
 
 
 class Attention(MultiHeadAttention):
@@ -42,6 +46,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
         v: like k
         mask: True where a token attends to another, none of them behind it, [batch, seq, seq]; None for all before it
     """
+    if mask is None and q.dtype == torch.bfloat16 and q.shape[1] > LONGEST_BF16_ROW:
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     return _BlockwiseAttention.apply(q, k, v, mask)
 
 
@@ -54,7 +61,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         kv_heads, out = k.shape[2], torch.empty_like(q)
         keys, values = (_split_heads(part, kv_heads) for part in (k, v))
         for queries, sees in _list_blocks(q, mask):
-            weights = _compute_weights(_split_heads(q[:, queries], kv_heads), keys[:, sees], mask, queries, sees)
+            asked = _split_heads(q[:, queries], kv_heads).mul_(q.shape[-1] ** -0.5)
+            weights = _compute_weights(asked, keys[:, sees], mask, queries, sees)
             _join_heads(torch.bmm(weights, values[:, sees]), out[:, queries])
         return out
 
@@ -67,12 +75,13 @@ class _BlockwiseAttention(torch.autograd.Function):
         q_gradient, k_gradient, v_gradient = (torch.empty_like(part) for part in (q, k, v))
         for queries, sees in _list_blocks(q, mask):
             asked, incoming = (_split_heads(part[:, queries], kv_heads) for part in (q, upstream))
+            asked.mul_(scale)
             weights = _compute_weights(asked, keys[:, sees], mask, queries, sees)
             value_gradient[:, sees].baddbmm_(weights.mT, incoming)
             scores = torch.ops.aten._softmax_backward_data(
                 torch.bmm(incoming, values[:, sees].mT), weights, -1, weights.dtype
             )
-            key_gradient[:, sees].baddbmm_(scores.mT, asked, alpha=scale)
+            key_gradient[:, sees].baddbmm_(scores.mT, asked)
             _join_heads(torch.bmm(scores, keys[:, sees]).mul_(scale), q_gradient[:, queries])
         _join_heads(key_gradient, k_gradient)
         _join_heads(value_gradient, v_gradient)
@@ -90,8 +99,13 @@ def _list_blocks(q: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice]
 
 
 def _compute_weights(asked: Tensor, keys: Tensor, mask: Tensor | None, queries: slice, sees: slice) -> Tensor:
-    """Return what each query takes of each value, [batch * kv_heads, group * queries, keys]; a row's sum is 1."""
-    scores = torch.bmm(asked, keys.mT).mul_(asked.shape[-1] ** -0.5)
+    """Return what each query takes of each value, [batch * kv_heads, group * queries, keys]; a row's sum is 1.
+
+    Args:
+        asked: scaled queries, from _split_heads
+        keys: that one of them sees, likewise
+    """
+    scores = torch.bmm(asked, keys.mT)
     num_queries, num_keys = queries.stop - queries.start, sees.stop - sees.start
     if mask is None:
         behind = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)

@@ -64,6 +64,18 @@ def differentiate_exactly(mask) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream.double())]
 
 
+def test_rows_beyond_the_longest_give_the_same_by_torchs_kernel(monkeypatch):
+    *inputs, upstream = draw(torch.bfloat16)
+    outcomes = []
+    for longest in (SEQ, SEQ - 1):
+        monkeypatch.setattr(attention, "LONGEST_BF16_ROW", longest)
+        parts = [part.clone().requires_grad_() for part in inputs]
+        out = attend(*parts, mask=None)
+        outcomes.append([out.detach(), *torch.autograd.grad(out, parts, upstream)])
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+
+
 def test_a_mask_of_whole_rows_is_no_mask_and_one_of_packs_is_not():
     q, k, v, _ = draw(torch.float32)
     whole = make_row_mask(torch.zeros(BATCH, SEQ, dtype=torch.long))
@@ -84,4 +96,4 @@ def test_the_largest_temporary_does_not_grow_with_the_square_of_the_length():
         max((queries.stop - queries.start) * (sees.stop - sees.start) * 4 * 32 for queries, sees in blocks)
         for blocks in (attention._list_blocks(torch.empty(1, seq, 32, 64, device="meta"), None) for seq in (256, 4096))
     ]
-    assert sizes[1] <= 2 * sizes[0]
+    assert sizes[1] <= 4096 / 256 * sizes[0]
