@@ -80,9 +80,10 @@ class Agent:
             pytest.fail(f"torchrun is still running after {timeout} s:\n{self.log.read_text()}")
 
 
-def start_nodes(arguments: list[str], tmp_path: Path, **options) -> list[Agent]:
+def start_nodes(arguments: list[str], tmp_path: Path, *, num_nodes: int = 2, max_restarts: int = 0) -> list[Agent]:
+    options = {"num_nodes": num_nodes, "max_restarts": max_restarts}
     endpoint = f"127.0.0.1:{find_free_port()}"
-    return [Agent(endpoint, arguments, tmp_path / f"node-{number}.log", **options) for number in range(2)]
+    return [Agent(endpoint, arguments, tmp_path / f"node-{number}.log", **options) for number in range(num_nodes)]
 
 
 def wait_for_lines(path: Path, count: int, agents: list[Agent]) -> None:
@@ -145,12 +146,33 @@ def test_killed_process_is_restarted_and_goes_on(arguments, whole, tmp_path, num
     """torchrun --max-restarts with resume=auto: nobody has to be there."""
     folder = tmp_path / "run"
     arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
-    agents = start_nodes(arguments, tmp_path, num_nodes=num_nodes, max_restarts=2)[:num_nodes]
+    agents = start_nodes(arguments, tmp_path, num_nodes=num_nodes, max_restarts=2)
     wait_for_lines(folder / "metrics.jsonl", 20, agents)
     os.kill(agents[-1].find_workers()[-1], signal.SIGKILL)
     finish(agents)
     assert "resume: going on after step" in agents[0].log.read_text() + agents[-1].log.read_text()
     assert read_outcome(folder) == whole
+
+
+def test_slurm_job_trains_and_submitted_again_goes_on(arguments, tmp_path):
+    """Slurm's two commands are stood in for: the job has one node, this one, and srun runs what it is given here."""
+    programs = {"scontrol": "echo 127.0.0.1", "srun": 'shift; exec "$@"'}
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "n[1-1]", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": "7"}
+    job |= {"RENDEZVOUS_PORT": str(find_free_port()), "CONFIG": arguments[1], "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **job, "PATH": f"{tmp_path}{os.pathsep}{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
+    said = []
+    for epochs in (1, 2):
+        submitted = ["bash", "examples/several_nodes/slurm.sh", *arguments[2:], f"epochs={epochs}"]
+        submitted.append(f"output_dir={tmp_path / 'run'}")
+        done = subprocess.run(
+            submitted, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=SECONDS_TO_START
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "processes: 2" in said[0] and "resume: going on after step 2" in said[1]
 
 
 class Network:

@@ -148,7 +148,6 @@ MEDIUM = Architecture(
 
 
 @pytest.mark.slow
-@pytest.mark.load_sensitive
 @pytest.mark.parametrize(
     "changed",
     [
@@ -174,6 +173,8 @@ def test_estimate_is_within_15_percent_of_the_measured_peak(changed, tmp_path):
             *("model.architecture=null", f"output_dir={tmp_path / 'run'}", "epochs=1", "warmup_steps=0"),
             *(f"dataset.files=[{rows}]", "dataset.validation_files=null", f"max_seq_len={shape.longest_row}"),
             *(f"{name}={getattr(shape, name)}" for name in names),
+            # A checkpoint that is written beside a step adds to its peak, or not: that depends on who else is busy.
+            "save_every_n_steps=2",
         ]
     )
     assert estimate_memory(shape).peak == pytest.approx(peak, rel=0.15)
