@@ -83,7 +83,7 @@ def list_cases(num_gpus: int) -> list[dict]:
     ours, stock = shape | {"side": "ours", "compile": False}, shape | {"side": "stock", "compile": True}
     cases = [ours | {"num_gpus": 1, "parallel": "alone"}]
     cases += [ours | {"num_gpus": num_gpus, "parallel": parallel} for parallel in ("replicate", "shard")]
-    cases += [stock | {"num_gpus": num_gpus, "parallel": "shard"}]
+    cases.insert(2, stock | {"num_gpus": num_gpus, "parallel": "shard"})
     qlora = ours | {"kind": "qlora", "checkpointing": True, "seq": 2048}
     cases += [qlora | {"num_gpus": 1, "parallel": "alone"}]
     return cases + [qlora | {"num_gpus": num_gpus, "parallel": parallel} for parallel in ("replicate", "shard")]

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune import training
 from torchtune.modules import (
@@ -62,12 +63,15 @@ class CausalLM(nn.Module):
         self, tokens: Tensor, *, row_ids: Tensor | None = None, input_pos: Tensor | None = None
     ) -> Tensor:
         """Return the last hidden states after the final norm, [batch, seq, dim]; arguments as in forward."""
+        seq = tokens.shape[1]
+        if row_ids is not None and row_ids.device.type != "cpu":
+            tokens, row_ids, input_pos = pad_packs(tokens, row_ids, input_pos)
         mask = None if row_ids is None else make_row_mask(row_ids)
         hidden = self.decoder.tok_embeddings(tokens)
         with self.offloading:
             for layer in self.decoder.layers:
                 hidden = layer(hidden, mask=mask, input_pos=input_pos)
-        return self.decoder.norm(hidden)
+        return self.decoder.norm(hidden[:, :seq])
 
     def forward(
         self, tokens: Tensor, labels: Tensor, *, row_ids: Tensor | None = None, input_pos: Tensor | None = None
@@ -111,6 +115,21 @@ def make_row_mask(row_ids: Tensor) -> Tensor | BlockMask:
         return same_row & torch.ones(seq, seq, dtype=torch.bool).tril()
 
     return make_block_mask(row_ids)
+
+
+def pad_packs(tokens: Tensor, row_ids: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return packs [batch, seq] with padding up to whole blocks, as a row of its own behind the others.
+
+    Flex attention is compiled for each length that it meets, and after eight of them no longer: packs are of any
+    length up to max_seq_len.
+    """
+    missing = -tokens.shape[1] % BLOCK_SIZE
+    padding_id = row_ids[:, -1:].expand(-1, missing) + 1
+    return (
+        functional.pad(tokens, (0, missing)),
+        torch.cat([row_ids, padding_id], dim=1),
+        functional.pad(input_pos, (0, missing)),
+    )
 
 
 def make_block_mask(row_ids: Tensor) -> BlockMask:

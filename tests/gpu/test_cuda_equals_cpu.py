@@ -15,6 +15,7 @@ from tests.gpu.models import (
     make_rows,
     measure_errors,
     pack,
+    prepare,
 )
 
 pytestmark = MARKS
@@ -55,3 +56,14 @@ def test_packed_rows_equal_the_rows_alone(small_base, base_weights):
     batch = pack(rows)
     blind = compute(model, type(batch)(batch.tokens, batch.labels, None, batch.input_pos))
     assert measure_errors(blind, alone)[1] > 0.1
+
+
+def test_packs_of_many_lengths_are_compiled_for_few(small_base):
+    """Else attention would fall back to an uncompiled kernel after some steps, slow, and with other bits."""
+    from torch._dynamo.utils import counters
+
+    model = prepare(make_model(small_base, CUDA, base_weights="bf16"), fuse=True)
+    counters.clear()
+    for length in range(129, 250, 10):
+        compute(model, pack(make_rows([length // 2, length - length // 2])))
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from tests.conftest import INTERPRETS_TRITON, TINY_TIED
 from tune2gguf.architectures import Architecture
 from tune2gguf.lora import LoRALinear
-from tune2gguf.models import build_lora_llama, make_block_mask
+from tune2gguf.models import build_lora_llama, make_block_mask, pad_packs
 from tune2gguf.nf4 import dequantize_nf4_tensor, quantize_nf4
 
 pytest.importorskip("triton")
@@ -184,3 +184,12 @@ def test_a_block_mask_from_the_blocks_ends_is_torchs(seq, num_rows):
         )
         for (own, torchs), count in zip(pairs, counts.flatten(), strict=True):
             assert torch.equal(own[:count], torchs[:count]), kind
+
+
+def test_packs_are_padded_to_whole_blocks_with_a_row_of_its_own():
+    tokens, row_ids, positions = pad_packs(
+        torch.tensor([[5, 6, 7]]), torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 0]])
+    )
+    assert tokens.tolist() == [[5, 6, 7] + [0] * 125]
+    assert row_ids.tolist() == [[0, 0, 1] + [2] * 125]
+    assert positions.tolist() == [[0, 1, 0] + [0] * 125]

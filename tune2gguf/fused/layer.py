@@ -54,7 +54,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
 def choose_exact_kernels() -> Iterator[None]:
     """Let flash attention's backward add in a fixed order, so that a run that is resumed ends as it would have."""
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # With warn_only it would warn, and add in any order.
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
