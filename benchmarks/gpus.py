@@ -64,9 +64,7 @@ def make_stock_sharded(arguments, device: str):
 
 def run_case(arguments) -> None:
     """Train a few steps as one of several processes; the first prints the result of all."""
-    import torch.distributed as dist
-
-    from tune2gguf.distributed import start_world, stop_world
+    from tune2gguf.distributed import start_world, stop_world, wait_for_all
 
     world = start_world("cuda")
     make = partial(gpu.make_ours, world=world) if arguments.side == "ours" else make_stock_sharded
@@ -74,7 +72,7 @@ def run_case(arguments) -> None:
     result["tokens_per_second"] *= world.size
     if world.is_main:
         print("RESULT " + json.dumps(result), flush=True)
-    dist.barrier()
+    wait_for_all()
     stop_world()
 
 
