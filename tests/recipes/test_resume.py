@@ -23,18 +23,18 @@ def arguments(run_arguments) -> list[str]:
     return [*run_arguments, *HARD, "save_every_n_steps=2"]
 
 
-def kill_and_resume(arguments: list[str], folder: Path, moments: list[float], **options) -> list[int]:
-    """Kill the run these many seconds after the process's first line of metrics, then let it end.
+def kill_and_resume(arguments: list[str], folder: Path, moments: list[tuple[int, float]], **options) -> list[int]:
+    """Kill the run whenever it has this many more lines of metrics, and some seconds later; then let it end.
 
     Returns the lines of metrics at each kill.
     """
     arguments, log = [*arguments, f"output_dir={folder}", "resume=auto"], folder.with_suffix(".log")
-    metrics, lines = folder / "metrics.jsonl", []
-    for moment in moments:
+    metrics, lines, wanted = folder / "metrics.jsonl", [], 0
+    for more_lines, seconds in moments:
+        wanted += more_lines
         launch = Launch(arguments, log, **options)
-        started = time.time()
-        launch.wait_until(lambda started=started: metrics.exists() and metrics.stat().st_mtime > started)
-        time.sleep(moment)
+        launch.wait_until(lambda wanted=wanted: count_lines(metrics) >= wanted)
+        time.sleep(seconds)
         launch.signal(signal.SIGKILL)
         if -signal.SIGKILL in launch.wait():
             lines.append(count_lines(metrics))
@@ -48,7 +48,7 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log")
     whole = read_outcome(tmp_path / "whole")
     # The later kills come in a run that was resumed already.
-    assert kill_and_resume(arguments, tmp_path / "killed", [0.0, 0.03, 0.06])
+    assert kill_and_resume(arguments, tmp_path / "killed", [(1, 0.0), (4, 0.03), (4, 0.06)])
     assert read_outcome(tmp_path / "killed") == whole
     # Negative control: other masks end elsewhere.
     run_to_end([*arguments, "seed=43", f"output_dir={tmp_path / 'other'}"], tmp_path / "log")
@@ -56,10 +56,20 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_killed_at_random_times_and_resumed_equals_never_stopped(arguments, tmp_path, num_processes):
-    """At least 24 kills in runs of 1 process, 8 of 2; every second checkpoint is being written when they come."""
-    arguments = [*arguments, "save_every_n_steps=1", "eval_every_n_steps=1", "num_samples=1"]
+@pytest.mark.parametrize(
+    ("num_processes", "changed", "num_kills"),
+    [
+        (1, [], 24),
+        (2, [], 8),
+        (2, ["parallel=shard", "dataset.packing=true", "max_seq_len=128", "batch_size=1"], 8),
+    ],
+    ids=["1 process", "2 replicate", "2 shard, packed"],
+)
+def test_killed_at_random_times_and_resumed_equals_never_stopped(
+    arguments, tmp_path, num_processes, changed, num_kills
+):
+    """Every second checkpoint is being written when they come."""
+    arguments = [*arguments, "save_every_n_steps=1", "eval_every_n_steps=1", "num_samples=1", *changed]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log", num_processes=num_processes)
     whole = read_outcome(tmp_path / "whole")
     draw = random.Random(num_processes)
@@ -67,13 +77,14 @@ def test_killed_at_random_times_and_resumed_equals_never_stopped(arguments, tmp_
     # A run that ends before the kill comes counts nothing: how many do depends on how busy the machine is.
     for number in range(40):
         folder = tmp_path / f"killed-{number}"
-        moments = [draw.uniform(0.0, 0.3) for _ in range(4)]
+        moments = [(draw.randint(1, 6), draw.uniform(0.0, 0.1)) for _ in range(4)]
         kills += kill_and_resume(arguments, folder, moments, num_processes=num_processes)
         assert read_outcome(folder) == whole
-        if len(kills) >= (24 if num_processes == 1 else 8) and len(set(kills)) > 3:
+        if len(kills) >= num_kills and len(set(kills)) > 3:
             break
     else:
         pytest.fail(f"too few kills hit a run: after these many lines of metrics: {kills}")
+    print(f"{len(kills)} kills, after these many lines of metrics: {kills}")
 
 
 def copy_run(arguments: list[str], tmp_path: Path) -> Path:
