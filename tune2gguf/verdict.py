@@ -17,7 +17,7 @@ LABELS = (OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE)
 
 # What is worth another run, as a share of what the best adapter gained over the base.
 NOTABLE_RISE = 0.02
-NOTABLE_FURTHER_GAIN = 0.10
+NOTABLE_FURTHER_GAIN = 0.08
 # Gains of less than this share of the base's loss are nothing to go on with.
 NOTABLE_GAIN = 0.05
 # The smallest p of a two-sided sign test is 2 * 0.5 ** rows: of five rows not even a change that all share reaches 5 %.
