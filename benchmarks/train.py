@@ -7,10 +7,10 @@ Every run is a process of its own, started as a user starts it (ours and torchtu
 base, the same rows in the same order and batches, rank, alpha, all linear layers, no dropout, AdamW, one learning rate.
 The sides take turns. Watched from outside: when the first step begins (the progress bar appears), when the log gets the
 line of a step, and the peak of the resident memory up to the last step; then the process is ended. The first step warms
-up; tokens a second are the median of the steps after it, padding not counted. Each finished run is a line of
-FOLDER/runs.jsonl, and what is there is not run again: the script can be stopped and started. The table is written anew
-after each run. The other sides get rows that are tokenized already, ours tokenizes them while it starts. Needs the
-extra `bench`.
+up; tokens a second are the median of the steps after it, padding not counted; torchtune's recipe takes fewer steps of a
+large model (CASES). Each finished run is a line of FOLDER/runs.jsonl, and what is there is not run again: the script can
+be stopped and started. The other sides get rows that are tokenized already, ours tokenizes them while it starts. Needs
+the extra `bench`.
 """
 
 from __future__ import annotations
@@ -72,16 +72,14 @@ def read_peak_bytes(pid: int) -> int:
 
 def run_side(side: str, prepared: Prepared, output_dir: Path) -> dict:
     """Start a side, watch it take its steps, end it; return seconds, losses and peak memory."""
-    num_steps = prepared.case.steps
+    num_steps = prepared.case.count_steps(side)
     command, cwd = make_command(side, prepared, output_dir)
     if side != "ours":
         output_dir.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     environment.pop("OMP_NUM_THREADS", None)  # each side with its own choice
     started = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     bar = Bar(process, num_steps)
     bar.start()
     ended: list[float] = []
@@ -116,7 +114,7 @@ def list_open_runs(arguments: argparse.Namespace, done: list[dict]) -> Iterable[
                     yield case, repeat, side
 
 
-def summarize(runs: list[dict]) -> dict[str, float]:
+def summarize(runs: list[dict], last_step: int) -> dict[str, float]:
     """Return the medians of a case and side: of speed over the steps of all repeats, of the rest over the repeats."""
 
     def compute_speed(kind: str) -> float:
@@ -131,7 +129,7 @@ def summarize(runs: list[dict]) -> dict[str, float]:
         "peak GB": statistics.median(run["peak_bytes"] for run in runs) / 1e9,
         "start s": statistics.median(run["start_s"] for run in runs),
         "first loss": statistics.median(run["losses"][0] for run in runs),
-        "last loss": statistics.median(run["losses"][-1] for run in runs),
+        "last loss": statistics.median(run["losses"][last_step - 1] for run in runs),
     }
 
 
@@ -145,8 +143,12 @@ def make_table(runs: list[dict]) -> list[str]:
             for side in SIDES
             if any(run["case"] == case and run["side"] == side for run in runs)
         }
-        sides = {side: summarize(of_side) for side, of_side in found.items()}
-        lines += ["", f"{case}, {CASES[case].steps} steps", f"{'':22}" + "".join(f"{name:>14}" for name in columns)]
+        sides = {side: summarize(of_side, CASES[case].steps) for side, of_side in found.items()}
+        lines += [
+            "",
+            f"{case}, last loss of step {CASES[case].steps}",
+            f"{'':22}" + "".join(f"{name:>14}" for name in columns),
+        ]
         for side, summary in sides.items():
             label = f"  {side} ({len(found[side])} runs)"
             lines.append(f"{label:22}" + "".join(f"{summary[name]:14.2f}" for name in columns))
@@ -182,7 +184,7 @@ def main() -> None:
         prepared = prepare_case(case, folder)
         output_dir = folder / "run"
         shutil.rmtree(output_dir, ignore_errors=True)
-        tokens, supervised_tokens = zip(*prepared.count_tokens(), strict=True)
+        tokens, supervised_tokens = zip(*prepared.count_tokens()[: CASES[case].count_steps(side)], strict=True)
         run = {"case": case, "repeat": repeat, "side": side, "load": os.getloadavg()[0]}
         run |= run_side(side, prepared, output_dir) | {"tokens": tokens, "supervised_tokens": supervised_tokens}
         print(json.dumps(run), flush=True)

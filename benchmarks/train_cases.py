@@ -11,6 +11,7 @@ from pathlib import Path
 from tune2gguf.architectures import ARCHITECTURES, Architecture, read_architecture
 from tune2gguf.config import build_component, load_config
 from tune2gguf.data import PreparedData, plan_epoch
+from tune2gguf.data.tokenize import TokenizedRow
 from tune2gguf.loss import IGNORED_LABEL
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -29,14 +30,22 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained. `supervised` is the share of each row's tokens; `seq` None is the quickstart's own rows."""
+    """What is trained. `supervised` is the share of each row's tokens; `seq` None is the quickstart's own rows.
+
+    torchtune's recipe, which is slow, takes the steps of the first epoch only; losses are compared at its last one.
+    """
 
     base: str  # a name in ARCHITECTURES
     base_weights: str  # bf16 | fp32 | nf4
     batch: int
-    steps: int
+    steps: int  # of an epoch
+    epochs: int = 3
     seq: int | None = None
     supervised: float | None = None
+
+    def count_steps(self, side: str) -> int:
+        """Return the steps that a side takes."""
+        return self.steps if side == "stock" else self.steps * self.epochs
 
     @property
     def dtype(self) -> str:
@@ -45,13 +54,13 @@ class Case:
 
 
 CASES = {
-    "smollm2 quickstart": Case("smollm2_135m", "bf16", batch=4, steps=10),
+    "smollm2 quickstart": Case("smollm2_135m", "bf16", batch=4, steps=10, epochs=1),
     "1b bf16 2x256 50%": Case("llama3_2_1b", "bf16", batch=2, steps=2, seq=256, supervised=0.5),
     "1b bf16 2x256 100%": Case("llama3_2_1b", "bf16", batch=2, steps=2, seq=256, supervised=1.0),
     "1b bf16 2x256 25%": Case("llama3_2_1b", "bf16", batch=2, steps=2, seq=256, supervised=0.25),
-    "1b fp32 2x256 50%": Case("llama3_2_1b", "fp32", batch=2, steps=2, seq=256, supervised=0.5),
-    "1b qlora 2x256 50%": Case("llama3_2_1b", "nf4", batch=2, steps=2, seq=256, supervised=0.5),
-    "1b bf16 1x2048 50%": Case("llama3_2_1b", "bf16", batch=1, steps=2, seq=2048, supervised=0.5),
+    "1b fp32 2x256 50%": Case("llama3_2_1b", "fp32", batch=2, steps=2, epochs=2, seq=256, supervised=0.5),
+    "1b qlora 2x256 50%": Case("llama3_2_1b", "nf4", batch=2, steps=2, epochs=2, seq=256, supervised=0.5),
+    "1b bf16 1x2048 50%": Case("llama3_2_1b", "bf16", batch=1, steps=2, epochs=1, seq=2048, supervised=0.5),
 }
 
 
@@ -104,7 +113,7 @@ def prepare_case(name: str, folder: Path) -> Prepared:
         "clip_grad_norm": CLIP_GRAD_NORM,
         "batch_size": case.batch,
         "gradient_accumulation_steps": 1,
-        "epochs": 1,
+        "epochs": case.epochs,
         "max_steps_per_epoch": case.steps,
         "save_every_n_steps": case.steps,
         "num_samples": 0,
@@ -156,28 +165,27 @@ def plan_batches(case: Case, arguments: list[str]) -> list[list[dict]]:
     cfg = load_config(arguments)
     tokenizer = build_component(cfg.tokenizer)
     data: PreparedData = build_component(cfg.dataset, tokenizer=tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
-    order = plan_epoch(
-        len(data.sequences), seed=cfg.seed, epoch=0, batch_size=case.batch, lengths=data.lengths_to_group
-    )
     batches = []
-    for (indices,) in order[: case.steps]:
-        rows = [data.sequences[index] for index in indices]
-        if case.seq is not None:
-            assert {len(row.tokens) for row in rows} == {case.seq}, [len(row.tokens) for row in rows]
-            assert all(abs(row.num_supervised - case.seq * case.supervised) <= 1 for row in rows)
-        batches.append(
-            [
-                {
-                    "tokens": [int(token) for token in row.tokens],
-                    "labels": [
-                        int(token) if supervised else IGNORED_LABEL
-                        for token, supervised in zip(row.tokens, row.supervised, strict=True)
-                    ],
-                }
-                for row in rows
-            ]
+    for epoch in range(case.epochs):
+        order = plan_epoch(
+            len(data.sequences), seed=cfg.seed, epoch=epoch, batch_size=case.batch, lengths=data.lengths_to_group
         )
+        for (indices,) in order[: case.steps]:
+            rows = [data.sequences[index] for index in indices]
+            if case.seq is not None:
+                assert {len(row.tokens) for row in rows} == {case.seq}, [len(row.tokens) for row in rows]
+                assert all(abs(row.num_supervised - case.seq * case.supervised) <= 1 for row in rows)
+            batches.append([describe_row(row) for row in rows])
     return batches
+
+
+def describe_row(row: TokenizedRow) -> dict[str, list[int]]:
+    """Return a row as the other sides take it."""
+    labels = [
+        int(token) if supervised else IGNORED_LABEL
+        for token, supervised in zip(row.tokens, row.supervised, strict=True)
+    ]
+    return {"tokens": [int(token) for token in row.tokens], "labels": labels}
 
 
 def make_command(side: str, prepared: Prepared, output_dir: Path) -> tuple[list[str], Path]:
