@@ -43,9 +43,9 @@ def run_on_two(arguments: list[str], folder: Path) -> Path:
 
 @pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
-def test_two_gpus_have_the_losses_of_one_with_the_same_rows_a_step(run_arguments, small_base, tmp_path, base, parallel):
+def test_two_gpus_have_the_losses_of_one_with_the_same_rows_a_step(run_arguments, wide_base, tmp_path, base, parallel):
     dtype = "fp32" if base == "fp32" else "bf16"
-    arguments = [*run_arguments, f"base_dir={small_base}", *OPTIONS, f"dtype={dtype}", f"base_weights={base}"]
+    arguments = [*run_arguments, f"base_dir={wide_base}", *OPTIONS, f"dtype={dtype}", f"base_weights={base}"]
     alone = run_to_end([*arguments, "batch_size=4"], tmp_path / "alone")
     two = run_on_two([*arguments, "batch_size=2", f"parallel={parallel}"], tmp_path / parallel)
     tolerance = 1e-4 if base == "fp32" else 0.02
@@ -56,8 +56,8 @@ def test_two_gpus_have_the_losses_of_one_with_the_same_rows_a_step(run_arguments
 
 
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
-def test_a_run_of_which_a_process_was_killed_ends_as_if_never_stopped(run_arguments, small_base, tmp_path, parallel):
-    arguments = [*run_arguments, f"base_dir={small_base}", *OPTIONS, "dtype=bf16", "base_weights=bf16"]
+def test_a_run_of_which_a_process_was_killed_ends_as_if_never_stopped(run_arguments, wide_base, tmp_path, parallel):
+    arguments = [*run_arguments, f"base_dir={wide_base}", *OPTIONS, "dtype=bf16", "base_weights=bf16"]
     arguments += ["batch_size=2", "lora_dropout=0.1", "dataset.packing=true", f"parallel={parallel}"]
     arguments += ["save_every_n_steps=1", "epochs=12"]
     whole = read_outcome(run_on_two(arguments, tmp_path / "whole"))

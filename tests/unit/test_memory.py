@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, write_tiny_tokenizer
-from tune2gguf.architectures import LLAMA3_1_8B, LLAMA3_2_1B, Architecture
+from tune2gguf.architectures import LLAMA3_1_8B, LLAMA3_2_1B, LLAMA3_2_3B, Architecture
 from tune2gguf.memory import Device, Shape, estimate_memory, explain_out_of_memory, find_warning
 from tune2gguf.memory.advice import advise, find_fitting_change, fits, list_changes
 from tune2gguf.memory.estimate import (
@@ -319,3 +319,32 @@ def test_run_that_runs_out_of_memory_says_what_to_change_and_keeps_its_checkpoin
     assert saved
     for folder in saved:
         read_checkpoint(folder)
+
+
+def read_measured_peaks() -> list[tuple[str, float]]:
+    """Return name and peak GiB of each of this package's cases that were measured on a GPU."""
+    lines = (REPOSITORY / "benchmarks/results/gpu_h200.txt").read_text().splitlines()
+    cases = [line.partition("{") for line in lines if " ours " in line and "{" in line]
+    return [(name.strip(), json.loads("{" + result)["peak_gib"]) for name, _, result in cases]
+
+
+def test_estimates_for_a_gpu_are_within_a_tenth_of_the_peaks_measured_there():
+    architectures = {"8b": LLAMA3_1_8B, "3b": LLAMA3_2_3B, "1b": LLAMA3_2_1B}
+    measured = read_measured_peaks()
+    assert len(measured) >= 9
+    for name, peak in measured:
+        model, kind, size, *_ = name.split()
+        batch, row = map(int, size.split("x"))
+        shape = make_shape(
+            architectures[model],
+            base_weights="nf4" if kind == "qlora" else "bf16",
+            lora_rank=16,
+            lora_dropout=0.0,
+            batch_size=batch,
+            longest_row=row,
+            enable_activation_checkpointing="checkpointing" in name,
+            device_type="cuda",
+        )
+        estimate = estimate_memory(shape)
+        # torch counts what it allocates, without the context of CUDA.
+        assert (estimate.training - estimate.program) / 2**30 == pytest.approx(peak, rel=0.1), name
