@@ -8,9 +8,9 @@ base, the same rows in the same order and batches, rank, alpha, all linear layer
 The sides take turns. Watched from outside: when the first step begins (the progress bar appears), when the log gets the
 line of a step, and the peak of the resident memory up to the last step; then the process is ended. The first step warms
 up; tokens a second are the median of the steps after it, padding not counted; torchtune's recipe takes fewer steps of a
-large model (CASES). Each finished run is a line of FOLDER/runs.jsonl, and what is there is not run again: the script can
-be stopped and started. The other sides get rows that are tokenized already, ours tokenizes them while it starts. Needs
-the extra `bench`.
+large model (CASES). Each finished run is a line of FOLDER/runs.jsonl, and what is there is not run again, so that the
+script can be stopped and started. The other sides get rows that are tokenized already, ours tokenizes them while it
+starts. Needs the extra `bench`.
 """
 
 from __future__ import annotations
