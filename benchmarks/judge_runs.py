@@ -166,8 +166,7 @@ def make_page(judged: Sequence[JudgedRun]) -> str:
     """Return the page of the judged runs."""
     pairs = [(one.run.kind.expected, one.verdict.label) for one in judged]
     right, fewer = sum(one.is_right for one in judged), judge_on_fewer_rows(judged)
-    by_kind = "\n".join(f"- {describe_kind(name)}" for name in KINDS)
-    made_on = "; ".join(sorted({one.made_on for one in judged}))
+    by_kind = "\n".join(f"- {describe_kind(name, judged)}" for name in KINDS)
     days = sorted({one.started[:10] for one in judged})
     return f"""# The verdict on real runs
 
@@ -180,7 +179,7 @@ written down before the first run (`KINDS` in `benchmarks/verdict_runs.py`):
 
 {by_kind}
 
-Made on {made_on}, {" to ".join(dict.fromkeys((days[0], days[-1])))}:
+Made {" to ".join(dict.fromkeys((days[0], days[-1])))} with
 
     python benchmarks/verdict_runs.py --out runs/verdict --device cuda --jobs 6
     python benchmarks/verdict_runs.py --out runs/verdict --no-training --record benchmarks/results/verdict_runs.jsonl
@@ -201,12 +200,13 @@ The same runs, each judged {NUM_DRAWS} times on rows drawn from its held-out one
 """
 
 
-def describe_kind(name: str) -> str:
-    kind = KINDS[name]
+def describe_kind(name: str, judged: Sequence[JudgedRun]) -> str:
+    """Return what is special about a kind of run, and where its runs were made."""
+    kind, made_on = KINDS[name], sorted({one.made_on for one in judged if one.run.kind_name == name})
     settings = ", ".join(f"{key} {value}" for key, value in kind.settings.items())
     rows = "" if kind.num_rows is None else f"{kind.num_rows} rows to train on, "
     rows += "" if kind.num_heldout is None else f"{kind.num_heldout} held-out rows, "
-    return f"`{name}`, to be **{kind.expected}**: {rows}{settings}"
+    return f"`{name}`, to be **{kind.expected}**: {rows}{settings} (on {' and '.join(made_on)})"
 
 
 def main() -> None:
