@@ -262,6 +262,8 @@ def _run_trials(optuna, study: optuna.Study, sweep: Sweep) -> None:
             study.enqueue_trial(left[0])
             continue
         number = _find_number(sweep, params)
+        described = " ".join(f"{key}={value}" for key, value in params.items())
+        print(f"trial {number:03}, {len(done) + 1} of {sweep.count_trials()}: {described}", flush=True)
         _run_trial(optuna, study, trial, sweep, number)
         done.add(number)
 
@@ -273,8 +275,6 @@ def _find_number(sweep: Sweep, params: Mapping[str, str]) -> int:
 def _run_trial(optuna, study: optuna.Study, trial: optuna.Trial, sweep: Sweep, number: int) -> None:
     """Run a trial in a process of its own, stopping it where the others were better at its point."""
     states = optuna.trial.TrialState
-    described = " ".join(f"{key}={value}" for key, value in trial.params.items())
-    print(f"trial {number:03} of {sweep.count_trials()}: {described}", flush=True)
     folder = get_trial_dir(sweep, number)
     reported = 0
     with _start_run(sweep, number) as process:

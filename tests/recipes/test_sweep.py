@@ -31,13 +31,13 @@ def test_killed_sweep_goes_on_and_stops_the_hopeless_trial(run_arguments, tmp_pa
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
-    assert "trial 000 of 5: learning_rate=1e-3" in first.communicate()[0]
+    assert "trial 000, 1 of 5: learning_rate=1e-3" in first.communicate()[0]
     finished = {path: path.stat().st_mtime_ns for path in (folder / "trial-000").rglob("*") if path.is_file()}
 
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "trial 001 was interrupted; it goes on where it stopped" in done.stdout
-    assert re.findall(r"^trial (\d+) of 5", done.stdout, re.MULTILINE) == ["001", "002", "003", "004"]
+    assert re.findall(r"^trial (\d+), \d of 5", done.stdout, re.MULTILINE) == ["001", "002", "003", "004"]
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert "half of the trials were better by then" in done.stdout
     assert not (folder / "trial-004/last").exists()
