@@ -48,8 +48,9 @@ def make_ours(arguments, device: str, world=None):
     from tune2gguf.architectures import ARCHITECTURES
     from tune2gguf.checkpoints.layout import list_tensors
     from tune2gguf.checkpoints.load import fill_model
+    from tune2gguf.fused import find_obstacle
     from tune2gguf.lora import initialize_adapters
-    from tune2gguf.models import build_lora_llama, can_fuse, prepare_training
+    from tune2gguf.models import build_lora_llama, prepare_training
     from tune2gguf.parallel import replicate, shard
 
     architecture = ARCHITECTURES[MODELS[arguments.model]]
@@ -68,9 +69,13 @@ def make_ours(arguments, device: str, world=None):
         weight = torch.ones if len(spec.shape) == 1 else torch.randn
         return weight(spec.shape, device=device, dtype=torch.bfloat16) * (1.0 if len(spec.shape) == 1 else 0.02)
 
-    fuse = can_fuse(torch.device(device), dtype="bf16", compile=arguments.compile)
+    device_type = torch.device(device).type
+    obstacle = find_obstacle(device_type, dtype="bf16", compile=arguments.compile, lora_rank=RANK)
     prepare_training(
-        model, compile=arguments.compile, enable_activation_checkpointing=arguments.checkpointing, fuse=fuse
+        model,
+        compile=arguments.compile,
+        enable_activation_checkpointing=arguments.checkpointing,
+        fuse=obstacle is None,
     )
     if world is not None and arguments.parallel == "shard":
         shard(model, world)

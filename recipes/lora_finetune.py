@@ -99,8 +99,9 @@ class LoRAFinetuneRecipe:
     def _setup_model(self) -> None:
         from tune2gguf.checkpoints.load import load_base
         from tune2gguf.distributed import agree_on_errors
+        from tune2gguf.fused import find_obstacle
         from tune2gguf.lora import initialize_adapters
-        from tune2gguf.models import can_fuse, prepare_training
+        from tune2gguf.models import prepare_training
         from tune2gguf.parallel import replicate, shard
         from tune2gguf.seeds import seed_dropout
 
@@ -112,7 +113,8 @@ class LoRAFinetuneRecipe:
             compile=cfg.compile,
             enable_activation_checkpointing=cfg.enable_activation_checkpointing,
             enable_activation_offloading=cfg.enable_activation_offloading,
-            fuse=can_fuse(world.device, dtype=cfg.dtype, compile=cfg.compile),
+            fuse=find_obstacle(world.device.type, dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
+            is None,
             lengths_vary=self.data.unit == "rows",
         )
         if self.parallel == "shard":

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +176,7 @@ def prepare_training(
             says so nowhere, after eight recompilations
         enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
         enable_activation_offloading: keep these inputs in the CPU's memory until then; the model is on a GPU
-        fuse: train each layer with the kernels of tune2gguf.fused; see can_fuse
+        fuse: train each layer with the kernels of tune2gguf.fused, where it finds no obstacle
     """
     layers = model.decoder.layers
     if enable_activation_offloading:
@@ -192,11 +191,6 @@ def prepare_training(
             layer.compile(dynamic=True if lengths_vary else None)
     if enable_activation_checkpointing:
         training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
-
-
-def can_fuse(device: torch.device, *, dtype: str, compile: bool) -> bool:
-    """Whether layers are trained with the fused kernels: in bf16 on CUDA, unless they are to be compiled."""
-    return device.type == "cuda" and dtype == "bf16" and not compile and find_spec("triton") is not None
 
 
 def _run_fused(

@@ -159,11 +159,16 @@ def describe_plan(
     """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
     from tune2gguf.cpu import describe_cpu
     from tune2gguf.data.summary import describe_padding
+    from tune2gguf.fused import describe_layers, find_obstacle
     from tune2gguf.parallel import describe_parallel
     from tune2gguf.samples import describe_prompts
 
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
-    lines += [describe_cpu()] if device == "cpu" else []
+    if device == "cpu":
+        lines.append(describe_cpu())
+    else:
+        obstacle = find_obstacle("cuda", dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
+        lines.append(describe_layers(obstacle))
     if world_size > 1:
         lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
     lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} held out")

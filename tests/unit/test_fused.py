@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 if not INTERPRETS_TRITON:
     pytest.skip("with a CUDA device tests/gpu runs the kernels themselves", allow_module_level=True)
 
-from tune2gguf.fused import launch
+from tune2gguf.fused import describe_layers, find_obstacle, launch
 from tune2gguf.fused.groups import get_projections
 from tune2gguf.fused.launch import Adapted, Dropout
 from tune2gguf.fused.layer import run_layer
@@ -184,6 +184,25 @@ def test_a_block_mask_from_the_blocks_ends_is_torchs(seq, num_rows):
         )
         for (own, torchs), count in zip(pairs, counts.flatten(), strict=True):
             assert torch.equal(own[:count], torchs[:count]), kind
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"device_type": "cpu"}, "device=cpu"),
+        ({"compile": True}, "compile=true"),
+        ({"dtype": "fp32"}, "dtype=fp32"),
+        ({"lora_rank": 129}, "lora_rank=129 is above 128"),
+        ({"lora_rank": 128}, None),
+    ],
+)
+def test_what_keeps_a_run_from_the_fused_layers_is_said(changed, reason):
+    options = {"device_type": "cuda", "dtype": "bf16", "compile": False, "lora_rank": 16} | changed
+    obstacle = find_obstacle(**options)
+    assert obstacle == reason
+    assert describe_layers(obstacle) == "layers: " + (
+        "fused kernels" if reason is None else f"torchtune's, not the fused ones ({reason})"
+    )
 
 
 def test_packs_are_padded_to_whole_blocks_with_a_row_of_its_own():

@@ -1,1 +1,26 @@
 """A Llama layer's training step in few CUDA kernels: `kernels` in Triton, `launch` for each, `layer` of all of them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+NO_TRITON = "Triton is not installed"
+MAX_RANK = 128  # of an adapter whose tiles fit into a multiprocessor's memory
+
+
+def find_obstacle(device_type: str, *, dtype: str, compile: bool, lora_rank: int) -> str | None:
+    """Return why a run trains torchtune's layers instead of the fused ones; None where nothing is in the way."""
+    if device_type != "cuda":
+        return f"device={device_type}"
+    if compile:
+        return "compile=true"
+    if dtype != "bf16":
+        return f"dtype={dtype}"
+    if lora_rank > MAX_RANK:
+        return f"lora_rank={lora_rank} is above {MAX_RANK}"
+    return None if find_spec("triton") is not None else NO_TRITON
+
+
+def describe_layers(obstacle: str | None) -> str:
+    """Return what a run on a GPU says of its layers."""
+    return "layers: fused kernels" if obstacle is None else f"layers: torchtune's, not the fused ones ({obstacle})"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
+from tune2gguf.fused import NO_TRITON, find_obstacle
 
 if TYPE_CHECKING:
     from tune2gguf.architectures import Architecture
@@ -54,8 +55,9 @@ class Shape:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the layers are those of tune2gguf.fused."""
-        return self.device_type == "cuda" and self.dtype == "bf16" and not self.compile
+        """Whether the layers are those of tune2gguf.fused; a machine with a GPU has Triton, this one need not."""
+        obstacle = find_obstacle(self.device_type, dtype=self.dtype, compile=self.compile, lora_rank=self.lora_rank)
+        return obstacle in (None, NO_TRITON)
 
 
 @dataclass(frozen=True)
