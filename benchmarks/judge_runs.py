@@ -181,7 +181,7 @@ written down before the first run (`KINDS` in `benchmarks/verdict_runs.py`):
 
 Made {" to ".join(dict.fromkeys((days[0], days[-1])))} with
 
-    python benchmarks/verdict_runs.py --out runs/verdict --device cuda --jobs 6
+    python benchmarks/verdict_runs.py --out runs/verdict --jobs 6 --device cuda   # or cpu, see above
     python benchmarks/verdict_runs.py --out runs/verdict --no-training --record benchmarks/results/verdict_runs.jsonl
 
 This page is `python benchmarks/judge_runs.py`, on the recorded runs with the verdict as it is now. What each figure \
