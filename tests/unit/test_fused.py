@@ -117,6 +117,24 @@ def test_a_fused_layer_has_the_output_and_gradients_of_torchtunes(dropout, modul
     assert measure_worst_error(take_gradients(layer, x, other), expected) > 1e-2
 
 
+def test_an_adapter_below_the_last_bit_breaks_no_ties():
+    """Else the sums that projections go into would be rounded in the direction of its sign, all of them.
+
+    In float16: the interpreter has no products of bf16.
+    """
+    layer = make_layer(0.0, ALL, True).to(torch.float16)
+    x = torch.randn(1, 40, SHAPE.embed_dim, generator=torch.Generator().manual_seed(1)).half()
+    outputs = []
+    for size in (0.0, 1.2e-7, 1e-2):
+        for name in ("output_proj", "w2"):
+            get_projections(layer)[name].lora_b.weight.data.fill_(size)
+        with torch.no_grad():
+            outputs.append(run_layer(layer, x, mask=None, positions=None, checkpointing=False))
+    without, tiny, small = outputs
+    assert (tiny != without).float().mean() < 0.001
+    assert (small != without).float().mean() > 0.5, "negative control"
+
+
 def test_a_layer_that_will_not_go_back_keeps_no_graph_and_drops_nothing():
     layer = make_layer(0.3, ALL, True).eval()
     x = torch.randn(1, 20, SHAPE.embed_dim)

@@ -3,7 +3,11 @@
 An adapter's second product, low_rank [rows, rank] times B or A, has so short an inner dimension that it costs as much
 as writing its result. It is therefore computed tile by tile where its result is used, and never written.
 
-All arithmetic is float32; what is stored is rounded once to the tensor's dtype. Matrices are row-major.
+All arithmetic is float32; what is stored is rounded to the tensor's dtype. Matrices are row-major.
+
+A projection, base and adapter together, is rounded before anything else is done with it, as if it had been stored: the
+sum of two bf16 numbers often lies exactly between two others, where the least bit of an adapter would decide. Without
+that an adapter of 1e-6 in the direction of the gradient took 0.15 off SmolLM2's loss, which no merged weight can keep.
 """
 
 from __future__ import annotations
@@ -30,11 +34,13 @@ def _norm_kernel(
         mask = row_mask[:, None] & column_mask[None, :]
         tile = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         if HAS_DELTA:
-            tile += tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)
+            part = tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)
             if RANK > 0:
-                tile += _low_rank_tile(
+                part += _low_rank_tile(
                     low_rank, low_rank_stride, rows, row_mask, factor, RANK, 1, columns, column_mask, RANK, RANK_BLOCK
                 )
+                part = part.to(delta.dtype.element_ty).to(tl.float32)
+            tile += part
             rounded = tile.to(summed.dtype.element_ty)
             tl.store(summed + at, rounded, mask=mask)
             tile = rounded.to(tl.float32)
@@ -114,6 +120,7 @@ def _rotate_heads(
             tile += _low_rank_tile(
                 low_rank, low_rank_stride, rows, row_mask, factor, RANK, 1, columns, columns >= 0, RANK, RANK_BLOCK
             )
+            tile = tile.to(values.dtype.element_ty).to(tl.float32)
         if ROPE:
             first, second = tl.split(tl.reshape(tile, (ROWS, HEAD_DIM // 2, 2)))
             tile = tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), (ROWS, HEAD_DIM))
@@ -168,6 +175,7 @@ def _gate_tile(
         tile += _low_rank_tile(
             low_rank, low_rank_stride, rows, row_mask, factor, RANK, 1, columns, column_mask, RANK, RANK_BLOCK
         )
+        tile = tile.to(values.dtype.element_ty).to(tl.float32)
     return tile
 
 
@@ -250,6 +258,7 @@ def _add_kernel(
         if DROPS:
             part = tl.where(_keep(seed, at, threshold), part * keep_scale, 0.0)
         tile += part
+        tile = tile.to(base.dtype.element_ty).to(tl.float32)
     if HAS_RESIDUAL:
         tile += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, tile.to(out.dtype.element_ty), mask=mask)
