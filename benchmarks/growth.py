@@ -19,7 +19,13 @@ from pathlib import Path
 from benchmarks.profile_step import Case, describe_machine, make_model, make_step, time_steps
 from tune2gguf.architectures import ARCHITECTURES
 
-LENGTHS, ROWS, RANKS = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8), (8, 16, 32, 64)
+LENGTHS = (256, 512, 1024, 2048, 4096)
+TABLES = (
+    ("length of the rows, batch 1, rank 16", "seq", LENGTHS, {}),
+    ("rows of 256 tokens, rank 16", "batch", (1, 2, 4, 8), {}),
+    ("rank, 2 rows of 256 tokens", "rank", (8, 16, 32, 64), {"batch": 2}),
+    ("length of the rows with activation checkpointing", "seq", LENGTHS, {"checkpointing": True}),
+)
 
 
 def measure_here(options: dict) -> dict[str, float]:
@@ -60,7 +66,7 @@ def make_table(title: str, name: str, values: tuple[int, ...], options: dict) ->
             f"{point['batch'] * point['seq'] / found['seconds']:12.1f}"
             f"{found['megabytes']:12.0f}{found['megabytes'] / first['megabytes']:8.2f}"
         )
-        print(lines[-1], flush=True)
+        print("\n".join(lines if value == values[0] else lines[-1:]), flush=True)
     return [*lines, ""]
 
 
@@ -78,10 +84,8 @@ def main() -> None:
     options |= {"checkpointing": False}
     lines = [describe_machine(), f"command: python benchmarks/growth.py {' '.join(sys.argv[1:])}"]
     lines += [f"{arguments.layers} of the 1B model's 16 layers and its head; bf16, 50% supervised", ""]
-    lines += make_table("length of the rows, batch 1, rank 16", "seq", LENGTHS, options)
-    lines += make_table("the same with activation checkpointing", "seq", LENGTHS, options | {"checkpointing": True})
-    lines += make_table("rows of 256 tokens, rank 16", "batch", ROWS, options)
-    lines += make_table("rank, 2 rows of 256 tokens", "rank", RANKS, options | {"batch": 2})
+    for title, name, values, changed in TABLES:
+        lines += make_table(title, name, values, options | changed)
     print("\n".join(lines))
     if arguments.out is not None:
         arguments.out.write_text("\n".join(lines), encoding="utf-8")

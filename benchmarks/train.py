@@ -33,7 +33,7 @@ from pathlib import Path
 
 from benchmarks.train_cases import CASES, REPOSITORY, SIDES, Prepared, make_command, prepare_case
 
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.02
 STOCK_STEP = re.compile(r"^Step (\d+) \| .*?loss:([-\d.e]+)", re.MULTILINE)
 PACKAGES = ("torch", "torchtune", "torchao", "transformers", "peft", "bitsandbytes")
 
@@ -54,14 +54,29 @@ class Bar(threading.Thread):
                 self.began = time.monotonic()
 
 
-def read_losses(side: str, output_dir: Path) -> list[float]:
-    """Return the losses of the steps that a run has logged until now."""
-    if side == "ours":
-        path = output_dir / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [record["loss"] for record in map(json.loads, lines) if "lr" in record]
-    logs = [*output_dir.glob("logs/*.txt"), *output_dir.glob("log.txt")]
-    return [float(loss) for _, loss in STOCK_STEP.findall(logs[0].read_text())] if logs else []
+class Log:
+    """The losses that a run has logged; read only when its file has grown, as the run has the cores to itself."""
+
+    def __init__(self, side: str, output_dir: Path) -> None:
+        self.side, self.output_dir = side, output_dir
+        self.path: Path | None = None
+        self.size = 0
+        self.losses: list[float] = []
+
+    def read(self) -> list[float]:
+        """Return the loss of each step until now."""
+        if self.path is None:
+            names = ("metrics.jsonl", "log.txt", "logs/*.txt")
+            self.path = next((path for name in names for path in self.output_dir.glob(name)), None)
+        elif self.path.stat().st_size != self.size:
+            self.size = self.path.stat().st_size
+            text = self.path.read_text()
+            if self.side == "ours":
+                records = map(json.loads, text.split("\n")[:-1])
+                self.losses = [record["loss"] for record in records if "lr" in record]
+            else:
+                self.losses = [float(loss) for _, loss in STOCK_STEP.findall(text)]
+        return self.losses
 
 
 def read_peak_bytes(pid: int) -> int:
@@ -83,11 +98,11 @@ def run_side(side: str, prepared: Prepared, output_dir: Path) -> dict:
     bar = Bar(process, num_steps)
     bar.start()
     ended: list[float] = []
-    losses: list[float] = []
+    log, losses = Log(side, output_dir), []
     try:
         while len(losses) < num_steps:
             time.sleep(POLL_SECONDS)
-            losses = read_losses(side, output_dir)
+            losses = log.read()
             ended += [time.monotonic()] * (len(losses) - len(ended))
             if process.poll() is not None and len(losses) < num_steps:
                 sys.exit(f"{side} ended early:\n{bar.printed.decode(errors='replace')[-3000:]}")
