@@ -188,7 +188,8 @@ def prepare_training(
     # Compiled first: around a checkpoint the compiler would give up at the attention's graph break.
     if compile:
         for layer in layers:
-            layer.compile(dynamic=True if lengths_vary else None)
+            # Rounded where uncompiled layers round: else ties of bf16 sums follow the sign of the least adapter.
+            layer.compile(dynamic=True if lengths_vary else None, options={"emulate_precision_casts": True})
     if enable_activation_checkpointing:
         training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
 
