@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from tune2gguf.advice import Advice, Situation, advise
-from tune2gguf.curves import Curves, Validation, read_curves
+from tune2gguf.curves import Validation
+from tune2gguf.recorded_run import VERDICT_FILE, RecordedRun, flatten_config, read_num_processes, read_recorded_run
 from tune2gguf.run_ledger import (
     LEDGER_FILE,
     Entry,
@@ -28,35 +29,7 @@ from tune2gguf.run_ledger import (
 from tune2gguf.runs import write_text
 from tune2gguf.verdict import GOOD_FIT, Verdict, judge
 
-VERDICT_FILE = "verdict.json"
 MAX_ADVICE = 8
-
-
-@dataclass(frozen=True)
-class RecordedRun:
-    """What a run folder says of a run.
-
-    Attributes:
-        run_dir: as it is typed in a command
-        config: resolved
-        data: data.json
-        parent_run: relative to the folder of the run folder
-    """
-
-    run_dir: Path
-    config: Mapping[str, Any]
-    data: Mapping[str, Any]
-    curves: Curves
-    parent_run: str | None
-
-    @property
-    def name(self) -> str:
-        return self.run_dir.resolve().name
-
-    @property
-    def folder(self) -> Path:
-        """Where the run folder and the ledger are."""
-        return self.run_dir.resolve().parent
 
 
 def conclude_run(run_dir: str | Path) -> list[str]:
@@ -91,36 +64,6 @@ def recall_verdict(run_dir: str | Path) -> list[str]:
 
     run = read_run_folder(Path(run_dir))
     return [] if run.verdict is None else describe_verdict(run.verdict, run.advice, run.outcome)
-
-
-def read_recorded_run(run_dir: Path) -> RecordedRun:
-    """Read config.yaml, data.json and metrics.jsonl of a run folder.
-
-    Raises:
-        ValueError: if one of them is missing
-    """
-    from omegaconf import OmegaConf
-
-    for name in ("config.yaml", "data.json"):
-        if not (run_dir / name).is_file():
-            raise ValueError(f"{run_dir}: no run here ({name} is missing); give the folder of a run, such as runs/NAME")
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=True)
-    parent = config.get("parent_run")
-    return RecordedRun(
-        run_dir=run_dir,
-        config=config,
-        data=json.loads((run_dir / "data.json").read_text(encoding="utf-8")),
-        curves=read_curves(run_dir),
-        parent_run=None if parent is None else os.path.relpath(Path(parent).resolve(), run_dir.resolve().parent),
-    )
-
-
-def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a config without levels, its components' keys with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def describe_verdict(verdict: Verdict, advice: Sequence[Advice], outcome: str) -> list[str]:
@@ -186,18 +129,6 @@ def list_free_dirs(run_dir: Path) -> list[str]:
             found.append(str(candidate))
         number += 1
     return found
-
-
-def read_num_processes(run_dir: Path) -> int:
-    """Return on how many processes a run's newest checkpoint was written; 1 where there is none."""
-    from tune2gguf.checkpoints.state import CHECKPOINTS, list_checkpoints
-
-    folder = run_dir / CHECKPOINTS
-    checkpoints = list_checkpoints(folder) if folder.is_dir() else []
-    if not checkpoints:
-        return 1
-    progress = json.loads((checkpoints[-1] / "progress.json").read_text(encoding="utf-8"))
-    return progress["run"]["processes"]
 
 
 def _write_verdict(run: RecordedRun, verdict: Verdict, advice: Sequence[Advice], outcome: Outcome | None) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune2gguf.advice import Advice
-from tune2gguf.conclude import VERDICT_FILE, read_num_processes
 from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE, Curves, Sample, read_curves, read_samples
+from tune2gguf.recorded_run import VERDICT_FILE, read_num_processes
 from tune2gguf.run_ledger import Outcome, describe_outcome
 from tune2gguf.runs import PLAN_FILE
 from tune2gguf.verdict import Verdict
