@@ -15,7 +15,6 @@ from tune2gguf.distributed import World, max_over_ranks
 
 if TYPE_CHECKING:
     from tune2gguf.memory import Shape
-    from tune2gguf.models import CausalLM
 
 # The allocator's gaps and what others keep on a GPU are not in the estimate.
 USABLE_SHARE = 0.9
@@ -49,11 +48,11 @@ def describe_parallel(asked: str, chosen: str, *, device: str) -> str:
     return f"{part} (parallel=auto: the estimated memory {verb} {USABLE_SHARE:.0%} of a GPU)"
 
 
-def replicate(model: CausalLM, world: World) -> nn.Module:
+def replicate(model: nn.Module, world: World) -> nn.Module:
     """Average the adapter's gradients over the processes; the frozen base stays where it is and never travels."""
     from torch.nn.parallel import DistributedDataParallel
 
-    from tune2gguf.steps import make_empty_batch
+    from tune2gguf.data import make_empty_batch
 
     if world.size == 1:
         return model

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tune2gguf.distributed import AgreedError, World, gather_over_ranks, max_over_ranks, sum_over_ranks
-from tune2gguf.loss import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from tune2gguf.data import Batch, TokenizedRow
+    from tune2gguf.data import TokenizedRow
     from tune2gguf.data.packing import Pack
     from tune2gguf.signals import StopSignals
 
@@ -48,13 +47,6 @@ def count_step(micro_batches: list[list[TokenizedRow | Pack]]) -> StepCounts:
     return StepCounts(tokens, supervised_tokens, max_over_ranks(len(micro_batches)))
 
 
-def make_empty_batch() -> Batch:
-    """Return a batch without a supervised token: it goes through the whole model and adds nothing."""
-    from tune2gguf.data import Batch
-
-    return Batch(tokens=torch.zeros((1, 2), dtype=torch.long), labels=torch.full((1, 2), IGNORED_LABEL))
-
-
 def accumulate_gradients(
     model: nn.Module,
     rows: list[list[TokenizedRow | Pack]],
@@ -76,7 +68,7 @@ def accumulate_gradients(
     Returns:
         the step's mean loss over all ranks, and this rank's summed loss of each micro-batch
     """
-    from tune2gguf.data import collate
+    from tune2gguf.data import collate, make_empty_batch
     from tune2gguf.parallel import reduce_gradients
 
     batch_losses = []

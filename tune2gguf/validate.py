@@ -92,8 +92,7 @@ def compute_heldout_loss(
     Args:
         before_batch: called by all processes equally often; may raise to give up
     """
-    from tune2gguf.data import collate
-    from tune2gguf.steps import make_empty_batch
+    from tune2gguf.data import collate, make_empty_batch
 
     was_training = model.training
     model.eval()

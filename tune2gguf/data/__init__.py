@@ -5,7 +5,7 @@ select: which row goes where · ledger: what became of every row · prepare: all
 packing: several rows in one sequence · batches: which rows a step takes, and the tensors they become
 """
 
-from tune2gguf.data.batches import Batch, Step, collate, plan_epoch
+from tune2gguf.data.batches import Batch, Step, collate, make_empty_batch, plan_epoch
 from tune2gguf.data.messages import Conversation, Message
 from tune2gguf.data.packing import Pack, PackedRows
 from tune2gguf.data.prepare import PreparedData, chat_dataset, check_files
@@ -26,5 +26,6 @@ __all__ = [
     "chat_dataset",
     "check_files",
     "collate",
+    "make_empty_batch",
     "plan_epoch",
 ]

@@ -44,6 +44,15 @@ class Batch:
         return Batch(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
 
+def make_empty_batch() -> Batch:
+    """Return a batch without a supervised token: it goes through the whole model and adds nothing."""
+    import torch
+
+    from tune2gguf.loss import IGNORED_LABEL
+
+    return Batch(tokens=torch.zeros((1, 2), dtype=torch.long), labels=torch.full((1, 2), IGNORED_LABEL))
+
+
 def plan_epoch(
     num_rows: int,
     *,
