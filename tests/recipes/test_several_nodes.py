@@ -125,7 +125,7 @@ def test_lost_node_ends_the_other_and_restarted_both_end_as_if_never_stopped(arg
     assert read_outcome(folder) == whole
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.load_sensitive), 1])
 def test_killed_agent_leaves_no_process_behind_and_all_is_saved(arguments, whole, tmp_path, killed):
     folder = tmp_path / "run"
     arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
@@ -226,6 +226,7 @@ def network():
     hosts.__exit__()
 
 
+@pytest.mark.load_sensitive
 def test_two_hosts_end_when_the_cable_is_pulled_and_go_on_as_if_it_never_was(arguments, whole, tmp_path, network):
     """Nobody closes a connection then: a process that waits for the other host would wait for ever."""
     folder = tmp_path / "run"

@@ -45,14 +45,21 @@ def get_device(name: str) -> Device:
 
 def measure_peak(device: torch.device) -> int:
     """Return the most bytes that this process has had so far: allocated by torch on a GPU, resident on a CPU."""
-    import resource
-
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _measure_resident_peak()
+
+
+def _measure_resident_peak() -> int:
+    import resource
+
+    try:
+        # getrusage goes on counting from the process that started this one, however large that was.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (FileNotFoundError, StopIteration):  # no Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def get_free_host_memory() -> int:
