@@ -42,10 +42,6 @@ class Group:
         start = self.names.index(name) * self.rank
         return low_rank[:, start : start + self.rank]
 
-    def get_a(self, name: str) -> Tensor:
-        start = self.names.index(name) * self.rank
-        return self.stacked_a[start : start + self.rank]
-
     def add_to(self, name: str) -> Adapted | None:
         """Return what a projection's adapter adds in forward."""
         if name not in self.names:
