@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -103,6 +104,17 @@ def write_tiny_base(
     (base_dir / "config.json").write_text(json.dumps(make_hf_config(architecture)))
     write_tiny_tokenizer(base_dir)
     return base_dir
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    """Python waits for them when it ends, and one that hangs would hold up the whole suite."""
+    yield
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()
+        process.join()
+    assert not left
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,10 @@ _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
 
 @contextmanager
 def end_together() -> Iterator[None]:
-    """Join the processes, run the block, and turn its failure into one line and an exit code of every process."""
+    """Join the processes, run the block, and turn its failure into one line and an exit code of every process.
+
+    A process that is alone returns when the block succeeds; one of several ends.
+    """
     try:
         join_processes()
     except ConnectionError as error:
@@ -39,9 +42,9 @@ def end_together() -> Iterator[None]:
     try:
         yield
     except AgreedError as error:
-        _leave(f"error: {error}", exit_code=1)
+        reporter.leave(f"error: {error}", exit_code=1)
     except StopRequested as stop:
-        _leave(str(stop), exit_code=128 + stop.signum)
+        reporter.leave(str(stop), exit_code=128 + stop.signum)
     except KeyboardInterrupt:
         # While it trains a run takes the signal otherwise; see signals.py.
         reporter.fail("stopped; nothing was lost: the same command with resume=auto goes on", exit_code=130)
@@ -52,6 +55,8 @@ def end_together() -> Iterator[None]:
         if not dist.is_initialized():
             raise
         reporter.fail(reporter.describe_unexpected(error), exit_code=1)
+    else:
+        reporter.end(exit_code=0)
     finally:
         reporter.close()
 
@@ -89,14 +94,6 @@ def save_when_stopped(
             opened.close()
 
 
-def _leave(message: str, *, exit_code: int) -> NoReturn:
-    """End for a reason that every process has; rank 0 says it before any of them is gone."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
-    wait_for_all()
-    sys.exit(exit_code)
-
-
 class _Reporter:
     """Lets the first process that fails speak, and ends this one when it is left waiting for one that is gone."""
 
@@ -115,9 +112,22 @@ class _Reporter:
             print(message, file=sys.stderr, flush=True)
         if dist.get_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(4 * POLL_SECONDS)  # the store ends with this process; the others have to hear of it before
-        sys.stdout.flush()
         # Leaving the process group in good order would wait for processes that may be gone.
-        os._exit(exit_code)
+        _end_now(exit_code)
+
+    def leave(self, message: str, *, exit_code: int) -> NoReturn:
+        """End for a reason that every process has; rank 0 says it before any of them is gone."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(message, file=sys.stderr, flush=True)
+        wait_for_all()
+        self.end(exit_code)
+        sys.exit(exit_code)
+
+    def end(self, exit_code: int) -> None:
+        """End this process, if it is one of several, now that it needs the others no more."""
+        self.close()
+        if not self.is_alone:
+            _end_now(exit_code)
 
     def close(self) -> None:
         """Watch the other processes no more; this one is about to end."""
@@ -130,3 +140,10 @@ class _Reporter:
         if isinstance(error, RuntimeError) and ("onnection" in text or "NCCL" in text or "imed out" in text):
             return "error: another process of the run is gone; was it killed, or did its machine run out of memory?"
         return f"{self.prefix}{''.join(traceback.format_exception(error)).rstrip()}"
+
+
+def _end_now(exit_code: int) -> NoReturn:
+    """End without Python's own way of ending, in which a thread of gloo's that frees its last tensor aborts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

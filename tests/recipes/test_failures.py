@@ -3,6 +3,7 @@
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import TINY_UNTIED, make_conversations, write_rows, write_tiny_base
-from tests.recipes.launch import Launch, count_lines, run_to_end
+from tests.conftest import REPOSITORY, TINY_UNTIED, make_conversations, write_rows, write_tiny_base
+from tests.recipes.launch import Launch, count_lines, find_free_port, run_to_end
 from tests.recipes.test_training import read_adapter, read_records
 from tune2gguf.checkpoints.state import find_damage, list_checkpoints
 
@@ -169,3 +170,22 @@ def test_write_error_of_the_main_process_ends_all_with_its_line(run_arguments, t
     text = (tmp_path / "log").read_text()
     assert text.count("error: ") == 1 and "error: process 0: " in text and "File too large" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_processes_of_a_run_end_before_python_ends_in_which_their_threads_could_abort(tmp_path):
+    """Seen in one of twelve runs on a busy machine; here Python's own end always aborts, as alone it does."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, os\n"
+        "from tune2gguf.failures import end_together\n"
+        "atexit.register(os.abort)\n"
+        "with end_together():\n"
+        "    print('done')\n"
+    )
+    together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    together += ["--master-port", str(find_free_port()), str(program)]
+    done = subprocess.run(together, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["done", "done"]), done.stderr
+    alone = subprocess.run([sys.executable, str(program)], cwd=REPOSITORY, capture_output=True)
+    assert alone.returncode == -signal.SIGABRT

@@ -125,7 +125,7 @@ def test_lost_node_ends_the_other_and_restarted_both_end_as_if_never_stopped(arg
     assert read_outcome(folder) == whole
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.load_sensitive), 1])
+@pytest.mark.parametrize("killed", [0, 1])
 def test_killed_agent_leaves_no_process_behind_and_all_is_saved(arguments, whole, tmp_path, killed):
     folder = tmp_path / "run"
     arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
@@ -226,7 +226,6 @@ def network():
     hosts.__exit__()
 
 
-@pytest.mark.load_sensitive
 def test_two_hosts_end_when_the_cable_is_pulled_and_go_on_as_if_it_never_was(arguments, whole, tmp_path, network):
     """Nobody closes a connection then: a process that waits for the other host would wait for ever."""
     folder = tmp_path / "run"
@@ -244,7 +243,7 @@ def test_two_hosts_end_when_the_cable_is_pulled_and_go_on_as_if_it_never_was(arg
     for agent in agents:
         said = agent.log.read_text()
         assert said.count("has not been heard of for 24 s; its machine or the network to it is lost") == 1, said
-        assert "Traceback" not in said.split("[rank")[0]
+        assert 'lora_finetune.py", line' not in said, said  # torchrun's own agent has tracebacks of its own
         agent.kill(with_workers=True)
     network.plug(1, "up")
     finish(start())

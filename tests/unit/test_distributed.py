@@ -23,29 +23,61 @@ def join(rank: int, port: int, delay: float, *, is_named: bool) -> None:
     os._exit(0 if max_over_ranks(rank) == 1 else 2)
 
 
-def start_twice(*, is_named: bool, delay: float) -> list[int | None]:
-    """Start two processes twice over one store, as torchrun does, rank 0 late; return the last exit codes."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for seconds in ((0.0, 0.0), (delay, 0.0)):
-        processes = [
-            CONTEXT.Process(target=join, args=(rank, store.port, seconds[rank]), kwargs={"is_named": is_named})
-            for rank in (0, 1)
-        ]
-        for process in processes:
-            process.start()
-        processes[1].join(30)
-        if processes[1].exitcode != 0:
-            processes[0].kill()  # it would wait for half an hour
-        processes[0].join(30)
+def start(store: dist.TCPStore, *ranks: int, is_named: bool, delay: float = 0.0) -> list:
+    """Start processes that meet at a store, as torchrun does; rank 0 comes late by the delay."""
+    processes = [
+        CONTEXT.Process(
+            target=join, args=(rank, store.port, delay if rank == 0 else 0.0), kwargs={"is_named": is_named}
+        )
+        for rank in ranks
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes: list, *, seconds: float) -> list[int]:
+    """Return the exit codes; processes that run on after the seconds are killed."""
+    for process in processes:
+        process.join(seconds)
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes]
 
 
-def test_restarted_processes_do_not_call_those_before_them():
-    assert start_twice(is_named=True, delay=1.0) == [0, 0]
+def list_addresses(store: dist.TCPStore) -> set[str]:
+    """Return the keys under which gloo's processes leave each other their addresses."""
+    return {key for key in store.list_keys() if "//cpu//" in key}
 
 
-def test_negative_control_without_a_name_of_the_start_the_address_of_a_process_that_is_gone_is_called():
-    assert start_twice(is_named=False, delay=20.0)[1] == 1
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_restarted_processes_do_not_find_the_addresses_of_those_before_them(store):
+    assert end(start(store, 0, 1, is_named=True), seconds=60) == [0, 0]
+    before = list_addresses(store)
+    assert end(start(store, 0, 1, is_named=True, delay=1.0), seconds=60) == [0, 0]
+    assert len(before) == 2 and len(list_addresses(store) - before) == 2
+
+
+def test_negative_control_without_a_name_of_the_start_they_find_the_address_of_a_process_that_is_gone(store):
+    assert end(start(store, 0, 1, is_named=False), seconds=60) == [0, 0]
+    before = list_addresses(store)
+    own, of_gone = sorted(before, reverse=True)
+    address = store.get(own)
+    processes = start(store, 1, is_named=False)
+    wait_until(lambda: store.get(own) != address)
+    end(processes, seconds=0)
+    assert list_addresses(store) == before and store.get(of_gone) != b""
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_missing_process_is_named(monkeypatch):
