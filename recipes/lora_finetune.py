@@ -126,7 +126,6 @@ class LoRAFinetuneRecipe:
                 device=world.device,
                 base_weights=cfg.base_weights,
                 show=world.is_main,
-                is_shared=world.local_size > 1,
             )
         initialize_adapters(self.model, cfg.seed)
         self.trained_model = replicate(self.model, world) if self.parallel == "replicate" else self.model

@@ -93,22 +93,19 @@ class BaseCheckpoint:
             return read_nf4(stored, begin=begin, end=end).dequantize()
         return read_nf4(stored).dequantize()[begin:end]
 
-    def iterate_tensors(
-        self, *, dtype: torch.dtype | None = None, is_shared: bool = False
-    ) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
+    def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
         """Yield (torchtune's parameter name, weight in torchtune's layout), one at a time, in the order of the files.
 
-        Each tensor is fresh memory that the caller owns, and the checkpoint keeps none: memory never holds more than
-        what the caller keeps plus two copies of one tensor.
+        Embedding and head, and with a dtype the layers' matrices, are views of the mapped file where they are stored as
+        they are wanted: nothing is copied, and the processes of a machine share them. All else is fresh memory. The
+        checkpoint keeps none: memory never holds more than what the caller keeps plus two copies of one tensor.
 
         Args:
             dtype: convert to it; None keeps the stored dtype, and the layers' 4-bit weights as they are
-            is_shared: other processes of this machine take the same base: embedding and head, and with a dtype the
-                layers' matrices, are views of the mapped file where they are stored as they are wanted
         """
         maps: dict[Path, Tensor] = {}
         for name in sorted(self.stored, key=lambda name: (self.stored[name].path, self.stored[name].begin)):
-            if is_shared and self._is_as_wanted(name, dtype):
+            if self._is_as_wanted(name, dtype):
                 path = self.stored[name].path
                 if path not in maps:
                     maps[path] = map_file(path)

@@ -21,16 +21,13 @@ if TYPE_CHECKING:
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_base(
-    model: CausalLM, base_dir: str, *, device: torch.device, base_weights: str, show: bool, is_shared: bool = False
-) -> None:
+def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weights: str, show: bool) -> None:
     """Load the frozen base into the model, make room for its adapters and build its rope tables, all on the device.
 
     Args:
         base_weights: bf16 or fp32, the dtype of embedding, head and layers; nf4 for 4-bit layers between a bf16
             embedding and head
         show: whether to show a progress bar
-        is_shared: whether other processes of this machine load the same base, so that what can be is mapped
 
     Raises:
         ValueError: if the checkpoint is incomplete, damaged or of another shape than the model
@@ -39,7 +36,7 @@ def load_base(
 
     base = open_base(base_dir)
     # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read.
-    weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights), is_shared=is_shared)
+    weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights))
     bar = tqdm(weights, total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
     fill_model(model, bar, device=device, base_weights=base_weights)
 
