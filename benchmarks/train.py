@@ -158,10 +158,10 @@ def make_table(runs: list[dict]) -> list[str]:
             for side in SIDES
             if any(run["case"] == case and run["side"] == side for run in runs)
         }
-        sides = {side: summarize(of_side, CASES[case].steps) for side, of_side in found.items()}
+        sides = {side: summarize(of_side, CASES[case].stock_steps) for side, of_side in found.items()}
         lines += [
             "",
-            f"{case}, last loss of step {CASES[case].steps}",
+            f"{case}, last loss of step {CASES[case].stock_steps}",
             f"{'':22}" + "".join(f"{name:>14}" for name in columns),
         ]
         for side, summary in sides.items():

@@ -32,20 +32,21 @@ WORDS = (
 class Case:
     """What is trained. `supervised` is the share of each row's tokens; `seq` None is the quickstart's own rows.
 
-    torchtune's recipe, which is slow, takes the steps of the first epoch only; losses are compared at its last one.
+    One epoch, so that no checkpoint is written between the steps: a run of usual length has one every twenty steps or
+    fewer. torchtune's recipe, which is slow, takes the first steps only; losses are compared at its last one.
     """
 
     base: str  # a name in ARCHITECTURES
     base_weights: str  # bf16 | fp32 | nf4
     batch: int
-    steps: int  # of an epoch
-    epochs: int = 3
+    steps: int
+    stock_steps: int
     seq: int | None = None
     supervised: float | None = None
 
     def count_steps(self, side: str) -> int:
         """Return the steps that a side takes."""
-        return self.steps if side == "stock" else self.steps * self.epochs
+        return self.stock_steps if side == "stock" else self.steps
 
     @property
     def dtype(self) -> str:
@@ -54,13 +55,13 @@ class Case:
 
 
 CASES = {
-    "smollm2 quickstart": Case("smollm2_135m", "bf16", batch=4, steps=10, epochs=1),
-    "1b bf16 2x256 50%": Case("llama3_2_1b", "bf16", batch=2, steps=2, seq=256, supervised=0.5),
-    "1b bf16 2x256 100%": Case("llama3_2_1b", "bf16", batch=2, steps=2, seq=256, supervised=1.0),
-    "1b bf16 2x256 25%": Case("llama3_2_1b", "bf16", batch=2, steps=2, seq=256, supervised=0.25),
-    "1b fp32 2x256 50%": Case("llama3_2_1b", "fp32", batch=2, steps=2, epochs=2, seq=256, supervised=0.5),
-    "1b qlora 2x256 50%": Case("llama3_2_1b", "nf4", batch=2, steps=2, epochs=2, seq=256, supervised=0.5),
-    "1b bf16 1x2048 50%": Case("llama3_2_1b", "bf16", batch=1, steps=2, epochs=1, seq=2048, supervised=0.5),
+    "smollm2 quickstart": Case("smollm2_135m", "bf16", batch=4, steps=10, stock_steps=10),
+    "1b bf16 2x256 50%": Case("llama3_2_1b", "bf16", batch=2, steps=6, stock_steps=2, seq=256, supervised=0.5),
+    "1b bf16 2x256 100%": Case("llama3_2_1b", "bf16", batch=2, steps=6, stock_steps=2, seq=256, supervised=1.0),
+    "1b bf16 2x256 25%": Case("llama3_2_1b", "bf16", batch=2, steps=6, stock_steps=2, seq=256, supervised=0.25),
+    "1b fp32 2x256 50%": Case("llama3_2_1b", "fp32", batch=2, steps=4, stock_steps=2, seq=256, supervised=0.5),
+    "1b qlora 2x256 50%": Case("llama3_2_1b", "nf4", batch=2, steps=4, stock_steps=2, seq=256, supervised=0.5),
+    "1b bf16 1x2048 50%": Case("llama3_2_1b", "bf16", batch=1, steps=3, stock_steps=2, seq=2048, supervised=0.5),
 }
 
 
@@ -113,7 +114,7 @@ def prepare_case(name: str, folder: Path) -> Prepared:
         "clip_grad_norm": CLIP_GRAD_NORM,
         "batch_size": case.batch,
         "gradient_accumulation_steps": 1,
-        "epochs": case.epochs,
+        "epochs": 1,
         "max_steps_per_epoch": case.steps,
         "save_every_n_steps": case.steps,
         "num_samples": 0,
@@ -166,16 +167,15 @@ def plan_batches(case: Case, arguments: list[str]) -> list[list[dict]]:
     tokenizer = build_component(cfg.tokenizer)
     data: PreparedData = build_component(cfg.dataset, tokenizer=tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
     batches = []
-    for epoch in range(case.epochs):
-        order = plan_epoch(
-            len(data.sequences), seed=cfg.seed, epoch=epoch, batch_size=case.batch, lengths=data.lengths_to_group
-        )
-        for (indices,) in order[: case.steps]:
-            rows = [data.sequences[index] for index in indices]
-            if case.seq is not None:
-                assert {len(row.tokens) for row in rows} == {case.seq}, [len(row.tokens) for row in rows]
-                assert all(abs(row.num_supervised - case.seq * case.supervised) <= 1 for row in rows)
-            batches.append([describe_row(row) for row in rows])
+    order = plan_epoch(
+        len(data.sequences), seed=cfg.seed, epoch=0, batch_size=case.batch, lengths=data.lengths_to_group
+    )
+    for (indices,) in order[: case.steps]:
+        rows = [data.sequences[index] for index in indices]
+        if case.seq is not None:
+            assert {len(row.tokens) for row in rows} == {case.seq}, [len(row.tokens) for row in rows]
+            assert all(abs(row.num_supervised - case.seq * case.supervised) <= 1 for row in rows)
+        batches.append([describe_row(row) for row in rows])
     return batches
 
 
@@ -226,7 +226,7 @@ def make_stock_command(prepared: Prepared, output_dir: Path) -> list[str]:
         "shuffle": False,
         "batch_size": case.batch,
         "gradient_accumulation_steps": 1,
-        "max_steps_per_epoch": case.steps,
+        "max_steps_per_epoch": case.stock_steps,
         "optimizer.lr": LEARNING_RATE,
         "lr_scheduler._component_": "benchmarks.train_stock.get_constant_schedule",
         "clip_grad_norm": CLIP_GRAD_NORM,
