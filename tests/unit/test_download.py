@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED, write_tiny_tokenizer
-from tune2gguf.download import BaseSource, download_base, name_base, parse_base_source, read_base_keys
+from tune2gguf.base_source import BaseSource, name_base, parse_base_source
+from tune2gguf.download import download_base, read_base_keys
 from tune2gguf.pypi import fetch_pypi_file
 from tune2gguf.random_base import write_random_base
 

@@ -14,8 +14,9 @@ from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import write_biased_base, write_run
 from tune2gguf.chat_templates import CHATML
 from tune2gguf.data.messages import Conversation, Message
+from tune2gguf.export.exported import Export
 from tune2gguf.export.heldout_rows import make_rows
-from tune2gguf.export.pipeline import Export, export_run
+from tune2gguf.export.pipeline import export_run
 from tune2gguf.export.proof import ADAPTER, BASE, MERGED, format_table, prove_export
 from tune2gguf.export.serving import check_tokens
 from tune2gguf.llama_cpp import open_model

@@ -81,8 +81,8 @@ def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
 
 def find_base_problems(settled: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the base folder, from its config.json and the headers of its weights."""
+    from tune2gguf.base_source import check_tokenizer, parse_base_source
     from tune2gguf.checkpoints.base import open_base
-    from tune2gguf.download import TOKENIZER_FILES, parse_base_source
 
     if settled.get("base_source") is not None:
         try:
@@ -95,8 +95,10 @@ def find_base_problems(settled: Mapping[str, Any], model: Mapping[str, Any]) -> 
     if not base_dir.is_dir():
         yield f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config … (and your overrides)"
         return
-    if not any((base_dir / name).is_file() for name in TOKENIZER_FILES):
-        yield f"{base_dir}: has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}"
+    try:
+        check_tokenizer(base_dir)
+    except ValueError as error:
+        yield str(error)
     try:
         base = open_base(base_dir)
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tune2gguf.data.heldout import HELDOUT_FILE, cut_before_reply, read_heldout
 
 if TYPE_CHECKING:
-    from tune2gguf.export.pipeline import Export
+    from tune2gguf.export.exported import Export
 
 
 def serve_with_ollama(export: Export, name: str) -> str:

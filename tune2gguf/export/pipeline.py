@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
+from tune2gguf.export.exported import MODEL_CARD, PROOF_FILE, Export, ExportedModel
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.heldout_rows import load_heldout
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.merge_base import open_merge_base
-from tune2gguf.export.merge_choice import MergeChoice, choose_merge_base
+from tune2gguf.export.merge_choice import choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.progress import open_bar
-from tune2gguf.export.proof import PROOF_FILE
 from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.results import (
     check_free_space,
@@ -32,35 +31,7 @@ from tune2gguf.export.run_folder import FinishedRun, read_run
 from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.runs import write_text
 
-MODEL_CARD = "README.md"
 DEFAULT_HELDOUT_ROWS = 16
-
-
-@dataclass(frozen=True)
-class ExportedModel:
-    """One quantization of a run."""
-
-    quantization: str
-    gguf_path: Path
-    modelfile_path: Path
-
-
-@dataclass(frozen=True)
-class Export:
-    """What an export wrote."""
-
-    run: FinishedRun
-    merge: MergeChoice
-    models: list[ExportedModel]
-    adapter_path: Path | None
-    merged_dir: Path | None
-    model_card_path: Path
-
-    def list_paths(self) -> list[Path]:
-        """Return everything that was written."""
-        files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
-        extras = [path for path in (self.adapter_path, self.merged_dir) if path is not None]
-        return [*files, *extras, self.model_card_path]
 
 
 def export_run(

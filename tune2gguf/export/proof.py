@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tune2gguf.export.adapter import Adapter, read_adapter
+from tune2gguf.export.exported import PROOF_FILE, Export
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.heldout_rows import HeldOut, load_heldout
 from tune2gguf.export.kernels import Kernels, load_kernels
@@ -24,10 +24,6 @@ from tune2gguf.export.weight_sources import (
 )
 from tune2gguf.runs import write_text
 
-if TYPE_CHECKING:
-    from tune2gguf.export.pipeline import Export
-
-PROOF_FILE = "proof.json"
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
 COMPUTED_BY = "torch in float32; a file's weights are its dequantized tensors"
 # llama.cpp rounds activations to 8 bits and its cache to 16, so that its loss is not quite that of the weights.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tune2gguf.base_source import name_base
 from tune2gguf.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from tune2gguf.checkpoints.digest import digest_base
-from tune2gguf.download import name_base
 
 BEST, LAST = "best", "last"
 ADAPTERS = (BEST, LAST)

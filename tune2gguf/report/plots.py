@@ -1,74 +1,38 @@
-"""The plots of a run: which values, how they are thinned and smoothed, and what is said of them in words."""
+"""The plots of a run, and what is said of them in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.curves import Curves, TrainingStep, Validation
-from tune2gguf.pages.figures import COLORS, FONT_SIZE, NARROW, NUM_SERIES, WIDE, Key, Plot, render_figure
+from tune2gguf.curves import Curves, Validation
+from tune2gguf.pages.figures import COLORS, NARROW, NUM_SERIES, WIDE, Key, Plot, render_figure
 from tune2gguf.pages.render import format_loss
+from tune2gguf.report.axes import (
+    MAX_NAMED_EPOCHS,
+    draw_held_out,
+    draw_skipped,
+    find_epochs,
+    mark_epochs,
+    needs_log,
+    set_log_ticks,
+    set_loss_scale,
+    set_steps,
+    write_label,
+)
+from tune2gguf.report.series import MAX_POINTS, Series, smooth, spread, take_series, thin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMALL = 440, 190
-MAX_POINTS = 800
-SMOOTHED_SHARE = 0.05
-# Above this ratio of highest to lowest, a linear axis shows the largest values only.
-LOG_FROM_RATIO = 5
-MAX_NAMED_EPOCHS = 4  # more names than these would run into each other on a phone
 FLOOR_BELOW = 4  # a logarithmic axis of losses ends at the lowest held-out one over this
 DASHES = ("solid", (0, (6, 2)), (0, (2, 2)))
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^"}
-
-
-@dataclass(frozen=True)
-class Series:
-    """Values by step, only those that are numbers; x and y are [values]."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-
-def take_series(lines: Sequence[TrainingStep] | Sequence[Validation], name: str, *, scale: float = 1.0) -> Series:
-    """Return the values that the lines have under a name; missing and non-finite ones are left out."""
-    pairs = [(line.step, getattr(line, name)) for line in lines]
-    kept = [(step, value * scale) for step, value in pairs if value is not None and math.isfinite(value)]
-    x, y = np.array(kept, np.float64).reshape(-1, 2).T
-    return Series(x, y)
-
-
-def thin(series: Series, max_points: int = MAX_POINTS) -> tuple[Series, int]:
-    """Return the lowest and the highest value of every so many steps, so that no peak is lost, and how many.
-
-    Returns:
-        the series itself and 1 where it is short enough
-    """
-    every = -(-2 * len(series) // max_points)
-    if every <= 2:
-        return series, 1
-    picks = set()
-    for start in range(0, len(series), every):
-        part = series.y[start : start + every]
-        picks |= {start + int(part.argmin()), start + int(part.argmax())}
-    kept = sorted(picks)
-    return Series(series.x[kept], series.y[kept]), every
-
-
-def smooth(series: Series) -> tuple[Series, int]:
-    """Return the mean over the steps around each, fewer at both ends, and how many steps that are."""
-    window = 2 * max(1, round(len(series) * SMOOTHED_SHARE / 2)) + 1
-    ones = np.ones(min(window, len(series)))
-    sums = np.convolve(series.y, ones, "same")
-    return Series(series.x, sums / np.convolve(np.ones(len(series)), ones, "same")), window
 
 
 @dataclass(frozen=True)
@@ -100,7 +64,7 @@ class _Losses:
         skipped = tuple(line.step for line in curves.training if line.skipped)
         shown = np.array([line.loss for line in held_out]) if held_out else training.y
         lowest = min([line.low or line.loss for line in held_out], default=FLOOR_BELOW * training.y.min(initial=np.inf))
-        floor = lowest / FLOOR_BELOW if _needs_log([shown]) else None
+        floor = lowest / FLOOR_BELOW if needs_log([shown]) else None
         return cls(curves, training, thinned, every, smoothed, window, held_out, skipped, floor)
 
     @property
@@ -122,8 +86,8 @@ def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
         return None
 
     def draw(axes: Axes) -> None:
-        _set_steps(axes, curves, num_steps)
-        _mark_epochs(axes, curves)
+        set_steps(axes, curves, num_steps)
+        mark_epochs(axes, curves)
         _draw_losses(axes, losses)
 
     ylabel = f"loss, nats per supervised token{'' if losses.floor is None else ', logarithmic'}"
@@ -143,20 +107,20 @@ def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
 def _draw_losses(axes: Axes, losses: _Losses) -> None:
     base, best = losses.base, losses.best
     axes.plot(losses.thinned.x, losses.thinned.y, color=COLORS["training"], alpha=0.35, linewidth=1)
-    axes.plot(*_spread(losses.smoothed), color=COLORS["training"], linewidth=1.8)
+    axes.plot(*spread(losses.smoothed), color=COLORS["training"], linewidth=1.8)
     if base is not None:
         axes.axhline(base.loss, color=COLORS["base"], linewidth=1.4, linestyle=(0, (5, 4)))
-    _draw_held_out(axes, losses.held_out, color="held-out", marker="o")
-    _set_loss_scale(axes, is_log=losses.floor is not None, floor=losses.floor)
+    draw_held_out(axes, losses.held_out, color="held-out", marker="o")
+    set_loss_scale(axes, is_log=losses.floor is not None, floor=losses.floor)
     if base is not None:
-        _label(axes, f"base {format_loss(base.loss)}", (1, base.loss), offset=-8, transform="axis")
+        write_label(axes, f"base {format_loss(base.loss)}", (1, base.loss), offset=-8, transform="axis")
     if best is not None:
         axes.plot(
             [best.step], [best.loss], "o", markersize=12, markeredgewidth=2, fillstyle="none",
             markeredgecolor=COLORS["held-out"], clip_on=False, zorder=5,
         )  # fmt: skip
-        _label(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=-15, color="held-out")
-    _draw_skipped(axes, losses.skipped)
+        write_label(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=-15, color="held-out")
+    draw_skipped(axes, losses.skipped)
 
 
 def _list_loss_keys(losses: _Losses) -> Iterator[Key]:
@@ -171,7 +135,7 @@ def _list_loss_keys(losses: _Losses) -> Iterator[Key]:
         yield Key("best", "held-out", "ring")
     if losses.base is not None:
         yield Key("the base before training", "base", "dashes")
-    if len(_find_epochs(losses.curves)) > MAX_NAMED_EPOCHS:
+    if len(find_epochs(losses.curves)) > MAX_NAMED_EPOCHS:
         yield Key("an epoch begins", "grid", "tick")
     if losses.skipped:
         yield Key("step left out", "limit", "tick")
@@ -228,7 +192,7 @@ def _plot_small(
     named = {name: series for name, series in named.items() if len(series)}
     if not named:
         return None
-    log = not from_zero and limit is not None and _needs_log([series.y for series in named.values()], ratio=20)
+    log = not from_zero and limit is not None and needs_log([series.y for series in named.values()], ratio=20)
     colors = ["training", "held-out"]
     largest, every = max(map(len, named.values())), 1
 
@@ -241,10 +205,10 @@ def _plot_small(
             axes.axhline(limit, color=COLORS["limit"], linewidth=1.2, linestyle=(0, (5, 4)))
         if log:
             axes.set_yscale("log")
-            _set_log_ticks(axes)
+            set_log_ticks(axes)
         elif from_zero or title == "Learning rate":
             axes.set_ylim(bottom=0)
-        _set_steps(axes, curves, num_steps)
+        set_steps(axes, curves, num_steps)
 
     means = [f"{name} {series.y.mean():.3g} on average, at most {series.y.max():.3g}" for name, series in named.items()]
     wide = render_figure(
@@ -270,7 +234,7 @@ def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
     shown = {run: lines for run, lines in shown.items() if lines}
     if not shown:
         return None
-    log = _needs_log([np.array([line.loss for line in lines]) for lines in shown.values()])
+    log = needs_log([np.array([line.loss for line in lines]) for lines in shown.values()])
     markers = list(MARKERS)
     styles = [
         (f"series-{number % NUM_SERIES}", markers[number % len(markers)], number // NUM_SERIES % len(DASHES))
@@ -279,9 +243,9 @@ def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
 
     def draw(axes: Axes) -> None:
         for lines, (color, marker, dash) in zip(shown.values(), styles, strict=True):
-            _draw_held_out(axes, lines, color=color, marker=MARKERS[marker], linestyle=DASHES[dash], band_alpha=0.09)
-        _set_loss_scale(axes, is_log=log)
-        _set_steps(axes, Curves(validations=tuple(line for lines in shown.values() for line in lines)), None)
+            draw_held_out(axes, lines, color=color, marker=MARKERS[marker], linestyle=DASHES[dash], band_alpha=0.09)
+        set_loss_scale(axes, is_log=log)
+        set_steps(axes, Curves(validations=tuple(line for lines in shown.values() for line in lines)), None)
 
     ylabel = f"held-out loss, nats per supervised token{', logarithmic' if log else ''}"
     ends = [f"{run} ends at {lines[-1].loss:.3f}" for run, lines in shown.items()]
@@ -295,106 +259,6 @@ def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
             for run, (color, marker, dash) in zip(shown, styles, strict=True)
         ),
     )
-
-
-def _draw_held_out(
-    axes: Axes, lines: Sequence[Validation], *, color: str, marker: str, linestyle="solid", band_alpha: float = 0.18
-) -> None:
-    x = [line.step for line in lines]
-    bounded = [line for line in lines if line.low is not None and line.high is not None]
-    axes.fill_between(
-        [line.step for line in bounded],
-        [line.low for line in bounded],
-        [line.high for line in bounded],
-        color=COLORS[color],
-        alpha=band_alpha,
-        linewidth=0,
-    )
-    if len(bounded) == 1:  # a band needs two
-        only = bounded[0]
-        axes.vlines(only.step, only.low, only.high, color=COLORS[color], alpha=0.4, linewidth=3)
-    axes.plot(
-        x, [line.loss for line in lines], color=COLORS[color], linewidth=2, linestyle=linestyle, marker=marker,
-        markersize=5, clip_on=False, zorder=4,
-    )  # fmt: skip
-
-
-def _label(axes: Axes, text: str, point: tuple[float, float], *, offset: int, color="ink", transform="data") -> None:
-    """Write so many pixels above a point, or below it; the end of the text is at the point where it leaves no room."""
-    x, _ = axes.transData.inverted().transform(axes.transAxes.transform((0.88, 0)))
-    is_at_end = transform == "axis" or point[0] > x
-    axes.annotate(
-        text, point, xycoords=axes.get_yaxis_transform() if transform == "axis" else "data",
-        xytext=(6 * is_at_end, offset), textcoords="offset points", ha="right" if is_at_end else "center",
-        va="center", size=FONT_SIZE, color=COLORS[color], weight="bold" if color == "held-out" else "normal",
-    )  # fmt: skip
-
-
-def _draw_skipped(axes: Axes, steps: Sequence[int]) -> None:
-    axes.plot(
-        steps, [0.02] * len(steps), "|", color=COLORS["limit"], markersize=9, markeredgewidth=1.5,
-        transform=axes.get_xaxis_transform(), clip_on=False,
-    )  # fmt: skip
-
-
-def _find_epochs(curves: Curves) -> dict[int, int]:
-    """Return after which step each epoch but the first begins; none of many, whose lines would hide the curve."""
-    starts = {line.epoch + 1: line.step - 1 for line in reversed(curves.training) if line.epoch > 0}
-    return starts if len(starts) <= 12 else {}
-
-
-def _mark_epochs(axes: Axes, curves: Curves) -> None:
-    starts = _find_epochs(curves)
-    for epoch, step in starts.items():
-        axes.axvline(step, color=COLORS["grid"], linewidth=1)
-        axes.annotate(
-            f"epoch {epoch}" if len(starts) <= MAX_NAMED_EPOCHS else str(epoch), (step, 1), va="top",
-            xycoords=("data", "axes fraction"), xytext=(4, -2), textcoords="offset points", size=FONT_SIZE - 1,
-            color=COLORS["ink"],
-        )  # fmt: skip
-
-
-def _set_steps(axes: Axes, curves: Curves, num_steps: int | None) -> None:
-    """Show the whole run, so that one in progress is seen to be unfinished."""
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    last = max((line.step for line in (*curves.training, *curves.validations)), default=1)
-    axes.set_xlim(0, max(last, num_steps or 0, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=2))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _set_loss_scale(axes: Axes, *, is_log: bool, floor: float | None = None) -> None:
-    if is_log:
-        axes.set_yscale("log")
-        axes.set_ylim(floor, 1.3 * axes.dataLim.y1)  # room for the epochs' names
-        _set_log_ticks(axes)
-    else:
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(0, low) if low > -0.2 * (high - low) else low, high)
-
-
-def _set_log_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    low, high = axes.get_ylim()
-    few_decades = math.log10(high / low) < 3
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _needs_log(values: Sequence[np.ndarray], *, ratio: float = LOG_FROM_RATIO) -> bool:
-    everything = np.concatenate([np.zeros(0), *values])
-    return bool(len(everything)) and everything.min() > 0 and everything.max() / everything.min() > ratio
-
-
-def _spread(series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Return every so many values: a smoothed curve has no peaks to lose."""
-    every = -(-len(series) // (MAX_POINTS // 2)) or 1
-    picks = np.unique(np.append(np.arange(0, len(series), every), len(series) - 1)) if len(series) else []
-    return series.x[picks], series.y[picks]
 
 
 def _note_thinning(count: int, every: int) -> tuple[str, ...]:
