@@ -40,9 +40,9 @@ from tune2gguf.steps import compute_grad_norm
 
 CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::mkldnn_linear", "aten::_mkldnn_linear")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_mkldnn_linear")
 OPERATORS = {
-    "attention": ("scaled_dot_product",),
+    "attention": ("scaled_dot_product", "BlockwiseAttention", "bmm"),  # nothing else multiplies in batches
     "copies and casts": ("copy_", "_to_copy", "clone", "contiguous", "cat", "stack", "index"),
     "loss": ("log_softmax", "scatter", "gather", "exp"),
     "RMSNorm": ("rms_norm", "native_layer_norm", "rsqrt", "mean", "pow"),

@@ -1,4 +1,4 @@
-"""What several processes of one machine hold of the base together, beside as many runs that know nothing of each other.
+"""What several processes of a run on one machine take together, beside one process so many times over.
 
 python benchmarks/shared_base.py --base-dir models/a-random-1B --processes 2 4
 
@@ -57,23 +57,20 @@ def make_arguments(base_dir: Path, folder: Path, *, num_rows: int, base_weights:
     ]
 
 
-def measure(commands: list[list[str]], folders: list[Path]) -> Peak:
-    """Run the commands at once; a run's folder appears when its base is loaded."""
+def measure(command: list[str], output_dir: Path) -> Peak:
+    """Run the command; its output folder appears when its base is loaded."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     peak, started = Peak(), time.perf_counter()
     with tempfile.TemporaryFile() as output:
-        launched = [
-            subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
-            for command in commands
-        ]
-        while any(process.poll() is None for process in launched):
-            now = sum(measure_pss(process.pid) for process in launched)
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+        while process.poll() is None:
+            now = measure_pss(process.pid)
             peak.run = max(peak.run, now)
-            if not all(folder.exists() for folder in folders):
+            if not output_dir.exists():
                 peak.loading = max(peak.loading, now)
             time.sleep(0.1)
         output.seek(0)
-        assert all(process.returncode == 0 for process in launched), output.read().decode()
+        assert process.returncode == 0, output.read().decode()
     peak.seconds = time.perf_counter() - started
     return peak
 
@@ -103,30 +100,27 @@ def main() -> None:
     print(
         f"{base_dir.name}, {num_bytes / GIGABYTE:.2f} GB of weights, loaded as {arguments.base_weights}, 1 x 64 tokens"
     )
-    print(f"{'':<24}{'loading':>10}{'whole run':>12}{'of weights x n':>18}{'seconds':>10}")
-    for size in arguments.processes:
-        peaks = []
-        for is_one_run in (True, False):
-            folder = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
-            try:
-                peaks.append(measure_case(base_dir, folder, arguments.base_weights, size=size, is_one_run=is_one_run))
-            finally:
-                shutil.rmtree(folder)
-            peak, name = peaks[-1], f"{size} processes" if is_one_run else f"{size} runs"
-            share = peak.run / (size * num_bytes)
-            sizes = f"{peak.loading / GIGABYTE:>7.2f} GB{peak.run / GIGABYTE:>9.2f} GB"
-            print(f"{name:<24}{sizes}{share:>18.2f}{peak.seconds:>10.0f}", flush=True)
-        print(f"{size} processes of a run take {peaks[0].run / peaks[1].run:.2f} of {size} runs' memory", flush=True)
+    print(f"{'':<16}{'loading':>10}{'whole run':>12}{'of weights x n':>18}{'of one x n':>16}{'seconds':>10}")
+    one = 0
+    for size in [1, *arguments.processes]:
+        folder = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
+        try:
+            peak = measure_run(base_dir, folder, arguments.base_weights, size=size)
+        finally:
+            shutil.rmtree(folder)
+        one = one or peak.run
+        sizes = f"{peak.loading / GIGABYTE:>7.2f} GB{peak.run / GIGABYTE:>9.2f} GB"
+        ratios = f"{peak.run / (size * num_bytes):>18.2f}{peak.run / (size * one):>16.2f}"
+        print(
+            f"{size:>2} {'process' if size == 1 else 'processes':<13}{sizes}{ratios}{peak.seconds:>10.0f}", flush=True
+        )
 
 
-def measure_case(base_dir: Path, folder: Path, base_weights: str, *, size: int, is_one_run: bool) -> Peak:
-    if is_one_run:
-        launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={size}"]
-        options = make_arguments(base_dir, folder, num_rows=size, base_weights=base_weights)
-        return measure([[*launcher, *options, f"output_dir={folder / '0'}"]], [folder / "0"])
-    options = make_arguments(base_dir, folder, num_rows=1, base_weights=base_weights)
-    folders = [folder / str(number) for number in range(size)]
-    return measure([[sys.executable, *options, f"output_dir={path}"] for path in folders], folders)
+def measure_run(base_dir: Path, folder: Path, base_weights: str, *, size: int) -> Peak:
+    """Measure a run of so many processes, each of which takes one row."""
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={size}"]
+    options = make_arguments(base_dir, folder, num_rows=size, base_weights=base_weights)
+    return measure([*launcher, *options, f"output_dir={folder / 'run'}"], folder / "run")
 
 
 if __name__ == "__main__":

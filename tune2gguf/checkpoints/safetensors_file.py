@@ -1,9 +1,8 @@
 """Safetensors files one tensor at a time: a checked header, reads into fresh memory, maps, streamed writes.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header,
-JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. Tensors are read, not mapped, where
-nobody shares them: mapped pages count as resident memory until the kernel drops them, and a file that shrinks under a
-map kills the process.
+JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. A run maps what it keeps as it is stored.
+What is converted, quantized or written elsewhere is read: mapped pages count as resident memory until they are dropped.
 """
 
 from __future__ import annotations
