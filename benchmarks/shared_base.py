@@ -111,9 +111,8 @@ def main() -> None:
         one = one or peak.run
         sizes = f"{peak.loading / GIGABYTE:>7.2f} GB{peak.run / GIGABYTE:>9.2f} GB"
         ratios = f"{peak.run / (size * num_bytes):>18.2f}{peak.run / (size * one):>16.2f}"
-        print(
-            f"{size:>2} {'process' if size == 1 else 'processes':<13}{sizes}{ratios}{peak.seconds:>10.0f}", flush=True
-        )
+        name = "1 process" if size == 1 else f"{size} processes"
+        print(f"{name:<16}{sizes}{ratios}{peak.seconds:>10.0f}", flush=True)
 
 
 def measure_run(base_dir: Path, folder: Path, base_weights: str, *, size: int) -> Peak:

@@ -211,12 +211,13 @@ def test_all_mismatches_come_in_one_error(single_base):
     assert "model.layers.0.input_layernorm.weight is I8" in said
 
 
-def test_file_that_shrinks_after_opening_is_an_error_not_a_crash(single_base):
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["read", "mapped"])
+def test_file_that_shrinks_after_opening_is_an_error_not_a_crash(single_base, dtype):
     base = open_base(single_base)
     path = single_base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="the file changed after it was opened"):
-        list(base.iterate_tensors())
+        list(base.iterate_tensors(dtype=dtype))
 
 
 def test_random_base_has_a_loss_near_ln_vocab(single_base):
