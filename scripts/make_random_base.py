@@ -21,7 +21,7 @@ def main() -> None:
 
     from dataclasses import astuple
 
-    from tune2gguf.checkpoints.folder import refuse_existing
+    from tune2gguf.files.atomic import refuse_existing
     from tune2gguf.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
     from tune2gguf.random_base import write_random_base
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tune2gguf.advice import Advice, Situation, advise
 from tune2gguf.curves import Validation
+from tune2gguf.files.atomic import write_text
 from tune2gguf.recorded_run import VERDICT_FILE, RecordedRun, flatten_config, read_num_processes, read_recorded_run
 from tune2gguf.run_ledger import (
     LEDGER_FILE,
@@ -26,7 +27,6 @@ from tune2gguf.run_ledger import (
     list_tried,
     read_entries,
 )
-from tune2gguf.runs import write_text
 from tune2gguf.verdict import GOOD_FIT, Verdict, judge
 
 MAX_ADVICE = 8

@@ -12,8 +12,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.cache import get_cache_dir
-from tune2gguf.checkpoints.digest import digest_file
+from tune2gguf.files.cache import get_cache_dir
+from tune2gguf.files.digest import digest_file
 
 
 @dataclass(frozen=True)

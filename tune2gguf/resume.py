@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.checkpoints.adapter import ADAPTER_WEIGHTS, save_adapter
-from tune2gguf.checkpoints.digest import digest_file
 from tune2gguf.checkpoints.state import (
     CHECKPOINTS,
     get_step,
@@ -19,6 +18,7 @@ from tune2gguf.checkpoints.state import (
     remove_checkpoint,
     remove_leftovers,
 )
+from tune2gguf.files.digest import digest_file
 from tune2gguf.record import NOTHING_RECORDED
 from tune2gguf.runs import (
     JsonLinesFile,

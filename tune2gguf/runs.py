@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.checkpoints.durable import write_durably
+from tune2gguf.files.atomic import write_text
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,8 +33,8 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
         ValueError: if the folder exists; a run never overwrites another
     """
     from tune2gguf.checkpoints.digest import digest_base
-    from tune2gguf.checkpoints.folder import create_folder
     from tune2gguf.data.heldout import HELDOUT_FILE, format_heldout
+    from tune2gguf.files.atomic import create_folder
 
     # Read again before the folder is made: a data file that has vanished must not leave a folder behind.
     heldout = format_heldout(data.validation, format=cfg.dataset.get("format", "auto"))
@@ -97,17 +97,6 @@ def find_free_folder(wanted: str | Path) -> Path:
     while candidate.exists():
         candidate, number = wanted.with_name(f"{wanted.name}-{number}"), number + 1
     return candidate
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one move, so that a reader never sees half of it.
-
-    Raises:
-        OSError: with the file's name
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    write_durably(unfinished, text.encode())
-    os.replace(unfinished, path)
 
 
 class JsonLinesFile:

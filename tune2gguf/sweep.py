@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune2gguf.curves import METRICS_FILE, read_curves
-from tune2gguf.runs import write_text
+from tune2gguf.files.atomic import write_text
 
 if TYPE_CHECKING:
     import optuna

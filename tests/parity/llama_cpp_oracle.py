@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tune2gguf.cache import get_cache_dir
+from tune2gguf.files.cache import get_cache_dir
 
 # The converter names a pre-tokenizer by a hash over a real vocabulary; the small models' are not among them.
 _CONVERT = """

@@ -12,8 +12,7 @@ from torchtune.models.convert_weights import hf_to_tune
 from tests.conftest import TINY_TIED, TINY_UNTIED
 from tests.tokenizer_files import find_llama3_tokenizer
 from tune2gguf.checkpoints.base import open_base
-from tune2gguf.checkpoints.digest import digest_base, digest_file
-from tune2gguf.checkpoints.folder import create_folder
+from tune2gguf.checkpoints.digest import digest_base
 from tune2gguf.checkpoints.layout import to_hf_rows, to_tune_rows
 from tune2gguf.checkpoints.safetensors_file import (
     StoredTensor,
@@ -22,6 +21,8 @@ from tune2gguf.checkpoints.safetensors_file import (
     view_tensor,
     write_safetensors,
 )
+from tune2gguf.files.atomic import create_folder
+from tune2gguf.files.digest import digest_file
 from tune2gguf.random_base import write_random_base
 
 

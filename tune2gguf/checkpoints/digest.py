@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
-from tune2gguf.cache import get_cache_dir
 from tune2gguf.checkpoints.base import find_weight_files
+from tune2gguf.files.digest import digest_file_once
 
 RECORD_FILE = "base.json"  # where a base came from; written by what made it
 # What decides the model and its tokens, beside the weights.
@@ -46,28 +45,3 @@ def check_recorded_digests(base_dir: str | Path) -> None:
     ]
     if damaged:
         raise ValueError(f"{base_dir}: missing or changed since they were written: {', '.join(damaged)}")
-
-
-def digest_file(path: Path) -> str:
-    """Return a file's sha256 in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digest_file_once(path: Path) -> str:
-    """Return a file's sha256 in hex, from the cache folder where the file has not changed since it was computed."""
-    path = path.resolve()
-    status = path.stat()
-    identity = f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
-    entry = get_cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
-    if entry.exists():
-        return entry.read_text(encoding="ascii")
-    digest = digest_file(path)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    temporary = entry.with_name(f"{entry.name}.{os.getpid()}")
-    temporary.write_text(digest, encoding="ascii")
-    os.replace(temporary, entry)
-    return digest

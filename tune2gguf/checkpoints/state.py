@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune2gguf.checkpoints.digest import digest_file
-from tune2gguf.checkpoints.durable import create_unfinished, sync_folder, to_json, write_durably
+from tune2gguf.files.atomic import create_unfinished, sync_folder, to_json, write_durably
+from tune2gguf.files.digest import digest_file
 
 if TYPE_CHECKING:
     from torch import Tensor

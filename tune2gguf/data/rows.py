@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tune2gguf.checkpoints.digest import digest_file
+from tune2gguf.files.digest import digest_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

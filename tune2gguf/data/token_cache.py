@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.cache import get_cache_dir
 from tune2gguf.data import messages, rows, tokenize
 from tune2gguf.data.rows import compute_content_digest, count_rows, is_hub
 from tune2gguf.data.tokenize import (
@@ -32,6 +31,7 @@ from tune2gguf.data.tokenize import (
     tokenize_file,
     write_tokens,
 )
+from tune2gguf.files.cache import get_cache_dir
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizers import ChatTokenizer

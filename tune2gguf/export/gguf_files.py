@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tune2gguf.cache import get_cache_dir
 from tune2gguf.chat_templates import ChatTemplate
 from tune2gguf.cpu import count_cores
 from tune2gguf.export.adapter import Adapter
@@ -18,6 +17,7 @@ from tune2gguf.export.quantized_cache import QuantizedCache
 from tune2gguf.export.results import replace_at_the_end
 from tune2gguf.export.type_mix import Quantization, count_bytes
 from tune2gguf.export.vocabulary import read_vocabulary
+from tune2gguf.files.cache import get_cache_dir
 
 
 def write_gguf_files(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune2gguf.chat_templates import ChatTemplate
-from tune2gguf.checkpoints.folder import create_folder
 from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import to_hf_rows
@@ -19,6 +18,7 @@ from tune2gguf.export.gguf_llama import GGUFTensor
 from tune2gguf.export.merge import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import iterate_slabs, read_merged_rows
+from tune2gguf.files.atomic import create_folder
 from tune2gguf.tokenizers import find_tokenizer_file, make_llama3_tokenizer_json
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from tune2gguf.export.results import (
 )
 from tune2gguf.export.run_folder import FinishedRun, read_run
 from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, get_quantization
-from tune2gguf.runs import write_text
+from tune2gguf.files.atomic import write_text
 
 DEFAULT_HELDOUT_ROWS = 16
 

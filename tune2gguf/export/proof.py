@@ -22,7 +22,7 @@ from tune2gguf.export.weight_sources import (
     open_merged_source,
     open_quantized_source,
 )
-from tune2gguf.runs import write_text
+from tune2gguf.files.atomic import write_text
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
 COMPUTED_BY = "torch in float32; a file's weights are its dequantized tensors"
