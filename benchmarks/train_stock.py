@@ -32,6 +32,6 @@ def get_constant_schedule(
 
 def load_tokenizer(path: str, max_seq_len: int | None = None) -> object:
     """Return our tokenizer of the quickstart's base, for which torchtune has none; the recipe asks for its pad_id."""
-    from tune2gguf.tokenizers import load_tokenizer
+    from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
     return load_tokenizer(path, chat_template="chatml")

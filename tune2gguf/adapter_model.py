@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.run_folder import FinishedRun
 from tune2gguf.generate import AdapterModel
-from tune2gguf.tokenizers import load_tokenizer
+from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from tune2gguf.models import CausalLM

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tune2gguf.data.messages import Message
 from tune2gguf.llama_cpp import Reply
-from tune2gguf.tokenizers import ChatTokenizer
+from tune2gguf.tokenizer.conversation import Message
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tune2gguf.record import RunRecord
     from tune2gguf.resume import Progress
     from tune2gguf.samples import Prompt
-    from tune2gguf.tokenizers import ChatTokenizer
+    from tune2gguf.tokenizer.tokenizer import ChatTokenizer
     from tune2gguf.validation_plan import ValidationPlan
 
 

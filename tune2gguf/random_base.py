@@ -15,7 +15,7 @@ from tune2gguf.checkpoints.digest import RECORD_FILE
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
 from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
 from tune2gguf.files.atomic import create_folder
-from tune2gguf.tokenizers import make_llama3_tokenizer_json
+from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 
 if TYPE_CHECKING:
     import torch

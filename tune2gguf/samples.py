@@ -8,14 +8,14 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tune2gguf.data.heldout import cut_before_reply
-from tune2gguf.data.messages import Conversation, Message
+from tune2gguf.tokenizer.conversation import Conversation, Message
 
 if TYPE_CHECKING:
     import torch
 
     from tune2gguf.llama_cpp import Reply
     from tune2gguf.models import CausalLM
-    from tune2gguf.tokenizers import ChatTokenizer
+    from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)

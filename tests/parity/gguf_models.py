@@ -24,12 +24,12 @@ from tune2gguf.architectures import (
     make_hf_config,
     read_architecture,
 )
-from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.checkpoints.layout import list_tensors
 from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.gguf_to_hf import convert_gguf_to_hf
 from tune2gguf.pypi import SMOLLM2_GGUF
-from tune2gguf.tokenizers import LLAMA3_PATTERN
+from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 RANK, ALPHA = 8, 16
 REAL_MODEL = "SmolLM2-135M-Instruct"

@@ -142,7 +142,7 @@ def test_merged_folder_gives_the_logits_of_peft(run_dir, tiny_base, tmp_path):
 
 def test_merged_folder_names_the_trained_chat_template(run_dir, tmp_path):
     from tests.parity.make_gguf_digests import write_hf_folder
-    from tune2gguf.chat_templates import CHATML
+    from tune2gguf.tokenizer.templates import CHATML
 
     write_hf_folder(run_dir, tmp_path / "merged", is_merged=True)
     config = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tune2gguf.chat_templates import CHAT_TEMPLATES, LLAMA3, ChatTemplate
 from tune2gguf.export.modelfile import make_modelfile
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, LLAMA3, ChatTemplate
 
 # What Ollama gives its templates of what ours use: .Messages with .Role and .Content, .System with all system messages.
 PROGRAM = r"""

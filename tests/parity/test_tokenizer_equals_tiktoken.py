@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.tokenizer_files import find_llama3_tokenizer, load_llama3, make_random_texts
-from tune2gguf.tokenizers import LLAMA3_PATTERN, NUM_LLAMA3_SPECIAL_TOKENS
+from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, NUM_LLAMA3_SPECIAL_TOKENS
 
 HAND_WRITTEN = [
     "I'll say it's WE'VE 'S 'tis o'clock",

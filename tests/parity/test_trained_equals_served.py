@@ -15,12 +15,13 @@ import pytest
 from tests.conftest import REPOSITORY, TINY_TIED
 from tests.tokenizer_files import find_llama3_tokenizer, make_random_texts, write_smollm2_tokenizer
 from tune2gguf.architectures import Architecture
-from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.data import Message
 from tune2gguf.export.pipeline import export_base
 from tune2gguf.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.random_base import write_random_base
-from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer, make_llama3_tokenizer_json
+from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 ODD_CONTENTS = [
     " leading", "trailing \n", "\n\n both \t", "\v\f\r\n odd \r\n", "a\r\nb", "tab\tinside", "two\n\nlines\n\n\nthree",

@@ -96,7 +96,7 @@ def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
     from tune2gguf.data import chat_dataset, collate, plan_epoch
     from tune2gguf.lora import initialize_adapters
     from tune2gguf.models import lora_llama
-    from tune2gguf.tokenizers import load_tokenizer
+    from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(base_dir, chat_template="chatml")
     data = chat_dataset([str(train)], tokenizer=tokenizer, max_seq_len=512, seed=SEED)

@@ -122,7 +122,7 @@ def measure_heldout_loss(model, base_dir: Path, path: Path) -> float:
     import torch
 
     from tune2gguf.data.tokenize import read_conversations
-    from tune2gguf.tokenizers import load_tokenizer
+    from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(base_dir, chat_template="chatml")
     total, count = 0.0, 0

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import make_conversations, write_rows
 from tune2gguf.data.token_cache import KEPT_DAYS, tokenize_once
 from tune2gguf.data.tokenize import tokenize_file
-from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import make_conversations, write_rows
 from tune2gguf.data import PreparedData, chat_dataset
 from tune2gguf.data.heldout import format_heldout
-from tune2gguf.tokenizers import load_tokenizer
+from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 
 def prepare(path, tiny_base, **options) -> PreparedData:

@@ -15,7 +15,7 @@ from tune2gguf.data.html import plot_lengths
 from tune2gguf.data.inspect import Inspection, inspect_config, inspect_files
 from tune2gguf.data.packing import pack_rows
 from tune2gguf.data.show import MARKS, Bin, escape, format_row, make_histogram
-from tune2gguf.tokenizers import load_tokenizer
+from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 
 def converse(question: str, answer: str) -> dict:

@@ -2,14 +2,8 @@
 
 import pytest
 
-from tune2gguf.data.messages import (
-    AmbiguousFormatError,
-    Conversation,
-    Message,
-    detect_format,
-    digest,
-    read_conversation,
-)
+from tune2gguf.data.messages import AmbiguousFormatError, detect_format, digest, read_conversation
+from tune2gguf.tokenizer.conversation import Conversation, Message
 
 
 def turn(role, content, **more):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import make_conversations, write_rows
 from tune2gguf.data import PreparedData, chat_dataset, check_files
-from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 
 @pytest.fixture(autouse=True)

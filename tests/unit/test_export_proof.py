@@ -12,15 +12,15 @@ import pytest
 
 from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import write_biased_base, write_run
-from tune2gguf.chat_templates import CHATML
-from tune2gguf.data.messages import Conversation, Message
 from tune2gguf.export.exported import Export
 from tune2gguf.export.heldout_rows import make_rows
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.export.proof import ADAPTER, BASE, MERGED, format_table, prove_export
 from tune2gguf.export.serving import check_tokens
 from tune2gguf.llama_cpp import open_model
-from tune2gguf.tokenizers import load_tokenizer
+from tune2gguf.tokenizer.conversation import Conversation, Message
+from tune2gguf.tokenizer.templates import CHATML
+from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_model_that_does_not_end_its_turn_fails(tmp_path):
 
 def test_another_template_than_the_trained_one_is_found_with_the_first_difference(run_dir, ending_base, monkeypatch):
     wrong = replace(CHATML, jinja_template=CHATML.jinja_template.replace("<|im_start|>assistant", "<|im_start|>bot"))
-    monkeypatch.setitem(__import__("tune2gguf.chat_templates").chat_templates.CHAT_TEMPLATES, "chatml", wrong)
+    monkeypatch.setitem(__import__("tune2gguf.tokenizer.templates").chat_templates.CHAT_TEMPLATES, "chatml", wrong)
     export = export_run(run_dir, quantizations=["F16"], show=False)
     monkeypatch.undo()
     [failure, *_] = prove(export).failures

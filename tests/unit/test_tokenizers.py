@@ -7,9 +7,10 @@ import json
 import pytest
 
 from tests.tokenizer_files import find_llama3_tokenizer, load_llama3, write_smollm2_tokenizer
-from tune2gguf.chat_templates import LLAMA3_1
 from tune2gguf.data import Message
-from tune2gguf.tokenizers import ChatTokenizer, find_tokenizer_file, load_tokenizer, make_llama3_tokenizer_json
+from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
+from tune2gguf.tokenizer.templates import LLAMA3_1
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer, find_tokenizer_file, load_tokenizer
 
 # Of the tokenizer.json in Meta's Llama-3.2 repositories.
 PUBLISHED_SHA256 = "6b9e4e7fb171f92fd137b777cc2714bf87d11576700a1dcd7a399e7bbe39537b"

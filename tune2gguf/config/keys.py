@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.export.type_mix import QUANTIZATIONS
 from tune2gguf.schedules import SCHEDULERS
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ packing: several rows in one sequence · batches: which rows a step takes, and t
 """
 
 from tune2gguf.data.batches import Batch, Step, collate, make_empty_batch, plan_epoch
-from tune2gguf.data.messages import Conversation, Message
 from tune2gguf.data.packing import Pack, PackedRows
 from tune2gguf.data.prepare import PreparedData, chat_dataset, check_files
 from tune2gguf.data.rows import Source
 from tune2gguf.data.tokenize import TokenizedRow, TokenizedRows
+from tune2gguf.tokenizer.conversation import Conversation, Message
 
 __all__ = [
     "Batch",

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tune2gguf.data.messages import Conversation, Message, detect_format, digest, read_conversation
+from tune2gguf.data.messages import detect_format, digest, read_conversation
 from tune2gguf.data.rows import Row, Source, read_rows
 from tune2gguf.data.tokenize import TokenizedRows
+from tune2gguf.tokenizer.conversation import Conversation, Message
 
 HELDOUT_FILE = "heldout.jsonl"
 

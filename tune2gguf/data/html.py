@@ -14,7 +14,7 @@ from tune2gguf.data.summary import DataSummary
 from tune2gguf.data.tokenize import TokenizedRow
 from tune2gguf.pages import Key, Plot, render_figure, render_page
 from tune2gguf.pages.figures import COLORS, NARROW, WIDE
-from tune2gguf.tokenizers import ChatTokenizer
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

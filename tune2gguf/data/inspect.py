@@ -15,7 +15,7 @@ from tune2gguf.data.prepare import chat_dataset, check_files
 from tune2gguf.data.show import format_row, format_summary
 from tune2gguf.data.summary import DataSummary, summarize_data
 from tune2gguf.data.tokenize import TokenizedRow
-from tune2gguf.tokenizers import ChatTokenizer, load_tokenizer
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 # The guide's batch size at the configs' accumulation, for files without a config.
 BATCH_SIZE, ACCUMULATION_STEPS = 2, 4

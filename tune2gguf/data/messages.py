@@ -11,11 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# C's isspace in the C locale: what the trim filter of llama.cpp's jinja engine strips. Python's strip takes more.
-TRIMMED = " \t\n\v\f\r"
+from tune2gguf.tokenizer.conversation import ROLES, Conversation, Message, trim
 
 DIGEST_BYTES = 16
-ROLES = ("system", "user", "assistant")
 
 # What distinguishes the shapes: the keys that a row must have.
 _REQUIRED_KEYS = {
@@ -39,24 +37,6 @@ _TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id
 
 
 @dataclass(frozen=True)
-class Message:
-    """One turn. `role` is system, user or assistant; only the assistant's turns can be trained."""
-
-    role: str
-    content: str
-    is_trained: bool = True  # False for an assistant turn that the row marks with weight 0
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a row holds: messages, or raw text and then no messages."""
-
-    messages: tuple[Message, ...] = ()
-    text: str | None = None
-    unused_keys: tuple[str, ...] = field(default=(), compare=False)  # of the row, where they hold anything
-
-
-@dataclass(frozen=True)
 class _Shape:
     """Where a row keeps its messages, and what it calls role and content."""
 
@@ -72,11 +52,6 @@ _SHAREGPT = _Shape(("conversations", "messages"), "from", "value", _SHAREGPT_ROL
 
 class AmbiguousFormatError(ValueError):
     """A row fits more than one format: only the user can say which is meant."""
-
-
-def trim(text: str) -> str:
-    """Strip what the server's chat template strips: the six ASCII white-space characters."""
-    return text.strip(TRIMMED)
 
 
 def digest(conversation: Conversation) -> bytes:

@@ -17,7 +17,7 @@ from tune2gguf.data.token_cache import tokenize_once
 from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
 
 if TYPE_CHECKING:
-    from tune2gguf.tokenizers import ChatTokenizer
+    from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 MAX_PROBLEMS_SHOWN = 20
 MAX_FILES_SHOWN = 5

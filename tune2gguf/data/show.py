@@ -10,7 +10,7 @@ import numpy as np
 
 from tune2gguf.data.summary import DataSummary
 from tune2gguf.data.tokenize import TokenizedRow
-from tune2gguf.tokenizers import ChatTokenizer
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 NUM_BINS = 16
 BAR_WIDTH = 48

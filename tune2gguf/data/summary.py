@@ -17,7 +17,7 @@ from tune2gguf.data.prepare import PreparedData, chat_dataset
 from tune2gguf.data.rows import read_rows
 
 if TYPE_CHECKING:
-    from tune2gguf.tokenizers import ChatTokenizer
+    from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 KEPT_SHARES = (1.0, 0.99, 0.95)
 

@@ -34,7 +34,7 @@ from tune2gguf.data.tokenize import (
 from tune2gguf.files.cache import get_cache_dir
 
 if TYPE_CHECKING:
-    from tune2gguf.tokenizers import ChatTokenizer
+    from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 # A smaller file is tokenized in less than a second: not worth a place in the cache.
 MIN_CACHED_BYTES = 2**20
@@ -118,7 +118,7 @@ def _delete_old(cache: Path) -> None:
 
 
 def _compute_key(name: str, tokenizer: ChatTokenizer, format: str) -> str:
-    from tune2gguf import tokenizers
+    from tune2gguf.tokenizer import tokenizer as tokenizers
 
     code = b"".join(Path(module.__file__).read_bytes() for module in (messages, rows, tokenize, tokenizers))
     parts = [

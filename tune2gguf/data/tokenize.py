@@ -10,18 +10,12 @@ from typing import TYPE_CHECKING, BinaryIO, overload
 
 import numpy as np
 
-from tune2gguf.data.messages import (
-    DIGEST_BYTES,
-    AmbiguousFormatError,
-    Conversation,
-    detect_format,
-    digest,
-    read_conversation,
-)
+from tune2gguf.data.messages import DIGEST_BYTES, AmbiguousFormatError, detect_format, digest, read_conversation
 from tune2gguf.data.rows import MAX_ROW_BYTES, Row, Source, describe_too_long, read_rows
+from tune2gguf.tokenizer.conversation import Conversation
 
 if TYPE_CHECKING:
-    from tune2gguf.tokenizers import ChatTokenizer, Segment
+    from tune2gguf.tokenizer.tokenizer import ChatTokenizer, Segment
 
 # Rows are tokenized together up to so many characters: enough to keep all cores busy, little enough to stay small.
 CHUNK_CHARACTERS = 2**20

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.chat_templates import ChatTemplate
 from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import to_hf_rows
@@ -19,7 +18,9 @@ from tune2gguf.export.merge import keep_products_on_their_thread, narrow_to_bflo
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.files.atomic import create_folder
-from tune2gguf.tokenizers import find_tokenizer_file, make_llama3_tokenizer_json
+from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
+from tune2gguf.tokenizer.templates import ChatTemplate
+from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
 if TYPE_CHECKING:
     from torch import Tensor

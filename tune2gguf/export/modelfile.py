@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tune2gguf.chat_templates import ChatTemplate
+from tune2gguf.tokenizer.templates import ChatTemplate
 
 # What leaves the trained distribution as it is. Ollama's own defaults penalize repetition and cut the tail.
 NEUTRAL_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}

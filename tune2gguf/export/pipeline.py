@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tune2gguf.chat_templates import CHAT_TEMPLATES
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.exported import MODEL_CARD, PROOF_FILE, Export, ExportedModel
@@ -30,6 +29,7 @@ from tune2gguf.export.results import (
 from tune2gguf.export.run_folder import FinishedRun, read_run
 from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.files.atomic import write_text
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 DEFAULT_HELDOUT_ROWS = 16
 

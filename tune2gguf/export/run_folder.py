@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.base_source import name_base
-from tune2gguf.chat_templates import CHAT_TEMPLATES, ChatTemplate
 from tune2gguf.checkpoints.digest import digest_base
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 BEST, LAST = "best", "last"
 ADAPTERS = (BEST, LAST)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from tune2gguf.data.heldout import cut_before_reply
-from tune2gguf.data.messages import Conversation, trim
 from tune2gguf.export.step_losses import HeldOutRow
 from tune2gguf.llama_cpp import LlamaCppModel, open_model
-from tune2gguf.tokenizers import ChatTokenizer
+from tune2gguf.tokenizer.conversation import Conversation, trim
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 MAX_SCORED_TOKENS = 128  # each costs a request
 MAX_REPLY_TOKENS = 512

@@ -9,8 +9,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.chat_templates import ChatTemplate
-from tune2gguf.tokenizers import LLAMA3_PATTERN, find_tokenizer_file, make_llama3_tokenizer_json
+from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, make_llama3_tokenizer_json
+from tune2gguf.tokenizer.templates import ChatTemplate
+from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
 # enum llama_token_type in llama.h
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

@@ -1,0 +1,32 @@
+"""A conversation: messages with roles, or raw text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# C's isspace in the C locale: what the trim filter of llama.cpp's jinja engine strips. Python's strip takes more.
+TRIMMED = " \t\n\v\f\r"
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `role` is system, user or assistant; only the assistant's turns can be trained."""
+
+    role: str
+    content: str
+    is_trained: bool = True  # False for an assistant turn that the row marks with weight 0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a row holds: messages, or raw text and then no messages."""
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    unused_keys: tuple[str, ...] = field(default=(), compare=False)  # of the row, where they hold anything
+
+
+def trim(text: str) -> str:
+    """Strip what the server's chat template strips: the six ASCII white-space characters."""
+    return text.strip(TRIMMED)
