@@ -23,7 +23,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from tune2gguf.architectures import Architecture, RopeScaling
+from tune2gguf.model.architectures import Architecture, RopeScaling
 from tune2gguf.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
 from tune2gguf.random_base import write_random_base
 

@@ -45,12 +45,12 @@ def make_pack(vocab_size: int, batch: int, seq: int, device: str):
 def make_ours(arguments, device: str, world=None):
     import torch
 
-    from tune2gguf.architectures import ARCHITECTURES
     from tune2gguf.checkpoints.layout import list_tensors
     from tune2gguf.checkpoints.load import fill_model
     from tune2gguf.fused import find_obstacle
-    from tune2gguf.lora import initialize_adapters
-    from tune2gguf.models import build_lora_llama, prepare_training
+    from tune2gguf.model.architectures import ARCHITECTURES
+    from tune2gguf.model.llama import build_lora_llama, prepare_training
+    from tune2gguf.model.lora import initialize_adapters
     from tune2gguf.parallel import replicate, shard
 
     architecture = ARCHITECTURES[MODELS[arguments.model]]
@@ -138,7 +138,7 @@ def make_peft(arguments, device: str):
     import torch
     import transformers
 
-    from tune2gguf.architectures import ARCHITECTURES, make_hf_config
+    from tune2gguf.model.architectures import ARCHITECTURES, make_hf_config
 
     peft_torchao.is_torchao_available = lambda: False
     architecture = ARCHITECTURES[MODELS[arguments.model]]
@@ -193,8 +193,8 @@ def measure(arguments, make, device: str) -> dict:
 
 def estimate_peak(arguments) -> float:
     """Return what estimate_memory.py says of a case, GiB, without the CUDA context that torch does not count either."""
-    from tune2gguf.architectures import ARCHITECTURES
     from tune2gguf.memory.estimate import Shape, estimate_memory
+    from tune2gguf.model.architectures import ARCHITECTURES
 
     shape = Shape(
         architecture=ARCHITECTURES[MODELS[arguments.model]],
@@ -219,8 +219,8 @@ def estimate_peak(arguments) -> float:
 
 def count_weights(model: str) -> int:
     """Return the weights of a model's matrices, the output head counted once and the embedding's look-up not."""
-    from tune2gguf.architectures import ARCHITECTURES
     from tune2gguf.checkpoints.layout import list_tensors
+    from tune2gguf.model.architectures import ARCHITECTURES
 
     specs = list_tensors(ARCHITECTURES[MODELS[model]])
     layers = sum(

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.profile_step import Case, describe_machine, make_model, make_step, time_steps
-from tune2gguf.architectures import ARCHITECTURES
+from tune2gguf.model.architectures import ARCHITECTURES
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 TABLES = (

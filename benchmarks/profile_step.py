@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tune2gguf.architectures import ARCHITECTURES, Architecture
 from tune2gguf.checkpoints.layout import list_tensors
 from tune2gguf.checkpoints.load import fill_model
 from tune2gguf.cpu import prepare_cpu
-from tune2gguf.lora import initialize_adapters
-from tune2gguf.loss import IGNORED_LABEL
 from tune2gguf.memory import measure_peak
-from tune2gguf.models import CausalLM, build_lora_llama, prepare_training
+from tune2gguf.model.architectures import ARCHITECTURES, Architecture
+from tune2gguf.model.llama import CausalLM, build_lora_llama, prepare_training
+from tune2gguf.model.lora import initialize_adapters
+from tune2gguf.model.loss import IGNORED_LABEL
 from tune2gguf.steps import compute_grad_norm
 
 CPU_INFO = Path("/proc/cpuinfo")

@@ -8,11 +8,11 @@ import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from tune2gguf.architectures import ARCHITECTURES, Architecture, read_architecture
 from tune2gguf.config import build_component, load_config
 from tune2gguf.data import PreparedData, plan_epoch
 from tune2gguf.data.tokenize import TokenizedRow
-from tune2gguf.loss import IGNORED_LABEL
+from tune2gguf.model.architectures import ARCHITECTURES, Architecture, read_architecture
+from tune2gguf.model.loss import IGNORED_LABEL
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "stock", "peft")

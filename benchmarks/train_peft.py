@@ -12,7 +12,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from tune2gguf.loss import IGNORED_LABEL
+from tune2gguf.model.loss import IGNORED_LABEL
 
 
 def load_model(arguments: argparse.Namespace) -> torch.nn.Module:

@@ -100,8 +100,8 @@ class LoRAFinetuneRecipe:
         from tune2gguf.checkpoints.load import load_base
         from tune2gguf.distributed import agree_on_errors
         from tune2gguf.fused import find_obstacle
-        from tune2gguf.lora import initialize_adapters
-        from tune2gguf.models import prepare_training
+        from tune2gguf.model.llama import prepare_training
+        from tune2gguf.model.lora import initialize_adapters
         from tune2gguf.parallel import replicate, shard
         from tune2gguf.seeds import seed_dropout
 
@@ -137,9 +137,9 @@ class LoRAFinetuneRecipe:
         self.schedule = build_component(self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_steps)
 
     def _restore(self, checkpoint) -> None:
-        from tune2gguf.architectures import read_architecture
         from tune2gguf.base_source import name_base
         from tune2gguf.checkpoints.adapter import collect_peft_adapter
+        from tune2gguf.model.architectures import read_architecture
         from tune2gguf.observe import plan_run_validation
         from tune2gguf.resume import restore_run
         from tune2gguf.seeds import capture_random_state
@@ -317,7 +317,7 @@ class LoRAFinetuneRecipe:
         """Begin to write all that the run needs to go on from its last whole step."""
         from tune2gguf.checkpoints.state import Checkpoint
         from tune2gguf.distributed import gather_over_ranks
-        from tune2gguf.parallel import copy_to_cpu
+        from tune2gguf.model.sharding import copy_to_cpu
 
         adapter, adapter_config = self.collect_adapter()
         optimizer = copy_to_cpu(self.optimizer.state_dict()["state"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from tune2gguf.architectures import ARCHITECTURES
+    from tune2gguf.model.architectures import ARCHITECTURES
     from tune2gguf.random_base import KINDS
 
     parser = argparse.ArgumentParser(description=__doc__)

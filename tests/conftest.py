@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune2gguf.architectures import Architecture, RopeScaling, make_hf_config
+from tune2gguf.model.architectures import Architecture, RopeScaling, make_hf_config
 from tune2gguf.tokenizer.templates import CHATML
 
 # Without a GPU Triton's kernels run in its interpreter; it has to know before it is imported.

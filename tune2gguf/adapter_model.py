@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.run_folder import FinishedRun
-from tune2gguf.generate import AdapterModel
+from tune2gguf.model.generate import AdapterModel
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from tune2gguf.models import CausalLM
+    from tune2gguf.model.llama import CausalLM
 
 
 def load_adapter_model(run: FinishedRun, *, show: bool = True) -> AdapterModel:
@@ -23,7 +23,7 @@ def load_adapter_model(run: FinishedRun, *, show: bool = True) -> AdapterModel:
 
     from tune2gguf.checkpoints.base import open_base
     from tune2gguf.checkpoints.load import load_base
-    from tune2gguf.models import LORA_ATTN_MODULES, lora_llama
+    from tune2gguf.model.llama import LORA_ATTN_MODULES, lora_llama
 
     adapter = read_adapter(run.adapter_dir, open_base(run.base_dir).specs)
     parts = {name.split(".", 2)[2].removesuffix(".weight") for name in adapter.pairs}
@@ -51,7 +51,7 @@ def load_adapter_model(run: FinishedRun, *, show: bool = True) -> AdapterModel:
 def _fill_adapter(model: CausalLM, adapter: Adapter) -> None:
     import torch
 
-    from tune2gguf.lora import LoRALinear
+    from tune2gguf.model.lora import LoRALinear
 
     with torch.no_grad():
         for name, module in model.decoder.named_modules():

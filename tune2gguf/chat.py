@@ -8,7 +8,8 @@ from typing import Protocol
 
 from tune2gguf.export.pipeline import list_served
 from tune2gguf.export.run_folder import FinishedRun
-from tune2gguf.llama_cpp import Reply, open_model
+from tune2gguf.llama_cpp import open_model
+from tune2gguf.model.generate import Reply
 
 HELP = "/new starts over, /quit or Ctrl-D ends"
 

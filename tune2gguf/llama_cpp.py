@@ -17,18 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.cpu import count_cores
+from tune2gguf.model.generate import Reply
 
 BYTES_PER_THREAD = 200_000_000
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model said, and whether it ended its turn by itself or reached the limit."""
-
-    text: str
-    ended_by_itself: bool
-    num_prompt_tokens: int
-    num_reply_tokens: int
 
 
 @dataclass

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tune2gguf.data import PreparedData
     from tune2gguf.data.tokenize import TokenizedRows
     from tune2gguf.distributed import World
-    from tune2gguf.models import CausalLM
+    from tune2gguf.model.llama import CausalLM
     from tune2gguf.record import RunRecord
     from tune2gguf.resume import Progress
     from tune2gguf.samples import Prompt

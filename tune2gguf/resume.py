@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from tune2gguf.architectures import Architecture
     from tune2gguf.checkpoints.state import Checkpoint
     from tune2gguf.data import PreparedData
     from tune2gguf.distributed import World
-    from tune2gguf.models import CausalLM
+    from tune2gguf.model.architectures import Architecture
+    from tune2gguf.model.llama import CausalLM
 
 # Where things are may be another place on each machine of a run; the rest of the config is the same on all.
 OWN_KEYS = {

@@ -13,8 +13,8 @@ from tune2gguf.tokenizer.conversation import Conversation, Message
 if TYPE_CHECKING:
     import torch
 
-    from tune2gguf.llama_cpp import Reply
-    from tune2gguf.models import CausalLM
+    from tune2gguf.model.generate import Reply
+    from tune2gguf.model.llama import CausalLM
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 
@@ -76,7 +76,7 @@ def answer_prompts(
         max_tokens: of a reply
         agree: as in generate.AdapterModel
     """
-    from tune2gguf.generate import generate_together, lend_caches, make_reply
+    from tune2gguf.model.generate import generate_together, lend_caches, make_reply
 
     ids = [_encode(prompt.messages, tokenizer) for prompt in prompts]
     num_places = max(map(len, ids)) + max_tokens

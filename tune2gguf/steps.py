@@ -89,7 +89,7 @@ def compute_grad_norm(parameters: list[Tensor], *, clip_to: float | None) -> flo
     """Return the norm of all gradients together, scaled down to `clip_to` where it is larger, unless None."""
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-    from tune2gguf.parallel import to_whole
+    from tune2gguf.model.sharding import to_whole
 
     if clip_to is None:
         return float(to_whole(get_total_norm([parameter.grad for parameter in parameters])))
@@ -141,7 +141,7 @@ def describe_speed(record: dict) -> str:
 
 def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
     """Set the state of each parameter, whole and on the CPU, as saved from `optimizer.state_dict()["state"]`."""
-    from tune2gguf.parallel import take_share
+    from tune2gguf.model.sharding import take_share
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shares = {

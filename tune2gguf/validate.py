@@ -12,7 +12,7 @@ from tune2gguf.distributed import World, sum_over_ranks
 
 if TYPE_CHECKING:
     from tune2gguf.data import TokenizedRow
-    from tune2gguf.models import CausalLM
+    from tune2gguf.model.llama import CausalLM
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.conftest import TINY_TIED
-from tune2gguf.architectures import Architecture
 from tune2gguf.checkpoints.load import load_base
 from tune2gguf.data import Batch
-from tune2gguf.loss import IGNORED_LABEL
-from tune2gguf.models import CausalLM, lora_llama, prepare_training
+from tune2gguf.model.architectures import Architecture
+from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
+from tune2gguf.model.loss import IGNORED_LABEL
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MARKS = [

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.parity.llama_cpp_oracle import find_missing, plan_quantization
-from tune2gguf.architectures import ARCHITECTURES, Architecture
 from tune2gguf.checkpoints.layout import list_tensors
 from tune2gguf.export.gguf_llama import GGUFTensor, list_gguf_tensors
 from tune2gguf.export.type_mix import QUANTIZATIONS
+from tune2gguf.model.architectures import ARCHITECTURES, Architecture
 
 TYPE_MIX_FILE = Path(__file__).with_name("type_mix.txt")
 HEADER = "# Types that llama-quantize gives, layer by layer (TYPE*LAYERS); made by make_type_mix.py from its dry run\n"

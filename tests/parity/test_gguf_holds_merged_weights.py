@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.parity.gguf_models import write_run
-from tune2gguf.architectures import read_architecture
 from tune2gguf.checkpoints.layout import list_tensors
 from tune2gguf.export.gguf_llama import compute_rope_factors, get_gguf_name
 from tune2gguf.export.pipeline import export_run
+from tune2gguf.model.architectures import read_architecture
 
 BF16_STEP = 2**-8  # rounding to nearest is off by at most half a step of 2^-7
 

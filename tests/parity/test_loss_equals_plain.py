@@ -14,11 +14,12 @@ from tests.conftest import TINY_TIED
 from tests.recipes.launch import CONTEXT, find_free_port
 from tune2gguf.checkpoints.load import load_base
 from tune2gguf.distributed import start_world
-from tune2gguf.lora import LoRALinear
-from tune2gguf.loss import IGNORED_LABEL
-from tune2gguf.models import CausalLM, lora_llama, prepare_training
-from tune2gguf.nf4 import dequantize_nf4_tensor
-from tune2gguf.parallel import replicate, shard, take_share, to_whole
+from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
+from tune2gguf.model.lora import LoRALinear
+from tune2gguf.model.loss import IGNORED_LABEL
+from tune2gguf.model.nf4 import dequantize_nf4_tensor
+from tune2gguf.model.sharding import take_share, to_whole
+from tune2gguf.parallel import replicate, shard
 
 BATCH, SEQ = 4, 24
 

@@ -4,8 +4,8 @@ import torch
 from tests.conftest import write_tiny_base
 from tune2gguf.checkpoints import base as base_module
 from tune2gguf.checkpoints.load import load_base
-from tune2gguf.lora import initialize_adapters
-from tune2gguf.models import lora_llama
+from tune2gguf.model.llama import lora_llama
+from tune2gguf.model.lora import initialize_adapters
 
 
 def load_ours(base_dir):
@@ -48,7 +48,7 @@ def test_without_the_row_permutation_the_logits_differ(tiny_base, monkeypatch):
 
 def test_another_rope_scaling_is_told_apart(tmp_path):
     from tests.conftest import TINY_TIED
-    from tune2gguf.architectures import Architecture
+    from tune2gguf.model.architectures import Architecture
 
     base_dir = write_tiny_base(tmp_path / "scaled", TINY_TIED)
     ours, _ = compute_both(base_dir)

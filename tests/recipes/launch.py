@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(
     [
         "recipes.lora_finetune",
         "torchtune.training",
-        "tune2gguf.models",
+        "tune2gguf.model.llama",
         "tune2gguf.data",
         "tune2gguf.checkpoints.load",
         "scipy.stats",

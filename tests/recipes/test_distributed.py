@@ -94,8 +94,8 @@ def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
     """Return the losses of the supervised tokens of each row of the first step, from the base alone."""
     from tune2gguf.checkpoints.load import load_base
     from tune2gguf.data import chat_dataset, collate, plan_epoch
-    from tune2gguf.lora import initialize_adapters
-    from tune2gguf.models import lora_llama
+    from tune2gguf.model.llama import lora_llama
+    from tune2gguf.model.lora import initialize_adapters
     from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(base_dir, chat_template="chatml")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import tune2gguf.lora
+import tune2gguf.model.lora
 from recipes.lora_finetune import LoRAFinetuneRecipe
 from tests.recipes.test_training import read_adapter, read_records
-from tune2gguf.architectures import ARCHITECTURES
 from tune2gguf.config import check_config, load_config
-from tune2gguf.models import build_lora_llama
+from tune2gguf.model.architectures import ARCHITECTURES
+from tune2gguf.model.llama import build_lora_llama
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
@@ -134,13 +134,13 @@ def test_lora_alpha_over_rank_scales_what_the_adapter_does(run_arguments, tmp_pa
 def test_lora_dropout_is_the_fraction_dropped_in_training_and_in_training_only(
     dropout, run_arguments, tmp_path, monkeypatch
 ):
-    drawn, draw_keep_mask = [], tune2gguf.lora.draw_keep_mask
+    drawn, draw_keep_mask = [], tune2gguf.model.lora.draw_keep_mask
 
     def note_mask(x, fraction):
         drawn.append(draw_keep_mask(x, fraction))
         return drawn[-1]
 
-    monkeypatch.setattr(tune2gguf.lora, "draw_keep_mask", note_mask)
+    monkeypatch.setattr(tune2gguf.model.lora, "draw_keep_mask", note_mask)
     run = run_watched(run_arguments, tmp_path / "run", f"lora_dropout={dropout}")
     if dropout == 0:
         assert drawn == []
@@ -190,13 +190,13 @@ def test_scheduler_is_the_closed_form_after_the_peak(name, run_arguments, tmp_pa
 
 
 def test_seed_decides_adapter_order_and_dropout(run_arguments, tmp_path, monkeypatch):
-    masks, draw_keep_mask = [], tune2gguf.lora.draw_keep_mask
+    masks, draw_keep_mask = [], tune2gguf.model.lora.draw_keep_mask
 
     def note_mask(x, fraction):
         masks[-1].append(draw_keep_mask(x, fraction))
         return masks[-1][-1]
 
-    monkeypatch.setattr(tune2gguf.lora, "draw_keep_mask", note_mask)
+    monkeypatch.setattr(tune2gguf.model.lora, "draw_keep_mask", note_mask)
     runs = {}
     for name, seed in (("zero", 0), ("again", 0), ("other", 1)):
         masks.append([])

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tune2gguf import attention
-from tune2gguf.attention import attend
-from tune2gguf.models import make_row_mask
+from tune2gguf.model import attention
+from tune2gguf.model.attention import attend
+from tune2gguf.model.llama import make_row_mask
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM = 2, 37, 6, 2, 8
 

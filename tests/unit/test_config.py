@@ -11,10 +11,10 @@ import pytest
 
 from recipes.lora_finetune import recipe_main
 from tests.conftest import REPOSITORY, make_conversations, write_rows, write_tiny_tokenizer
-from tune2gguf.architectures import LLAMA3_1_8B
 from tune2gguf.checkpoints.layout import list_tensors
 from tune2gguf.checkpoints.safetensors_file import TensorToWrite
 from tune2gguf.config import check_config, load_config, read_config
+from tune2gguf.model.architectures import LLAMA3_1_8B
 
 LOGGER = "metric_logger._component_"
 # (overrides, what the message says)
@@ -134,8 +134,8 @@ WRONG = [
     ),
     # Components.
     (["optimizer=adamw"], "optimizer needs a _component_, the dotted path of what builds it"),
-    (["model._component_=tune2gguf.models.lora_lama"], "model._component_=tune2gguf.models.lora_lama: "),
-    (["model._component_=tune2gguf.models.LORA_ATTN_MODULES"], "is a tuple, not something to call"),
+    (["model._component_=tune2gguf.model.llama.lora_lama"], "model._component_=tune2gguf.model.llama.lora_lama: "),
+    (["model._component_=tune2gguf.model.llama.LORA_ATTN_MODULES"], "is a tuple, not something to call"),
     (["lr_scheduler._component_=torch.optim.lr_scheduler.ConstantLR"], "scheduler is read by nothing: what"),
     (["optimizer.betas=[2,3]"], "optimizer refuses its keys: ValueError: Invalid beta parameter at index 0: 2"),
     # What does not fit together.
@@ -336,7 +336,7 @@ def write_sparse_base(base_dir: Path) -> Path:
     """Write Llama 8B's config.json and the headers of its weights; the 16 GB of weights are a hole in the file."""
     import json
 
-    from tune2gguf.architectures import make_hf_config
+    from tune2gguf.model.architectures import make_hf_config
 
     base_dir.mkdir()
     (base_dir / "config.json").write_text(json.dumps(make_hf_config(LLAMA3_1_8B)))

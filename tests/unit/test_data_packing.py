@@ -7,7 +7,7 @@ import torch
 from tune2gguf.data import Pack, Source, TokenizedRow, TokenizedRows, collate
 from tune2gguf.data.packing import make_positions, pack_rows
 from tune2gguf.data.tokenize import TokenIndex, TokenizedFile
-from tune2gguf.models import make_row_mask
+from tune2gguf.model.llama import make_row_mask
 
 
 def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRows:

@@ -310,9 +310,9 @@ def test_nf4_base_is_merged_from_its_dequantized_weights(tmp_path):
     from safetensors.torch import save_file
 
     from tests.conftest import write_tiny_tokenizer
-    from tune2gguf.architectures import make_hf_config, read_architecture
     from tune2gguf.checkpoints.base import open_base
     from tune2gguf.checkpoints.layout import to_hf_rows
+    from tune2gguf.model.architectures import make_hf_config, read_architecture
     from tune2gguf.random_base import write_random_base
 
     architecture = SMALL_MODELS[2].architecture

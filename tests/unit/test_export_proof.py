@@ -81,7 +81,7 @@ def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
     from tune2gguf.export.layerwise import compute_hidden
     from tune2gguf.export.merge_base import open_merge_base
     from tune2gguf.export.weight_sources import open_base_source
-    from tune2gguf.loss import cross_entropy_of_supervised
+    from tune2gguf.model.loss import cross_entropy_of_supervised
 
     proof = prove(export_run(run_dir, show=False))
     tokenizer = load_tokenizer(ending_base, chat_template="chatml")

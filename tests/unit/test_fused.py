@@ -11,10 +11,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.conftest import INTERPRETS_TRITON, TINY_TIED
-from tune2gguf.architectures import Architecture
-from tune2gguf.lora import LoRALinear
-from tune2gguf.models import build_lora_llama, make_block_mask, pad_packs
-from tune2gguf.nf4 import dequantize_nf4_tensor, quantize_nf4
+from tune2gguf.model.architectures import Architecture
+from tune2gguf.model.llama import build_lora_llama, make_block_mask, pad_packs
+from tune2gguf.model.lora import LoRALinear
+from tune2gguf.model.nf4 import dequantize_nf4_tensor, quantize_nf4
 
 pytest.importorskip("triton")
 if not INTERPRETS_TRITON:

@@ -3,7 +3,7 @@ import torch
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.modules import FeedForward, RMSNorm, RotaryPositionalEmbeddings
 
-from tune2gguf.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
+from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
 
 
 def compare(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tensor, **options) -> None:

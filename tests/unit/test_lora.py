@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 from tests.conftest import TINY_TIED, TINY_UNTIED
-from tune2gguf.lora import LoRALinear, draw_keep_mask, initialize_adapters
-from tune2gguf.models import build_lora_llama
+from tune2gguf.model.llama import build_lora_llama
+from tune2gguf.model.lora import LoRALinear, draw_keep_mask, initialize_adapters
 
 
 def make_layer(*, rank: int = 4, alpha: float = 8.0, dropout: float = 0.0) -> LoRALinear:

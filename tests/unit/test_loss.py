@@ -3,8 +3,8 @@ import torch
 import torch.utils._python_dispatch
 from torch.nn import functional
 
-from tune2gguf import loss as loss_module
-from tune2gguf.loss import IGNORED_LABEL, cross_entropy_of_supervised, select_supervised
+from tune2gguf.model import loss as loss_module
+from tune2gguf.model.loss import IGNORED_LABEL, cross_entropy_of_supervised, select_supervised
 
 
 def make_problem(seed: int = 0):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, write_tiny_tokenizer
-from tune2gguf.architectures import LLAMA3_1_8B, LLAMA3_2_1B, LLAMA3_2_3B, Architecture
 from tune2gguf.memory import Device, Shape, estimate_memory, explain_out_of_memory, find_warning
 from tune2gguf.memory.advice import advise, find_fitting_change, fits, list_changes
 from tune2gguf.memory.estimate import (
@@ -17,7 +16,8 @@ from tune2gguf.memory.estimate import (
     count_kept_activations,
     list_layer_activations,
 )
-from tune2gguf.models import build_lora_llama
+from tune2gguf.model.architectures import LLAMA3_1_8B, LLAMA3_2_1B, LLAMA3_2_3B, Architecture
+from tune2gguf.model.llama import build_lora_llama
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "output_proj")
 SMALL = Architecture(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchao.dtypes.nf4tensor import to_nf4
 
-from tune2gguf.nf4 import (
+from tune2gguf.model.nf4 import (
     BLOCK_SIZE,
     LOOKUP_CELLS,
     NF4_VALUES,
@@ -63,7 +63,7 @@ def test_weight_that_does_not_divide_into_blocks_is_refused():
 def test_chunks_do_not_show(monkeypatch, weight):
     whole = quantize_nf4(weight)
     dense = whole.dequantize(torch.bfloat16)
-    monkeypatch.setattr("tune2gguf.nf4.CHUNK_WEIGHTS", 128)
+    monkeypatch.setattr("tune2gguf.model.nf4.CHUNK_WEIGHTS", 128)
     in_chunks = quantize_nf4(weight[:64])
     assert torch.equal(in_chunks.codes, whole.codes[: len(in_chunks.codes)])
     assert torch.equal(in_chunks.dequantize(torch.bfloat16), dense[:64])

@@ -13,8 +13,8 @@ from tune2gguf.files.atomic import create_unfinished, sync_folder, to_json, writ
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tune2gguf.architectures import Architecture
-    from tune2gguf.models import CausalLM
+    from tune2gguf.model.architectures import Architecture
+    from tune2gguf.model.llama import CausalLM
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -25,7 +25,7 @@ def collect_adapter(model: CausalLM) -> dict[str, Tensor]:
 
     They are on the CPU and whole; where the model is sharded, every process has to ask for them.
     """
-    from tune2gguf.parallel import copy_to_cpu
+    from tune2gguf.model.sharding import copy_to_cpu
 
     return {name: copy_to_cpu(parameter) for name, parameter in _list_adapter_parameters(model)}
 
@@ -34,7 +34,7 @@ def restore_adapter(model: CausalLM, adapter: dict[str, Tensor]) -> None:
     """Set the trainable parameters to what collect_adapter returned."""
     import torch
 
-    from tune2gguf.parallel import take_share
+    from tune2gguf.model.sharding import take_share
 
     with torch.no_grad():
         for name, parameter in _list_adapter_parameters(model):

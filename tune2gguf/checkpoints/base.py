@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.architectures import Architecture, read_architecture
 from tune2gguf.checkpoints.bnb4bit import StoredNf4, group_nf4, read_nf4
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors, to_tune_rows
 from tune2gguf.checkpoints.safetensors_file import (
@@ -27,12 +26,13 @@ from tune2gguf.checkpoints.safetensors_file import (
     read_tensor,
     view_tensor,
 )
+from tune2gguf.model.architectures import Architecture, read_architecture
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tune2gguf.nf4 import Nf4Weight
+    from tune2gguf.model.nf4 import Nf4Weight
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "NF4")
 MAX_LISTED = 5  # tensors named in one error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tune2gguf.architectures import Architecture
+    from tune2gguf.model.architectures import Architecture
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules.tied_linear import TiedLinear
 
 from tune2gguf.checkpoints.base import open_base
-from tune2gguf.lora import LoRALinear
-from tune2gguf.nf4 import Nf4Weight, quantize_nf4
-from tune2gguf.parallel import take_share
+from tune2gguf.model.lora import LoRALinear
+from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
+from tune2gguf.model.sharding import take_share
 
 if TYPE_CHECKING:
-    from tune2gguf.models import CausalLM
+    from tune2gguf.model.llama import CausalLM
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -8,9 +8,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tune2gguf.architectures import ARCHITECTURES
 from tune2gguf.config.keys import KEYS, Key, find_value_problems
 from tune2gguf.config.names import suggest
+from tune2gguf.model.architectures import ARCHITECTURES
 
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 
@@ -126,7 +126,7 @@ def _find_reference_problems(
 
 
 def _find_model_problems(options: dict) -> Iterator[str]:
-    from tune2gguf.models import LORA_ATTN_MODULES
+    from tune2gguf.model.llama import LORA_ATTN_MODULES
 
     keys = {
         "architecture": Key(str, choices=tuple(ARCHITECTURES), optional=True),

@@ -116,9 +116,9 @@ def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
 
 
 def _find_architecture_problems(settled, name, base_dir, architecture) -> Iterator[str]:
-    from tune2gguf.architectures import ARCHITECTURES, find_architecture_differences
     from tune2gguf.checkpoints.layout import list_tensors
-    from tune2gguf.nf4 import BLOCK_SIZE
+    from tune2gguf.model.architectures import ARCHITECTURES, find_architecture_differences
+    from tune2gguf.model.nf4 import BLOCK_SIZE
 
     if isinstance(name, str) and name in ARCHITECTURES:
         differences = find_architecture_differences(ARCHITECTURES[name], architecture)

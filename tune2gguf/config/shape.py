@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tune2gguf.architectures import ARCHITECTURES, read_architecture
 from tune2gguf.memory import Shape
+from tune2gguf.model.architectures import ARCHITECTURES, read_architecture
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

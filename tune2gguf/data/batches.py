@@ -48,7 +48,7 @@ def make_empty_batch() -> Batch:
     """Return a batch without a supervised token: it goes through the whole model and adds nothing."""
     import torch
 
-    from tune2gguf.loss import IGNORED_LABEL
+    from tune2gguf.model.loss import IGNORED_LABEL
 
     return Batch(tokens=torch.zeros((1, 2), dtype=torch.long), labels=torch.full((1, 2), IGNORED_LABEL))
 
@@ -105,7 +105,7 @@ def collate(sequences: Sequence[TokenizedRow | Pack], *, pad_id: int) -> Batch:
     """Return rows, or packs of rows, as one batch, padded to its longest sequence."""
     import torch
 
-    from tune2gguf.loss import IGNORED_LABEL
+    from tune2gguf.model.loss import IGNORED_LABEL
 
     longest = max(len(sequence.tokens) for sequence in sequences)
     tokens = np.full((len(sequences), longest), pad_id, np.int64)

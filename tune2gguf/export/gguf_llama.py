@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.architectures import Architecture
 from tune2gguf.checkpoints.layout import TensorSpec
 from tune2gguf.export.type_mix import BLOCKS, Quantization, choose_tensor_type, count_bytes
 from tune2gguf.export.vocabulary import Vocabulary
+from tune2gguf.model.architectures import Architecture
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

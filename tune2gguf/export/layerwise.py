@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.architectures import Architecture
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import compute_rope_factors
+from tune2gguf.model.architectures import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor

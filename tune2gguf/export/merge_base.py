@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.architectures import Architecture
 from tune2gguf.checkpoints.base import BaseCheckpoint, open_base
 from tune2gguf.checkpoints.bnb4bit import StoredNf4
 from tune2gguf.checkpoints.layout import TensorSpec
 from tune2gguf.checkpoints.safetensors_file import StoredTensor
 from tune2gguf.export.base_rows import read_gguf_rows
+from tune2gguf.model.architectures import Architecture
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 MERGE_BASES = (ORIGINAL, DEQUANTIZED)
@@ -68,7 +68,7 @@ def _round_to_nf4(rows: np.ndarray) -> np.ndarray:
     """What 4-bit training sees of whole rows, but for the scales, which it rounds to 8 bits on top."""
     import torch
 
-    from tune2gguf.nf4 import quantize_nf4
+    from tune2gguf.model.nf4 import quantize_nf4
 
     return quantize_nf4(torch.from_numpy(rows)).dequantize(torch.float32).numpy()
 
@@ -79,7 +79,7 @@ def open_merge_base(base_dir: str | Path, *, rounds_to_nf4: bool = False) -> Mer
     Raises:
         ValueError: if it is incomplete, damaged, or rows do not hold whole 4-bit blocks where they are to be rounded
     """
-    from tune2gguf.nf4 import BLOCK_SIZE
+    from tune2gguf.model.nf4 import BLOCK_SIZE
 
     base = MergeBase(open_base(base_dir), rounds_to_nf4)
     uneven = [spec.hf_name for spec in base.specs.values() if spec.is_linear and spec.shape[1] % BLOCK_SIZE]

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from tune2gguf.fused import launch
 from tune2gguf.fused.groups import DOWN, GATE_UP, OUTPUT, QKV, Group, collect_groups, get_projections
 from tune2gguf.fused.launch import Adapted
-from tune2gguf.lora import LoRALinear, to_dense
+from tune2gguf.model.lora import LoRALinear, to_dense
 
 if TYPE_CHECKING:
     from torchtune.modules import TransformerSelfAttentionLayer

@@ -15,7 +15,7 @@ from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
 from tune2gguf.fused import NO_TRITON, find_obstacle
 
 if TYPE_CHECKING:
-    from tune2gguf.architectures import Architecture
+    from tune2gguf.model.architectures import Architecture
 
 BYTES = {"bf16": 2, "fp32": 4}
 # Of torchao's tensor: half a byte of code, a byte of scale for 64 weights, a float32 factor for 256 scales.
@@ -168,7 +168,7 @@ def count_kept_activations(shape: Shape) -> int:
 
 def _count_work(shape: Shape) -> int:
     """Return the temporaries of a chunk of logits or an MLP's backward, whichever is more, and the heap's gaps."""
-    from tune2gguf.loss import POSITIONS_PER_CHUNK
+    from tune2gguf.model.loss import POSITIONS_PER_CHUNK
 
     a, c, tokens = shape.architecture, BYTES[shape.dtype], _count_tokens(shape)
     loss = c * min(POSITIONS_PER_CHUNK[shape.device_type], tokens) * a.vocab_size  # the gradient is written over them

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tune2gguf.llama_cpp import Reply
 from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from tune2gguf.models import CausalLM
+    from tune2gguf.model.llama import CausalLM
 
 
 @dataclass(frozen=True)
@@ -186,3 +185,13 @@ def lend_caches(
             del module.kv_cache
             module.kv_cache = None
     model.train(was_training)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model said, and whether it ended its turn by itself or reached the limit."""
+
+    text: str
+    ended_by_itself: bool
+    num_prompt_tokens: int
+    num_reply_tokens: int

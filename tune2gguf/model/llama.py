@@ -21,11 +21,11 @@ from torchtune.modules import (
 )
 from torchtune.modules.tied_linear import TiedLinear
 
-from tune2gguf.architectures import ARCHITECTURES, Architecture, find_architecture_differences, read_architecture
-from tune2gguf.attention import Attention
-from tune2gguf.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
-from tune2gguf.lora import LoRALinear
-from tune2gguf.loss import cross_entropy_of_supervised, select_supervised
+from tune2gguf.model.architectures import ARCHITECTURES, Architecture, find_architecture_differences, read_architecture
+from tune2gguf.model.attention import Attention
+from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
+from tune2gguf.model.lora import LoRALinear
+from tune2gguf.model.loss import cross_entropy_of_supervised, select_supervised
 
 BLOCK_SIZE = 128  # queries and keys of a block of flex attention
 LORA_ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")

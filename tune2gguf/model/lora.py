@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
 
-from tune2gguf.nf4 import dequantize_nf4_tensor
-from tune2gguf.parallel import take_share
+from tune2gguf.model.nf4 import dequantize_nf4_tensor
+from tune2gguf.model.sharding import take_share
 
 
 class LoRALinear(nn.Module):
