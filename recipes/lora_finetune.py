@@ -99,7 +99,7 @@ class LoRAFinetuneRecipe:
     def _setup_model(self) -> None:
         from tune2gguf.checkpoints.load import load_base
         from tune2gguf.distributed import agree_on_errors
-        from tune2gguf.fused import find_obstacle
+        from tune2gguf.model.fused import find_obstacle
         from tune2gguf.model.llama import prepare_training
         from tune2gguf.model.lora import initialize_adapters
         from tune2gguf.parallel import replicate, shard

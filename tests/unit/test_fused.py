@@ -1,4 +1,4 @@
-"""The kernels of tune2gguf.fused, run by Triton's interpreter on a CPU: what they compute, not how fast.
+"""The kernels of tune2gguf.model.fused, run by Triton's interpreter on a CPU: what they compute, not how fast.
 
 The reference is torchtune's layer with autograd; in float32, so that what differs is wrong.
 """
@@ -20,10 +20,10 @@ pytest.importorskip("triton")
 if not INTERPRETS_TRITON:
     pytest.skip("with a CUDA device tests/gpu runs the kernels themselves", allow_module_level=True)
 
-from tune2gguf.fused import describe_layers, find_obstacle, launch
-from tune2gguf.fused.groups import get_projections
-from tune2gguf.fused.launch import Adapted, Dropout
-from tune2gguf.fused.layer import run_layer
+from tune2gguf.model.fused import describe_layers, find_obstacle, launch
+from tune2gguf.model.fused.groups import get_projections
+from tune2gguf.model.fused.launch import Adapted, Dropout
+from tune2gguf.model.fused.layer import run_layer
 
 # Widths that no tile divides, ranks that no tile has.
 SHAPE = Architecture(**{**vars(TINY_TIED), "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 72})

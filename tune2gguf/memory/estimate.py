@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
-from tune2gguf.fused import NO_TRITON, find_obstacle
+from tune2gguf.model.fused import NO_TRITON, find_obstacle
 
 if TYPE_CHECKING:
     from tune2gguf.model.architectures import Architecture
@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the layers are those of tune2gguf.fused; a machine with a GPU has Triton, this one need not."""
+        """Whether the layers are those of tune2gguf.model.fused; a machine with a GPU has Triton, this one need not."""
         obstacle = find_obstacle(self.device_type, dtype=self.dtype, compile=self.compile, lora_rank=self.lora_rank)
         return obstacle in (None, NO_TRITON)
 

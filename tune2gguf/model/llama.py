@@ -176,7 +176,7 @@ def prepare_training(
             says so nowhere, after eight recompilations
         enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
         enable_activation_offloading: keep these inputs in the CPU's memory until then; the model is on a GPU
-        fuse: train each layer with the kernels of tune2gguf.fused, where it finds no obstacle
+        fuse: train each layer with the kernels of tune2gguf.model.fused, where it finds no obstacle
     """
     layers = model.decoder.layers
     if enable_activation_offloading:
@@ -203,7 +203,7 @@ def _run_fused(
     input_pos: Tensor | None = None,
     checkpointing: bool,
 ) -> Tensor:
-    from tune2gguf.fused.layer import run_layer
+    from tune2gguf.model.fused.layer import run_layer
 
     if isinstance(mask, Tensor):  # a reply is generated token by token, with caches
         return plain_forward(x, mask=mask, input_pos=input_pos)

@@ -87,7 +87,7 @@ def _compute_plainly(logits: Tensor, targets: Tensor, *, with_gradient: bool) ->
 
 def _compute_fused(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """The same in one kernel, which writes the gradient over the logits."""
-    from tune2gguf.fused.launch import cross_entropy
+    from tune2gguf.model.fused.launch import cross_entropy
 
     losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
     cross_entropy(logits, targets, losses, with_gradient=with_gradient)

@@ -166,7 +166,7 @@ def find_nearest_codes(scaled: Tensor, lower_codes: Tensor, next_bounds: Tensor)
 def dequantize_nf4_tensor(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a torchao NF4Tensor as a dense tensor, as its own `.to(dtype)` does but without full-size temporaries."""
     if weight.quantized_data.is_cuda and find_spec("triton") is not None:
-        from tune2gguf.fused.launch import dequantize_nf4
+        from tune2gguf.model.fused.launch import dequantize_nf4
 
         return dequantize_nf4(
             weight.quantized_data,

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tune2gguf.fused import adapters, kernels
+from tune2gguf.model.fused import adapters, kernels
 
 # Rows (tokens) and columns of a tile, and warps: the fastest of those tried on an H200 at the width of Llama-3.1-8B.
 TILE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}

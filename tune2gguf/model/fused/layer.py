@@ -19,9 +19,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
-from tune2gguf.fused import launch
-from tune2gguf.fused.groups import DOWN, GATE_UP, OUTPUT, QKV, Group, collect_groups, get_projections
-from tune2gguf.fused.launch import Adapted
+from tune2gguf.model.fused import launch
+from tune2gguf.model.fused.groups import DOWN, GATE_UP, OUTPUT, QKV, Group, collect_groups, get_projections
+from tune2gguf.model.fused.launch import Adapted
 from tune2gguf.model.lora import LoRALinear, to_dense
 
 if TYPE_CHECKING:

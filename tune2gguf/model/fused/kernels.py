@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tune2gguf.fused.adapters import _keep, _low_rank_tile, _select_seed
+from tune2gguf.model.fused.adapters import _keep, _low_rank_tile, _select_seed
 
 
 @triton.jit

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tune2gguf.fused import launch
-from tune2gguf.fused.launch import Adapted, Dropout
+from tune2gguf.model.fused import launch
+from tune2gguf.model.fused.launch import Adapted, Dropout
 
 if TYPE_CHECKING:
     from torchtune.modules import TransformerSelfAttentionLayer
