@@ -32,13 +32,13 @@ from pathlib import Path
 import numpy as np
 
 from tests.parity import llama_cpp_oracle as oracle
+from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
+from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.merge_base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.run_folder import read_run
 from tune2gguf.model.architectures import ARCHITECTURES
-from tune2gguf.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
-from tune2gguf.random_base import write_random_base
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANK = 16

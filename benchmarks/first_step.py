@@ -23,9 +23,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
+from tune2gguf.base.random_base import write_random_base
 from tune2gguf.model.architectures import Architecture, RopeScaling
-from tune2gguf.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
-from tune2gguf.random_base import write_random_base
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_SEQ_LEN = 2048

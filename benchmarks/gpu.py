@@ -45,8 +45,8 @@ def make_pack(vocab_size: int, batch: int, seq: int, device: str):
 def make_ours(arguments, device: str, world=None):
     import torch
 
-    from tune2gguf.checkpoints.layout import list_tensors
-    from tune2gguf.checkpoints.load import fill_model
+    from tune2gguf.base.layout import list_tensors
+    from tune2gguf.base.load import fill_model
     from tune2gguf.model.architectures import ARCHITECTURES
     from tune2gguf.model.fused import find_obstacle
     from tune2gguf.model.llama import build_lora_llama, prepare_training
@@ -219,7 +219,7 @@ def estimate_peak(arguments) -> float:
 
 def count_weights(model: str) -> int:
     """Return the weights of a model's matrices, the output head counted once and the embedding's look-up not."""
-    from tune2gguf.checkpoints.layout import list_tensors
+    from tune2gguf.base.layout import list_tensors
     from tune2gguf.model.architectures import ARCHITECTURES
 
     specs = list_tensors(ARCHITECTURES[MODELS[model]])

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tune2gguf.checkpoints.layout import list_tensors
-from tune2gguf.checkpoints.load import fill_model
+from tune2gguf.base.layout import list_tensors
+from tune2gguf.base.load import fill_model
 from tune2gguf.cpu import prepare_cpu
 from tune2gguf.memory import measure_peak
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture

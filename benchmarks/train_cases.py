@@ -130,8 +130,8 @@ def prepare_case(name: str, folder: Path) -> Prepared:
 
 def make_base(name: str, folder: Path) -> Path:
     """Return the folder of a base with random weights in a true shape and Llama 3's tokenizer."""
-    from tune2gguf.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
-    from tune2gguf.random_base import write_random_base
+    from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
+    from tune2gguf.base.random_base import write_random_base
 
     base_dir = folder / name
     if not base_dir.exists():

@@ -97,7 +97,7 @@ class LoRAFinetuneRecipe:
             announce(self.shape, self.device)
 
     def _setup_model(self) -> None:
-        from tune2gguf.checkpoints.load import load_base
+        from tune2gguf.base.load import load_base
         from tune2gguf.distributed import agree_on_errors
         from tune2gguf.model.fused import find_obstacle
         from tune2gguf.model.llama import prepare_training
@@ -137,7 +137,7 @@ class LoRAFinetuneRecipe:
         self.schedule = build_component(self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_steps)
 
     def _restore(self, checkpoint) -> None:
-        from tune2gguf.base_source import name_base
+        from tune2gguf.base.source import name_base
         from tune2gguf.checkpoints.adapter import collect_peft_adapter
         from tune2gguf.model.architectures import read_architecture
         from tune2gguf.observe import plan_run_validation

@@ -10,7 +10,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example base_dir=models/other")
     arguments = parser.parse_args()
 
-    from tune2gguf.download import download_base, read_base_keys
+    from tune2gguf.base.download import download_base, read_base_keys
 
     try:
         base_dir, source = read_base_keys(arguments.config, arguments.overrides)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def main() -> None:
+    from tune2gguf.base.random_base import KINDS
     from tune2gguf.model.architectures import ARCHITECTURES
-    from tune2gguf.random_base import KINDS
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, choices=ARCHITECTURES)
@@ -21,9 +21,9 @@ def main() -> None:
 
     from dataclasses import astuple
 
+    from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
+    from tune2gguf.base.random_base import write_random_base
     from tune2gguf.files.atomic import refuse_existing
-    from tune2gguf.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
-    from tune2gguf.random_base import write_random_base
 
     try:
         refuse_existing(arguments.out)

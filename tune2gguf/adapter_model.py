@@ -21,8 +21,8 @@ def load_adapter_model(run: FinishedRun, *, show: bool = True) -> AdapterModel:
     """
     import torch
 
-    from tune2gguf.checkpoints.base import open_base
-    from tune2gguf.checkpoints.load import load_base
+    from tune2gguf.base.checkpoint import open_base
+    from tune2gguf.base.load import load_base
     from tune2gguf.model.llama import LORA_ATTN_MODULES, lora_llama
 
     adapter = read_adapter(run.adapter_dir, open_base(run.base_dir).specs)

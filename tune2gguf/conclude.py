@@ -95,7 +95,7 @@ def _make_entry(run: RecordedRun, verdict: Verdict, outcome: Outcome | None) -> 
 
 
 def _digest_base(base_dir: str) -> str | None:
-    from tune2gguf.checkpoints.digest import digest_base
+    from tune2gguf.base.digest import digest_base
 
     return digest_base(base_dir) if Path(base_dir).is_dir() else None
 

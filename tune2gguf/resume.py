@@ -114,7 +114,7 @@ class Progress:
 
 def describe_run(cfg: DictConfig, data_fingerprint: str, *, parallel: str, world: World) -> dict[str, Any]:
     """Return what decides a run's result: its config, flat, and what base, rows and processes it has."""
-    from tune2gguf.checkpoints.digest import digest_base
+    from tune2gguf.base.digest import digest_base
 
     return {
         "config": _flatten_without(FREE_KEYS, cfg),

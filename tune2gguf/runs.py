@@ -32,7 +32,7 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
     Raises:
         ValueError: if the folder exists; a run never overwrites another
     """
-    from tune2gguf.checkpoints.digest import digest_base
+    from tune2gguf.base.digest import digest_base
     from tune2gguf.data.heldout import HELDOUT_FILE, format_heldout
     from tune2gguf.files.atomic import create_folder
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_TIED
-from tune2gguf.checkpoints.load import load_base
+from tune2gguf.base.load import load_base
 from tune2gguf.data import Batch
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training

@@ -16,9 +16,10 @@ import numpy as np
 
 from tests.conftest import TINY_UNTIED, write_tiny_base
 from tests.tokenizer_files import fetch_or_skip
-from tune2gguf.checkpoints.layout import list_tensors
+from tune2gguf.base.from_gguf import convert_gguf_to_hf
+from tune2gguf.base.layout import list_tensors
+from tune2gguf.base.pypi import SMOLLM2_GGUF
 from tune2gguf.export.merge import narrow_to_bfloat16, round_to_bfloat16
-from tune2gguf.gguf_to_hf import convert_gguf_to_hf
 from tune2gguf.model.architectures import (
     LLAMA3_1_8B,
     LLAMA3_2_1B,
@@ -27,7 +28,6 @@ from tune2gguf.model.architectures import (
     make_hf_config,
     read_architecture,
 )
-from tune2gguf.pypi import SMOLLM2_GGUF
 from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 

@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_TIED
-from tune2gguf.checkpoints.base import open_base
-from tune2gguf.checkpoints.bnb4bit import encode_nf4, group_nf4, list_nf4_tensors, make_dynamic_map, read_nf4
-from tune2gguf.checkpoints.layout import to_tune_rows
-from tune2gguf.checkpoints.safetensors_file import read_header, write_safetensors
+from tune2gguf.base.bnb4bit import encode_nf4, group_nf4, list_nf4_tensors, make_dynamic_map, read_nf4
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.layout import to_tune_rows
+from tune2gguf.base.random_base import write_random_base
+from tune2gguf.base.safetensors_file import read_header, write_safetensors
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.nf4 import quantize_nf4
-from tune2gguf.random_base import write_random_base
 
 bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is the reference")
 

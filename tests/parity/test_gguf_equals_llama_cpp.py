@@ -17,14 +17,14 @@ from tests.parity.make_gguf_digests import (
 )
 from tests.parity.make_type_mix import TYPE_MIX_FILE, format_types, list_real_tensors, make_block
 from tests.tokenizer_files import find_llama3_tokenizer
-from tune2gguf.checkpoints.base import open_base
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.gguf_llama import choose_types
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.type_mix import QUANTIZATIONS
 from tune2gguf.model.architectures import ARCHITECTURES, LLAMA3_1_8B, LLAMA3_2_1B, Architecture
-from tune2gguf.random_base import write_random_base
 
 # Kernels compiled for other processors may fuse multiplications and additions.
 on_x86_64 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="bytes are those of x86-64")

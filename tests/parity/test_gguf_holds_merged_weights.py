@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.parity.gguf_models import write_run
-from tune2gguf.checkpoints.layout import list_tensors
-from tune2gguf.export.gguf_llama import compute_rope_factors, get_gguf_name
+from tune2gguf.base.layout import get_gguf_name, list_tensors
+from tune2gguf.export.gguf_llama import compute_rope_factors
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.model.architectures import read_architecture
 
@@ -155,7 +155,7 @@ def test_merged_folder_has_the_shards_of_the_base(tmp_path):
 
     from tests.conftest import TINY_UNTIED, write_tiny_tokenizer
     from tests.parity.make_gguf_digests import write_hf_folder
-    from tune2gguf.random_base import write_random_base
+    from tune2gguf.base.random_base import write_random_base
 
     base_dir = write_random_base(TINY_UNTIED, tmp_path / "base", max_shard_bytes=40_000)
     write_tiny_tokenizer(base_dir)

@@ -42,7 +42,7 @@ def compute_logits(source: WeightSource) -> torch.Tensor:
 
 def compute_recipe_logits(base, adapter) -> torch.Tensor:
     """The recipe's own model, with the adapter's weights put in."""
-    from tune2gguf.checkpoints.load import load_base
+    from tune2gguf.base.load import load_base
     from tune2gguf.model.llama import lora_llama
     from tune2gguf.model.lora import initialize_adapters
 

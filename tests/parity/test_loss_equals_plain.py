@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tests.conftest import TINY_TIED
 from tests.recipes.launch import CONTEXT, find_free_port
-from tune2gguf.checkpoints.load import load_base
+from tune2gguf.base.load import load_base
 from tune2gguf.distributed import start_world
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
 from tune2gguf.model.lora import LoRALinear

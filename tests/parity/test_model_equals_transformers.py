@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from tests.conftest import write_tiny_base
-from tune2gguf.checkpoints import base as base_module
-from tune2gguf.checkpoints.load import load_base
+from tune2gguf.base import checkpoint as base_module
+from tune2gguf.base.load import load_base
 from tune2gguf.model.llama import lora_llama
 from tune2gguf.model.lora import initialize_adapters
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import make_conversations, write_rows
 from tests.recipes.test_training import measure_difference, read_records, run_recipe
-from tune2gguf.checkpoints.load import load_base
+from tune2gguf.base.load import load_base
 from tune2gguf.data import Batch, PreparedData, chat_dataset, collate
 from tune2gguf.model.llama import CausalLM, lora_llama
 from tune2gguf.tokenizer.tokenizer import load_tokenizer

@@ -21,7 +21,7 @@ CONTEXT.set_forkserver_preload(
         "torchtune.training",
         "tune2gguf.model.llama",
         "tune2gguf.data",
-        "tune2gguf.checkpoints.load",
+        "tune2gguf.base.load",
         "scipy.stats",
         "tune2gguf.conclude",
         "tune2gguf.report",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED, make_conversations, write_rows, write_tiny_tokenizer
 from tests.recipes.test_training import read_adapter, read_records, run_recipe
-from tune2gguf.random_base import write_random_base
+from tune2gguf.base.random_base import write_random_base
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 

@@ -92,7 +92,7 @@ def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_b
 
 def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
     """Return the losses of the supervised tokens of each row of the first step, from the base alone."""
-    from tune2gguf.checkpoints.load import load_base
+    from tune2gguf.base.load import load_base
     from tune2gguf.data import chat_dataset, collate, plan_epoch
     from tune2gguf.model.llama import lora_llama
     from tune2gguf.model.lora import initialize_adapters

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_TIED, write_tiny_base
 from tests.recipes.test_training import measure_difference, read_records, run_recipe
-from tune2gguf.checkpoints.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
+from tune2gguf.base.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.lora import LoRALinear, to_dense
 from tune2gguf.model.nf4 import quantize_nf4

@@ -11,19 +11,13 @@ from torchtune.models.convert_weights import hf_to_tune
 
 from tests.conftest import TINY_TIED, TINY_UNTIED
 from tests.tokenizer_files import find_llama3_tokenizer
-from tune2gguf.checkpoints.base import open_base
-from tune2gguf.checkpoints.digest import digest_base
-from tune2gguf.checkpoints.layout import to_hf_rows, to_tune_rows
-from tune2gguf.checkpoints.safetensors_file import (
-    StoredTensor,
-    TensorToWrite,
-    map_file,
-    view_tensor,
-    write_safetensors,
-)
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.digest import digest_base
+from tune2gguf.base.layout import to_hf_rows, to_tune_rows
+from tune2gguf.base.random_base import write_random_base
+from tune2gguf.base.safetensors_file import StoredTensor, TensorToWrite, map_file, view_tensor, write_safetensors
 from tune2gguf.files.atomic import create_folder
 from tune2gguf.files.digest import digest_file
-from tune2gguf.random_base import write_random_base
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +81,7 @@ def test_row_orders_are_inverse_and_differ():
 
 
 def test_base_opens_without_reading_weights(single_base, monkeypatch):
-    monkeypatch.setattr("tune2gguf.checkpoints.base.read_tensor", lambda *_: pytest.fail("read a tensor"))
+    monkeypatch.setattr("tune2gguf.base.checkpoint.read_tensor", lambda *_: pytest.fail("read a tensor"))
     open_base(single_base)
 
 
@@ -283,7 +277,7 @@ def test_digest_sees_every_byte(single_base, tmp_path, monkeypatch):
 def test_digest_of_an_unchanged_base_reads_no_file(single_base, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "cache"))
     before = digest_base(single_base)
-    monkeypatch.setattr("tune2gguf.checkpoints.digest.digest_file", lambda path: pytest.fail(f"read {path}"))
+    monkeypatch.setattr("tune2gguf.base.digest.digest_file", lambda path: pytest.fail(f"read {path}"))
     assert digest_base(single_base) == before
 
 

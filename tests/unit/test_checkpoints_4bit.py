@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY_TIED
-from tune2gguf.checkpoints.base import BaseCheckpoint, open_base
-from tune2gguf.checkpoints.bnb4bit import STATE_INFIX
+from tune2gguf.base.bnb4bit import STATE_INFIX
+from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
+from tune2gguf.base.random_base import write_random_base
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
-from tune2gguf.random_base import write_random_base
 
 SHAPE = {"vocab_size": 300, "embed_dim": 128, "intermediate_dim": 192, "head_dim": 32, "tied": False}
 TINY = Architecture(**{**vars(TINY_TIED), **SHAPE})

@@ -11,8 +11,8 @@ import pytest
 
 from recipes.lora_finetune import recipe_main
 from tests.conftest import REPOSITORY, make_conversations, write_rows, write_tiny_tokenizer
-from tune2gguf.checkpoints.layout import list_tensors
-from tune2gguf.checkpoints.safetensors_file import TensorToWrite
+from tune2gguf.base.layout import list_tensors
+from tune2gguf.base.safetensors_file import TensorToWrite
 from tune2gguf.config import check_config, load_config, read_config
 from tune2gguf.model.architectures import LLAMA3_1_8B
 
@@ -368,7 +368,7 @@ def test_check_takes_under_a_second_and_touches_no_weight(run_arguments, tmp_pat
 
 def test_four_bit_base_with_16_bit_settings_warns(run_arguments, tmp_path):
     from tests.conftest import TINY_TIED
-    from tune2gguf.random_base import write_random_base
+    from tune2gguf.base.random_base import write_random_base
 
     narrow = write_random_base(TINY_TIED, tmp_path / "narrow", kind="bnb-4bit")
     write_tiny_tokenizer(narrow)
@@ -387,7 +387,7 @@ def test_four_bit_base_with_16_bit_settings_warns(run_arguments, tmp_path):
 
 def test_damaged_base_is_found_by_its_headers(run_arguments, tmp_path):
     from tests.conftest import TINY_TIED
-    from tune2gguf.random_base import write_random_base
+    from tune2gguf.base.random_base import write_random_base
 
     base = write_random_base(TINY_TIED, tmp_path / "base")
     assert "has no tokenizer" in find_error([*run_arguments, f"base_dir={base}"])

@@ -10,11 +10,11 @@ import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED, make_conversations, write_tiny_tokenizer
 from tests.parity.gguf_models import write_run
+from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.merge_base import DEQUANTIZED, ORIGINAL
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.proof import prove_export
 from tune2gguf.model.architectures import Architecture
-from tune2gguf.random_base import write_random_base
 
 ARCHITECTURE = Architecture(**{**vars(TINY_TIED), "embed_dim": 64, "intermediate_dim": 128, "head_dim": 16})
 

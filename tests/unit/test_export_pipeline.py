@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
-from tune2gguf.checkpoints.digest import digest_base
+from tune2gguf.base.digest import digest_base
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.merge_base import open_merge_base
 from tune2gguf.export.pipeline import export_base, export_run
@@ -310,10 +310,10 @@ def test_nf4_base_is_merged_from_its_dequantized_weights(tmp_path):
     from safetensors.torch import save_file
 
     from tests.conftest import write_tiny_tokenizer
-    from tune2gguf.checkpoints.base import open_base
-    from tune2gguf.checkpoints.layout import to_hf_rows
+    from tune2gguf.base.checkpoint import open_base
+    from tune2gguf.base.layout import to_hf_rows
+    from tune2gguf.base.random_base import write_random_base
     from tune2gguf.model.architectures import make_hf_config, read_architecture
-    from tune2gguf.random_base import write_random_base
 
     architecture = SMALL_MODELS[2].architecture
     architecture = type(architecture)(**{**vars(architecture), "vocab_size": 384, "num_layers": 2})

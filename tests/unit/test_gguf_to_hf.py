@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from tests.conftest import TINY_UNTIED, write_tiny_tokenizer
-from tune2gguf.checkpoints.base import open_base
-from tune2gguf.gguf_to_hf import convert_gguf_to_hf
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.from_gguf import convert_gguf_to_hf
 from tune2gguf.model.architectures import Architecture, read_architecture
 
 TINY = Architecture(**{**vars(TINY_UNTIED), "tied": True, "norm_eps": 1e-5, "rope_base": 100_000.0})

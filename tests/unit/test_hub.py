@@ -12,10 +12,10 @@ import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED
 from tests.unit.fake_hub import COMMIT, FakeHub
-from tune2gguf.checkpoints.base import open_base
-from tune2gguf.hub import HubFile, HubRevision, check_free_disk, choose_files
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.hub import HubFile, HubRevision, check_free_disk, choose_files
+from tune2gguf.base.random_base import write_random_base
 from tune2gguf.model.architectures import Architecture
-from tune2gguf.random_base import write_random_base
 
 GATED = "meta-llama/Llama-3.2-1B-Instruct"
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"

@@ -156,7 +156,7 @@ MEDIUM = Architecture(
     ids=str,
 )
 def test_estimate_is_within_15_percent_of_the_measured_peak(changed, tmp_path):
-    from tune2gguf.random_base import write_random_base
+    from tune2gguf.base.random_base import write_random_base
 
     shape = make_shape(MEDIUM, **({"batch_size": 4, "longest_row": 512, "lora_rank": 16} | changed))
     base = write_random_base(MEDIUM, tmp_path / "base")
@@ -283,8 +283,8 @@ LIMIT = 1_800_000_000  # bytes of data: enough for the program and short rows
 @pytest.mark.slow
 def test_run_that_runs_out_of_memory_says_what_to_change_and_keeps_its_checkpoints(tmp_path):
     """Short rows train and are saved; the one long row does not fit into the process's limit."""
+    from tune2gguf.base.random_base import write_random_base
     from tune2gguf.checkpoints.state import list_checkpoints, read_checkpoint
-    from tune2gguf.random_base import write_random_base
 
     base = write_random_base(MEDIUM, tmp_path / "base")
     write_tiny_tokenizer(base)

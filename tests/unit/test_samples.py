@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_TIED, write_tiny_base
-from tune2gguf.checkpoints.load import load_base
+from tune2gguf.base.load import load_base
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
 from tune2gguf.model.lora import LoRALinear, initialize_adapters
 from tune2gguf.samples import answer_prompts, choose_prompts, describe_prompts

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.checkpoints.layout import list_tensors, to_tune_rows
+from tune2gguf.base.layout import list_tensors, to_tune_rows
 from tune2gguf.files.atomic import create_unfinished, sync_folder, to_json, write_durably
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from tune2gguf.config.plan import find_plan_problems
 
 if TYPE_CHECKING:
-    from tune2gguf.checkpoints.bnb4bit import StoredNf4
-    from tune2gguf.checkpoints.safetensors_file import StoredTensor
+    from tune2gguf.base.bnb4bit import StoredNf4
+    from tune2gguf.base.safetensors_file import StoredTensor
 
 MAX_COUNTED_BYTES = 20_000_000  # data files beyond hold enough rows for any step
 
@@ -81,8 +81,8 @@ def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
 
 def find_base_problems(settled: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the base folder, from its config.json and the headers of its weights."""
-    from tune2gguf.base_source import check_tokenizer, parse_base_source
-    from tune2gguf.checkpoints.base import open_base
+    from tune2gguf.base.checkpoint import open_base
+    from tune2gguf.base.source import check_tokenizer, parse_base_source
 
     if settled.get("base_source") is not None:
         try:
@@ -110,13 +110,13 @@ def find_base_problems(settled: Mapping[str, Any], model: Mapping[str, Any]) -> 
 
 
 def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
-    from tune2gguf.checkpoints.bnb4bit import StoredNf4
+    from tune2gguf.base.bnb4bit import StoredNf4
 
     return isinstance(stored, StoredNf4) and not stored.has_whole_rows
 
 
 def _find_architecture_problems(settled, name, base_dir, architecture) -> Iterator[str]:
-    from tune2gguf.checkpoints.layout import list_tensors
+    from tune2gguf.base.layout import list_tensors
     from tune2gguf.model.architectures import ARCHITECTURES, find_architecture_differences
     from tune2gguf.model.nf4 import BLOCK_SIZE
 

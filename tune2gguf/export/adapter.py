@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.checkpoints.layout import TensorSpec
-from tune2gguf.checkpoints.safetensors_file import StoredTensor, read_header
+from tune2gguf.base.layout import TensorSpec
+from tune2gguf.base.safetensors_file import StoredTensor, read_header
 from tune2gguf.export.base_rows import read_float32_rows, to_gguf_rows
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.checkpoints.layout import TensorSpec
+from tune2gguf.base.layout import TensorSpec, get_gguf_name
 from tune2gguf.export.adapter import Adapter
-from tune2gguf.export.gguf_llama import get_gguf_name
 
 
 def write_adapter_gguf(path: Path, adapter: Adapter, *, specs: dict[str, TensorSpec], name: str) -> None:

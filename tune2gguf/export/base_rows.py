@@ -7,8 +7,8 @@ import os
 
 import numpy as np
 
-from tune2gguf.checkpoints.layout import TensorSpec
-from tune2gguf.checkpoints.safetensors_file import StoredTensor
+from tune2gguf.base.layout import TensorSpec
+from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.export.merge import widen_bfloat16
 
 _NUMPY_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.checkpoints.layout import TensorSpec
+from tune2gguf.base.layout import TensorSpec, get_gguf_name
 from tune2gguf.export.type_mix import BLOCKS, Quantization, choose_tensor_type, count_bytes
 from tune2gguf.export.vocabulary import Vocabulary
 from tune2gguf.model.architectures import Architecture
@@ -24,24 +24,6 @@ if TYPE_CHECKING:
 ALIGNMENT = 32  # bytes, GGUF's default: every tensor starts at a multiple
 ROPE_FACTORS = "rope_freqs.weight"
 
-# torchtune's names -> GGUF's.
-_TOP_NAMES = {
-    "tok_embeddings.weight": "token_embd.weight",
-    "norm.scale": "output_norm.weight",
-    "output.weight": "output.weight",
-}
-_LAYER_NAMES = {
-    "sa_norm.scale": "attn_norm.weight",
-    "attn.q_proj.weight": "attn_q.weight",
-    "attn.k_proj.weight": "attn_k.weight",
-    "attn.v_proj.weight": "attn_v.weight",
-    "attn.output_proj.weight": "attn_output.weight",
-    "mlp_norm.scale": "ffn_norm.weight",
-    "mlp.w1.weight": "ffn_gate.weight",
-    "mlp.w2.weight": "ffn_down.weight",
-    "mlp.w3.weight": "ffn_up.weight",
-}
-
 
 @dataclass(frozen=True)
 class GGUFTensor:
@@ -50,14 +32,6 @@ class GGUFTensor:
     name: str
     shape: tuple[int, ...]
     spec: TensorSpec | None
-
-
-def get_gguf_name(tune_name: str) -> str:
-    """Return GGUF's name of a tensor by torchtune's."""
-    if tune_name in _TOP_NAMES:
-        return _TOP_NAMES[tune_name]
-    _, layer, part = tune_name.split(".", 2)
-    return f"blk.{layer}.{_LAYER_NAMES[part]}"
 
 
 def list_gguf_tensors(specs: dict[str, TensorSpec], architecture: Architecture) -> list[GGUFTensor]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.checkpoints.base import BaseCheckpoint, open_base
-from tune2gguf.checkpoints.bnb4bit import StoredNf4
-from tune2gguf.checkpoints.layout import TensorSpec
-from tune2gguf.checkpoints.safetensors_file import StoredTensor
+from tune2gguf.base.bnb4bit import StoredNf4
+from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
+from tune2gguf.base.layout import TensorSpec
+from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.export.base_rows import read_gguf_rows
 from tune2gguf.model.architectures import Architecture
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
+from tune2gguf.base.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import to_hf_rows
 from tune2gguf.export.gguf_llama import GGUFTensor

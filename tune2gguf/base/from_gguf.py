@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune2gguf.checkpoints.digest import RECORD_FILE
-from tune2gguf.checkpoints.layout import TensorSpec, list_tensors, to_hf_rows
-from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
+from tune2gguf.base.digest import RECORD_FILE
+from tune2gguf.base.layout import TensorSpec, list_tensors, to_hf_rows
+from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
 from tune2gguf.files.atomic import create_folder, refuse_existing
 from tune2gguf.files.digest import digest_file
 from tune2gguf.model.architectures import Architecture, make_hf_config

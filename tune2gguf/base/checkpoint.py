@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.checkpoints.bnb4bit import StoredNf4, group_nf4, read_nf4
-from tune2gguf.checkpoints.layout import TensorSpec, list_tensors, to_tune_rows
-from tune2gguf.checkpoints.safetensors_file import (
+from tune2gguf.base.bnb4bit import StoredNf4, group_nf4, read_nf4
+from tune2gguf.base.layout import TensorSpec, list_tensors, to_tune_rows
+from tune2gguf.base.safetensors_file import (
     INDEX_FILE,
     SINGLE_FILE,
     StoredTensor,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.checkpoints.safetensors_file import StoredTensor, TensorToWrite, read_bytes, read_rows, read_tensor
+from tune2gguf.base.safetensors_file import StoredTensor, TensorToWrite, read_bytes, read_rows, read_tensor
 from tune2gguf.model.nf4 import BLOCK_SIZE, NF4_VALUES, Nf4Weight, get_nf4_table, quantize_nf4
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules.tied_linear import TiedLinear
 
-from tune2gguf.checkpoints.base import open_base
+from tune2gguf.base.checkpoint import open_base
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
 from tune2gguf.model.sharding import take_share

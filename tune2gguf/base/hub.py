@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.checkpoints.base import open_base
-from tune2gguf.checkpoints.digest import RECORD_FILE
-from tune2gguf.checkpoints.safetensors_file import INDEX_FILE, SINGLE_FILE
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.digest import RECORD_FILE
+from tune2gguf.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from tune2gguf.files.atomic import refuse_existing
 from tune2gguf.files.digest import digest_file, digest_file_once
 

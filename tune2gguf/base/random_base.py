@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.checkpoints.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
-from tune2gguf.checkpoints.digest import RECORD_FILE
-from tune2gguf.checkpoints.layout import TensorSpec, list_tensors
-from tune2gguf.checkpoints.safetensors_file import TensorToWrite, write_shards
+from tune2gguf.base.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
+from tune2gguf.base.digest import RECORD_FILE
+from tune2gguf.base.layout import TensorSpec, list_tensors
+from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
 from tune2gguf.files.atomic import create_folder
 from tune2gguf.model.architectures import Architecture, make_hf_config
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
