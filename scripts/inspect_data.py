@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from tune2gguf.data.inspect import check_outputs, inspect_config, inspect_files
+from tune2gguf.inspect_data import check_outputs, inspect_config, inspect_files
 
 
 def main() -> None:

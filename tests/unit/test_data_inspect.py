@@ -12,9 +12,9 @@ from matplotlib.colors import to_rgb
 from tests.conftest import REPOSITORY, make_conversations, write_rows
 from tune2gguf.data import collate, plan_epoch
 from tune2gguf.data.html import plot_lengths
-from tune2gguf.data.inspect import Inspection, inspect_config, inspect_files
 from tune2gguf.data.packing import pack_rows
 from tune2gguf.data.show import MARKS, Bin, escape, format_row, make_histogram
+from tune2gguf.inspect_data import Inspection, inspect_config, inspect_files
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.config.components import COMPONENTS, find_build_problems, find_component_problems
-from tune2gguf.config.guide import RATIO_ADVICE, RATIO_LIMITS
 from tune2gguf.config.heldout import find_validation_problems, find_validation_warnings
 from tune2gguf.config.keys import KEYS, find_settled, find_value_problems
 from tune2gguf.config.names import suggest
@@ -18,6 +17,7 @@ from tune2gguf.config.places import (
     find_device_problems,
     find_output_problems,
 )
+from tune2gguf.guide import RATIO_ADVICE, RATIO_LIMITS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -10,6 +10,7 @@ from typing import Any
 
 from tune2gguf.config.keys import KEYS, Key, find_value_problems
 from tune2gguf.config.names import suggest
+from tune2gguf.guide import REFERENCES
 from tune2gguf.model.architectures import ARCHITECTURES
 
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
@@ -30,21 +31,6 @@ _GIVEN_BY_RECIPE = {
     "dataset": {"tokenizer", "max_seq_len", "seed"},
     "optimizer": {"params"},
     "lr_scheduler": {"optimizer", "num_training_steps"},
-}
-
-# One fact stands in one place: these component keys are what the flat key says.
-REFERENCES = {
-    "model.base_dir": "base_dir",
-    "model.lora_rank": "lora_rank",
-    "model.lora_alpha": "lora_alpha",
-    "model.lora_dropout": "lora_dropout",
-    "model.max_seq_len": "max_seq_len",
-    "tokenizer.base_dir": "base_dir",
-    "tokenizer.chat_template": "chat_template",
-    "optimizer.lr": "learning_rate",
-    "optimizer.weight_decay": "weight_decay",
-    "lr_scheduler.name": "scheduler",
-    "lr_scheduler.num_warmup_steps": "warmup_steps",
 }
 
 

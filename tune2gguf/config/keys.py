@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tune2gguf.export.type_mix import QUANTIZATIONS
-from tune2gguf.schedules import SCHEDULERS
+from tune2gguf.guide import SCHEDULERS
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-from tune2gguf.config.guide import GUIDE_PARAMETERS
+from tune2gguf.guide import GUIDE_PARAMETERS
 
 _TORCHTUNE_NAMES = {
     "max_seq_length": "max_seq_len",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.advice import Advice
-from tune2gguf.config.guide import GUIDE_PARAMETERS
 from tune2gguf.curves import Sample, Validation
 from tune2gguf.files.atomic import write_text
+from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.pages import render_page
 from tune2gguf.pages.render import format_loss
 from tune2gguf.recorded_run import flatten_config

@@ -7,6 +7,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SCHEDULERS = ("cosine", "linear", "constant")
+
+
+# One fact stands in one place: these component keys are what the flat key says.
+REFERENCES = {
+    "model.base_dir": "base_dir",
+    "model.lora_rank": "lora_rank",
+    "model.lora_alpha": "lora_alpha",
+    "model.lora_dropout": "lora_dropout",
+    "model.max_seq_len": "max_seq_len",
+    "tokenizer.base_dir": "base_dir",
+    "tokenizer.chat_template": "chat_template",
+    "optimizer.lr": "learning_rate",
+    "optimizer.weight_decay": "weight_decay",
+    "lr_scheduler.name": "scheduler",
+    "lr_scheduler.num_warmup_steps": "warmup_steps",
+}
+
 
 @dataclass(frozen=True)
 class GuideParameter:
