@@ -193,7 +193,7 @@ def measure(arguments, make, device: str) -> dict:
 
 def estimate_peak(arguments) -> float:
     """Return what estimate_memory.py says of a case, GiB, without the CUDA context that torch does not count either."""
-    from tune2gguf.memory.estimate import Shape, estimate_memory
+    from tune2gguf.machine.memory import Shape, estimate_memory
     from tune2gguf.model.architectures import ARCHITECTURES
 
     shape = Shape(

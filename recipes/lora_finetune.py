@@ -29,7 +29,7 @@ class LoRAFinetuneRecipe:
     def setup(self) -> None:
         """Bring rows, model, optimizer and run folder into being; whatever the user got wrong shows up here."""
         from tune2gguf.distributed import agree_on_errors, broadcast_from_main, start_world
-        from tune2gguf.memory import explain_out_of_memory
+        from tune2gguf.machine import explain_out_of_memory
 
         self.world = start_world(self.cfg.device)
         with agree_on_errors():
@@ -85,7 +85,7 @@ class LoRAFinetuneRecipe:
     def _plan_memory(self) -> None:
         """Say what the run will need before it takes it, and warn where it will not be there."""
         from tune2gguf.config import get_shape
-        from tune2gguf.memory import announce, get_device
+        from tune2gguf.machine import announce, get_device
         from tune2gguf.parallel import choose_parallel
 
         longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
@@ -255,7 +255,7 @@ class LoRAFinetuneRecipe:
     def _train_step(self, micro_batches: list[list[int]]) -> dict:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
         from tune2gguf import steps
-        from tune2gguf.memory import measure_peak
+        from tune2gguf.machine import measure_peak
         from tune2gguf.seeds import capture_random_state
 
         started = time.perf_counter()
@@ -331,7 +331,7 @@ def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
     from tune2gguf.distributed import agree_on_errors
     from tune2gguf.failures import end_together
-    from tune2gguf.memory import explain_out_of_memory
+    from tune2gguf.machine import explain_out_of_memory
 
     with end_together():
         with agree_on_errors():

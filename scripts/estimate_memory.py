@@ -16,7 +16,7 @@ def main() -> None:
         parser.error(f"--devices {arguments.devices}: at least 1 is needed")
 
     from tune2gguf.config import check_values, get_shape, read_config
-    from tune2gguf.memory import describe_estimate, describe_fit, estimate_memory, list_devices
+    from tune2gguf.machine import describe_estimate, describe_fit, estimate_memory, list_devices
 
     try:
         config = read_config(arguments.config, arguments.overrides)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tune2gguf.cpu import prepare_cpu
+from tune2gguf.machine.cpu import prepare_cpu
 
 # The machines of a run read the same programs from disks of different speed before their processes can meet.
 MEETING_TIME = timedelta(minutes=5)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.cpu import count_cores
+from tune2gguf.machine.cpu import count_cores
 from tune2gguf.model.generate import Reply
 
 BYTES_PER_THREAD = 200_000_000

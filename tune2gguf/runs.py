@@ -146,8 +146,8 @@ def describe_plan(
     num_steps: int,
 ) -> list[str]:
     """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
-    from tune2gguf.cpu import describe_cpu
     from tune2gguf.data.padding import describe_padding
+    from tune2gguf.machine.cpu import describe_cpu
     from tune2gguf.model.fused import describe_layers, find_obstacle
     from tune2gguf.parallel import describe_parallel
     from tune2gguf.samples import describe_prompts

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from tune2gguf import cpu
-from tune2gguf.cpu import choose_num_threads, count_cores, describe_cpu
+from tune2gguf.machine import cpu
+from tune2gguf.machine.cpu import choose_num_threads, count_cores, describe_cpu
 
 
 @pytest.fixture(autouse=True)

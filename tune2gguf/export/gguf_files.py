@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tune2gguf.cpu import count_cores
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, list_gguf_tensors, write_metadata
 from tune2gguf.export.kernels import load_kernels
@@ -17,6 +16,7 @@ from tune2gguf.export.results import replace_at_the_end
 from tune2gguf.export.type_mix import Quantization, count_bytes
 from tune2gguf.export.vocabulary import read_vocabulary
 from tune2gguf.files.cache import get_cache_dir
+from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from tune2gguf.memory.devices import Device
-from tune2gguf.memory.estimate import Estimate, Shape, estimate_memory
+from tune2gguf.machine.devices import Device
+from tune2gguf.machine.memory import Estimate, Shape, estimate_memory
 
 GIGABYTE = 1e9
 SHARED_BY = (2, 4, 8)  # devices that are tried for sharding

@@ -1,8 +1,8 @@
 """What a run will need in memory, whether this machine has it, and what to change where it has not."""
 
-from tune2gguf.memory.advice import announce, describe_estimate, describe_fit, explain_out_of_memory, find_warning
-from tune2gguf.memory.devices import Device, get_device, list_devices, measure_peak
-from tune2gguf.memory.estimate import Estimate, Shape, estimate_memory
+from tune2gguf.machine.devices import Device, get_device, list_devices, measure_peak
+from tune2gguf.machine.fit import announce, describe_estimate, describe_fit, explain_out_of_memory, find_warning
+from tune2gguf.machine.memory import Estimate, Shape, estimate_memory
 
 __all__ = [
     "Device",
