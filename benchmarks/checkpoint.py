@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from tune2gguf.checkpoints.adapter import collect_adapter, make_peft_config, to_peft_layout
-from tune2gguf.checkpoints.state import Checkpoint, CheckpointWriter
 from tune2gguf.model.architectures import ARCHITECTURES
 from tune2gguf.model.llama import LORA_ATTN_MODULES, CausalLM, build_lora_llama
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.sharding import copy_to_cpu
+from tune2gguf.runs.adapter import collect_adapter, make_peft_config, to_peft_layout
+from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
 from tune2gguf.seeds import capture_random_state
 
 

@@ -37,8 +37,8 @@ from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.merge_base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
-from tune2gguf.export.run_folder import read_run
 from tune2gguf.model.architectures import ARCHITECTURES
+from tune2gguf.runs.read import read_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANK = 16

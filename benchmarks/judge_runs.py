@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from verdict_runs import DATA_SETS, KINDS, REPOSITORY, Run
 
-from tune2gguf.curves import Curves, TrainingStep, Validation
+from tune2gguf.runs.curves import Curves, TrainingStep, Validation
 from tune2gguf.verdict import LABELS, OVERFITTING, UNDERFITTING, Verdict, judge
 
 RECORDED = REPOSITORY / "benchmarks/results/verdict_runs.jsonl"

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.curves import Curves, read_curves
+from tune2gguf.runs.curves import Curves, read_curves
 from tune2gguf.verdict import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, judge
 
 REPOSITORY = Path(__file__).resolve().parents[1]

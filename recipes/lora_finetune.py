@@ -138,10 +138,10 @@ class LoRAFinetuneRecipe:
 
     def _restore(self, checkpoint) -> None:
         from tune2gguf.base.source import name_base
-        from tune2gguf.checkpoints.adapter import collect_peft_adapter
         from tune2gguf.model.architectures import read_architecture
         from tune2gguf.observe import plan_run_validation
         from tune2gguf.resume import restore_run
+        from tune2gguf.runs.adapter import collect_peft_adapter
         from tune2gguf.seeds import capture_random_state
 
         cfg, architecture = self.cfg, read_architecture(self.cfg.base_dir)
@@ -169,11 +169,11 @@ class LoRAFinetuneRecipe:
         )
 
     def _setup_run_folder(self, checkpoint) -> None:
-        from tune2gguf.checkpoints.state import CheckpointWriter
         from tune2gguf.data.heldout import read_heldout
         from tune2gguf.record import RunRecord
         from tune2gguf.resume import enter_run_folder
-        from tune2gguf.runs import describe_plan, write_plan
+        from tune2gguf.runs.checkpoints import CheckpointWriter
+        from tune2gguf.runs.folder import describe_plan, write_plan
         from tune2gguf.samples import choose_prompts
 
         self.record, self.writer, self.prompts = None, None, []
@@ -308,16 +308,16 @@ class LoRAFinetuneRecipe:
         stop_world()
 
     def _save_adapter(self, name: str) -> str | None:
-        from tune2gguf.checkpoints.adapter import save_adapter
+        from tune2gguf.runs.adapter import save_adapter
 
         weights, config = self.collect_adapter()
         return save_adapter(self.folder / name, weights, config) if self.world.is_main else None
 
     def _save_checkpoint(self) -> None:
         """Begin to write all that the run needs to go on from its last whole step."""
-        from tune2gguf.checkpoints.state import Checkpoint
         from tune2gguf.distributed import gather_over_ranks
         from tune2gguf.model.sharding import copy_to_cpu
+        from tune2gguf.runs.checkpoints import Checkpoint
 
         adapter, adapter_config = self.collect_adapter()
         optimizer = copy_to_cpu(self.optimizer.state_dict()["state"])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tune2gguf.chat import check_options, open_chat_model, start_conversation, talk
-from tune2gguf.export.run_folder import read_run
+from tune2gguf.runs.read import read_run
 
 
 def parse_arguments() -> argparse.Namespace:

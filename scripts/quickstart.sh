@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 config=examples/quickstart/lora.yaml
 python scripts/download.py --config "$config"
-run=$(python -c "from tune2gguf.runs import find_free_folder; print(find_free_folder('runs/quickstart'))")
+run=$(python -c "from tune2gguf.runs.folder import find_free_folder; print(find_free_folder('runs/quickstart'))")
 [ "$run" = runs/quickstart ] || echo "runs/quickstart is there from before and stays; this run is $run"
 tune run recipes/lora_finetune.py --config "$config" output_dir="$run"
 python scripts/export.py "$run"

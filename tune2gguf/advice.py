@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tune2gguf.curves import Curves
 from tune2gguf.guide import GUIDE_PARAMETERS
+from tune2gguf.runs.curves import Curves
 from tune2gguf.verdict import GOOD_FIT, OVERFITTING, UNDERFITTING, Verdict
 
 BALANCING = "4. Balancing Underfitting and Overfitting"

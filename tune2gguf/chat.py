@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from tune2gguf.export.pipeline import list_served
-from tune2gguf.export.run_folder import FinishedRun
 from tune2gguf.llama_cpp import open_model
 from tune2gguf.model.generate import Reply
+from tune2gguf.runs.read import FinishedRun
 
 HELP = "/new starts over, /quit or Ctrl-D ends"
 

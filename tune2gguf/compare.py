@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.curves import METRICS_FILE, Curves, Validation
 from tune2gguf.guide import REFERENCES
 from tune2gguf.paired import Estimate, estimate_ratio
-from tune2gguf.recorded_run import VERDICT_FILE, RecordedRun, flatten_config, read_recorded_run
 from tune2gguf.run_ledger import read_row_losses
+from tune2gguf.runs.curves import METRICS_FILE, Curves, Validation
+from tune2gguf.runs.read import VERDICT_FILE, RecordedRun, flatten_config, read_recorded_run
 from tune2gguf.verdict import INCONCLUSIVE, MIN_ROWS, judge
 
 # A run's place, and what says nothing of its result.

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.advice import Advice, Situation, advise
-from tune2gguf.curves import Validation
 from tune2gguf.files.atomic import write_text
-from tune2gguf.recorded_run import VERDICT_FILE, RecordedRun, flatten_config, read_num_processes, read_recorded_run
 from tune2gguf.run_ledger import (
     LEDGER_FILE,
     Entry,
@@ -27,6 +25,8 @@ from tune2gguf.run_ledger import (
     list_tried,
     read_entries,
 )
+from tune2gguf.runs.curves import Validation
+from tune2gguf.runs.read import VERDICT_FILE, RecordedRun, flatten_config, read_num_processes, read_recorded_run
 from tune2gguf.verdict import GOOD_FIT, Verdict, judge
 
 MAX_ADVICE = 8

@@ -19,8 +19,8 @@ from tune2gguf.signals import StopRequested
 from tune2gguf.watch import POLL_SECONDS, Watch
 
 if TYPE_CHECKING:
-    from tune2gguf.checkpoints.state import CheckpointWriter
     from tune2gguf.record import RunRecord
+    from tune2gguf.runs.checkpoints import CheckpointWriter
 
 # What a user can mend, said in one line; anything else is our mistake and shows where it happened.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE
-from tune2gguf.runs import JsonLinesFile
+from tune2gguf.runs.curves import METRICS_FILE, SAMPLES_FILE
+from tune2gguf.runs.folder import JsonLinesFile
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune2gguf.checkpoints.adapter import ADAPTER_WEIGHTS, save_adapter
-from tune2gguf.checkpoints.state import (
+from tune2gguf.files.digest import digest_file
+from tune2gguf.record import NOTHING_RECORDED
+from tune2gguf.runs.adapter import ADAPTER_WEIGHTS, save_adapter
+from tune2gguf.runs.checkpoints import (
     CHECKPOINTS,
     get_step,
     list_checkpoints,
@@ -18,12 +19,9 @@ from tune2gguf.checkpoints.state import (
     remove_checkpoint,
     remove_leftovers,
 )
-from tune2gguf.files.digest import digest_file
-from tune2gguf.record import NOTHING_RECORDED
-from tune2gguf.runs import (
+from tune2gguf.runs.folder import (
     JsonLinesFile,
     create_run_folder,
-    describe_existing,
     find_free_folder,
     record_resume,
     write_config,
@@ -34,11 +32,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from tune2gguf.checkpoints.state import Checkpoint
     from tune2gguf.data import PreparedData
     from tune2gguf.distributed import World
     from tune2gguf.model.architectures import Architecture
     from tune2gguf.model.llama import CausalLM
+    from tune2gguf.runs.checkpoints import Checkpoint
 
 # Where things are may be another place on each machine of a run; the rest of the config is the same on all.
 OWN_KEYS = {
@@ -195,23 +193,6 @@ def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return differences
 
 
-def find_path_problems(resume: str | bool, output_dir: Path) -> Iterator[str]:
-    """Yield why `resume` and `output_dir` do not fit together: a run never overwrites another."""
-    if resume is False:
-        if os.path.lexists(output_dir):
-            yield describe_existing(output_dir)
-    elif resume == "auto":
-        if output_dir.exists() and not (output_dir / "config.yaml").is_file():
-            yield f"resume=auto: {output_dir} exists, but is not the folder of a run (config.yaml is missing)"
-    elif not Path(resume).is_dir():
-        yield f"resume={resume}: no such checkpoint; use auto, false, or a folder checkpoints/step_N of the run"
-    elif Path(resume).resolve().parent.parent != output_dir.resolve():
-        yield (
-            f"resume={resume} is not a checkpoint of output_dir={output_dir}; "
-            f"to go on with its run: output_dir={Path(resume).parent.parent}"
-        )
-
-
 def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]) -> Checkpoint | None:
     """Read the checkpoint to go on from; None where there is none yet and the run starts from its beginning.
 
@@ -255,7 +236,7 @@ def restore_run(
 
     Without a checkpoint a run stands at its beginning, where all of them are.
     """
-    from tune2gguf.checkpoints.adapter import from_peft_layout, restore_adapter
+    from tune2gguf.runs.adapter import from_peft_layout, restore_adapter
     from tune2gguf.seeds import restore_random_state
     from tune2gguf.steps import advance_schedule, restore_optimizer
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.advice import describe_change
-from tune2gguf.curves import Validation, read_curves
 from tune2gguf.data.heldout import HELDOUT_FILE
+from tune2gguf.runs.curves import Validation, read_curves
 from tune2gguf.verdict import MIN_ROWS
 
 LEDGER_FILE = "ledger.jsonl"

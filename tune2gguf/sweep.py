@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.curves import METRICS_FILE, read_curves
 from tune2gguf.files.atomic import write_text
+from tune2gguf.runs.curves import METRICS_FILE, read_curves
 
 if TYPE_CHECKING:
     import optuna

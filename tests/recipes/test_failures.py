@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import REPOSITORY, TINY_UNTIED, make_conversations, write_rows, write_tiny_base
 from tests.recipes.launch import Launch, count_lines, find_free_port, run_to_end
 from tests.recipes.test_training import read_adapter, read_records
-from tune2gguf.checkpoints.state import find_damage, list_checkpoints
+from tune2gguf.runs.checkpoints import find_damage, list_checkpoints
 
 
 def test_full_disk_ends_in_one_line_and_the_checkpoints_before_are_intact(run_arguments, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_resume import HARD
-from tune2gguf.checkpoints.state import find_damage, list_checkpoints
+from tune2gguf.runs.checkpoints import find_damage, list_checkpoints
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.launch import Launch, count_lines
-from tune2gguf.checkpoints.state import list_checkpoints
+from tune2gguf.runs.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.slow
 STEPS = 2000

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY
 from tune2gguf.config import read_config
-from tune2gguf.curves import Curves
-from tune2gguf.runs import write_config
+from tune2gguf.runs.curves import Curves
+from tune2gguf.runs.folder import write_config
 
 
 def write_run(

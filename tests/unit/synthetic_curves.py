@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tune2gguf.curves import Curves, TrainingStep, Validation
+from tune2gguf.runs.curves import Curves, TrainingStep, Validation
 
 NUM_STEPS = 100
 

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import write_run
 from tune2gguf.export.licence import find_licence
 from tune2gguf.export.pipeline import export_run, list_served
-from tune2gguf.export.run_folder import read_run
+from tune2gguf.runs.read import read_run
 
 META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024"
 

@@ -280,7 +280,7 @@ LIMIT = 1_800_000_000  # bytes of data: enough for the program and short rows
 def test_run_that_runs_out_of_memory_says_what_to_change_and_keeps_its_checkpoints(tmp_path):
     """Short rows train and are saved; the one long row does not fit into the process's limit."""
     from tune2gguf.base.random_base import write_random_base
-    from tune2gguf.checkpoints.state import list_checkpoints, read_checkpoint
+    from tune2gguf.runs.checkpoints import list_checkpoints, read_checkpoint
 
     base = write_random_base(MEDIUM, tmp_path / "base")
     write_tiny_tokenizer(base)

@@ -24,11 +24,11 @@ from tests.unit.run_folders import (
     write_run,
 )
 from tune2gguf.advice import Advice
-from tune2gguf.curves import Curves, read_curves
 from tune2gguf.paired import Estimate
 from tune2gguf.report import ComparedRun, rewrite_report, write_comparison, write_report
 from tune2gguf.report.plots import plot_losses
 from tune2gguf.report.series import Series, smooth, take_series, thin
+from tune2gguf.runs.curves import Curves, read_curves
 from tune2gguf.verdict import Verdict
 
 HOSTILE = (

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from tests.unit.run_folders import VERDICT, make_metrics, make_samples, write_run
-from tune2gguf.curves import read_curves
 from tune2gguf.report import ComparedRun, rewrite_report, write_comparison
+from tune2gguf.runs.curves import read_curves
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")]

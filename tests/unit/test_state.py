@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tune2gguf.checkpoints.state import (
+from tune2gguf.runs.checkpoints import (
     Checkpoint,
     CheckpointWriter,
     find_damage,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.unit.synthetic_curves import approach, constant, cosine, make_curves
-from tune2gguf.curves import Curves, Validation
+from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.verdict import (
     GOOD_FIT,
     INCONCLUSIVE,

@@ -60,7 +60,7 @@ def _find_compiler_problems(settled: Mapping[str, Any]) -> Iterator[str]:
 
 def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
     """Yield why the run folder cannot be made, or not be resumed."""
-    from tune2gguf.resume import find_path_problems
+    from tune2gguf.runs.folder import find_path_problems
 
     if "output_dir" not in settled or "resume" not in settled:
         return

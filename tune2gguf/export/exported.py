@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.export.merge_choice import MergeChoice
-from tune2gguf.export.run_folder import FinishedRun
+from tune2gguf.runs.read import FinishedRun
 
 MODEL_CARD, PROOF_FILE = "README.md", "proof.json"
 

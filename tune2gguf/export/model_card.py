@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tune2gguf.export.licence import Licence
-from tune2gguf.export.run_folder import BEST, FinishedRun
+from tune2gguf.runs.read import BEST, FinishedRun
 
 GUIDE_PARAMETERS = (
     "learning_rate",

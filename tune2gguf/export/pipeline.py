@@ -26,9 +26,9 @@ from tune2gguf.export.results import (
     replace_at_the_end,
     replace_folder,
 )
-from tune2gguf.export.run_folder import FinishedRun, read_run
 from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.files.atomic import write_text
+from tune2gguf.runs.read import FinishedRun, read_run
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 DEFAULT_HELDOUT_ROWS = 16

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.curves import Curves, Validation
 from tune2gguf.pages.figures import COLORS, FONT_SIZE
+from tune2gguf.runs.curves import Curves, Validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

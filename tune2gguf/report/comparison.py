@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.curves import Curves
 from tune2gguf.files.atomic import write_text
 from tune2gguf.pages import render_page
 from tune2gguf.pages.render import format_loss
 from tune2gguf.paired import Estimate
 from tune2gguf.report.plots import plot_comparison
+from tune2gguf.runs.curves import Curves
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tune2gguf.advice import Advice
-from tune2gguf.curves import METRICS_FILE, SAMPLES_FILE, Curves, Sample, read_curves, read_samples
-from tune2gguf.recorded_run import VERDICT_FILE, read_num_processes
 from tune2gguf.run_ledger import Outcome, describe_outcome
-from tune2gguf.runs import PLAN_FILE
+from tune2gguf.runs.curves import METRICS_FILE, SAMPLES_FILE, Curves, Sample, read_curves, read_samples
+from tune2gguf.runs.folder import PLAN_FILE
+from tune2gguf.runs.read import VERDICT_FILE, _read_mapping, read_num_processes
 from tune2gguf.verdict import Verdict
 
 CONFIG_FILE = "config.yaml"
@@ -134,21 +133,6 @@ def read_verdict(run_dir: Path, config: Mapping[str, Any]) -> tuple[Verdict | No
     if outcome is None:
         return verdict, advice, ""
     return verdict, advice, describe_outcome(Outcome(**outcome), str(config.get("parent_run")))
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"{path.name}: not found")
-    text = path.read_text(encoding="utf-8", errors="replace")
-    try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path.name}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name}: holds no keys")
-    return content
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:

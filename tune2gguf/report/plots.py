@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.curves import Curves, Validation
 from tune2gguf.pages.figures import COLORS, NARROW, NUM_SERIES, WIDE, Key, Plot, render_figure
 from tune2gguf.pages.render import format_loss
 from tune2gguf.report.axes import (
@@ -25,6 +24,7 @@ from tune2gguf.report.axes import (
     write_label,
 )
 from tune2gguf.report.series import MAX_POINTS, Series, smooth, spread, take_series, thin
+from tune2gguf.runs.curves import Curves, Validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.advice import Advice
-from tune2gguf.curves import Sample, Validation
 from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.pages import render_page
 from tune2gguf.pages.render import format_loss
-from tune2gguf.recorded_run import flatten_config
 from tune2gguf.report.folder import PARTS_OF_READ, RunFolder, is_number, read_run_folder
 from tune2gguf.report.plots import plot_losses, plot_training
+from tune2gguf.runs.curves import Sample, Validation
+from tune2gguf.runs.read import flatten_config
 from tune2gguf.verdict import Verdict
 
 REPORT_FILE = "report.html"

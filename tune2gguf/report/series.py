@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune2gguf.curves import TrainingStep, Validation
+from tune2gguf.runs.curves import TrainingStep, Validation
 
 MAX_POINTS = 800
 SMOOTHED_SHARE = 0.05

@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     import torch
     from safetensors.torch import save
 
-    from tune2gguf.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
     buffer = io.BytesIO()
     torch.save(checkpoint.state, buffer)
@@ -102,7 +102,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     import torch
     from safetensors.torch import load_file
 
-    from tune2gguf.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+    from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
     damage = find_damage(folder)
     if damage is not None:

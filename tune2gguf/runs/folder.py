@@ -7,13 +7,19 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune2gguf.files.atomic import write_text
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from tune2gguf.data import PreparedData
+
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -215,3 +221,20 @@ def _read_git_revision() -> str | None:
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+def find_path_problems(resume: str | bool, output_dir: Path) -> Iterator[str]:
+    """Yield why `resume` and `output_dir` do not fit together: a run never overwrites another."""
+    if resume is False:
+        if os.path.lexists(output_dir):
+            yield describe_existing(output_dir)
+    elif resume == "auto":
+        if output_dir.exists() and not (output_dir / "config.yaml").is_file():
+            yield f"resume=auto: {output_dir} exists, but is not the folder of a run (config.yaml is missing)"
+    elif not Path(resume).is_dir():
+        yield f"resume={resume}: no such checkpoint; use auto, false, or a folder checkpoints/step_N of the run"
+    elif Path(resume).resolve().parent.parent != output_dir.resolve():
+        yield (
+            f"resume={resume} is not a checkpoint of output_dir={output_dir}; "
+            f"to go on with its run: output_dir={Path(resume).parent.parent}"
+        )
