@@ -6,12 +6,12 @@ import argparse
 import sys
 
 from tune2gguf.export.exported import PROOF_FILE, Export
+from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_base import MERGE_BASES
 from tune2gguf.export.ollama import serve_with_ollama
 from tune2gguf.export.pipeline import DEFAULT_HELDOUT_ROWS, export_run
 from tune2gguf.export.proof import format_table, prove_export
-from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES
-from tune2gguf.export.type_mix import QUANTIZATIONS
 
 
 def parse_arguments() -> argparse.Namespace:

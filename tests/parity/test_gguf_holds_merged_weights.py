@@ -9,7 +9,7 @@ import torch
 
 from tests.parity.gguf_models import write_run
 from tune2gguf.base.layout import get_gguf_name, list_tensors
-from tune2gguf.export.gguf_llama import compute_rope_factors
+from tune2gguf.export.gguf_file.llama import compute_rope_factors
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.model.architectures import read_architecture
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.parity.gguf_models import SMALL_MODELS, write_small_run
+from tune2gguf.export.gguf_file.cache import DIGEST_BYTES, QuantizedCache
 from tune2gguf.export.pipeline import export_run
-from tune2gguf.export.quantized_cache import DIGEST_BYTES, QuantizedCache
 
 TYPES = ["Q4_K_M", "Q8_0", "BF16"]
 
@@ -42,7 +42,7 @@ def list_entries(cache_dir: Path) -> list[Path]:
 @pytest.fixture
 def num_quantized(monkeypatch) -> dict[str, int]:
     """Counts the rows that the kernels quantize, by type."""
-    from tune2gguf.export.kernels import Kernels
+    from tune2gguf.export.gguf_file.kernels import Kernels
 
     counts: dict[str, int] = {}
     quantize = Kernels.quantize

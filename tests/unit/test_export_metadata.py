@@ -5,9 +5,9 @@ import json
 import pytest
 
 from tests.parity.gguf_models import SMALL_MODELS, write_small_run
+from tune2gguf.export.gguf_file.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.pipeline import export_run
-from tune2gguf.export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
 from tune2gguf.tokenizer.templates import CHATML, LLAMA3
 
 LLAMA_MODEL, _, CHATML_MODEL = SMALL_MODELS

@@ -20,11 +20,11 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
 from tune2gguf.base.digest import digest_base
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.merge_base import open_merge_base
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.results import claim_folder
-from tune2gguf.export.type_mix import QUANTIZATIONS
 
 
 @pytest.fixture

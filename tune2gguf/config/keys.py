@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tune2gguf.export.type_mix import QUANTIZATIONS
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.guide import SCHEDULERS
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 

@@ -13,7 +13,7 @@ import numpy as np
 from tune2gguf.base.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
 from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.base_rows import to_hf_rows
-from tune2gguf.export.gguf_llama import GGUFTensor
+from tune2gguf.export.gguf_file.llama import GGUFTensor
 from tune2gguf.export.merge import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import iterate_slabs, read_merged_rows

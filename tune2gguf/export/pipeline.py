@@ -9,6 +9,8 @@ from pathlib import Path
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.exported import MODEL_CARD, PROOF_FILE, Export, ExportedModel
+from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.heldout_rows import load_heldout
 from tune2gguf.export.licence import Licence, find_licence
@@ -18,7 +20,6 @@ from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.progress import open_bar
-from tune2gguf.export.quantized_cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.results import (
     check_free_space,
     claim_folder,
@@ -26,7 +27,6 @@ from tune2gguf.export.results import (
     replace_at_the_end,
     replace_folder,
 )
-from tune2gguf.export.type_mix import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.files.atomic import write_text
 from tune2gguf.runs.read import FinishedRun, read_run
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.exported import PROOF_FILE, Export
+from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.heldout_rows import HeldOut, load_heldout
-from tune2gguf.export.kernels import Kernels, load_kernels
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.progress import open_bar
 from tune2gguf.export.serving import ServedFile, serve_file
 from tune2gguf.export.step_losses import StepLoss, measure_steps
-from tune2gguf.export.type_mix import QUANTIZATIONS
 from tune2gguf.export.weight_sources import (
     open_base_source,
     open_gguf_source,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tune2gguf.export.adapter import Adapter
-from tune2gguf.export.gguf_llama import GGUFTensor
+from tune2gguf.export.gguf_file.llama import GGUFTensor
 from tune2gguf.export.merge import merge_rows
 from tune2gguf.export.merge_base import MergeBase
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from tune2gguf.base.layout import get_gguf_name
 from tune2gguf.export.adapter import Adapter
-from tune2gguf.export.gguf_llama import GGUFTensor, choose_types, list_gguf_tensors
-from tune2gguf.export.kernels import Kernels
+from tune2gguf.export.gguf_file.kernels import Kernels
+from tune2gguf.export.gguf_file.llama import GGUFTensor, choose_types, list_gguf_tensors
+from tune2gguf.export.gguf_file.types import Quantization
 from tune2gguf.export.layerwise import WeightSource
 from tune2gguf.export.merge import round_to_bfloat16
 from tune2gguf.export.merge_base import MergeBase
 from tune2gguf.export.slabs import Slab, read_merged_rows
-from tune2gguf.export.type_mix import Quantization
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor

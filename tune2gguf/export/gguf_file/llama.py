@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune2gguf.base.layout import TensorSpec, get_gguf_name
-from tune2gguf.export.type_mix import BLOCKS, Quantization, choose_tensor_type, count_bytes
-from tune2gguf.export.vocabulary import Vocabulary
+from tune2gguf.export.gguf_file.types import BLOCKS, Quantization, choose_tensor_type, count_bytes
+from tune2gguf.export.gguf_file.vocabulary import Vocabulary
 from tune2gguf.model.architectures import Architecture
 
 if TYPE_CHECKING:

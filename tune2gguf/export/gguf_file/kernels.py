@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.export.type_mix import BLOCKS
+from tune2gguf.export.gguf_file.types import BLOCKS
 
 # enum ggml_type in ggml.h; numbers never change, since they are what GGUF files hold.
 GGML_TYPE_NUMBERS = {
