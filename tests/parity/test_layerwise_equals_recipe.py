@@ -10,15 +10,15 @@ from tests.parity.gguf_models import write_run
 from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.gguf_file.kernels import load_kernels
 from tune2gguf.export.gguf_file.types import BLOCKS, QUANTIZATIONS
-from tune2gguf.export.layerwise import WeightSource, compute_hidden
-from tune2gguf.export.merge_base import open_merge_base
-from tune2gguf.export.pipeline import export_run
-from tune2gguf.export.weight_sources import (
+from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
+from tune2gguf.export.measure.weight_sources import (
     open_base_source,
     open_gguf_source,
     open_merged_source,
     open_quantized_source,
 )
+from tune2gguf.export.merge_base import open_merge_base
+from tune2gguf.export.pipeline import export_run
 
 ROWS = [np.arange(30) * 7 % 384, np.arange(5) * 11 % 384, np.arange(17) * 5 % 384]
 

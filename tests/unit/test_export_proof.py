@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import write_biased_base, write_run
 from tune2gguf.export.exported import Export
-from tune2gguf.export.heldout_rows import make_rows
+from tune2gguf.export.measure.validation_rows import make_rows
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.export.proof import ADAPTER, BASE, MERGED, format_table, prove_export
 from tune2gguf.export.serving import check_tokens
@@ -78,9 +78,9 @@ def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
     import torch
 
     from tune2gguf.export.adapter import read_adapter
-    from tune2gguf.export.layerwise import compute_hidden
+    from tune2gguf.export.measure.layerwise import compute_hidden
+    from tune2gguf.export.measure.weight_sources import open_base_source
     from tune2gguf.export.merge_base import open_merge_base
-    from tune2gguf.export.weight_sources import open_base_source
     from tune2gguf.model.loss import cross_entropy_of_supervised
 
     proof = prove(export_run(run_dir, show=False))

@@ -12,8 +12,8 @@ from tune2gguf.export.exported import MODEL_CARD, PROOF_FILE, Export, ExportedMo
 from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
-from tune2gguf.export.heldout_rows import load_heldout
 from tune2gguf.export.licence import Licence, find_licence
+from tune2gguf.export.measure.validation_rows import load_heldout
 from tune2gguf.export.merge_base import open_merge_base
 from tune2gguf.export.merge_choice import choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf

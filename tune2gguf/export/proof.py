@@ -11,17 +11,17 @@ from tune2gguf.export.exported import PROOF_FILE, Export
 from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
-from tune2gguf.export.heldout_rows import HeldOut, load_heldout
-from tune2gguf.export.merge_base import MergeBase
-from tune2gguf.export.progress import open_bar
-from tune2gguf.export.serving import ServedFile, serve_file
-from tune2gguf.export.step_losses import StepLoss, measure_steps
-from tune2gguf.export.weight_sources import (
+from tune2gguf.export.measure.step_losses import StepLoss, measure_steps
+from tune2gguf.export.measure.validation_rows import HeldOut, load_heldout
+from tune2gguf.export.measure.weight_sources import (
     open_base_source,
     open_gguf_source,
     open_merged_source,
     open_quantized_source,
 )
+from tune2gguf.export.merge_base import MergeBase
+from tune2gguf.export.progress import open_bar
+from tune2gguf.export.serving import ServedFile, serve_file
 from tune2gguf.files.atomic import write_text
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"

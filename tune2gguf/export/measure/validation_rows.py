@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tune2gguf.data.heldout import HELDOUT_FILE, read_heldout
-from tune2gguf.export.step_losses import HeldOutRow
+from tune2gguf.export.measure.step_losses import HeldOutRow
 from tune2gguf.runs.read import FinishedRun
 from tune2gguf.tokenizer.conversation import Conversation
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.export.layerwise import WeightSource, compute_hidden
+from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
 
 if TYPE_CHECKING:
     from torch import Tensor
