@@ -34,8 +34,8 @@ import numpy as np
 from tests.parity import llama_cpp_oracle as oracle
 from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
 from tune2gguf.base.random_base import write_random_base
-from tune2gguf.export.adapter import read_adapter
-from tune2gguf.export.merge_base import open_merge_base
+from tune2gguf.export.merge.adapter import read_adapter
+from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.model.architectures import ARCHITECTURES
 from tune2gguf.runs.read import read_run

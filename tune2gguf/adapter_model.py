@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tune2gguf.export.adapter import Adapter, read_adapter
+from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.read import FinishedRun
 from tune2gguf.tokenizer.tokenizer import load_tokenizer

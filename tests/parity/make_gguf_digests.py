@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run, write_smollm2_run
 from tests.parity.llama_cpp_oracle import convert_adapter, convert_to_bf16, find_missing, quantize
-from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
-from tune2gguf.export.merge_base import open_merge_base
+from tune2gguf.export.merge.adapter import read_adapter
+from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.runs.read import read_run
 

@@ -19,10 +19,10 @@ from tests.parity.make_type_mix import TYPE_MIX_FILE, format_types, list_real_te
 from tests.tokenizer_files import find_llama3_tokenizer
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.random_base import write_random_base
-from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.gguf_file.llama import choose_types
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.model.architectures import ARCHITECTURES, LLAMA3_1_8B, LLAMA3_2_1B, Architecture
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.parity.gguf_models import write_run
-from tune2gguf.export.adapter import read_adapter
 from tune2gguf.export.gguf_file.kernels import load_kernels
 from tune2gguf.export.gguf_file.types import BLOCKS, QUANTIZATIONS
 from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
@@ -17,7 +16,8 @@ from tune2gguf.export.measure.weight_sources import (
     open_merged_source,
     open_quantized_source,
 )
-from tune2gguf.export.merge_base import open_merge_base
+from tune2gguf.export.merge.adapter import read_adapter
+from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.pipeline import export_run
 
 ROWS = [np.arange(30) * 7 % 384, np.arange(5) * 11 % 384, np.arange(17) * 5 % 384]

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY, TINY_TIED, make_conversations, write_tiny_tokenizer
 from tests.parity.gguf_models import write_run
 from tune2gguf.base.random_base import write_random_base
-from tune2gguf.export.merge_base import DEQUANTIZED, ORIGINAL
+from tune2gguf.export.merge.base import DEQUANTIZED, ORIGINAL
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.proof import prove_export
 from tune2gguf.model.architectures import Architecture
@@ -86,7 +86,7 @@ def test_without_held_out_rows_the_weights_that_were_trained_over_are_taken(run_
 
 def test_a_rounded_16_bit_base_is_the_4_bit_base(tmp_path):
     """Both forms of 4-bit training give the same dequantized weights, but for the scales' own rounding in the file."""
-    from tune2gguf.export.merge_base import open_merge_base
+    from tune2gguf.export.merge.base import open_merge_base
 
     rounded = open_merge_base(write_base(tmp_path / "plain", kind="bf16"), rounds_to_nf4=True)
     stored = open_merge_base(write_base(tmp_path / "nf4", kind="bnb-4bit"))

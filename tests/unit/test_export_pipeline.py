@@ -22,7 +22,7 @@ from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
 from tune2gguf.base.digest import digest_base
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
-from tune2gguf.export.merge_base import open_merge_base
+from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.results import claim_folder
 
@@ -76,7 +76,7 @@ def test_several_types_in_one_reading_have_the_bytes_of_single_exports(run_dir, 
 def test_slabs_do_not_change_the_bytes(run_dir, monkeypatch):
     """Sums of the small adapter are exact, so that any cut of the rows gives the same bytes."""
     whole = export_run(run_dir, quantizations=["Q8_0"], show=False).models[0].gguf_path.read_bytes()
-    monkeypatch.setattr("tune2gguf.export.slabs.SLAB_ELEMENTS", 256)
+    monkeypatch.setattr("tune2gguf.export.merge.slabs.SLAB_ELEMENTS", 256)
     cut = export_run(run_dir, quantizations=["Q8_0"], overwrite=True, show=False).models[0].gguf_path.read_bytes()
     assert cut == whole
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tune2gguf.base.layout import TensorSpec, get_gguf_name
-from tune2gguf.export.adapter import Adapter
+from tune2gguf.export.merge.adapter import Adapter
 
 
 def write_adapter_gguf(path: Path, adapter: Adapter, *, specs: dict[str, TensorSpec], name: str) -> None:

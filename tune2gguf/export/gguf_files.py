@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_file.cache import QuantizedCache
 from tune2gguf.export.gguf_file.kernels import load_kernels
 from tune2gguf.export.gguf_file.llama import GGUFTensor, choose_types, list_gguf_tensors, write_metadata
 from tune2gguf.export.gguf_file.types import Quantization, count_bytes
 from tune2gguf.export.gguf_file.vocabulary import read_vocabulary
-from tune2gguf.export.merge_base import MergeBase
+from tune2gguf.export.merge.adapter import Adapter
+from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.one_pass import Converter, Output, append_tensors
 from tune2gguf.export.progress import open_bar
 from tune2gguf.export.results import replace_at_the_end

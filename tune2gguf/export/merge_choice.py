@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.measure.step_losses import measure_steps
 from tune2gguf.export.measure.validation_rows import HeldOut
 from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source
-from tune2gguf.export.merge_base import DEQUANTIZED, MERGE_BASES, ORIGINAL, MergeBase, open_merge_base
+from tune2gguf.export.merge.adapter import Adapter
+from tune2gguf.export.merge.base import DEQUANTIZED, MERGE_BASES, ORIGINAL, MergeBase, open_merge_base
 from tune2gguf.model.architectures import find_architecture_differences
 from tune2gguf.runs.read import FinishedRun
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune2gguf.base.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
-from tune2gguf.export.adapter import Adapter
-from tune2gguf.export.base_rows import to_hf_rows
 from tune2gguf.export.gguf_file.llama import GGUFTensor
-from tune2gguf.export.merge import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
-from tune2gguf.export.merge_base import MergeBase
-from tune2gguf.export.slabs import iterate_slabs, read_merged_rows
+from tune2gguf.export.merge.adapter import Adapter
+from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge.base import MergeBase
+from tune2gguf.export.merge.rows import to_hf_rows
+from tune2gguf.export.merge.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.files.atomic import create_folder
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate

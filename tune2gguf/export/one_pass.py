@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_file.cache import CACHED_TYPES, QuantizedCache
 from tune2gguf.export.gguf_file.kernels import Kernels
 from tune2gguf.export.gguf_file.llama import ALIGNMENT, GGUFTensor, compute_rope_factors
-from tune2gguf.export.merge import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
-from tune2gguf.export.merge_base import MergeBase
-from tune2gguf.export.slabs import Slab, iterate_slabs, read_merged_rows
+from tune2gguf.export.merge.adapter import Adapter
+from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge.base import MergeBase
+from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.exported import MODEL_CARD, PROOF_FILE, Export, ExportedModel
 from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
@@ -14,7 +13,8 @@ from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, get_qu
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.measure.validation_rows import load_heldout
-from tune2gguf.export.merge_base import open_merge_base
+from tune2gguf.export.merge.adapter import Adapter, read_adapter
+from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merge_choice import choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tune2gguf.export.adapter import Adapter, read_adapter
 from tune2gguf.export.exported import PROOF_FILE, Export
 from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
@@ -19,7 +18,8 @@ from tune2gguf.export.measure.weight_sources import (
     open_merged_source,
     open_quantized_source,
 )
-from tune2gguf.export.merge_base import MergeBase
+from tune2gguf.export.merge.adapter import Adapter, read_adapter
+from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.progress import open_bar
 from tune2gguf.export.serving import ServedFile, serve_file
 from tune2gguf.files.atomic import write_text

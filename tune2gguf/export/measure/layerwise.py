@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_file.llama import compute_rope_factors
+from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.model.architectures import Architecture
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tune2gguf.base.layout import get_gguf_name
-from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_file.kernels import Kernels
 from tune2gguf.export.gguf_file.llama import GGUFTensor, choose_types, list_gguf_tensors
 from tune2gguf.export.gguf_file.types import Quantization
 from tune2gguf.export.measure.layerwise import WeightSource
-from tune2gguf.export.merge import round_to_bfloat16
-from tune2gguf.export.merge_base import MergeBase
-from tune2gguf.export.slabs import Slab, read_merged_rows
+from tune2gguf.export.merge.adapter import Adapter
+from tune2gguf.export.merge.arithmetic import round_to_bfloat16
+from tune2gguf.export.merge.base import MergeBase
+from tune2gguf.export.merge.slabs import Slab, read_merged_rows
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor

@@ -15,7 +15,7 @@ from tune2gguf.base.bnb4bit import StoredNf4
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
 from tune2gguf.base.layout import TensorSpec
 from tune2gguf.base.safetensors_file import StoredTensor
-from tune2gguf.export.base_rows import read_gguf_rows
+from tune2gguf.export.merge.rows import read_gguf_rows
 from tune2gguf.model.architectures import Architecture
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"

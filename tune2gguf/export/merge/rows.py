@@ -9,7 +9,7 @@ import numpy as np
 
 from tune2gguf.base.layout import TensorSpec
 from tune2gguf.base.safetensors_file import StoredTensor
-from tune2gguf.export.merge import widen_bfloat16
+from tune2gguf.export.merge.arithmetic import widen_bfloat16
 
 _NUMPY_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}
 

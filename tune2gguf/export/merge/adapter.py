@@ -11,7 +11,7 @@ import numpy as np
 
 from tune2gguf.base.layout import TensorSpec
 from tune2gguf.base.safetensors_file import StoredTensor, read_header
-from tune2gguf.export.base_rows import read_float32_rows, to_gguf_rows
+from tune2gguf.export.merge.rows import read_float32_rows, to_gguf_rows
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune2gguf.export.adapter import Adapter
 from tune2gguf.export.gguf_file.llama import GGUFTensor
-from tune2gguf.export.merge import merge_rows
-from tune2gguf.export.merge_base import MergeBase
+from tune2gguf.export.merge.adapter import Adapter
+from tune2gguf.export.merge.arithmetic import merge_rows
+from tune2gguf.export.merge.base import MergeBase
 
 # Elements a thread works on at a time: large enough to hide Python's cost, small enough for many threads in 0.5 GB.
 # Fixed, because the matrix product of other slabs may round in another way.
