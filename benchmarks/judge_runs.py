@@ -15,7 +15,7 @@ import numpy as np
 from verdict_runs import DATA_SETS, KINDS, REPOSITORY, Run
 
 from tune2gguf.runs.curves import Curves, TrainingStep, Validation
-from tune2gguf.verdict import LABELS, OVERFITTING, UNDERFITTING, Verdict, judge
+from tune2gguf.verdict.judge import LABELS, OVERFITTING, UNDERFITTING, Verdict, judge
 
 RECORDED = REPOSITORY / "benchmarks/results/verdict_runs.jsonl"
 PAGE, FIGURE = "verdict_runs.md", "verdict_runs.svg"

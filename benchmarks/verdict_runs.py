@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.runs.curves import Curves, read_curves
-from tune2gguf.verdict import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, judge
+from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, judge
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_SETS = {"quickstart": "examples/quickstart", "orders": "benchmarks/data/orders", "units": "benchmarks/data/units"}

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tune2gguf.conclude import recall_verdict
 from tune2gguf.report import rewrite_report
+from tune2gguf.verdict.conclude import recall_verdict
 
 
 def main() -> None:

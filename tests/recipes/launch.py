@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(
         "tune2gguf.data",
         "tune2gguf.base.load",
         "scipy.stats",
-        "tune2gguf.conclude",
+        "tune2gguf.verdict.conclude",
         "tune2gguf.report",
         "matplotlib.figure",
         "matplotlib.backends.backend_svg",

@@ -8,12 +8,12 @@ from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY
 from tests.unit.synthetic_curves import approach, make_curves
-from tune2gguf.advice import ADDITIONAL, EPOCHS, LEARNING_RATE, Situation, advise, describe_change
 from tune2gguf.config import check_values, load_config, read_config
 from tune2gguf.runs.curves import Curves
 from tune2gguf.runs.folder import write_config
 from tune2gguf.runs.read import flatten_config
-from tune2gguf.verdict import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, Verdict, judge
+from tune2gguf.verdict.advice import ADDITIONAL, EPOCHS, LEARNING_RATE, Situation, advise, describe_change
+from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, Verdict, judge
 
 CURVES = make_curves(approach(8))  # best at the end of its four epochs of 25 steps
 FREE = [f"runs/mine-{number}" for number in range(2, 10)]

@@ -6,9 +6,9 @@ import pytest
 
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
-from tune2gguf.conclude import conclude_run, list_free_dirs
-from tune2gguf.run_ledger import read_entries
 from tune2gguf.runs.curves import Curves
+from tune2gguf.verdict.conclude import conclude_run, list_free_dirs
+from tune2gguf.verdict.ledger import read_entries
 
 STILL_FALLING, FLAT = make_curves(approach(1.0)), make_curves(approach(8))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tune2gguf.paired import choose_best_crosswise, count_rows_needed, estimate_ratio, extrapolate_gain
+from tune2gguf.verdict.paired import choose_best_crosswise, count_rows_needed, estimate_ratio, extrapolate_gain
 
 
 def test_interval_of_many_rows_is_the_normal_one_of_a_ratio():

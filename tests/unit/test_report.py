@@ -23,13 +23,13 @@ from tests.unit.run_folders import (
     write_lines,
     write_run,
 )
-from tune2gguf.advice import Advice
-from tune2gguf.paired import Estimate
 from tune2gguf.report import ComparedRun, rewrite_report, write_comparison, write_report
 from tune2gguf.report.plots import plot_losses
 from tune2gguf.report.series import Series, smooth, take_series, thin
 from tune2gguf.runs.curves import Curves, read_curves
-from tune2gguf.verdict import Verdict
+from tune2gguf.verdict.advice import Advice
+from tune2gguf.verdict.judge import Verdict
+from tune2gguf.verdict.paired import Estimate
 
 HOSTILE = (
     '<script>alert(1)</script>"\' onload="alert(1)" </svg></style> {{7*7}} {% raise %} &amp; '

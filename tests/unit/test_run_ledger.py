@@ -10,7 +10,8 @@ import pytest
 
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
-from tune2gguf.run_ledger import (
+from tune2gguf.runs.curves import Curves
+from tune2gguf.verdict.ledger import (
     LEDGER_FILE,
     Entry,
     Outcome,
@@ -22,7 +23,6 @@ from tune2gguf.run_ledger import (
     list_tried,
     read_entries,
 )
-from tune2gguf.runs.curves import Curves
 
 ENTRY = Entry(run="a", time="t", config={"epochs": 3}, data="d", base="b", heldout="h", verdict="good fit")
 HELPED, IN_VAIN, UNDECIDED = (

@@ -8,15 +8,7 @@ import pytest
 
 from tests.unit.synthetic_curves import approach, constant, cosine, make_curves
 from tune2gguf.runs.curves import Curves, Validation
-from tune2gguf.verdict import (
-    GOOD_FIT,
-    INCONCLUSIVE,
-    MIN_ROWS,
-    NOTABLE_RISE,
-    OVERFITTING,
-    UNDERFITTING,
-    judge,
-)
+from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, MIN_ROWS, NOTABLE_RISE, OVERFITTING, UNDERFITTING, judge
 
 
 def rise_after(best: float, *, by: float, path=None):

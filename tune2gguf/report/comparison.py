@@ -10,9 +10,9 @@ from typing import Any
 from tune2gguf.files.atomic import write_text
 from tune2gguf.pages import render_page
 from tune2gguf.pages.render import format_loss
-from tune2gguf.paired import Estimate
 from tune2gguf.report.plots import plot_comparison
 from tune2gguf.runs.curves import Curves
+from tune2gguf.verdict.paired import Estimate
 
 
 @dataclass(frozen=True)

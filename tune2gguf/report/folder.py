@@ -9,12 +9,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tune2gguf.advice import Advice
-from tune2gguf.run_ledger import Outcome, describe_outcome
 from tune2gguf.runs.curves import METRICS_FILE, SAMPLES_FILE, Curves, Sample, read_curves, read_samples
 from tune2gguf.runs.folder import PLAN_FILE
 from tune2gguf.runs.read import VERDICT_FILE, _read_mapping, read_num_processes
-from tune2gguf.verdict import Verdict
+from tune2gguf.verdict.advice import Advice
+from tune2gguf.verdict.conclude import read_verdict
+from tune2gguf.verdict.judge import Verdict
 
 CONFIG_FILE = "config.yaml"
 
@@ -113,26 +113,6 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         position=_find_position(run_dir, config, plan, curves),
         problems=tuple(problems),
     )
-
-
-def read_verdict(run_dir: Path, config: Mapping[str, Any]) -> tuple[Verdict | None, tuple[Advice, ...], str]:
-    """Return what verdict.json holds: verdict, advice, and how the run came out beside its parent.
-
-    A run that has not ended has none.
-
-    Raises:
-        ValueError, KeyError, TypeError: if it is not a verdict's
-    """
-    path = run_dir / VERDICT_FILE
-    if not path.is_file():
-        return None, (), ""
-    record = _read_mapping(path)
-    verdict = Verdict(record["label"], tuple(record["reasons"]), record["figures"])
-    advice = tuple(Advice(**entry) for entry in record["advice"])
-    outcome = record.get("outcome")
-    if outcome is None:
-        return verdict, advice, ""
-    return verdict, advice, describe_outcome(Outcome(**outcome), str(config.get("parent_run")))
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.advice import Advice
 from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.pages import render_page
@@ -18,7 +17,8 @@ from tune2gguf.report.folder import PARTS_OF_READ, RunFolder, is_number, read_ru
 from tune2gguf.report.plots import plot_losses, plot_training
 from tune2gguf.runs.curves import Sample, Validation
 from tune2gguf.runs.read import flatten_config
-from tune2gguf.verdict import Verdict
+from tune2gguf.verdict.advice import Advice
+from tune2gguf.verdict.judge import Verdict
 
 REPORT_FILE = "report.html"
 MAX_LISTED = 50  # rows of a list; the file that has all of them is named

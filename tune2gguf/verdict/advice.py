@@ -10,7 +10,7 @@ from typing import Any
 
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.runs.curves import Curves
-from tune2gguf.verdict import GOOD_FIT, OVERFITTING, UNDERFITTING, Verdict
+from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING, Verdict
 
 BALANCING = "4. Balancing Underfitting and Overfitting"
 LEARNING_RATE = "5.1. Learning Rate"

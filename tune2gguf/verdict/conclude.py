@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.advice import Advice, Situation, advise
 from tune2gguf.files.atomic import write_text
-from tune2gguf.run_ledger import (
+from tune2gguf.runs.curves import Validation
+from tune2gguf.runs.read import (
+    VERDICT_FILE,
+    RecordedRun,
+    _read_mapping,
+    flatten_config,
+    read_num_processes,
+    read_recorded_run,
+)
+from tune2gguf.verdict.advice import Advice, Situation, advise
+from tune2gguf.verdict.judge import GOOD_FIT, Verdict, judge
+from tune2gguf.verdict.ledger import (
     LEDGER_FILE,
     Entry,
     Outcome,
@@ -25,9 +35,6 @@ from tune2gguf.run_ledger import (
     list_tried,
     read_entries,
 )
-from tune2gguf.runs.curves import Validation
-from tune2gguf.runs.read import VERDICT_FILE, RecordedRun, flatten_config, read_num_processes, read_recorded_run
-from tune2gguf.verdict import GOOD_FIT, Verdict, judge
 
 MAX_ADVICE = 8
 
@@ -150,3 +157,23 @@ def _write_report(run: RecordedRun, verdict: Verdict, advice: Sequence[Advice]) 
     except Exception as error:  # all else of the run is written; a page about it must not make it fail
         return f"warning: the report could not be written: {type(error).__name__}: {error}"
     return f"report: {path}"
+
+
+def read_verdict(run_dir: Path, config: Mapping[str, Any]) -> tuple[Verdict | None, tuple[Advice, ...], str]:
+    """Return what verdict.json holds: verdict, advice, and how the run came out beside its parent.
+
+    A run that has not ended has none.
+
+    Raises:
+        ValueError, KeyError, TypeError: if it is not a verdict's
+    """
+    path = run_dir / VERDICT_FILE
+    if not path.is_file():
+        return None, (), ""
+    record = _read_mapping(path)
+    verdict = Verdict(record["label"], tuple(record["reasons"]), record["figures"])
+    advice = tuple(Advice(**entry) for entry in record["advice"])
+    outcome = record.get("outcome")
+    if outcome is None:
+        return verdict, advice, ""
+    return verdict, advice, describe_outcome(Outcome(**outcome), str(config.get("parent_run")))

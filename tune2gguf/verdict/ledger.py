@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.advice import describe_change
 from tune2gguf.data.heldout import HELDOUT_FILE
 from tune2gguf.runs.curves import Validation, read_curves
-from tune2gguf.verdict import MIN_ROWS
+from tune2gguf.verdict.advice import describe_change
+from tune2gguf.verdict.judge import MIN_ROWS
 
 LEDGER_FILE = "ledger.jsonl"
 _LOCK_SECONDS = 60
@@ -177,7 +177,7 @@ def compare_with_parent(run_dir: Path, parent_dir: Path) -> Outcome:
 def _compare_rows(best: list[Mapping], final: list[Mapping], common: list[str]) -> Outcome:
     import numpy as np
 
-    from tune2gguf.paired import estimate_ratio
+    from tune2gguf.verdict.paired import estimate_ratio
 
     tokens = np.array([best[0][row][1] for row in common], np.float64)
     differences = np.array([best[0][row][0] - best[1][row][0] for row in common])
