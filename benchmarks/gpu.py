@@ -47,11 +47,11 @@ def make_ours(arguments, device: str, world=None):
 
     from tune2gguf.base.layout import list_tensors
     from tune2gguf.base.load import fill_model
+    from tune2gguf.distributed.parallel import replicate, shard
     from tune2gguf.model.architectures import ARCHITECTURES
     from tune2gguf.model.fused import find_obstacle
     from tune2gguf.model.llama import build_lora_llama, prepare_training
     from tune2gguf.model.lora import initialize_adapters
-    from tune2gguf.parallel import replicate, shard
 
     architecture = ARCHITECTURES[MODELS[arguments.model]]
     with torch.device("meta"):

@@ -64,7 +64,7 @@ def make_stock_sharded(arguments, device: str):
 
 def run_case(arguments) -> None:
     """Train a few steps as one of several processes; the first prints the result of all."""
-    from tune2gguf.distributed import start_world, stop_world, wait_for_all
+    from tune2gguf.distributed.world import start_world, stop_world, wait_for_all
 
     world = start_world("cuda")
     make = partial(gpu.make_ours, world=world) if arguments.side == "ours" else make_stock_sharded

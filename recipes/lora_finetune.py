@@ -28,7 +28,7 @@ class LoRAFinetuneRecipe:
 
     def setup(self) -> None:
         """Bring rows, model, optimizer and run folder into being; whatever the user got wrong shows up here."""
-        from tune2gguf.distributed import agree_on_errors, broadcast_from_main, start_world
+        from tune2gguf.distributed.world import agree_on_errors, broadcast_from_main, start_world
         from tune2gguf.machine import explain_out_of_memory
 
         self.world = start_world(self.cfg.device)
@@ -72,7 +72,7 @@ class LoRAFinetuneRecipe:
 
     def _open_checkpoint(self):
         """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
-        from tune2gguf.distributed import agree_on_errors
+        from tune2gguf.distributed.world import agree_on_errors
         from tune2gguf.resume import check_machines, describe_run, open_checkpoint
 
         cfg, world = self.cfg, self.world
@@ -85,8 +85,8 @@ class LoRAFinetuneRecipe:
     def _plan_memory(self) -> None:
         """Say what the run will need before it takes it, and warn where it will not be there."""
         from tune2gguf.config import get_shape
+        from tune2gguf.distributed.parallel import choose_parallel
         from tune2gguf.machine import announce, get_device
-        from tune2gguf.parallel import choose_parallel
 
         longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
         shape = get_shape(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
@@ -98,11 +98,11 @@ class LoRAFinetuneRecipe:
 
     def _setup_model(self) -> None:
         from tune2gguf.base.load import load_base
-        from tune2gguf.distributed import agree_on_errors
+        from tune2gguf.distributed.parallel import replicate, shard
+        from tune2gguf.distributed.world import agree_on_errors
         from tune2gguf.model.fused import find_obstacle
         from tune2gguf.model.llama import prepare_training
         from tune2gguf.model.lora import initialize_adapters
-        from tune2gguf.parallel import replicate, shard
         from tune2gguf.seeds import seed_dropout
 
         cfg, world = self.cfg, self.world
@@ -201,7 +201,7 @@ class LoRAFinetuneRecipe:
         print("\n".join([*lines, *notes]))
 
     def _setup_observer(self) -> None:
-        from tune2gguf.distributed import broadcast_from_main
+        from tune2gguf.distributed.world import broadcast_from_main
         from tune2gguf.observe import Observer
 
         self.observer = Observer(
@@ -219,8 +219,8 @@ class LoRAFinetuneRecipe:
 
     def train(self) -> None:
         """Run all epochs, saving on the way; a signal or a step that is not finite ends them with all of it saved."""
-        from tune2gguf.failures import save_when_stopped
-        from tune2gguf.signals import StopSignals
+        from tune2gguf.distributed.failures import save_when_stopped
+        from tune2gguf.distributed.signals import StopSignals
 
         saving = save_when_stopped(self._save_checkpoint, self.writer, self.record)
         with StopSignals(show=self.world.is_main) as self.stop, saving:
@@ -298,7 +298,7 @@ class LoRAFinetuneRecipe:
 
     def save(self) -> None:
         """Write the final adapter as last/, and say how good the run was and what comes next."""
-        from tune2gguf.distributed import stop_world, wait_for_all
+        from tune2gguf.distributed.world import stop_world, wait_for_all
 
         self._save_adapter("last")
         if self.world.is_main:
@@ -315,7 +315,7 @@ class LoRAFinetuneRecipe:
 
     def _save_checkpoint(self) -> None:
         """Begin to write all that the run needs to go on from its last whole step."""
-        from tune2gguf.distributed import gather_over_ranks
+        from tune2gguf.distributed.world import gather_over_ranks
         from tune2gguf.model.sharding import copy_to_cpu
         from tune2gguf.runs.checkpoints import Checkpoint
 
@@ -329,8 +329,8 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
-    from tune2gguf.distributed import agree_on_errors
-    from tune2gguf.failures import end_together
+    from tune2gguf.distributed.failures import end_together
+    from tune2gguf.distributed.world import agree_on_errors
     from tune2gguf.machine import explain_out_of_memory
 
     with end_together():

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tune2gguf.distributed import broadcast_from_main
+from tune2gguf.distributed.world import broadcast_from_main
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from tune2gguf.data import PreparedData
     from tune2gguf.data.tokenize import TokenizedRows
-    from tune2gguf.distributed import World
+    from tune2gguf.distributed.world import World
     from tune2gguf.model.llama import CausalLM
     from tune2gguf.record import RunRecord
     from tune2gguf.resume import Progress

@@ -73,7 +73,7 @@ class RunRecord:
 
     def conclude(self) -> list[str]:
         """Judge the run that has ended and advise the next, in verdict.json, ledger and report; return what to say."""
-        from tune2gguf.distributed import describe_error
+        from tune2gguf.distributed.world import describe_error
         from tune2gguf.verdict.conclude import conclude_run
 
         try:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from tune2gguf.data import PreparedData
-    from tune2gguf.distributed import World
+    from tune2gguf.distributed.world import World
     from tune2gguf.model.architectures import Architecture
     from tune2gguf.model.llama import CausalLM
     from tune2gguf.runs.checkpoints import Checkpoint
@@ -133,7 +133,7 @@ def check_machines(cfg: DictConfig, run: Mapping[str, Any]) -> None:
     Raises:
         AgreedError: if arguments, base or rows of a machine are not those of the first, with what differs
     """
-    from tune2gguf.distributed import AgreedError, gather_over_ranks
+    from tune2gguf.distributed.world import AgreedError, gather_over_ranks
 
     here = {"base": run["base"], "data": run["data"], "config": _flatten_without(OWN_KEYS, cfg)}
     first, *others = gather_over_ranks(here)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tune2gguf.distributed import AgreedError, World, gather_over_ranks, max_over_ranks, sum_over_ranks
+from tune2gguf.distributed.world import AgreedError, World, gather_over_ranks, max_over_ranks, sum_over_ranks
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from tune2gguf.data import TokenizedRow
     from tune2gguf.data.packing import Pack
-    from tune2gguf.signals import StopSignals
+    from tune2gguf.distributed.signals import StopSignals
 
 MAX_ROWS_NAMED = 20
 
@@ -69,7 +69,7 @@ def accumulate_gradients(
         the step's mean loss over all ranks, and this rank's summed loss of each micro-batch
     """
     from tune2gguf.data import collate, make_empty_batch
-    from tune2gguf.parallel import reduce_gradients
+    from tune2gguf.distributed.parallel import reduce_gradients
 
     batch_losses = []
     for number in range(counts.micro_batches):

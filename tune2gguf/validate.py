@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tune2gguf.distributed import World, sum_over_ranks
+from tune2gguf.distributed.world import World, sum_over_ranks
 
 if TYPE_CHECKING:
     from tune2gguf.data import TokenizedRow

@@ -13,13 +13,13 @@ from torch.nn import functional
 from tests.conftest import TINY_TIED
 from tests.recipes.launch import CONTEXT, find_free_port
 from tune2gguf.base.load import load_base
-from tune2gguf.distributed import start_world
+from tune2gguf.distributed.parallel import replicate, shard
+from tune2gguf.distributed.world import start_world
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.loss import IGNORED_LABEL
 from tune2gguf.model.nf4 import dequantize_nf4_tensor
 from tune2gguf.model.sharding import take_share, to_whole
-from tune2gguf.parallel import replicate, shard
 
 BATCH, SEQ = 4, 24
 
@@ -142,7 +142,7 @@ def test_two_processes_with_a_part_of_the_rows_each_give_the_plain_loss(tiny_bas
 
 def compute_part(base: Path, parallel: str, rank: int, port: str, out: Path) -> None:
     """Compute on every other row as one of two processes; the first writes the loss and gradients of all rows."""
-    from tune2gguf.distributed import stop_world, sum_over_ranks
+    from tune2gguf.distributed.world import stop_world, sum_over_ranks
 
     torch.set_num_threads(1)
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -178,7 +178,7 @@ def test_processes_of_a_run_end_before_python_ends_in_which_their_threads_could_
     program = tmp_path / "program.py"
     program.write_text(
         "import atexit, os\n"
-        "from tune2gguf.failures import end_together\n"
+        "from tune2gguf.distributed.failures import end_together\n"
         "atexit.register(os.abort)\n"
         "with end_together():\n"
         "    print('done')\n"

@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.recipes.launch import CONTEXT
-from tune2gguf import distributed
-from tune2gguf.distributed import agree_on_start, join_processes, max_over_ranks
+from tune2gguf.distributed import world as distributed
+from tune2gguf.distributed.world import agree_on_start, join_processes, max_over_ranks
 
 
 def join(rank: int, port: int, delay: float, *, is_named: bool) -> None:

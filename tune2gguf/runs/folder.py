@@ -153,9 +153,9 @@ def describe_plan(
 ) -> list[str]:
     """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
     from tune2gguf.data.padding import describe_padding
+    from tune2gguf.distributed.parallel import describe_parallel
     from tune2gguf.machine.cpu import describe_cpu
     from tune2gguf.model.fused import describe_layers, find_obstacle
-    from tune2gguf.parallel import describe_parallel
     from tune2gguf.samples import describe_prompts
 
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch.distributed as dist
 from torch import OutOfMemoryError
 
-from tune2gguf.distributed import AgreedError, describe_error, join_processes, wait_for_all
-from tune2gguf.signals import StopRequested
-from tune2gguf.watch import POLL_SECONDS, Watch
+from tune2gguf.distributed.signals import StopRequested
+from tune2gguf.distributed.watch import POLL_SECONDS, Watch
+from tune2gguf.distributed.world import AgreedError, describe_error, join_processes, wait_for_all
 
 if TYPE_CHECKING:
     from tune2gguf.record import RunRecord

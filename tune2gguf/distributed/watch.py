@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from tune2gguf.distributed import broadcast_from_main
+from tune2gguf.distributed.world import broadcast_from_main
 
 POLL_SECONDS = 0.5
 # Counted, not timed: to a run that was suspended and goes on, nobody has been silent.

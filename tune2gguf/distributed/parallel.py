@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tune2gguf.distributed import World, max_over_ranks
+from tune2gguf.distributed.world import World, max_over_ranks
 
 if TYPE_CHECKING:
     from tune2gguf.machine import Shape

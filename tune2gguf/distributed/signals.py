@@ -8,7 +8,7 @@ import threading
 import time
 from types import FrameType
 
-from tune2gguf.distributed import max_over_ranks
+from tune2gguf.distributed.world import max_over_ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Slurm signals torchrun and its processes, and torchrun passes its own on: within this time it is one request.
