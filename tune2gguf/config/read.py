@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune2gguf.base.source import BaseSource, parse_base_source
+from tune2gguf.config import read_config
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -93,3 +96,17 @@ def build_component(node: DictConfig, *arguments: Any, **given: Any) -> Any:
 
     options = OmegaConf.to_container(node, resolve=True)
     return _get_component_from_path(options.pop("_component_"))(*arguments, **options, **given)
+
+
+def read_base_keys(config_path: str | Path, overrides: list[str]) -> tuple[Path, BaseSource]:
+    """Return `base_dir` and `base_source` of a config, after `key=value` overrides.
+
+    Raises:
+        ValueError: if the config cannot be read or lacks a key
+    """
+    config = read_config(Path(config_path), overrides)
+    values = {key: config.get(key) for key in ("base_dir", "base_source")}
+    missing = [key for key, value in values.items() if not isinstance(value, str) or not value]
+    if missing:
+        raise ValueError(f"{config_path}: needs {' and '.join(missing)}, as text")
+    return Path(values["base_dir"]), parse_base_source(values["base_source"])
