@@ -11,7 +11,7 @@ def main() -> None:
     parser.add_argument("--html", type=Path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page")
     arguments = parser.parse_args()
 
-    from tune2gguf.compare import find_runs, format_groups, group_runs, write_page
+    from tune2gguf.report.compare import find_runs, format_groups, group_runs, write_page
 
     try:
         groups = group_runs(arguments.runs or find_runs(Path("runs")))

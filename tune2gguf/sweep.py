@@ -367,7 +367,7 @@ def _read_last_line(folder: Path) -> str:
 
 def describe_best(run_dirs: Sequence[Path]) -> list[str]:
     """Return the comparison of a sweep's runs, where its page is, and the command that exports the best."""
-    from tune2gguf.compare import format_groups, group_runs, write_page
+    from tune2gguf.report.compare import format_groups, group_runs, write_page
 
     groups = group_runs(run_dirs)
     page = write_page(groups, run_dirs[0].parent / "comparison.html")

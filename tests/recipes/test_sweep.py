@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.recipes.test_commands import SCRIPTS
-from tune2gguf.compare import group_runs
+from tune2gguf.report.compare import group_runs
 
 RATES = ("1e-3", "1.1e-3", "1.2e-3", "1.3e-3", "1e-9")
 

@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
 from tests.unit.test_run_ledger import rewrite_heldout, take_rows
-from tune2gguf.compare import find_differences, find_runs, format_groups, group_runs, write_page
+from tune2gguf.report.compare import find_differences, find_runs, format_groups, group_runs, write_page
 from tune2gguf.verdict.conclude import conclude_run
 
 GOOD, SLOW, POOR = (make_curves(approach(rate)) for rate in (8, 1, 0.5))
