@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tune2gguf.chat import check_options, open_chat_model, start_conversation, talk
 from tune2gguf.runs.read import read_run
+from tune2gguf.serve.chat import check_options, open_chat_model, start_conversation, talk
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tune2gguf.before_after import answer_before_and_after, read_heldout_losses
+from tune2gguf.serve.before_after import answer_before_and_after, read_heldout_losses
 
 
 def main() -> None:

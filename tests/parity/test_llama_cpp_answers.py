@@ -12,7 +12,7 @@ from tests.conftest import TINY_TIED, TINY_UNTIED, write_tiny_base
 from tests.parity.gguf_models import write_run
 from tests.parity.make_gguf_digests import write_hf_folder
 from tune2gguf.export.pipeline import export_base, export_run
-from tune2gguf.llama_cpp import LlamaCppModel, choose_num_threads, open_model
+from tune2gguf.serve.llama_cpp import LlamaCppModel, choose_num_threads, open_model
 
 MESSAGES = [{"role": "user", "content": " When does the ferry leave? "}]
 
@@ -126,7 +126,7 @@ def test_llama_cpp_loads_the_type(tiny_base, tmp_path, quantization):
 
 
 def test_threads_follow_from_the_files_size_and_the_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr("tune2gguf.llama_cpp.count_cores", lambda: 4)
+    monkeypatch.setattr("tune2gguf.serve.llama_cpp.count_cores", lambda: 4)
     path = tmp_path / "sparse.gguf"
     chosen = []
     for size in (1, 399_999_999, 500_000_000, 5_000_000_000):

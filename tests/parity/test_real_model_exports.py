@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import write_smollm2_run
-from tune2gguf.llama_cpp import open_model
+from tune2gguf.serve.llama_cpp import open_model
 
 pytestmark = pytest.mark.slow
 QUESTION = "How many days are in a week?"

@@ -17,8 +17,8 @@ from tests.tokenizer_files import find_llama3_tokenizer, make_random_texts, writ
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.data import Message
 from tune2gguf.export.pipeline import export_base
-from tune2gguf.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.model.architectures import Architecture
+from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer

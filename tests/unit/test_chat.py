@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import write_biased_base, write_run
-from tune2gguf.chat import open_chat_model, talk
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.runs.read import read_run
+from tune2gguf.serve.chat import open_chat_model, talk
 
 QUESTION = "When does the ferry leave?"
 

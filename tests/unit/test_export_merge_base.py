@@ -13,8 +13,8 @@ from tests.parity.gguf_models import write_run
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.merge.base import DEQUANTIZED, ORIGINAL
 from tune2gguf.export.pipeline import export_base, export_run
-from tune2gguf.export.proof import prove_export
 from tune2gguf.model.architectures import Architecture
+from tune2gguf.serve.proof import prove_export
 
 ARCHITECTURE = Architecture(**{**vars(TINY_TIED), "embed_dim": 64, "intermediate_dim": 128, "head_dim": 16})
 

@@ -15,9 +15,9 @@ from tests.parity.gguf_models import write_biased_base, write_run
 from tune2gguf.export.exported import Export
 from tune2gguf.export.measure.validation_rows import make_rows
 from tune2gguf.export.pipeline import export_run
-from tune2gguf.export.proof import ADAPTER, BASE, MERGED, format_table, prove_export
-from tune2gguf.export.serving import check_tokens
-from tune2gguf.llama_cpp import open_model
+from tune2gguf.serve.llama_cpp import open_model
+from tune2gguf.serve.proof import ADAPTER, BASE, MERGED, format_table, prove_export
+from tune2gguf.serve.serving import check_tokens
 from tune2gguf.tokenizer.conversation import Conversation, Message
 from tune2gguf.tokenizer.templates import CHATML
 from tune2gguf.tokenizer.tokenizer import load_tokenizer

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tune2gguf.data.heldout import cut_before_reply, read_heldout
 from tune2gguf.export.pipeline import export_base
-from tune2gguf.llama_cpp import open_model
 from tune2gguf.runs.read import read_run
+from tune2gguf.serve.llama_cpp import open_model
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from tune2gguf.data.heldout import cut_before_reply
 from tune2gguf.export.measure.step_losses import HeldOutRow
-from tune2gguf.llama_cpp import LlamaCppModel, open_model
+from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.tokenizer.conversation import Conversation, trim
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 

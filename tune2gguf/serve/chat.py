@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from tune2gguf.export.pipeline import list_served
-from tune2gguf.llama_cpp import open_model
 from tune2gguf.model.generate import Reply
 from tune2gguf.runs.read import FinishedRun
+from tune2gguf.serve.llama_cpp import open_model
 
 HELP = "/new starts over, /quit or Ctrl-D ends"
 
@@ -36,7 +36,7 @@ def open_chat_model(
         ValueError: if there is nothing exported, or it cannot be loaded
     """
     if uses_adapter:
-        from tune2gguf.adapter_model import load_adapter_model
+        from tune2gguf.serve.adapter_model import load_adapter_model
 
         return load_adapter_model(run)
     if gguf_path is None:

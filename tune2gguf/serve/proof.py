@@ -21,8 +21,8 @@ from tune2gguf.export.measure.weight_sources import (
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.progress import open_bar
-from tune2gguf.export.serving import ServedFile, serve_file
 from tune2gguf.files.atomic import write_text
+from tune2gguf.serve.serving import ServedFile, serve_file
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
 COMPUTED_BY = "torch in float32; a file's weights are its dequantized tensors"
