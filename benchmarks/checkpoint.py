@@ -25,7 +25,7 @@ from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.sharding import copy_to_cpu
 from tune2gguf.runs.adapter import collect_adapter, make_peft_config, to_peft_layout
 from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
-from tune2gguf.seeds import capture_random_state
+from tune2gguf.train.seeds import capture_random_state
 
 
 def build_adapter(architecture: str, *, rank: int, device: torch.device) -> tuple[CausalLM, torch.optim.Optimizer]:

@@ -36,7 +36,7 @@ from tune2gguf.model.architectures import ARCHITECTURES, Architecture
 from tune2gguf.model.llama import CausalLM, build_lora_llama, prepare_training
 from tune2gguf.model.lora import initialize_adapters
 from tune2gguf.model.loss import IGNORED_LABEL
-from tune2gguf.steps import compute_grad_norm
+from tune2gguf.train.steps import compute_grad_norm
 
 CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

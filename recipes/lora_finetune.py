@@ -73,7 +73,7 @@ class LoRAFinetuneRecipe:
     def _open_checkpoint(self):
         """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
         from tune2gguf.distributed.world import agree_on_errors
-        from tune2gguf.resume import check_machines, describe_run, open_checkpoint
+        from tune2gguf.train.resume import check_machines, describe_run, open_checkpoint
 
         cfg, world = self.cfg, self.world
         with agree_on_errors():
@@ -103,7 +103,7 @@ class LoRAFinetuneRecipe:
         from tune2gguf.model.fused import find_obstacle
         from tune2gguf.model.llama import prepare_training
         from tune2gguf.model.lora import initialize_adapters
-        from tune2gguf.seeds import seed_dropout
+        from tune2gguf.train.seeds import seed_dropout
 
         cfg, world = self.cfg, self.world
         with agree_on_errors():
@@ -139,10 +139,10 @@ class LoRAFinetuneRecipe:
     def _restore(self, checkpoint) -> None:
         from tune2gguf.base.source import name_base
         from tune2gguf.model.architectures import read_architecture
-        from tune2gguf.observe import plan_run_validation
-        from tune2gguf.resume import restore_run
         from tune2gguf.runs.adapter import collect_peft_adapter
-        from tune2gguf.seeds import capture_random_state
+        from tune2gguf.train.resume import restore_run
+        from tune2gguf.train.seeds import capture_random_state
+        from tune2gguf.train.validator import plan_run_validation
 
         cfg, architecture = self.cfg, read_architecture(self.cfg.base_dir)
         self.progress = restore_run(
@@ -170,11 +170,12 @@ class LoRAFinetuneRecipe:
 
     def _setup_run_folder(self, checkpoint) -> None:
         from tune2gguf.data.heldout import read_heldout
-        from tune2gguf.record import RunRecord
-        from tune2gguf.resume import enter_run_folder
         from tune2gguf.runs.checkpoints import CheckpointWriter
-        from tune2gguf.runs.folder import describe_plan, write_plan
-        from tune2gguf.samples import choose_prompts
+        from tune2gguf.runs.folder import write_plan
+        from tune2gguf.train.plan import describe_plan
+        from tune2gguf.train.record import RunRecord
+        from tune2gguf.train.resume import enter_run_folder
+        from tune2gguf.train.samples import choose_prompts
 
         self.record, self.writer, self.prompts = None, None, []
         if not self.world.is_main:
@@ -202,7 +203,7 @@ class LoRAFinetuneRecipe:
 
     def _setup_observer(self) -> None:
         from tune2gguf.distributed.world import broadcast_from_main
-        from tune2gguf.observe import Observer
+        from tune2gguf.train.validator import Observer
 
         self.observer = Observer(
             model=self.model,
@@ -219,8 +220,8 @@ class LoRAFinetuneRecipe:
 
     def train(self) -> None:
         """Run all epochs, saving on the way; a signal or a step that is not finite ends them with all of it saved."""
-        from tune2gguf.distributed.failures import save_when_stopped
         from tune2gguf.distributed.signals import StopSignals
+        from tune2gguf.train.resume import save_when_stopped
 
         saving = save_when_stopped(self._save_checkpoint, self.writer, self.record)
         with StopSignals(show=self.world.is_main) as self.stop, saving:
@@ -254,9 +255,9 @@ class LoRAFinetuneRecipe:
 
     def _train_step(self, micro_batches: list[list[int]]) -> dict:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
-        from tune2gguf import steps
         from tune2gguf.machine import measure_peak
-        from tune2gguf.seeds import capture_random_state
+        from tune2gguf.train import steps
+        from tune2gguf.train.seeds import capture_random_state
 
         started = time.perf_counter()
         rows = [[self.data.sequences[index] for index in indices] for indices in micro_batches]

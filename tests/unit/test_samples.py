@@ -7,10 +7,10 @@ from tests.conftest import TINY_TIED, write_tiny_base
 from tune2gguf.base.load import load_base
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
 from tune2gguf.model.lora import LoRALinear, initialize_adapters
-from tune2gguf.samples import answer_prompts, choose_prompts, describe_prompts
-from tune2gguf.seeds import capture_random_state
 from tune2gguf.tokenizer.conversation import Conversation, Message
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
+from tune2gguf.train.samples import answer_prompts, choose_prompts, describe_prompts
+from tune2gguf.train.seeds import capture_random_state
 
 CPU = torch.device("cpu")
 MAX_TOKENS = 40

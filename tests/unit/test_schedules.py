@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tune2gguf.guide import SCHEDULERS
-from tune2gguf.schedules import compute_rate_factor, get_schedule
+from tune2gguf.train.schedules import compute_rate_factor, get_schedule
 
 PEAK, WARMUP, TOTAL = 2e-4, 4, 20
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from tune2gguf.seeds import capture_random_state, restore_random_state, seed_dropout
+from tune2gguf.train.seeds import capture_random_state, restore_random_state, seed_dropout
 
 
 def draw_mask(seed: int, rank: int) -> list[float]:

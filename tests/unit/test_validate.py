@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tune2gguf.validate import HeldOutLoss, describe_validation
+from tune2gguf.train.validation import HeldOutLoss, describe_validation
 
 
 def draw(generator: np.random.Generator, num_rows: int) -> HeldOutLoss:

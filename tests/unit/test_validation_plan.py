@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from tune2gguf.validation_plan import (
+from tune2gguf.train.validation_plan import (
     FORWARD_SHARE,
     GENERATION_COST,
     MAX_REPLY_TOKENS,

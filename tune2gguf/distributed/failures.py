@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,8 +19,7 @@ from tune2gguf.distributed.watch import POLL_SECONDS, Watch
 from tune2gguf.distributed.world import AgreedError, describe_error, join_processes, wait_for_all
 
 if TYPE_CHECKING:
-    from tune2gguf.record import RunRecord
-    from tune2gguf.runs.checkpoints import CheckpointWriter
+    pass
 
 # What a user can mend, said in one line; anything else is our mistake and shows where it happened.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
@@ -59,39 +58,6 @@ def end_together() -> Iterator[None]:
         reporter.end(exit_code=0)
     finally:
         reporter.close()
-
-
-@contextmanager
-def save_when_stopped(
-    save: Callable[[], None], writer: CheckpointWriter | None, record: RunRecord | None
-) -> Iterator[None]:
-    """Save the run when the block is left before its end for a reason that every process has, and say how to go on.
-
-    Args:
-        save: begins to write a checkpoint; every process takes part
-        writer, record: of the main process, closed at the end of the block
-
-    Raises:
-        ValueError: for a disk that could not be written to, with what is intact and the way on
-    """
-    try:
-        yield
-        if writer is not None:
-            writer.wait()
-    except (StopRequested, AgreedError):
-        save()
-        if writer is not None:
-            writer.wait()
-            print(f"saved {writer.newest}; to go on from there: the same command with resume=auto")
-        raise
-    except OSError as error:
-        raise ValueError(
-            f"{describe_error(error)}. The checkpoints before this are intact; "
-            "when it is mended, go on with the same command and resume=auto"
-        ) from error
-    finally:
-        for opened in filter(None, (writer, record)):
-            opened.close()
 
 
 class _Reporter:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from tune2gguf.data import PreparedData
-    from tune2gguf.samples import Prompt
-    from tune2gguf.validation_plan import ValidationPlan
 
 PLAN_FILE = "plan.json"
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
@@ -137,53 +135,6 @@ class JsonLinesFile:
             raise ValueError(f"{self.path} has {size} bytes, but had {num_bytes} at the checkpoint; bring it back")
         if size > num_bytes:
             os.truncate(self.path, num_bytes)
-
-
-def describe_plan(
-    cfg: DictConfig,
-    data: PreparedData,
-    *,
-    world_size: int,
-    device: str,
-    parallel: str,
-    num_trainable: int,
-    validation: ValidationPlan,
-    prompts: Sequence[Prompt],
-    num_steps: int,
-) -> list[str]:
-    """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
-    from tune2gguf.data.padding import describe_padding
-    from tune2gguf.distributed.parallel import describe_parallel
-    from tune2gguf.machine.cpu import describe_cpu
-    from tune2gguf.model.fused import describe_layers, find_obstacle
-    from tune2gguf.samples import describe_prompts
-
-    lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
-    if device == "cpu":
-        lines.append(describe_cpu())
-    else:
-        obstacle = find_obstacle("cuda", dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
-        lines.append(describe_layers(obstacle))
-    if world_size > 1:
-        lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
-    lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} held out")
-    lines.append(validation.describe())
-    samples = describe_prompts(
-        prompts,
-        num_samples=cfg.num_samples,
-        num_held_out=len(data.validation),
-        max_tokens=validation.max_reply_tokens,
-    )
-    lines += [] if samples is None else [samples]
-    if data.unit == "packs":
-        lines.append(f"packs: {len(data.sequences)} of {cfg.max_seq_len} tokens, {data.sequences.fill:.1%} full")
-    batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
-    lines.append(describe_padding(data, seed=cfg.seed, batch_size=batch))
-    lines.append(
-        f"{data.unit} per step: {batch} x {accumulation} x {world_size} = {batch * accumulation * world_size}"
-        " (batch x accumulation x processes)"
-    )
-    return [*lines, f"{num_steps} steps in {cfg.epochs} epochs"]
 
 
 def write_plan(folder: Path, lines: Sequence[str], *, num_steps: int) -> None:

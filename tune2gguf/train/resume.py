@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune2gguf.distributed.signals import StopRequested
+from tune2gguf.distributed.world import AgreedError, describe_error
 from tune2gguf.files.digest import digest_file
-from tune2gguf.record import NOTHING_RECORDED
 from tune2gguf.runs.adapter import ADAPTER_WEIGHTS, save_adapter
 from tune2gguf.runs.checkpoints import (
     CHECKPOINTS,
@@ -26,6 +27,13 @@ from tune2gguf.runs.folder import (
     record_resume,
     write_config,
 )
+from tune2gguf.train.progress import Progress
+from tune2gguf.train.record import NOTHING_RECORDED
+
+if TYPE_CHECKING:
+    from tune2gguf.runs.checkpoints import CheckpointWriter
+    from tune2gguf.train.record import RunRecord
+
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,54 +68,6 @@ FREE_KEYS = OWN_KEYS | {
     "parallel",
     "base_source",
 }
-
-
-@dataclass
-class Progress:
-    """How far a run is. With a seed and a plan of the epoch this is all that decides which rows come next."""
-
-    step: int = 0  # optimizer steps taken
-    epoch: int = 0  # epochs finished
-    step_in_epoch: int = 0  # steps taken of the epoch after them
-    validated_step: int | None = None  # step of the last validation
-    sampled_step: int | None = None  # step of the last answers to the held-out prompts
-    best_loss: float | None = None  # lowest held-out loss
-    best_step: int | None = None
-    best_sha256: str | None = None  # of the weights in best/
-    validations_without_best: int = 0  # since the best one
-    eval_every_n_steps: int | None = None  # as the validation was planned; more epochs do not change it
-    num_val_rows: int | None = None
-
-    def finish_epoch(self) -> None:
-        """Stand before the next epoch."""
-        self.epoch, self.step_in_epoch = self.epoch + 1, 0
-
-    def take_loss(self, held_out_loss: float) -> bool:
-        """Take note of a validation after a step; return whether its loss is the lowest yet, and best/ is due."""
-        if math.isnan(held_out_loss) or (self.best_loss is not None and held_out_loss >= self.best_loss):
-            self.validations_without_best += 1
-            return False
-        self.best_loss, self.best_step, self.validations_without_best = held_out_loss, self.step, 0
-        return True
-
-    def is_over(self, epochs: int, *, patience: int | None) -> bool:
-        """Whether the run has no step left: all epochs are done, or so many validations in a row were no best."""
-        is_stopped_early = patience is not None and self.validations_without_best >= patience
-        return self.epoch == epochs or is_stopped_early
-
-    def describe_end(self, epochs: int) -> list[str]:
-        """Return what a run says when it has ended before its last epoch; nothing after that."""
-        if self.epoch == epochs:
-            return []
-        best = "there is none" if self.best_step is None else f"it is that of step {self.best_step}, in best/"
-        return [
-            f"stopped early after step {self.step}: {self.validations_without_best} validations in a row "
-            f"without a new best; {best}"
-        ]
-
-    def finish_step(self) -> None:
-        """Stand before the next step."""
-        self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
 
 
 def describe_run(cfg: DictConfig, data_fingerprint: str, *, parallel: str, world: World) -> dict[str, Any]:
@@ -237,8 +197,8 @@ def restore_run(
     Without a checkpoint a run stands at its beginning, where all of them are.
     """
     from tune2gguf.runs.adapter import from_peft_layout, restore_adapter
-    from tune2gguf.seeds import restore_random_state
-    from tune2gguf.steps import advance_schedule, restore_optimizer
+    from tune2gguf.train.seeds import restore_random_state
+    from tune2gguf.train.steps import advance_schedule, restore_optimizer
 
     if checkpoint is None:
         return Progress()
@@ -304,3 +264,36 @@ def _restore_best(output_dir: Path, checkpoint: Checkpoint, progress: Progress) 
         print(f"resume: best/ is not the adapter of step {progress.best_step} any more; the search for the best is new")
         progress.best_loss = progress.best_step = progress.best_sha256 = None
         progress.validations_without_best = 0
+
+
+@contextmanager
+def save_when_stopped(
+    save: Callable[[], None], writer: CheckpointWriter | None, record: RunRecord | None
+) -> Iterator[None]:
+    """Save the run when the block is left before its end for a reason that every process has, and say how to go on.
+
+    Args:
+        save: begins to write a checkpoint; every process takes part
+        writer, record: of the main process, closed at the end of the block
+
+    Raises:
+        ValueError: for a disk that could not be written to, with what is intact and the way on
+    """
+    try:
+        yield
+        if writer is not None:
+            writer.wait()
+    except (StopRequested, AgreedError):
+        save()
+        if writer is not None:
+            writer.wait()
+            print(f"saved {writer.newest}; to go on from there: the same command with resume=auto")
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{describe_error(error)}. The checkpoints before this are intact; "
+            "when it is mended, go on with the same command and resume=auto"
+        ) from error
+    finally:
+        for opened in filter(None, (writer, record)):
+            opened.close()

@@ -35,7 +35,7 @@ class RunRecord:
 
     def write_step(self, record: dict[str, Any], bar: tqdm) -> None:
         """Write the line of an optimizer step, and show it on the progress bar."""
-        from tune2gguf.steps import describe_speed
+        from tune2gguf.train.steps import describe_speed
 
         self.write_metrics(record)
         if "skipped" in record:

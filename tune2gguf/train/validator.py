@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from tune2gguf.data.tokenize import TokenizedRows
     from tune2gguf.distributed.world import World
     from tune2gguf.model.llama import CausalLM
-    from tune2gguf.record import RunRecord
-    from tune2gguf.resume import Progress
-    from tune2gguf.samples import Prompt
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer
-    from tune2gguf.validation_plan import ValidationPlan
+    from tune2gguf.train.progress import Progress
+    from tune2gguf.train.record import RunRecord
+    from tune2gguf.train.samples import Prompt
+    from tune2gguf.train.validation_plan import ValidationPlan
 
 
 def plan_run_validation(
@@ -36,7 +36,7 @@ def plan_run_validation(
         at: learns what was planned
         rows_per_step: or packs
     """
-    from tune2gguf.validation_plan import plan_validation
+    from tune2gguf.train.validation_plan import plan_validation
 
     held_out = data.ledger["validation"]
     trained_share = min(1.0, steps_per_epoch * rows_per_step / len(data.sequences))
@@ -78,7 +78,7 @@ class Observer:
         """
         from tqdm import tqdm
 
-        from tune2gguf.validate import compute_heldout_loss, describe_validation
+        from tune2gguf.train.validation import compute_heldout_loss, describe_validation
 
         if not self.rows:
             return None
@@ -102,7 +102,7 @@ class Observer:
         Args:
             after_token: where all processes answer, called by all of them equally often; may raise to give up
         """
-        from tune2gguf.samples import answer_prompts
+        from tune2gguf.train.samples import answer_prompts
 
         if not self.prompts or not (self.is_sharded or self.world.is_main):
             return
