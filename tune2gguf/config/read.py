@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.base.source import BaseSource, parse_base_source
-from tune2gguf.config import read_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -1,4 +1,4 @@
-"""TODO DOC."""
+"""What padding costs with rows in random order, and with rows of like length together."""
 
 from __future__ import annotations
 

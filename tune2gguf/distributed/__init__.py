@@ -1,1 +1,1 @@
-"""TODO DOC."""
+"""Processes of one run: world, parallel modes, signals, failures."""

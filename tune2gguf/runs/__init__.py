@@ -1,1 +1,1 @@
-"""TODO DOC."""
+"""The folder of a run: each of its files has its writer and its reader here."""

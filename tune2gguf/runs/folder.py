@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from tune2gguf.data import PreparedData
 
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from tune2gguf.data import PreparedData
-
 PLAN_FILE = "plan.json"
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
 

@@ -1,1 +1,1 @@
-"""TODO DOC."""
+"""Exported models at work: llama.cpp in process, chat, proof, before and after, Ollama."""

@@ -1,1 +1,1 @@
-"""TODO DOC."""
+"""A run: steps, validation, schedules, seeds, progress, record and resume."""

@@ -1,14 +1,10 @@
-"""TODO DOC."""
+"""What a run is about to do, in lines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from tune2gguf.data import PreparedData
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 

@@ -1,4 +1,4 @@
-"""TODO DOC."""
+"""Where a run stands."""
 
 from __future__ import annotations
 

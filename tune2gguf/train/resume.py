@@ -31,11 +31,6 @@ from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED
 
 if TYPE_CHECKING:
-    from tune2gguf.runs.checkpoints import CheckpointWriter
-    from tune2gguf.train.record import RunRecord
-
-
-if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
@@ -44,7 +39,9 @@ if TYPE_CHECKING:
     from tune2gguf.distributed.world import World
     from tune2gguf.model.architectures import Architecture
     from tune2gguf.model.llama import CausalLM
-    from tune2gguf.runs.checkpoints import Checkpoint
+    from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
+    from tune2gguf.train.record import RunRecord
+
 
 # Where things are may be another place on each machine of a run; the rest of the config is the same on all.
 OWN_KEYS = {

@@ -1,1 +1,1 @@
-"""TODO DOC."""
+"""The content of a GGUF file: metadata, tensors, vocabulary, quantization types and kernels."""
