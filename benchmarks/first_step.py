@@ -4,7 +4,7 @@
 
 The rows are those of make_rows.py, the tokenizer is Llama 3's, the model has a few random weights, so that what is
 timed is the way to the first step. Each run is the whole recipe in a process of its own, with the data options of the
-shipped config: start, config check, rows read, split, tokenized or mapped from the cache, model, held-out loss and
+shipped config: start, config check, rows read, split, tokenized or mapped from the cache, model, validation loss and
 samples before training, then the first step; after it the same measurements, save and report. Memory is the peak of the
 process, and what it is over that of the same run on 100 rows.
 """

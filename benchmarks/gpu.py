@@ -49,7 +49,7 @@ def make_ours(arguments, device: str, world=None):
     from tune2gguf.base.load import fill_model
     from tune2gguf.distributed.parallel import replicate, shard
     from tune2gguf.model.architectures import ARCHITECTURES
-    from tune2gguf.model.fused import find_obstacle
+    from tune2gguf.model.fused import why_not_fused
     from tune2gguf.model.llama import build_lora_llama, prepare_training
     from tune2gguf.model.lora import initialize_adapters
 
@@ -70,7 +70,7 @@ def make_ours(arguments, device: str, world=None):
         return weight(spec.shape, device=device, dtype=torch.bfloat16) * (1.0 if len(spec.shape) == 1 else 0.02)
 
     device_type = torch.device(device).type
-    obstacle = find_obstacle(device_type, dtype="bf16", compile=arguments.compile, lora_rank=RANK)
+    obstacle = why_not_fused(device_type, dtype="bf16", compile=arguments.compile, lora_rank=RANK)
     prepare_training(
         model,
         compile=arguments.compile,
@@ -193,10 +193,10 @@ def measure(arguments, make, device: str) -> dict:
 
 def estimate_peak(arguments) -> float:
     """Return what estimate_memory.py says of a case, GiB, without the CUDA context that torch does not count either."""
-    from tune2gguf.machine.memory import Shape, estimate_memory
+    from tune2gguf.machine.memory import RunSpec, estimate_memory
     from tune2gguf.model.architectures import ARCHITECTURES
 
-    shape = Shape(
+    shape = RunSpec(
         architecture=ARCHITECTURES[MODELS[arguments.model]],
         base_weights="nf4" if arguments.kind == "qlora" else "bf16",
         dtype="bf16",

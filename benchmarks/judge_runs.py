@@ -19,7 +19,7 @@ from tune2gguf.verdict.judge import LABELS, OVERFITTING, UNDERFITTING, Verdict, 
 
 RECORDED = REPOSITORY / "benchmarks/results/verdict_runs.jsonl"
 PAGE, FIGURE = "verdict_runs.md", "verdict_runs.svg"
-# Held-out rows that a run is judged on again, drawn from its own, and how often.
+# Validation rows that a run is judged on again, drawn from its own, and how often.
 FEWER_ROWS, NUM_DRAWS = (6, 10, 20, 40), 5
 COLORS = dict(zip(KINDS, ("#c4601d", "#6f4bb5", "#b8508e", "#0b5cad", "#6a6f78"), strict=True))
 
@@ -77,7 +77,7 @@ def _make_validation(step: int, epoch: int, losses: Sequence[float], tokens: Seq
 
 
 def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
-    """Return the curves as they would be if only these rows had been held out."""
+    """Return the curves as they would be if these were the only validation rows."""
     validations = [
         _make_validation(
             one.step, one.epoch, [one.row_losses[row] for row in rows], [one.row_tokens[row] for row in rows]
@@ -123,7 +123,7 @@ def judge_on_fewer_rows(judged: Sequence[JudgedRun]) -> dict[int, list[tuple[str
         found[num_rows] = [
             (one.run.kind.expected, judge(take_rows(one.curves, rows)).label)
             for one in judged
-            if one.curves.final.rows >= num_rows and one.run.kind.num_heldout is None
+            if one.curves.final.rows >= num_rows and one.run.kind.num_validation_rows is None
             for rows in (generator.choice(one.curves.final.rows, num_rows, replace=False) for _ in range(NUM_DRAWS))
         ]
     return found
@@ -140,7 +140,7 @@ def format_fewer_rows(found: dict[int, list[tuple[str, str]]]) -> str:
 
 
 def draw_curves(judged: Sequence[JudgedRun], path: Path) -> None:
-    """Write the held-out loss of every run over the fraction of its steps, a panel for each data set."""
+    """Write the validation loss of every run over the fraction of its steps, a panel for each data set."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "verdict_runs", "svg.fonttype": "none", "font.size": 9})
@@ -156,7 +156,7 @@ def draw_curves(judged: Sequence[JudgedRun], path: Path) -> None:
             panel.plot(fractions[-1], one.curves.final.loss, "o", color=COLORS[kind], markersize=3)
         panel.set(title=name, yscale="log", xlabel="fraction of the run's steps")
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel("held-out loss, nats a token")
+    panels[0].set_ylabel("validation loss, nats a token")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -173,8 +173,8 @@ def make_page(judged: Sequence[JudgedRun]) -> str:
 {right} of {len(judged)} right ({right / len(judged):.0%}); {count_reversed(pairs)} taken for the reverse, an overfit \
 for an underfit or back.
 
-SmolLM2-135M-Instruct on three data sets: the quickstart's conversations (259 to train on, 40 held out), orders as \
-JSON and unit conversions with their step (220 and 80 each). Each run was made to come out as one label, which was \
+SmolLM2-135M-Instruct on three data sets: the quickstart's conversations (259 to train on, 40 for validation), orders \
+as JSON and unit conversions with their step (220 and 80 each). Each run was made to come out as one label, which was \
 written down before the first run (`KINDS` in `benchmarks/verdict_runs.py`):
 
 {by_kind}
@@ -187,13 +187,13 @@ Made {" to ".join(dict.fromkeys((days[0], days[-1])))} with
 This page is `python benchmarks/judge_runs.py`, on the recorded runs with the verdict as it is now. What each figure \
 means: [verdict.md](verdict.md).
 
-![Held-out loss of each run]({FIGURE})
+![Validation loss of each run]({FIGURE})
 
 {format_table(judged)}
 
 ## On fewer rows
 
-The same runs, each judged {NUM_DRAWS} times on rows drawn from its held-out ones; how often which label. \
+The same runs, each judged {NUM_DRAWS} times on rows drawn from its validation ones; how often which label. \
 {sum(map(count_reversed, fewer.values()))} of {sum(map(len, fewer.values()))} are taken for the reverse.
 
 {format_fewer_rows(fewer)}
@@ -205,7 +205,7 @@ def describe_kind(name: str, judged: Sequence[JudgedRun]) -> str:
     kind, made_on = KINDS[name], sorted({one.made_on for one in judged if one.run.kind_name == name})
     settings = ", ".join(f"{key} {value}" for key, value in kind.settings.items())
     rows = "" if kind.num_rows is None else f"{kind.num_rows} rows to train on, "
-    rows += "" if kind.num_heldout is None else f"{kind.num_heldout} held-out rows, "
+    rows += "" if kind.num_validation_rows is None else f"{kind.num_validation_rows} validation rows, "
     return f"`{name}`, to be **{kind.expected}**: {rows}{settings} (on {' and '.join(made_on)})"
 
 

@@ -2,8 +2,8 @@
 
 python benchmarks/make_verdict_data.py benchmarks/data
 
-Training and held-out rows are drawn from one distribution, no two rows of a set are equal, and the same seed gives the
-same bytes. Everything in them is invented. Apache-2.0, like the rest of the repository.
+Training and validation rows are drawn from one distribution, no two rows of a set are equal, and the same seed gives
+the same bytes. Everything in them is invented. Apache-2.0, like the rest of the repository.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-NUM_TRAIN, NUM_HELDOUT, SEED = 220, 80, 7
+NUM_TRAIN, NUM_VALIDATION, SEED = 220, 80, 7
 
 NAMES = (  # noqa: SIM905
     "Priya Tomas Aiko Brigid Emeka Lotte Rashid Ingrid Mateo Yara Conor Nadia Felix Amara Oskar Leila Hugo Sanna Idris "
@@ -110,7 +110,7 @@ def write_data(folder: Path) -> list[Path]:
     """Write train.jsonl and heldout.jsonl of each set; return the paths."""
     written = []
     for name, make in (("orders", make_order), ("units", make_conversion)):
-        rows = make_rows(make, NUM_TRAIN + NUM_HELDOUT)
+        rows = make_rows(make, NUM_TRAIN + NUM_VALIDATION)
         (folder / name).mkdir(parents=True, exist_ok=True)
         for split, part in (("train", rows[:NUM_TRAIN]), ("heldout", rows[NUM_TRAIN:])):
             written.append(folder / name / f"{split}.jsonl")

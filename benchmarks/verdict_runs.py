@@ -38,14 +38,14 @@ class Kind:
 
     Attributes:
         num_rows: to train on, drawn by the seed; None takes all
-        num_heldout: held-out rows measured; None takes all
+        num_validation_rows: validation rows measured; None takes all
     """
 
     expected: str
     seeds: tuple[int, ...]
     settings: dict[str, float | int | str]
     num_rows: int | None = None
-    num_heldout: int | None = None
+    num_validation_rows: int | None = None
 
 
 # The labels were written down before the first run. The rate that suits this model is 1e-3.
@@ -62,7 +62,7 @@ KINDS = {
     "tiny-rate": Kind(UNDERFITTING, (1, 2), BALANCED | {"epochs": 1, "learning_rate": 2.0e-6}),
     "few-steps": Kind(UNDERFITTING, (1, 2), BALANCED | {"epochs": 1, "max_steps_per_epoch": 10, "warmup_steps": 5}),
     "balanced": Kind(GOOD_FIT, (1, 2, 3), BALANCED),
-    "few-heldout": Kind(INCONCLUSIVE, (1, 2), BALANCED | {"epochs": 2}, num_heldout=4),
+    "few-heldout": Kind(INCONCLUSIVE, (1, 2), BALANCED | {"epochs": 2}, num_validation_rows=4),
 }
 
 
@@ -118,7 +118,7 @@ def make_command(run: Run, *, out: Path, base_dir: str, device: str, precision: 
         "seed": run.seed,
         "dataset.files": f"[{train}]",
         "dataset.validation_files": f"[{folder / 'heldout.jsonl'}]",
-        "max_val_rows": kind.num_heldout or len(read_rows(run, "heldout")),
+        "max_val_rows": kind.num_validation_rows or len(read_rows(run, "heldout")),
         "eval_every_n_steps": -(-count_steps(run) // 10),
         "num_samples": 0,
         "keep_last": 1,

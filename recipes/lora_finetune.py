@@ -84,12 +84,12 @@ class LoRAFinetuneRecipe:
 
     def _plan_memory(self) -> None:
         """Say what the run will need before it takes it, and warn where it will not be there."""
-        from tune2gguf.config import get_shape
+        from tune2gguf.config import get_run_spec
         from tune2gguf.distributed.parallel import choose_parallel
         from tune2gguf.machine import announce, get_device
 
         longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
-        shape = get_shape(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
+        shape = get_run_spec(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
         self.parallel = choose_parallel(self.cfg.parallel, shape, self.world)
         self.shape = replace(shape, parallel=self.parallel)
         self.device = get_device(str(self.world.device))
@@ -100,7 +100,7 @@ class LoRAFinetuneRecipe:
         from tune2gguf.base.load import load_base
         from tune2gguf.distributed.parallel import replicate, shard
         from tune2gguf.distributed.world import agree_on_errors
-        from tune2gguf.model.fused import find_obstacle
+        from tune2gguf.model.fused import why_not_fused
         from tune2gguf.model.llama import prepare_training
         from tune2gguf.model.lora import initialize_adapters
         from tune2gguf.train.seeds import seed_dropout
@@ -113,7 +113,7 @@ class LoRAFinetuneRecipe:
             compile=cfg.compile,
             enable_activation_checkpointing=cfg.enable_activation_checkpointing,
             enable_activation_offloading=cfg.enable_activation_offloading,
-            fuse=find_obstacle(world.device.type, dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
+            fuse=why_not_fused(world.device.type, dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
             is None,
             lengths_vary=self.data.unit == "rows",
         )
@@ -169,7 +169,7 @@ class LoRAFinetuneRecipe:
         )
 
     def _setup_run_folder(self, checkpoint) -> None:
-        from tune2gguf.data.heldout import read_heldout
+        from tune2gguf.data.validation_rows import read_validation_rows
         from tune2gguf.runs.checkpoints import CheckpointWriter
         from tune2gguf.runs.folder import write_plan
         from tune2gguf.train.plan import describe_plan
@@ -184,7 +184,7 @@ class LoRAFinetuneRecipe:
         self.folder = enter_run_folder(checkpoint, self.progress, cfg, data=self.data, device=device)
         self.record = RunRecord(self.folder, metric_logger=build_metric_logger(cfg))
         self.writer = CheckpointWriter(self.folder, keep_last=cfg.keep_last)
-        rows = read_heldout(self.folder)
+        rows = read_validation_rows(self.folder)
         self.prompts = choose_prompts(rows, self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len)
         lines = describe_plan(
             cfg,
@@ -272,7 +272,7 @@ class LoRAFinetuneRecipe:
             record |= {"loss": loss, "lr": self.schedule.get_last_lr()[0], "grad_norm": grad_norm}
             self.optimizer.step()
         else:
-            record["skipped"] = steps.leave_out_step(
+            record["skipped"] = steps.skip_step(
                 record["step"], problem, rows, batch_losses, on_nonfinite=self.cfg.on_nonfinite
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -283,7 +283,7 @@ class LoRAFinetuneRecipe:
         return record | {"peak_memory_bytes": measure_peak(self.world.device)}
 
     def validate(self) -> None:
-        """Where it is due, measure the held-out loss and answer the prompts; the lowest loss's adapter is best/."""
+        """Where it is due, measure the validation loss and answer the prompts; the lowest loss's adapter is best/."""
         at, is_epoch_end = self.progress, self.progress.step_in_epoch == 0
         if not self.validation.is_due(at.step, is_epoch_end=is_epoch_end):
             return

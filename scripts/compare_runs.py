@@ -1,4 +1,4 @@
-"""Compare runs: a table of what differs, held-out loss, time, memory and verdict, and a page with the curves."""
+"""Compare runs: a table of what differs, validation loss, time, memory and verdict, and a page with the curves."""
 
 import argparse
 import sys

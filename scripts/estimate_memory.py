@@ -15,13 +15,13 @@ def main() -> None:
     if arguments.devices < 1:
         parser.error(f"--devices {arguments.devices}: at least 1 is needed")
 
-    from tune2gguf.config import check_values, get_shape, read_config
+    from tune2gguf.config import check_values, get_run_spec, read_config
     from tune2gguf.machine import describe_estimate, describe_fit, estimate_memory, list_devices
 
     try:
         config = read_config(arguments.config, arguments.overrides)
         check_values(config)
-        shape = get_shape(
+        shape = get_run_spec(
             config, longest_row=config.max_seq_len, num_devices=arguments.devices, parallel=config.parallel
         )
     except ValueError as error:

@@ -9,7 +9,7 @@ from tune2gguf.export.exported import PROOF_FILE, Export
 from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge.base import MERGE_BASES
-from tune2gguf.export.pipeline import DEFAULT_HELDOUT_ROWS, export_run
+from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, export_run
 from tune2gguf.serve.ollama import serve_with_ollama
 from tune2gguf.serve.proof import format_table, prove_export
 
@@ -28,18 +28,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--merged-hf", action="store_true", help="also write the merged model as a Hugging Face folder")
     parser.add_argument("--base-dir", help="where the base model is, if it has moved since the run")
     parser.add_argument(
-        "--merge-base", choices=MERGE_BASES, help="after 4-bit training; default: the one with the lower held-out loss"
+        "--merge-base",
+        choices=MERGE_BASES,
+        help="after 4-bit training; default: the one with the lower validation loss",
     )
     parser.add_argument("--original-base", metavar="DIR", help="the 16-bit weights of a 4-bit base; default: beside it")
-    parser.add_argument("--ollama", metavar="NAME", help="make the model in Ollama, and ask it a held-out question")
+    parser.add_argument("--ollama", metavar="NAME", help="make the model in Ollama, and ask it a validation question")
     parser.add_argument(
-        "--proof-rows", type=int, default=DEFAULT_HELDOUT_ROWS, help="held-out rows to prove the files on; 0 skips it"
+        "--proof-rows",
+        type=int,
+        default=DEFAULT_VALIDATION_ROWS,
+        help="validation rows to prove the files on; 0 skips it",
     )
     parser.add_argument(
         "--max-loss-increase",
         type=float,
         default=0.05,
-        help="of the held-out loss over the trained model's; 0.05 = 5 %%",
+        help="of the validation loss over the trained model's; 0.05 = 5 %%",
     )
     parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
     parser.add_argument("--threads", type=int, help="to quantize and to prove with; default: all cores")
@@ -57,7 +62,7 @@ def main() -> None:
             base_dir=arguments.base_dir,
             merge_base=arguments.merge_base,
             original_base_dir=arguments.original_base,
-            num_heldout_rows=arguments.proof_rows,
+            num_validation_rows=arguments.proof_rows,
             with_adapter_gguf=arguments.adapter_gguf,
             with_merged_hf=arguments.merged_hf,
             overwrite=arguments.force,
@@ -88,7 +93,7 @@ def show_proof(export: Export, arguments: argparse.Namespace) -> bool:
         num_threads=arguments.threads,
     )
     if proof is None:
-        print("not proven: the run has no held-out rows (dataset.validation_files or dataset.validation_split)")
+        print("not proven: the run has no validation rows (dataset.validation_files or dataset.validation_split)")
         return True
     print(f"{export.run.export_dir / PROOF_FILE}\n\n{format_table(proof)}")
     return not proof.failures

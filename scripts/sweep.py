@@ -1,4 +1,4 @@
-"""Search a config: a run for each combination of values, ranked by held-out loss; killed, it goes on where it was.
+"""Search a config: a run for each combination of values, ranked by validation loss; killed, it goes on where it was.
 
 python scripts/sweep.py --config examples/quickstart/lora.yaml learning_rate=5e-4,1e-3,2e-3 lora_alpha=16,32 epochs=2
 """

@@ -161,7 +161,7 @@ def run_arguments(tmp_path, tiny_base) -> list[str]:
 
 
 def make_run_arguments(folder: Path, base_dir: Path) -> list[str]:
-    """Return arguments of a tiny, exact (float32, no dropout) run on the quickstart's config: 20 rows, 5 held out."""
+    """Return arguments of a tiny, exact (float32, no dropout) run on the quickstart's config: 20 + 5 rows."""
     return [
         "--config",
         str(REPOSITORY / "examples/quickstart/lora.yaml"),

@@ -1,4 +1,4 @@
-"""Search the config: each trial is a run of its own, ranked by held-out loss; what is hopeless is stopped on the way.
+"""Search the config: each trial is a run of its own, ranked by validation loss; what is hopeless is stopped on the way.
 
 Optuna keeps the trials in the sweep's folder (SQLite), queues them and prunes; the runs are ordinary run folders
 beside that file. A sweep that was killed goes on where it was: finished trials are not repeated, an interrupted one is
@@ -148,7 +148,7 @@ def check_sweep(sweep: Sweep) -> None:
         raise ValueError("\n".join(f"{where}: {problem}" for problem, where in problems.items()))
     dataset = read_config(sweep.config_path, list_overrides(sweep, 0)).dataset
     if not (dataset.get("validation_files") or dataset.get("validation_split")):
-        raise ValueError("a sweep ranks by held-out loss; hold rows out with dataset.validation_split=0.1")
+        raise ValueError("a sweep ranks by validation loss; hold rows out with dataset.validation_split=0.1")
 
 
 def list_overrides(sweep: Sweep, number: int) -> list[str]:
@@ -287,7 +287,7 @@ def _run_trial(optuna, study: optuna.Study, trial: optuna.Trial, sweep: Sweep, n
             if reported > PRUNE_AFTER_VALIDATIONS and process.poll() is None and trial.should_prune():
                 process.send_signal(signal.SIGTERM)
                 process.wait()
-                print(f"  stopped at held-out loss {losses[-1]:.4f}: half of the trials were better by then")
+                print(f"  stopped at validation loss {losses[-1]:.4f}: half of the trials were better by then")
                 study.tell(trial, state=states.PRUNED)
                 return
     losses = _read_losses(folder)
@@ -298,11 +298,11 @@ def _run_trial(optuna, study: optuna.Study, trial: optuna.Trial, sweep: Sweep, n
     for position in range(reported, len(losses)):
         trial.report(losses[position], position + 1)
     study.tell(trial, min(losses))
-    print(f"  held-out loss {min(losses):.4f}")
+    print(f"  validation loss {min(losses):.4f}")
 
 
 def _read_losses(folder: Path) -> list[float]:
-    """Return the held-out losses after a step so far."""
+    """Return the validation losses after a step so far."""
     if not (folder / METRICS_FILE).is_file():
         return []
     return [one.loss for one in read_curves(folder).trained]

@@ -19,7 +19,7 @@ from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.loss import IGNORED_LABEL
 from tune2gguf.model.nf4 import dequantize_nf4_tensor
-from tune2gguf.model.sharding import take_share, to_whole
+from tune2gguf.model.sharding import full_tensor, shard_like
 
 BATCH, SEQ = 4, 24
 
@@ -41,7 +41,7 @@ def build(base: Path, *, base_weights: str = "fp32", parallel: str = "replicate"
     load_base(model, str(base), device=torch.device("cpu"), base_weights=base_weights, show=False)
     generator = torch.Generator().manual_seed(0)
     for _, weight in list_adapter(model):
-        weight.data.copy_(take_share(torch.randn(weight.shape, generator=generator) * 0.1, weight))
+        weight.data.copy_(shard_like(torch.randn(weight.shape, generator=generator) * 0.1, weight))
     return model.train()
 
 
@@ -155,7 +155,7 @@ def compute_part(base: Path, parallel: str, rank: int, port: str, out: Path) -> 
     losses = model(tokens[rank::2], labels[rank::2])
     (losses.sum() * (world.size / num_supervised)).backward()
     loss = sum_over_ranks(losses.detach().sum()) / num_supervised
-    gradients = {name: to_whole(weight.grad) for name, weight in list_adapter(model)}
+    gradients = {name: full_tensor(weight.grad) for name, weight in list_adapter(model)}
     if rank == 0:
         torch.save((loss, gradients), out)
     stop_world()

@@ -118,7 +118,7 @@ def test_lora_rank_is_the_inner_width_of_every_factor(run_arguments, tmp_path):
 
 
 def test_lora_alpha_over_rank_scales_what_the_adapter_does(run_arguments, tmp_path):
-    """After one small step the change of the held-out loss is linear in the adapter's product."""
+    """After one small step the change of the validation loss is linear in the adapter's product."""
     changes = {}
     for alpha in (2, 4, 8):  # ratios 0.5, 1 and 2
         run = run_watched(run_arguments, tmp_path / f"{alpha}", *ONE_STEP, f"lora_alpha={alpha}", "learning_rate=1e-5")

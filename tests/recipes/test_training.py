@@ -82,7 +82,7 @@ def test_activation_checkpointing_changes_no_byte_of_the_adapter(run_arguments, 
     assert all(np.array_equal(kept[name], recomputed[name]) for name in kept)
 
 
-def test_training_lowers_the_held_out_loss_and_best_is_its_lowest(run_arguments, tmp_path, monkeypatch):
+def test_training_lowers_the_validation_loss_and_best_is_its_lowest(run_arguments, tmp_path, monkeypatch):
     run_recipe([*run_arguments, "epochs=6", "learning_rate=0.02"], monkeypatch)
     losses = [record["val_loss"] for record in read_records(tmp_path / "runs/tiny", "val_loss")]
     assert min(losses[1:]) < 0.7 * losses[0]
@@ -100,9 +100,11 @@ def test_saved_adapter_gives_the_trained_logits_in_peft(run_arguments, tiny_base
     tuned = peft.PeftModel.from_pretrained(base, folder / "last").eval()
     expected = read_records(folder, "val_loss")[-1]["val_loss"]
     with torch.no_grad():
-        assert measure_heldout_loss(tuned, tiny_base, tmp_path / "heldout.jsonl") == pytest.approx(expected, abs=1e-4)
+        assert measure_validation_loss(tuned, tiny_base, tmp_path / "heldout.jsonl") == pytest.approx(
+            expected, abs=1e-4
+        )
         with tuned.disable_adapter():  # negative control
-            assert abs(measure_heldout_loss(tuned, tiny_base, tmp_path / "heldout.jsonl") - expected) > 0.1
+            assert abs(measure_validation_loss(tuned, tiny_base, tmp_path / "heldout.jsonl") - expected) > 0.1
 
 
 def test_export_refuses_a_base_that_has_changed_since_the_run(run_arguments, tmp_path, tiny_base, monkeypatch):
@@ -118,7 +120,7 @@ def test_export_refuses_a_base_that_has_changed_since_the_run(run_arguments, tmp
         export_run(tmp_path / "runs/tiny", base_dir=moved, overwrite=True, show=False)
 
 
-def measure_heldout_loss(model, base_dir: Path, path: Path) -> float:
+def measure_validation_loss(model, base_dir: Path, path: Path) -> float:
     import torch
 
     from tune2gguf.data.tokenize import read_conversations

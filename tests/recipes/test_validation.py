@@ -9,7 +9,7 @@ from tests.conftest import make_conversations, write_rows
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_training import read_records, run_recipe
 
-# 20 rows in steps of 4: 5 steps an epoch. The rate is so high that the held-out loss goes up and down.
+# 20 rows in steps of 4: 5 steps an epoch. The rate is so high that the validation loss goes up and down.
 UNSTEADY = ["epochs=4", "learning_rate=0.1", "scheduler=constant", "eval_every_n_steps=2", "early_stopping_patience=2"]
 
 
@@ -42,16 +42,16 @@ def test_samples_and_validations_change_no_byte_of_the_adapter(run_arguments, tm
         (step, row) for step in (0, 5, 10) for row in (0, 1)
     ]
     assert not (tmp_path / "seldom/samples.jsonl").exists()
-    assert "samples: 2 held-out prompts, answered before training" in capsys.readouterr().out
+    assert "samples: 2 validation prompts, answered before training" in capsys.readouterr().out
 
 
-def test_rows_without_held_out_ones_train_without_validation(run_arguments, tmp_path, monkeypatch, capsys):
+def test_rows_without_validation_rows_train_without_validation(run_arguments, tmp_path, monkeypatch, capsys):
     without = ["dataset.validation_files=null", "max_val_rows=null", "num_samples=3"]
     run_recipe([*run_arguments, *without], monkeypatch)
     folder = tmp_path / "runs/tiny"
     assert len(read_records(folder, "loss")) == 5 and read_records(folder, "val_loss") == []
     assert not (folder / "samples.jsonl").exists() and not (folder / "best").exists()
-    assert "held out: no rows, so that over- and underfitting stay unseen" in capsys.readouterr().out
+    assert "validation: no rows, so that over- and underfitting stay unseen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])

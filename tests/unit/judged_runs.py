@@ -17,7 +17,7 @@ def write_run(
     """Write config.yaml, data.json, environment.json, heldout.jsonl and metrics.jsonl of a finished run.
 
     Args:
-        heldout: what the held-out rows ask; another text makes them other rows
+        heldout: what the validation rows ask; another text makes them other rows
     """
     run_dir.mkdir(parents=True)
     overrides = ("base_dir=nowhere", f"output_dir={run_dir}", *overrides)

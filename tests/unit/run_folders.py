@@ -28,7 +28,7 @@ def make_metrics(
     *, steps: int = 195, epochs: int = 3, until: int | None = None, every: int = 20, overfit: bool = False,
     floor: float = 0.25, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """Return the lines of metrics.jsonl up to a step: losses fall as exponentials, held-out ones have intervals."""
+    """Return the lines of metrics.jsonl up to a step: losses fall as exponentials, validation ones have intervals."""
     rng = np.random.default_rng(seed)
     per_epoch, until = steps // epochs, steps if until is None else until
     lines = [make_validation(0, 0, 4.44, rng)]
@@ -118,7 +118,7 @@ LEDGER = {
 VERDICT = {
     "label": "overfitting",
     "reasons": [
-        "The held-out loss ends at 0.752, 0.31 above its best (step 100); paired 95 % interval 0.22 to 0.39.",
+        "The validation loss ends at 0.752, 0.31 above its best (step 100); paired 95 % interval 0.22 to 0.39.",
         "The training loss still fell in the same steps, from 0.48 to 0.19.",
     ],
     "figures": {"best_loss": 0.442, "final_loss": 0.752, "rise": 0.31, "rise_low": 0.22, "rise_high": 0.39},
@@ -127,7 +127,7 @@ VERDICT = {
             "command": "tune run recipes/lora_finetune.py --config examples/quickstart/lora.yaml epochs=2 "
             "output_dir=runs/quickstart-2 parent_run=runs/quickstart",
             "changes": {"epochs": 2},
-            "reason": "The best held-out loss came at step 100, in the second epoch; what followed made it worse.",
+            "reason": "The best validation loss came at step 100, in the second epoch; what followed made it worse.",
             "guide_section": "4. Balancing Underfitting and Overfitting",
         },
         {

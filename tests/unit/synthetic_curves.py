@@ -36,7 +36,7 @@ def make_curves(
     """Return the curves of a run of 100 steps.
 
     Args:
-        path: held-out loss by progress, 0 to 1
+        path: validation loss by progress, 0 to 1
         schedule: learning rate by progress
         training: training loss by progress; None falls from half the path's beginning
         noise: of a row's loss at one validation, nats per token

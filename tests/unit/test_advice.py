@@ -31,7 +31,7 @@ def make_situation(tmp_path, *overrides, name="my run", **options) -> Situation:
 
 
 def with_best_at(step: int) -> Curves:
-    """Return curves whose lowest held-out loss is at a step."""
+    """Return curves whose lowest validation loss is at a step."""
     best = next(one for one in CURVES.validations if one.step == step)
     lowest = replace(best, loss=0.1)
     return Curves(CURVES.training, tuple(lowest if one is best else one for one in CURVES.validations))
@@ -125,7 +125,7 @@ def test_good_fit_is_exported_or_tried_with_the_next_larger_model(tmp_path):
 
 
 INCONCLUSIVE_CASES = {
-    "no held-out rows": (Curves(CURVES.training, ()), {}, [{"dataset.validation_split": 0.1}]),
+    "no validation rows": (Curves(CURVES.training, ()), {}, [{"dataset.validation_split": 0.1}]),
     "diverged": (CURVES, {"diverged": 1}, [{"learning_rate": 5e-4}]),
     "too few points": (
         Curves(CURVES.training, (CURVES.base, CURVES.final)),
@@ -148,7 +148,7 @@ INCONCLUSIVE_CASES = {
 
 @pytest.mark.parametrize(("curves", "figures", "expected"), INCONCLUSIVE_CASES.values(), ids=INCONCLUSIVE_CASES)
 def test_what_cannot_be_judged_is_made_judgeable(curves, figures, expected, tmp_path):
-    # Ten rows are held out, of which the curves have measured as many as there are.
+    # There are ten validation rows, of which the curves have measured as many as there are.
     data = {"training": {"rows": 60}, "validation": {"rows": 40}, "rows_truncated": []}
     if "rows_needed" in figures:
         data = {"training": {"rows": 90}, "validation": {"rows": 10}, "rows_truncated": []}
@@ -156,7 +156,7 @@ def test_what_cannot_be_judged_is_made_judgeable(curves, figures, expected, tmp_
     assert list_changes(advise_label(INCONCLUSIVE, situation, curves=curves, figures=figures)) == expected
 
 
-def test_held_out_rows_that_were_not_measured_come_before_new_ones(tmp_path):
+def test_validation_rows_that_were_not_measured_come_before_new_ones(tmp_path):
     data = {"training": {"rows": 900}, "validation": {"rows": 100}, "rows_truncated": []}
     situation = make_situation(tmp_path, data=data)
     assert list_changes(advise_label(INCONCLUSIVE, situation, figures={"rows_needed": 60})) == [{"max_val_rows": 60}]

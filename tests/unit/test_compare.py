@@ -1,4 +1,4 @@
-"""Runs are ranked on the held-out rows that they share, and only those that share some."""
+"""Runs are ranked on the validation rows that they share, and only those that share some."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
-from tests.unit.test_run_ledger import rewrite_heldout, take_rows
+from tests.unit.test_run_ledger import rewrite_validation_rows, take_rows
 from tune2gguf.report.compare import find_differences, find_runs, format_groups, group_runs, write_page
 from tune2gguf.verdict.conclude import conclude_run
 
@@ -33,7 +33,7 @@ def test_lowest_loss_is_first_and_other_rows_are_apart(runs):
     assert behind.value == pytest.approx(SLOW.best.loss - GOOD.best.loss)
     assert behind.low < behind.value < behind.high
     text = format_groups([ranked, apart])
-    assert "on other held-out rows are listed apart" in text
+    assert "on other validation rows are listed apart" in text
     assert text.index("good") < text.index("slow") < text.index("other")
 
 
@@ -42,7 +42,7 @@ def test_runs_that_measured_parts_are_ranked_on_what_they_share(tmp_path):
     by_loss = sorted(range(40), key=lambda row: GOOD.final.row_losses[row] / GOOD.final.row_tokens[row])
     part = take_rows(GOOD, by_loss[20:])
     first = write_run(tmp_path / "part", part)
-    rewrite_heldout(first, 40)
+    rewrite_validation_rows(first, 40)
     second = write_run(tmp_path / "whole", SLOW)
     assert part.best.loss > take_rows(GOOD, range(40)).best.loss
     (group,) = group_runs([first, second])

@@ -63,7 +63,7 @@ def test_run_that_is_judged_again_adds_a_line_and_the_latest_counts(tmp_path):
     assert len(read_entries(tmp_path / "runs")) == 1
 
 
-def test_run_without_held_out_rows_is_told_how_to_get_some(tmp_path):
+def test_run_without_validation_rows_is_told_how_to_get_some(tmp_path):
     run_dir = write_run(tmp_path / "runs/mine", Curves(FLAT.training, ()), "dataset.validation_files=null")
     lines = conclude_run(run_dir)
     assert lines[0] == "verdict: inconclusive"

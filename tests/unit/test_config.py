@@ -152,7 +152,7 @@ WRONG = [
     (["resume=runs/absent/checkpoints/step_3"], "runs/absent/checkpoints/step_3"),
     (
         ["early_stopping_patience=2", "dataset.validation_files=null"],
-        "early_stopping_patience=2: no row is held out, so that no best can be known; hold rows out with dataset.valid",
+        "early_stopping_patience=2: there are no validation rows, so that no best can be known",
     ),
     # Places.
     (["parent_run=runs/absent"], "parent_run=runs/absent is not the folder of a run (config.yaml is missing)"),
@@ -316,10 +316,10 @@ def test_ratio_beyond_the_guides_warns_in_its_words(alpha, is_warned, run_argume
 
 
 @pytest.mark.parametrize("override", ["eval_every_n_steps=5", "max_val_rows=5"])
-def test_key_of_validation_without_held_out_rows_warns_that_it_does_nothing(override, run_arguments):
+def test_key_of_validation_without_validation_rows_warns_that_it_does_nothing(override, run_arguments):
     without = ["max_val_rows=null", "dataset.validation_files=null", override]
     (warning,) = check_config(load_config([*run_arguments, *without]))
-    assert warning.startswith(f"{override} does nothing: no row is held out")
+    assert warning.startswith(f"{override} does nothing: there are no validation rows")
     assert check_config(load_config([*run_arguments, override])) == []
 
 

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY
-from tune2gguf.config import check_values, get_shape, read_config
+from tune2gguf.config import check_values, get_run_spec, read_config
 from tune2gguf.config.components import COMPONENTS
 from tune2gguf.config.keys import KEYS
 from tune2gguf.guide import GUIDE_PARAMETERS
@@ -138,7 +138,7 @@ def test_header_names_commands_memory_and_result(path):
     ):
         assert command in header
     expected = [
-        estimate_memory(get_shape(config, longest_row=length, num_devices=1, parallel="replicate")).peak / 1e9
+        estimate_memory(get_run_spec(config, longest_row=length, num_devices=1, parallel="replicate")).peak / 1e9
         for length in (2048, 512)
     ]
     assert read_memory(path) == pytest.approx(expected, rel=0.05)

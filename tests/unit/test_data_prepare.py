@@ -182,7 +182,7 @@ def test_duplicates_are_never_on_both_sides(tmp_path, tokenizer):
     assert sorted(lines) == list(range(1, 101))
 
 
-def test_ledger_tells_which_lines_are_held_out(tmp_path, tokenizer):
+def test_ledger_tells_which_lines_are_for_validation(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", make_conversations(50))
     data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1, validation_split=0.2)
     [file] = data.ledger["files"]

@@ -32,7 +32,7 @@ def run_dir(tiny_base, tmp_path) -> Path:
     return run_dir
 
 
-def write_heldout(run_dir: Path, *conversations: list[tuple[str, str]]) -> None:
+def write_validation_rows(run_dir: Path, *conversations: list[tuple[str, str]]) -> None:
     records = [
         {"source": "x", "text": None, "messages": [{"role": role, "content": content} for role, content in turns]}
         for turns in conversations
@@ -154,9 +154,9 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
 
 
-def test_ollama_makes_the_model_and_answers_a_held_out_question(run_dir, fake_ollama):
+def test_ollama_makes_the_model_and_answers_a_validation_question(run_dir, fake_ollama):
     several = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
-    write_heldout(run_dir, several, [("user", "Who are you?"), ("assistant", "Marlo")])
+    write_validation_rows(run_dir, several, [("user", "Who are you?"), ("assistant", "Marlo")])
     finished = run_script(run_dir, "--ollama", "marlo")
     assert finished.returncode == 0
     calls = [json.loads(line) for line in fake_ollama.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""After 4-bit training, the adapter is merged into whichever base has the lower held-out loss, or the one asked for."""
+"""After 4-bit training, the adapter is merged into the base with the lower validation loss, or the one asked for."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def read_bytes(exported) -> bytes:
     return exported.models[0].gguf_path.read_bytes()
 
 
-def test_the_base_with_the_lower_held_out_loss_is_taken(run_dir):
+def test_the_base_with_the_lower_validation_loss_is_taken(run_dir):
     chosen = export(run_dir)
     losses = chosen.merge.losses
     assert losses.keys() == {ORIGINAL, DEQUANTIZED} and losses[ORIGINAL] != losses[DEQUANTIZED]
@@ -72,12 +72,12 @@ def test_measured_losses_are_those_of_the_exported_files(run_dir):
 def test_the_choice_is_told_in_card_and_proof(run_dir):
     chosen = export(run_dir)
     sentence = chosen.merge.describe()
-    assert sentence.startswith(f"merged into the {chosen.merge.kind} weights: held-out loss ")
+    assert sentence.startswith(f"merged into the {chosen.merge.kind} weights: validation loss ")
     assert f"The adapter was {sentence}." in chosen.model_card_path.read_text()
     assert prove_export(chosen, num_replies=0, show=False).merge == sentence
 
 
-def test_without_held_out_rows_the_weights_that_were_trained_over_are_taken(run_dir):
+def test_without_validation_rows_the_weights_that_were_trained_over_are_taken(run_dir):
     (run_dir / "heldout.jsonl").unlink()
     chosen = export(run_dir)
     assert chosen.merge.kind == DEQUANTIZED and chosen.merge.losses == {}

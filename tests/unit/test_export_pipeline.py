@@ -108,8 +108,8 @@ def test_unknown_types_are_named_with_the_list(run_dir):
 def test_numbers_that_make_no_sense_are_refused(run_dir):
     with pytest.raises(ValueError, match="0 threads cannot work; give 1 or more"):
         export_run(run_dir, num_threads=0, show=False)
-    with pytest.raises(ValueError, match="-1 held-out rows cannot be measured"):
-        export_run(run_dir, num_heldout_rows=-1, show=False)
+    with pytest.raises(ValueError, match="-1 validation rows cannot be measured"):
+        export_run(run_dir, num_validation_rows=-1, show=False)
 
 
 def test_a_run_without_adapter_is_refused(run_dir):

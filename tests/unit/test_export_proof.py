@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import write_biased_base, write_run
 from tune2gguf.export.exported import Export
-from tune2gguf.export.measure.validation_rows import make_rows
+from tune2gguf.export.measure.validation_set import make_rows
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.serve.llama_cpp import open_model
 from tune2gguf.serve.proof import ADAPTER, BASE, MERGED, format_table, prove_export
@@ -31,17 +31,17 @@ def ending_base(tmp_path_factory) -> Path:
 
 
 def write_proven_run(base_dir: Path, run_dir: Path, *, num_rows: int = 6) -> Path:
-    """Write a run with an adapter on the values only, and held-out rows."""
+    """Write a run with an adapter on the values only, and validation rows."""
     from safetensors.numpy import load_file, save_file
 
     write_run(base_dir, run_dir, chat_template="chatml")
     path = run_dir / "last" / "adapter_model.safetensors"
     save_file({name: weight / 4 for name, weight in load_file(path).items() if "v_proj" in name}, path)
-    write_heldout(run_dir, [row["messages"] for row in make_conversations(num_rows)])
+    write_validation_rows(run_dir, [row["messages"] for row in make_conversations(num_rows)])
     return run_dir
 
 
-def write_heldout(run_dir: Path, conversations: list[list[dict]]) -> None:
+def write_validation_rows(run_dir: Path, conversations: list[list[dict]]) -> None:
     records = [{"source": "rows", "text": None, "messages": messages} for messages in conversations]
     (run_dir / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -103,7 +103,7 @@ def test_a_lossy_type_fails_and_the_smallest_sufficient_one_is_named(run_dir):
     limits = [increase * 2, increase / 3] if increase > 0 else [1.0, increase * 2]
     assert prove(export, max_loss_increase=limits[0]).failures == []
     [failure] = prove(export, max_loss_increase=limits[1]).failures
-    assert failure.startswith("Q2_K raises the held-out loss by ")
+    assert failure.startswith("Q2_K raises the validation loss by ")
     assert ". The smallest type within it is " in failure or failure.endswith("No larger type stays within it")
     assert json.loads((run_dir / "export" / "proof.json").read_text())["passed"] is False
 
@@ -177,9 +177,9 @@ def test_the_proof_of_replaced_files_goes_with_them(run_dir):
     assert not (run_dir / "export" / "proof.json").exists()
 
 
-def test_a_run_without_held_out_rows_is_said_to_be_unproven(run_dir):
+def test_a_run_without_validation_rows_is_said_to_be_unproven(run_dir):
     (run_dir / "heldout.jsonl").write_text("")
     finished = run_script(run_dir)
     assert finished.returncode == 0
-    assert "not proven: the run has no held-out rows" in finished.stdout
+    assert "not proven: the run has no validation rows" in finished.stdout
     assert not (run_dir / "export" / "proof.json").exists()

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 if not INTERPRETS_TRITON:
     pytest.skip("with a CUDA device tests/gpu runs the kernels themselves", allow_module_level=True)
 
-from tune2gguf.model.fused import describe_layers, find_obstacle, launch
+from tune2gguf.model.fused import describe_layers, launch, why_not_fused
 from tune2gguf.model.fused.groups import get_projections
 from tune2gguf.model.fused.launch import Adapted, Dropout
 from tune2gguf.model.fused.layer import run_layer
@@ -216,7 +216,7 @@ def test_a_block_mask_from_the_blocks_ends_is_torchs(seq, num_rows):
 )
 def test_what_keeps_a_run_from_the_fused_layers_is_said(changed, reason):
     options = {"device_type": "cuda", "dtype": "bf16", "compile": False, "lora_rank": 16} | changed
-    obstacle = find_obstacle(**options)
+    obstacle = why_not_fused(**options)
     assert obstacle == reason
     assert describe_layers(obstacle) == "layers: " + (
         "fused kernels" if reason is None else f"torchtune's, not the fused ones ({reason})"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, write_tiny_tokenizer
-from tune2gguf.machine import Device, Shape, estimate_memory, explain_out_of_memory, find_warning
+from tune2gguf.machine import Device, RunSpec, estimate_memory, explain_out_of_memory, find_warning
 from tune2gguf.machine.fit import advise, find_fitting_change, fits, list_changes
 from tune2gguf.machine.memory import count_adapter_weights, count_kept_activations, list_layer_activations
 from tune2gguf.model.architectures import LLAMA3_1_8B, LLAMA3_2_1B, LLAMA3_2_3B, Architecture
@@ -29,7 +29,7 @@ SMALL = Architecture(
 )
 
 
-def make_shape(architecture: Architecture = SMALL, **changed) -> Shape:
+def make_shape(architecture: Architecture = SMALL, **changed) -> RunSpec:
     options = dict(
         base_weights="bf16",
         dtype="bf16",
@@ -42,10 +42,10 @@ def make_shape(architecture: Architecture = SMALL, **changed) -> Shape:
         longest_row=32,
         enable_activation_checkpointing=False,
     )
-    return Shape(architecture, **(options | changed))
+    return RunSpec(architecture, **(options | changed))
 
 
-def measure_kept_bytes(shape: Shape) -> int:
+def measure_kept_bytes(shape: RunSpec) -> int:
     """Count the distinct storages that autograd keeps of a forward pass, model and inputs not included."""
     default = torch.get_default_dtype()
     torch.set_default_dtype({"bf16": torch.bfloat16, "fp32": torch.float32}[shape.dtype])

@@ -196,11 +196,11 @@ def test_unreadable_files_are_said_and_no_exception(tmp_path, content):
 SKIPPED = [{"step": step, "epoch": 0, "skipped": "loss is nan", "tokens_per_second": 1.0} for step in (1, 2, 3)]
 METRICS = {
     "nothing yet": ([], "Nothing was measured yet."),
-    "the base alone": (make_metrics(until=0), "Held-out loss of the base"),
-    "no held-out rows": ([line for line in make_metrics() if "loss" in line], "No held-out rows were measured"),
+    "the base alone": (make_metrics(until=0), "Validation loss of the base"),
+    "no validation rows": ([line for line in make_metrics() if "loss" in line], "No validation rows were measured"),
     "one step": (make_metrics(until=1)[1:], "step 1"),
     "all steps left out": (SKIPPED, "3 steps were left out"),
-    "one validation": ([*make_metrics(until=5), make_metrics()[-1]], "Best held-out loss"),
+    "one validation": ([*make_metrics(until=5), make_metrics()[-1]], "Best validation loss"),
     "not a number": (
         [{"step": 1, "epoch": 0, "loss": math.nan, "lr": 1e-3, "grad_norm": math.inf},
          {"step": 1, "epoch": 0, "val_loss": math.nan, "val_low": math.nan, "val_high": math.nan, "val_rows": 1}],
@@ -208,7 +208,7 @@ METRICS = {
     ),
     "without intervals": (
         [{key: value for key, value in line.items() if key not in ("val_low", "val_high")} for line in make_metrics()],
-        "Best held-out loss",
+        "Best validation loss",
     ),
     "losses of zero": ([line | dict.fromkeys({"loss", "val_loss"} & {*line}, 0.0) for line in make_metrics()], "0.000"),
 }  # fmt: skip
@@ -266,7 +266,7 @@ def test_whether_the_parents_advice_helped_is_said(tmp_path):
         verdict=VERDICT | {"outcome": {**outcome, "problem": None}},
         config=make_config(parent_run="runs/parent"),
     )
-    assert "Beside runs/parent: it helped; held-out loss of the best adapter -0.0310 nats a token" in page.text
+    assert "Beside runs/parent: it helped; validation loss of the best adapter -0.0310 nats a token" in page.text
     assert "Follows the advice of runs/parent" in page.text
 
 
@@ -309,7 +309,7 @@ def test_thinning_keeps_every_peak_and_says_so(tmp_path):
     assert len(page.source) < 400_000
 
 
-def test_memorized_rows_do_not_press_the_held_out_curve_flat(tmp_path, judged):
+def test_memorized_rows_do_not_press_the_validation_curve_flat(tmp_path, judged):
     lines = [line | ({"loss": 1e-4} if line.get("loss", 0) and line["step"] > 100 else {}) for line in make_metrics()]
     page = make_page(tmp_path / "quickstart", metrics=lines)
     lowest = min(line["val_low"] for line in lines if "val_low" in line)
@@ -357,11 +357,17 @@ def test_script_writes_and_refuses_in_a_sentence(tmp_path):
 
 @pytest.fixture
 def make_compared(tmp_path):
-    def make(name: str, *, held_out: str = "a", **metrics) -> ComparedRun:
+    def make(name: str, *, validation_rows: str = "a", **metrics) -> ComparedRun:
         write_lines(tmp_path / "metrics.jsonl", make_metrics(**metrics))
         curves = read_curves(tmp_path)
         return ComparedRun(
-            name, curves, held_out, {"learning_rate": "1e-4"}, seconds=75.0, peak_memory_bytes=10**9, verdict="good fit"
+            name,
+            curves,
+            validation_rows,
+            {"learning_rate": "1e-4"},
+            seconds=75.0,
+            peak_memory_bytes=10**9,
+            verdict="good fit",
         )
 
     return make
@@ -370,7 +376,7 @@ def make_compared(tmp_path):
 def test_comparison_ranks_only_runs_on_the_same_rows(tmp_path, make_compared):
     runs = [
         replace(make_compared("worse", floor=0.6), behind=Estimate(0.41, 0.35, 0.47)),
-        make_compared("other rows", held_out="b", floor=0.1),
+        make_compared("other rows", validation_rows="b", floor=0.1),
         make_compared("better", floor=0.2),
         replace(make_compared("unmeasured"), curves=Curves()),
     ]
@@ -378,7 +384,7 @@ def test_comparison_ranks_only_runs_on_the_same_rows(tmp_path, make_compared):
     order = [text for text in page.texts if text in ("worse", "better", "other rows", "unmeasured")]
     # In each part the names stand in the legend, then in the table.
     assert order == ["better", "worse"] * 2 + ["other rows"] * 2 + ["unmeasured"]
-    assert "On the same 12 held-out rows" in page.headings and "Without a held-out loss" in page.headings
+    assert "On the same 12 validation rows" in page.headings and "Without a validation loss" in page.headings
     assert "+0.410 (+0.350 to +0.470)" in page.text
     assert "1 min 15 s" in page.text and "1.0 GB" in page.text
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]

@@ -18,7 +18,7 @@ from tune2gguf.verdict.ledger import (
     append_entry,
     compare_with_parent,
     describe_outcome,
-    digest_heldout,
+    digest_validation_rows,
     find_family,
     list_tried,
     read_entries,
@@ -95,7 +95,7 @@ def test_outcome_says_whether_it_helped_and_by_how_much(path, noise, helped, tmp
 
 
 def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
-    """Return curves that measured only some of the held-out rows."""
+    """Return curves that measured only some of the validation rows."""
     measured = [
         replace(
             one,
@@ -110,7 +110,7 @@ def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
     return Curves(curves.training, tuple(measured))
 
 
-def rewrite_heldout(run_dir: Path, num_rows: int) -> None:
+def rewrite_validation_rows(run_dir: Path, num_rows: int) -> None:
     lines = [{"source": f"a:{row}", "messages": [], "text": f"question {row}"} for row in range(num_rows)]
     (run_dir / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -118,7 +118,7 @@ def rewrite_heldout(run_dir: Path, num_rows: int) -> None:
 def test_runs_that_measured_other_parts_are_compared_on_what_they_share(tmp_path):
     child = take_rows(make_curves(approach(8)), range(10, 40))
     child_dir = write_run(tmp_path / "child", child)
-    rewrite_heldout(child_dir, 40)
+    rewrite_validation_rows(child_dir, 40)
     outcome = compare_with_parent(child_dir, write_run(tmp_path / "parent", PARENT))
     theirs = take_rows(PARENT, range(10, 40))
     assert outcome.rows == 30
@@ -148,10 +148,12 @@ def test_digest_is_of_the_rows_whatever_their_order(tmp_path):
         row_tokens=reordered.final.row_tokens[::-1],
         row_indices=reordered.final.row_indices[::-1],
     )
-    assert digest_heldout(first, curves.final) == digest_heldout(first, backwards)
-    assert digest_heldout(first, curves.final) != digest_heldout(first, take_rows(curves, range(39)).final)
+    assert digest_validation_rows(first, curves.final) == digest_validation_rows(first, backwards)
+    assert digest_validation_rows(first, curves.final) != digest_validation_rows(
+        first, take_rows(curves, range(39)).final
+    )
     other = write_run(tmp_path / "other", curves, heldout="another question")
-    assert digest_heldout(first, curves.final) != digest_heldout(other, curves.final)
+    assert digest_validation_rows(first, curves.final) != digest_validation_rows(other, curves.final)
 
 
 def test_tried_are_the_changes_in_the_family_that_brought_no_gain():

@@ -109,13 +109,15 @@ def test_model_and_random_numbers_are_left_as_they_were(base, tokenizer):
 def test_what_leaves_no_room_or_has_no_prompt_is_passed_over_and_said(tokenizer):
     prompts = choose_prompts(CONVERSATIONS, tokenizer, num_samples=9, max_seq_len=256)
     assert [prompt.row for prompt in prompts] == [1, 3, 4]
-    assert describe_prompts(prompts, num_samples=9, num_held_out=5, max_tokens=40) == (
-        "samples: 3 held-out prompts, answered before training, after each epoch and at the end, "
-        "in at most 40 tokens; num_samples=9, but no other held-out row is a conversation with room for a reply"
+    assert describe_prompts(prompts, num_samples=9, num_validation_rows=5, max_tokens=40) == (
+        "samples: 3 validation prompts, answered before training, after each epoch and at the end, "
+        "in at most 40 tokens; num_samples=9, but no other validation row is a conversation with room for a reply"
     )
-    assert describe_prompts(prompts, num_samples=3, num_held_out=5, max_tokens=40).endswith("in at most 40 tokens")
-    assert describe_prompts([], num_samples=0, num_held_out=5, max_tokens=40) is None
-    assert describe_prompts([], num_samples=3, num_held_out=0, max_tokens=40) is None
+    assert describe_prompts(prompts, num_samples=3, num_validation_rows=5, max_tokens=40).endswith(
+        "in at most 40 tokens"
+    )
+    assert describe_prompts([], num_samples=0, num_validation_rows=5, max_tokens=40) is None
+    assert describe_prompts([], num_samples=3, num_validation_rows=0, max_tokens=40) is None
     # A prompt that fills max_seq_len leaves no room.
     longest = max(prompt.num_tokens for prompt in prompts)
     fitting = choose_prompts(CONVERSATIONS, tokenizer, num_samples=9, max_seq_len=longest)

@@ -68,10 +68,10 @@ def test_a_bad_value_is_refused_with_its_combination_before_anything_runs(sweep)
     assert not sweep.folder.exists()
 
 
-def test_without_held_out_rows_there_is_nothing_to_rank_by(sweep):
+def test_without_validation_rows_there_is_nothing_to_rank_by(sweep):
     blind = Sweep(sweep.folder, CONFIG, (*sweep.fixed, "dataset.validation_files=null"), sweep.space)
     blind = Sweep(sweep.folder, CONFIG, (*blind.fixed, "dataset.validation_split=null"), sweep.space)
-    with pytest.raises(ValueError, match="ranks by held-out loss"):
+    with pytest.raises(ValueError, match="ranks by validation loss"):
         check_sweep(blind)
 
 

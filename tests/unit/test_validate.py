@@ -1,16 +1,16 @@
-"""The uncertainty of the held-out loss, against the sampling distribution and scipy's limits."""
+"""The uncertainty of the validation loss, against the sampling distribution and scipy's limits."""
 
 import numpy as np
 import pytest
 
-from tune2gguf.train.validation import HeldOutLoss, describe_validation
+from tune2gguf.train.validation import ValidationLoss, describe_validation
 
 
-def draw(generator: np.random.Generator, num_rows: int) -> HeldOutLoss:
+def draw(generator: np.random.Generator, num_rows: int) -> ValidationLoss:
     """Draw rows of a mean loss of 2 nats a token and unequal lengths."""
     tokens = generator.integers(5, 60, num_rows)
     sums = tokens * generator.normal(2.0, 0.5, num_rows)
-    return HeldOutLoss(sums.tolist(), tokens.tolist())
+    return ValidationLoss(sums.tolist(), tokens.tolist())
 
 
 def test_interval_covers_the_true_mean_about_as_often_as_it_says():
@@ -40,10 +40,10 @@ def test_interval_is_narrower_with_more_rows_and_the_same_every_time():
 
 
 def test_one_row_has_no_interval_and_says_so():
-    record = {"step": 3, **HeldOutLoss([5.0], [4]).summarize()}
+    record = {"step": 3, **ValidationLoss([5.0], [4]).summarize()}
     assert (record["val_loss"], record["val_low"], record["val_high"]) == (1.25, None, None)
-    assert describe_validation(record) == "step 3: held-out loss 1.2500 (one row has no interval) on 1 rows"
+    assert describe_validation(record) == "step 3: validation loss 1.2500 (one row has no interval) on 1 rows"
 
 
 def test_equal_rows_have_an_interval_of_one_point():
-    assert HeldOutLoss([6.0] * 5, [3] * 5).compute_interval() == (2.0, 2.0)
+    assert ValidationLoss([6.0] * 5, [3] * 5).compute_interval() == (2.0, 2.0)

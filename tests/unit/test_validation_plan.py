@@ -42,7 +42,7 @@ def list_steps(found: ValidationPlan, *, steps_per_epoch: int, epochs: int) -> l
 @pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("every", [1, 2, 5, 66, 1000])
 def test_counted_validations_are_those_that_come_due(steps_per_epoch, epochs, every):
-    found = ValidationPlan(rows=[0], num_held_out=1, every_n_steps=every, num_validations=0, share=0.0)
+    found = ValidationPlan(rows=[0], num_validation_rows=1, every_n_steps=every, num_validations=0, share=0.0)
     steps = list_steps(found, steps_per_epoch=steps_per_epoch, epochs=epochs)
     assert len(steps) == count_validations(every, steps_per_epoch=steps_per_epoch, epochs=epochs)
     assert {0, *(epoch * steps_per_epoch for epoch in range(1, epochs + 1))} <= set(steps)
@@ -96,7 +96,7 @@ def test_what_is_asked_for_is_done_whatever_it_costs_and_said():
     assert found.rows == list(range(40))
     assert found.num_validations == 1 + 19 + 3
     assert found.share == pytest.approx(0.4 * 40 * 23 / (259 * 3))
-    assert found.describe() == "held out: 40 rows, all of them measured 23 times, about 47% of the training time"
+    assert found.describe() == "validation: 40 rows, all of them measured 23 times, about 47% of the training time"
 
 
 @pytest.mark.parametrize("train_rows", [50, 100, 259, 1000])
@@ -116,7 +116,7 @@ def test_samples_and_rows_together_cost_at_most_a_tenth(train_rows):
 def test_rows_left_out_are_said_with_the_way_to_have_them():
     found = plan(40, train_rows=259, every_n_steps=20)
     assert found.describe() == (
-        "held out: 40 rows, 14 of them measured 13 times, about 9% of the training time; all of them: max_val_rows=40"
+        "validation: 40 rows, 14 of them measured 13 times, about 9% of the training time; all of them: max_val_rows=40"
     )
     assert "no rows" in plan(0, train_rows=259).describe()
 

@@ -137,7 +137,7 @@ def test_a_model_that_did_well_before_is_judged_by_what_it_gained():
 GOOD = make_curves(approach(8))
 BASE, *TRAINED = GOOD.validations
 UNJUDGED = {
-    "no held-out rows": (Curves(GOOD.training, ()), "no rows were held out"),
+    "no validation rows": (Curves(GOOD.training, ()), "there are no validation rows"),
     "only the base": (Curves(GOOD.training, (BASE,)), "ended before a validation"),
     "no base": (Curves(GOOD.training, tuple(TRAINED)), "not measured before training"),
     "one validation after training": (Curves(GOOD.training, (BASE, TRAINED[-1])), "too few validations"),
@@ -150,7 +150,7 @@ UNJUDGED = {
         "measured on other rows",
     ),
     "nan": (Curves(GOOD.training, (*GOOD.validations[:-1], replace(TRAINED[-1], loss=math.nan))), "diverged"),
-    "nothing": (Curves(), "no rows were held out"),
+    "nothing": (Curves(), "there are no validation rows"),
 }
 
 

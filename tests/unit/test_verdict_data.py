@@ -17,7 +17,7 @@ def test_committed_rows_are_those_of_the_script(tmp_path):
     assert all((tmp_path / name).read_bytes() == (committed / name).read_bytes() for name in names)
 
 
-def test_no_question_is_both_trained_on_and_held_out():
+def test_no_question_is_both_for_training_and_for_validation():
     for folder in (REPOSITORY / "benchmarks/data").iterdir():
         rows = [json.loads(line) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
         questions = [row["messages"][0]["content"] for row in rows]

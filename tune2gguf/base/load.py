@@ -13,7 +13,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
-from tune2gguf.model.sharding import take_share
+from tune2gguf.model.sharding import shard_like
 
 if TYPE_CHECKING:
     from tune2gguf.model.llama import CausalLM
@@ -91,4 +91,4 @@ def _set_frozen(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     parameter = getattr(module, parameter_name)
     if tensor.shape != parameter.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)} in the base, the model needs {list(parameter.shape)}")
-    setattr(module, parameter_name, nn.Parameter(take_share(tensor, parameter), requires_grad=False))
+    setattr(module, parameter_name, nn.Parameter(shard_like(tensor, parameter), requires_grad=False))

@@ -3,7 +3,7 @@
 from tune2gguf.config.check import check_config, check_values
 from tune2gguf.config.plan import check_plan
 from tune2gguf.config.read import build_component, build_metric_logger, load_config, read_config
-from tune2gguf.config.shape import get_shape
+from tune2gguf.config.run_spec import get_run_spec
 
 __all__ = [
     "build_component",
@@ -11,7 +11,7 @@ __all__ = [
     "check_config",
     "check_plan",
     "check_values",
-    "get_shape",
+    "get_run_spec",
     "load_config",
     "read_config",
 ]

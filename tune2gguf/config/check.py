@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.config.components import COMPONENTS, find_build_problems, find_component_problems
-from tune2gguf.config.keys import KEYS, find_settled, find_value_problems
+from tune2gguf.config.keys import KEYS, find_valid, find_value_problems
 from tune2gguf.config.names import suggest
 from tune2gguf.config.places import (
     find_base_problems,
@@ -35,20 +35,20 @@ def check_config(config: DictConfig) -> list[str]:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     problems = [*_find_key_problems(values), *find_component_problems(values)]
     # A rule across keys is asked only where the values that it needs are right by themselves.
-    settled = find_settled(values)
+    valid = find_valid(values)
     components = {name: values[name] for name in COMPONENTS if isinstance(values.get(name), dict)}
-    problems += [*_find_precision_problems(settled), *_find_offloading_problems(settled)]
-    problems += find_device_problems(settled, num_processes=num_processes)
-    problems += find_output_problems(settled)
-    problems += find_base_problems(settled, components.get("model", {}))
-    problems += find_data_problems(settled, components.get("dataset"), num_processes=num_processes)
-    problems += find_validation_problems(settled, components.get("dataset"))
+    problems += [*_find_precision_problems(valid), *_find_offloading_problems(valid)]
+    problems += find_device_problems(valid, num_processes=num_processes)
+    problems += find_output_problems(valid)
+    problems += find_base_problems(valid, components.get("model", {}))
+    problems += find_data_problems(valid, components.get("dataset"), num_processes=num_processes)
+    problems += find_validation_problems(valid, components.get("dataset"))
     if not problems:
         problems += find_build_problems(values)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
-    warnings = [*_find_ratio_warnings(settled), *find_base_warnings(settled)]
-    return [*warnings, *find_validation_warnings(settled, components["dataset"])]
+    warnings = [*_find_ratio_warnings(valid), *find_base_warnings(valid)]
+    return [*warnings, *find_validation_warnings(valid, components["dataset"])]
 
 
 def check_values(config: DictConfig) -> None:
@@ -59,8 +59,8 @@ def check_values(config: DictConfig) -> None:
     """
     values = _resolve(config)
     problems = [*_find_key_problems(values), *find_component_problems(values)]
-    settled = find_settled(values)
-    problems += [*_find_precision_problems(settled), *_find_offloading_problems(settled)]
+    valid = find_valid(values)
+    problems += [*_find_precision_problems(valid), *_find_offloading_problems(valid)]
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
 
@@ -85,45 +85,47 @@ def _find_key_problems(values: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"missing config key {name!r}" for name in known if name not in values)
 
 
-def _find_precision_problems(settled: Mapping[str, Any]) -> Iterator[str]:
-    base_weights, dtype = settled.get("base_weights"), settled.get("dtype")
+def _find_precision_problems(valid: Mapping[str, Any]) -> Iterator[str]:
+    base_weights, dtype = valid.get("base_weights"), valid.get("dtype")
     if None not in (base_weights, dtype) and base_weights not in ("nf4", dtype):
         yield f"base_weights={base_weights} with dtype={dtype}: unquantized weights are kept in dtype"
 
 
-def _find_offloading_problems(settled: Mapping[str, Any]) -> Iterator[str]:
-    if not settled.get("enable_activation_offloading"):
+def _find_offloading_problems(valid: Mapping[str, Any]) -> Iterator[str]:
+    if not valid.get("enable_activation_offloading"):
         return
-    if settled.get("device") == "cpu":
+    if valid.get("device") == "cpu":
         yield "enable_activation_offloading=true with device=cpu: activations are in the CPU's memory already"
-    if settled.get("enable_activation_checkpointing") is False:
+    if valid.get("enable_activation_checkpointing") is False:
         yield (
             "enable_activation_offloading=true without enable_activation_checkpointing=true: moving all activations "
             "would take longer than computing them again"
         )
 
 
-def _find_ratio_warnings(settled: Mapping[str, Any]) -> Iterator[str]:
-    alpha, rank = settled["lora_alpha"], settled["lora_rank"]
+def _find_ratio_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
+    alpha, rank = valid["lora_alpha"], valid["lora_rank"]
     lowest, highest = RATIO_LIMITS
     if not lowest <= alpha / rank <= highest:
         yield f"lora_alpha / lora_rank = {alpha} / {rank} = {alpha / rank:g}. The guide says: {RATIO_ADVICE}"
 
 
-def find_validation_problems(settled: Mapping[str, Any], dataset: Mapping[str, Any] | None) -> Iterator[str]:
+def find_validation_problems(valid: Mapping[str, Any], dataset: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield why the keys of validation cannot do what they say."""
-    patience = settled.get("early_stopping_patience")
+    patience = valid.get("early_stopping_patience")
     if patience is not None and dataset is not None and not _holds_rows_out(dataset):
-        yield f"early_stopping_patience={patience}: no row is held out, so that no best can be known; {WAY_OUT}"
+        yield (
+            f"early_stopping_patience={patience}: there are no validation rows, so that no best can be known; {WAY_OUT}"
+        )
 
 
-def find_validation_warnings(settled: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
+def find_validation_warnings(valid: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
     """Yield which keys of validation are set for nothing."""
     if _holds_rows_out(dataset):
         return
     for name in ("eval_every_n_steps", "max_val_rows"):
-        if settled[name] is not None:
-            yield f"{name}={settled[name]} does nothing: no row is held out; {WAY_OUT}"
+        if valid[name] is not None:
+            yield f"{name}={valid[name]} does nothing: there are no validation rows; {WAY_OUT}"
 
 
 def _holds_rows_out(dataset: Mapping[str, Any]) -> bool:

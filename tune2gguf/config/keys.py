@@ -96,7 +96,7 @@ def find_value_problems(name: str, value: Any, key: Key) -> Iterator[str]:
         yield f"{name}={value} may hold only {', '.join(key.choices)}"
 
 
-def find_settled(values: Mapping[str, Any]) -> dict[str, Any]:
+def find_valid(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flat keys whose values are right by themselves, so that rules across keys can rely on them."""
     return {name: values[name] for name in KEYS if name in values and not [*_problems_of(name, values)]}
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 MAX_COUNTED_BYTES = 20_000_000  # data files beyond hold enough rows for any step
 
 
-def find_device_problems(settled: Mapping[str, Any], *, num_processes: int) -> Iterator[str]:
+def find_device_problems(valid: Mapping[str, Any], *, num_processes: int) -> Iterator[str]:
     """Yield why the device cannot be used, or not in this dtype."""
     import torch
 
-    device, dtype = settled.get("device"), settled.get("dtype")
+    device, dtype = valid.get("device"), valid.get("dtype")
     if device is None:
         return
     name = re.fullmatch(r"cpu|cuda(:\d+)?", device)
@@ -34,7 +34,7 @@ def find_device_problems(settled: Mapping[str, Any], *, num_processes: int) -> I
         yield f"device={device!r} is not one of cpu, cuda, cuda:0, cuda:1, …"
         return
     if device == "cpu":
-        yield from _find_compiler_problems(settled)
+        yield from _find_compiler_problems(valid)
         return
     num_devices = torch.cuda.device_count()
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -51,22 +51,22 @@ def find_device_problems(settled: Mapping[str, Any], *, num_processes: int) -> I
         yield f"dtype=bf16: {torch.cuda.get_device_name(index or 0)} cannot compute in bf16; use dtype=fp32"
 
 
-def _find_compiler_problems(settled: Mapping[str, Any]) -> Iterator[str]:
+def _find_compiler_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     """Yield why layers cannot be compiled for a CPU: torch writes C++, and asks for this program to translate it."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if settled.get("compile") and shutil.which(compiler) is None:
+    if valid.get("compile") and shutil.which(compiler) is None:
         yield f"compile=true on a CPU needs a C++ compiler, and there is no {compiler}; install it, or compile=false"
 
 
-def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
+def find_output_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     """Yield why the run folder cannot be made, or not be resumed."""
     from tune2gguf.runs.folder import find_path_problems
 
-    if "output_dir" not in settled or "resume" not in settled:
+    if "output_dir" not in valid or "resume" not in valid:
         return
-    folder = Path(settled["output_dir"])
-    yield from find_path_problems(settled["resume"], folder)
-    parent_run = settled.get("parent_run")
+    folder = Path(valid["output_dir"])
+    yield from find_path_problems(valid["resume"], folder)
+    parent_run = valid.get("parent_run")
     if parent_run is not None and not Path(parent_run, "config.yaml").is_file():
         yield f"parent_run={parent_run} is not the folder of a run (config.yaml is missing); null names none"
     if os.path.lexists(folder):
@@ -79,19 +79,19 @@ def find_output_problems(settled: Mapping[str, Any]) -> Iterator[str]:
         yield f"output_dir={folder} cannot be made in {nearest}: {error.strerror}"
 
 
-def find_base_problems(settled: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the base folder, from its config.json and the headers of its weights."""
     from tune2gguf.base.checkpoint import open_base
     from tune2gguf.base.source import check_tokenizer, parse_base_source
 
-    if settled.get("base_source") is not None:
+    if valid.get("base_source") is not None:
         try:
-            parse_base_source(settled["base_source"])
+            parse_base_source(valid["base_source"])
         except ValueError as error:
             yield str(error)
-    if "base_dir" not in settled:
+    if "base_dir" not in valid:
         return
-    base_dir = Path(settled["base_dir"])
+    base_dir = Path(valid["base_dir"])
     if not base_dir.is_dir():
         yield f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config … (and your overrides)"
         return
@@ -106,7 +106,7 @@ def find_base_problems(settled: Mapping[str, Any], model: Mapping[str, Any]) -> 
         return
     if any(spec.num_heads is not None and _has_ragged_rows(base.stored[name]) for name, spec in base.specs.items()):
         yield f"{base_dir}: rows of its 4-bit query and key weights share blocks, so that they cannot change places"
-    yield from _find_architecture_problems(settled, model.get("architecture"), base_dir, base.architecture)
+    yield from _find_architecture_problems(valid, model.get("architecture"), base_dir, base.architecture)
 
 
 def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
@@ -115,7 +115,7 @@ def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
     return isinstance(stored, StoredNf4) and not stored.has_whole_rows
 
 
-def _find_architecture_problems(settled, name, base_dir, architecture) -> Iterator[str]:
+def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator[str]:
     from tune2gguf.base.layout import list_tensors
     from tune2gguf.model.architectures import ARCHITECTURES, find_architecture_differences
     from tune2gguf.model.nf4 import BLOCK_SIZE
@@ -125,9 +125,9 @@ def _find_architecture_problems(settled, name, base_dir, architecture) -> Iterat
         if differences:
             yield f"{base_dir} does not hold {name}:\n  " + "\n  ".join(differences)
     limit = architecture.max_position_embeddings
-    if settled.get("max_seq_len", 0) > limit:
-        yield f"max_seq_len={settled['max_seq_len']}: {base_dir} was made for at most {limit} tokens"
-    if settled.get("base_weights") == "nf4":
+    if valid.get("max_seq_len", 0) > limit:
+        yield f"max_seq_len={valid['max_seq_len']}: {base_dir} was made for at most {limit} tokens"
+    if valid.get("base_weights") == "nf4":
         ragged = [spec for spec in list_tensors(architecture) if spec.is_linear and math.prod(spec.shape) % BLOCK_SIZE]
         if ragged:
             shape = " x ".join(map(str, ragged[0].shape))
@@ -137,26 +137,26 @@ def _find_architecture_problems(settled, name, base_dir, architecture) -> Iterat
             )
 
 
-def find_base_warnings(settled: Mapping[str, Any]) -> Iterator[str]:
+def find_base_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is legal but probably not meant about a base folder without problems."""
-    base_dir, source = Path(settled["base_dir"]), settled.get("base_source")
+    base_dir, source = Path(valid["base_dir"]), valid.get("base_source")
     record = base_dir / "base.json"
     if source is not None and record.exists():
         held = json.loads(record.read_text(encoding="utf-8")).get("source")
         if held != source.partition("@")[0]:
             yield f"{base_dir} holds {held}, not base_source={source}, which the adapter will name as its base"
     is_4bit = "quantization_config" in json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
-    if is_4bit and settled["base_weights"] != "nf4":
+    if is_4bit and valid["base_weights"] != "nf4":
         yield (
-            f"base_weights={settled['base_weights']}: {base_dir} has 4 bits a weight, so that this costs memory and "
+            f"base_weights={valid['base_weights']}: {base_dir} has 4 bits a weight, so that this costs memory and "
             "brings no precision; use base_weights=nf4"
         )
-    if is_4bit and settled["quantization"] in ("F32", "F16", "BF16"):
-        yield f"quantization={settled['quantization']}: {base_dir} has 4 bits a weight; a larger GGUF is no better"
+    if is_4bit and valid["quantization"] in ("F32", "F16", "BF16"):
+        yield f"quantization={valid['quantization']}: {base_dir} has 4 bits a weight; a larger GGUF is no better"
 
 
 def find_data_problems(
-    settled: Mapping[str, Any], dataset: Mapping[str, Any] | None, *, num_processes: int
+    valid: Mapping[str, Any], dataset: Mapping[str, Any] | None, *, num_processes: int
 ) -> Iterator[str]:
     """Yield what is wrong with the data files, and whether they hold too few rows for a step or the warm-up."""
     from tune2gguf.data import check_files
@@ -166,20 +166,20 @@ def find_data_problems(
     problems = check_files(dataset)
     yield from problems
     needed = ("batch_size", "gradient_accumulation_steps", "epochs", "warmup_steps", "max_steps_per_epoch")
-    if problems or any(name not in settled for name in needed):
+    if problems or any(name not in valid for name in needed):
         return
     num_rows = _count_rows(dataset["files"])
     if num_rows is None:
         return
-    rows_per_step = settled["batch_size"] * settled["gradient_accumulation_steps"] * num_processes
+    rows_per_step = valid["batch_size"] * valid["gradient_accumulation_steps"] * num_processes
     steps = -(-num_rows // rows_per_step)
-    if settled["max_steps_per_epoch"] is not None:
-        steps = min(steps, settled["max_steps_per_epoch"])
+    if valid["max_steps_per_epoch"] is not None:
+        steps = min(steps, valid["max_steps_per_epoch"])
     yield from find_plan_problems(
         num_rows=num_rows,
         rows_per_step=rows_per_step,
-        num_training_steps=settled["epochs"] * steps,
-        warmup_steps=settled["warmup_steps"],
+        num_training_steps=valid["epochs"] * steps,
+        warmup_steps=valid["warmup_steps"],
     )
 
 

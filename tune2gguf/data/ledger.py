@@ -22,7 +22,7 @@ def make_ledger(
 
     `read` counts the rows of all files and is the sum of four counts: `trained` and `validated` are whole rows,
     `truncated` are rows of either side that were cut to max_seq_len, `dropped` are rows that were not used. Cut and
-    dropped rows are listed with file, line and reason, held-out ones with file and line; all others are trained on.
+    dropped rows are listed with file, line and reason, validation ones with file and line; all others are trained on.
     In files whose `unit` is row, a line is the number of a row.
     """
     cut = Counter(row.split for row in selection.truncated)

@@ -63,7 +63,7 @@ def chat_dataset(
         tokenizer: from tokenizers.load_tokenizer
         max_seq_len: tokens that are kept of a row
         seed: decides which rows validation_split holds out
-        validation_files: held out whole; a row of `files` that also stands in them is a bad row
+        validation_files: all their rows are for validation; a row of `files` that also stands in them is a bad row
         validation_split: fraction of the rows to hold out; a row's content decides, so that it keeps its side when
             rows are added
         format: the shape of the rows, one of messages.FORMATS, or auto
@@ -179,10 +179,10 @@ def _require_rows(
 ) -> None:
     if not selection.train:
         dropped = f"; {len(selection.dropped)} rows were dropped" if selection.dropped else ""
-        held_out = f"; {len(selection.validation)} are held out" if selection.validation else ""
+        validation_rows = f"; {len(selection.validation)} are for validation" if selection.validation else ""
         first = f", the first is {selection.dropped[0].source}: {selection.dropped[0].reason}" if dropped else ""
         names = ", ".join(file.name for file in files[:MAX_FILES_SHOWN]) + (", …" * (len(files) > MAX_FILES_SHOWN))
-        raise ValueError(f"there is no row to train on in {names}{held_out}{dropped}{first}")
+        raise ValueError(f"there is no row to train on in {names}{validation_rows}{dropped}{first}")
     if validation_split and not selection.validation:
         raise ValueError(
             f"dataset.validation_split={validation_split} holds out none of the {len(selection.train)} rows; "

@@ -1,4 +1,4 @@
-"""Which rows are trained on, which are held out, which are cut and which are dropped."""
+"""Which rows are trained on, which are for validation, which are cut and which are dropped."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def select_rows(
 
     Args:
         files: the validation files first, so that of a row on both sides the training copy is the one to go
-        num_validation_files: how many of `files` are held out whole
+        num_validation_files: how many of `files` are for validation
         validation_split: the fraction of the other files' rows to hold out
         keep_long: cut rows of more than max_seq_len tokens instead of dropping them
     """
@@ -64,8 +64,8 @@ def select_rows(
         lines, first_supervised = index.lines.tolist(), index.first_supervised.tolist()
         for row, row_digest in enumerate(map(bytes, index.digests)):
             source = file.locate(lines[row])
-            is_held_out = file_index < num_validation_files or _draw(row_digest, seed) < validation_split
-            split = "validation" if is_held_out else "train"
+            is_validation = file_index < num_validation_files or _draw(row_digest, seed) < validation_split
+            split = "validation" if is_validation else "train"
             if row_digest in seen:
                 selection.dropped.append(_drop_repeat(source, split, *seen[row_digest]))
                 continue
@@ -77,7 +77,7 @@ def select_rows(
                 reason = f"its supervised tokens begin at {first_supervised[row]}, behind max_seq_len={max_seq_len}"
                 selection.dropped.append(Dropped(source, reason, "nothing supervised"))
             else:
-                (selection.validation if is_held_out else selection.train).append((file_index, row))
+                (selection.validation if is_validation else selection.train).append((file_index, row))
                 if lengths[row] > max_seq_len:
                     selection.truncated.append(Truncated(source, split, lengths[row]))
     return selection

@@ -12,13 +12,13 @@ from torch import nn
 from tune2gguf.distributed.world import World, max_over_ranks
 
 if TYPE_CHECKING:
-    from tune2gguf.machine import Shape
+    from tune2gguf.machine import RunSpec
 
 # The allocator's gaps and what others keep on a GPU are not in the estimate.
 USABLE_SHARE = 0.9
 
 
-def choose_parallel(parallel: str, shape: Shape, world: World) -> str:
+def choose_parallel(parallel: str, shape: RunSpec, world: World) -> str:
     """Return replicate or shard: what was asked for, or for `auto` replicate where the run then fits on every GPU.
 
     The GPU's whole memory counts, not what is free, so that a run that is resumed is split as it was. Processes of a

@@ -1,4 +1,4 @@
-"""Choose what an adapter from 4-bit training is merged into: by the held-out loss of the merged weights."""
+"""Choose what an adapter from 4-bit training is merged into: by the validation loss of the merged weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.export.measure.step_losses import measure_steps
-from tune2gguf.export.measure.validation_rows import HeldOut
+from tune2gguf.export.measure.validation_set import ValidationSet
 from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.base import DEQUANTIZED, MERGE_BASES, ORIGINAL, MergeBase, open_merge_base
@@ -24,7 +24,7 @@ class MergeChoice:
         trained: the base as the adapter was trained over it
         chosen: the base that the adapter is merged into
         kind: `original` or `dequantized`; None where there was no choice
-        losses: held-out loss of the merged weights by kind; empty where it was not measured
+        losses: validation loss of the merged weights by kind; empty where it was not measured
     """
 
     trained: MergeBase
@@ -40,7 +40,7 @@ class MergeChoice:
             return f"merged into the {self.kind} weights; the other ones were not measured"
         other = ORIGINAL if self.kind == DEQUANTIZED else DEQUANTIZED
         return (
-            f"merged into the {self.kind} weights: held-out loss {self.losses[self.kind]:.4f}, "
+            f"merged into the {self.kind} weights: validation loss {self.losses[self.kind]:.4f}, "
             f"into the {other} ones {self.losses[other]:.4f}"
         )
 
@@ -48,7 +48,7 @@ class MergeChoice:
 def choose_merge_base(
     run: FinishedRun,
     adapter: Adapter,
-    heldout: HeldOut | None,
+    validation: ValidationSet | None,
     *,
     requested: str | None = None,
     original_dir: str | Path | None = None,
@@ -56,7 +56,7 @@ def choose_merge_base(
     """Open the base that was trained over and choose the one to merge into.
 
     Args:
-        heldout: rows to measure on; without them the dequantized weights are taken, which the adapter fits exactly
+        validation: rows to measure on; without them the dequantized weights are taken, which the adapter fits exactly
         requested: `original` or `dequantized` instead of the measured choice
         original_dir: the 16-bit base of a run on a 4-bit one; None looks for it beside that
 
@@ -79,9 +79,9 @@ def choose_merge_base(
     candidates = {ORIGINAL: original, DEQUANTIZED: trained}
     if requested is not None:
         return MergeChoice(trained, candidates[requested], requested, {})
-    if heldout is None:
+    if validation is None:
         return MergeChoice(trained, trained, DEQUANTIZED, {})
-    losses = _measure(trained, candidates, adapter, heldout)
+    losses = _measure(trained, candidates, adapter, validation)
     kind = min(losses, key=losses.__getitem__)
     return MergeChoice(trained, candidates[kind], kind, losses)
 
@@ -103,9 +103,9 @@ def _open_original(stored: MergeBase, original_dir: str | Path | None) -> MergeB
 
 
 def _measure(
-    trained: MergeBase, candidates: dict[str, MergeBase], adapter: Adapter, heldout: HeldOut
+    trained: MergeBase, candidates: dict[str, MergeBase], adapter: Adapter, validation: ValidationSet
 ) -> dict[str, float]:
     sources = {TRAINED: open_base_source(trained, adapter=adapter)}
     sources |= {kind: open_merged_source(base, adapter) for kind, base in candidates.items()}
-    steps = measure_steps(sources, heldout.rows, reference=TRAINED)
+    steps = measure_steps(sources, validation.rows, reference=TRAINED)
     return {kind: steps[kind].loss for kind in candidates}

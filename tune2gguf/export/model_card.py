@@ -77,7 +77,7 @@ def _describe_quality(path: Path, *, adapter: str) -> str:
     trained = losses[1:] or losses
     exported = min(trained, key=lambda record: record["val_loss"]) if adapter == BEST else trained[-1]
     return (
-        "## Held-out loss\n\n"
+        "## Validation loss\n\n"
         f"{losses[0]['val_loss']:.3f} before training, {exported['val_loss']:.3f} at step {exported['step']} "
         f"({exported['val_rows']} rows, nats per supervised token)."
     )

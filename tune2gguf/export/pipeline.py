@@ -12,7 +12,7 @@ from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.licence import Licence, find_licence
-from tune2gguf.export.measure.validation_rows import load_heldout
+from tune2gguf.export.measure.validation_set import load_validation_rows
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merge_choice import choose_merge_base
@@ -31,7 +31,7 @@ from tune2gguf.files.atomic import write_text
 from tune2gguf.runs.read import FinishedRun, read_run
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
-DEFAULT_HELDOUT_ROWS = 16
+DEFAULT_VALIDATION_ROWS = 16
 
 
 def export_run(
@@ -42,7 +42,7 @@ def export_run(
     base_dir: str | Path | None = None,
     merge_base: str | None = None,
     original_base_dir: str | Path | None = None,
-    num_heldout_rows: int = DEFAULT_HELDOUT_ROWS,
+    num_validation_rows: int = DEFAULT_VALIDATION_ROWS,
     with_adapter_gguf: bool = False,
     with_merged_hf: bool = False,
     overwrite: bool = False,
@@ -58,7 +58,7 @@ def export_run(
         base_dir: where the base is now, if not where the run's config.yaml says
         merge_base: of a run over 4-bit weights, `original` or `dequantized`; None takes the better one
         original_base_dir: the 16-bit weights of a 4-bit base; None looks for them beside it
-        num_heldout_rows: to measure with which of two bases is better
+        num_validation_rows: to measure with which of two bases is better
         with_adapter_gguf: also write the adapter as a GGUF of its own
         with_merged_hf: also write the merged model as a Hugging Face folder
         overwrite: replace files of an earlier export
@@ -71,8 +71,8 @@ def export_run(
     """
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
-    if num_heldout_rows < 0:
-        raise ValueError(f"{num_heldout_rows} held-out rows cannot be measured; give 1 or more, or 0 for none")
+    if num_validation_rows < 0:
+        raise ValueError(f"{num_validation_rows} validation rows cannot be measured; give 1 or more, or 0 for none")
     run = read_run(run_dir, adapter=adapter, base_dir=base_dir)
     chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
     models = [_name_model(run, quantization, is_only=len(chosen) == 1) for quantization in chosen]
@@ -85,8 +85,8 @@ def export_run(
     licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_template.name.startswith("llama3"))
     modelfiles = _make_modelfiles(run, models, licence)
     lora = read_adapter(run.adapter_dir, open_merge_base(run.base_dir).specs)
-    heldout = load_heldout(run, num_rows=num_heldout_rows)
-    merge = choose_merge_base(run, lora, heldout, requested=merge_base, original_dir=original_base_dir)
+    validation = load_validation_rows(run, num_rows=num_validation_rows)
+    merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
     export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
     with claim_folder(run.export_dir):
         check_free_space(run.export_dir, _count_bytes(export, lora))

@@ -2,12 +2,12 @@
 
 from tune2gguf.machine.devices import Device, get_device, list_devices, measure_peak
 from tune2gguf.machine.fit import announce, describe_estimate, describe_fit, explain_out_of_memory, find_warning
-from tune2gguf.machine.memory import Estimate, Shape, estimate_memory
+from tune2gguf.machine.memory import Estimate, RunSpec, estimate_memory
 
 __all__ = [
     "Device",
     "Estimate",
-    "Shape",
+    "RunSpec",
     "announce",
     "describe_estimate",
     "describe_fit",

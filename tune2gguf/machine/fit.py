@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from tune2gguf.machine.devices import Device
-from tune2gguf.machine.memory import Estimate, Shape, estimate_memory
+from tune2gguf.machine.memory import Estimate, RunSpec, estimate_memory
 
 GIGABYTE = 1e9
 SHARED_BY = (2, 4, 8)  # devices that are tried for sharding
@@ -30,7 +30,7 @@ def describe_estimate(estimate: Estimate) -> list[str]:
     return [f"  {name:<24}{size / GIGABYTE:8.2f} GB" for name, size in parts.items()]
 
 
-def summarize(shape: Shape, device: Device) -> str:
+def summarize(shape: RunSpec, device: Device) -> str:
     """Return the estimate in one line, as the recipe prints it."""
     estimate = estimate_memory(shape)
     adapter = estimate.adapter + estimate.gradients + estimate.optimizer
@@ -41,7 +41,7 @@ def summarize(shape: Shape, device: Device) -> str:
     return f"memory: about {estimate.peak / GIGABYTE:.1f} GB ({listed}); {free}"
 
 
-def announce(shape: Shape, device: Device) -> None:
+def announce(shape: RunSpec, device: Device) -> None:
     """Say what a run will need before it takes it, and warn where that is not there."""
     print(summarize(shape, device))
     warning = find_warning(shape, device)
@@ -49,13 +49,13 @@ def announce(shape: Shape, device: Device) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def fits(shape: Shape, free: int) -> bool:
+def fits(shape: RunSpec, free: int) -> bool:
     """Say whether the run fits into the bytes of its device; on a CPU all processes share them."""
     sharing = shape.num_devices if shape.device_type == "cpu" else 1
     return estimate_memory(shape).peak * sharing <= free
 
 
-def find_fitting_change(shape: Shape, free: int) -> dict[str, object] | None:
+def find_fitting_change(shape: RunSpec, free: int) -> dict[str, object] | None:
     """Return the first overrides with which the run fits, None where none of them is enough.
 
     Tried in this order, later ones together with the earlier: a smaller batch with more accumulation (the same step),
@@ -65,7 +65,7 @@ def find_fitting_change(shape: Shape, free: int) -> dict[str, object] | None:
     return next((change for change in list_changes(shape) if fits(replace(shape, **change), free)), None)
 
 
-def list_changes(shape: Shape) -> Iterator[dict[str, object]]:
+def list_changes(shape: RunSpec) -> Iterator[dict[str, object]]:
     """Yield changes of a shape, each a mapping of its fields."""
     rows = shape.batch_size * shape.gradient_accumulation_steps
     batches = [size for size in range(shape.batch_size - 1, 0, -1) if rows % size == 0]
@@ -91,7 +91,7 @@ def list_changes(shape: Shape) -> Iterator[dict[str, object]]:
                 yield least | {"parallel": "shard", "num_devices": num_devices}
 
 
-def advise(shape: Shape, free: int) -> str:
+def advise(shape: RunSpec, free: int) -> str:
     """Return what to change for a run that does not fit."""
     change = find_fitting_change(shape, free)
     if change is not None:
@@ -103,7 +103,7 @@ def advise(shape: Shape, free: int) -> str:
     )
 
 
-def _get_peak(shape: Shape) -> int:
+def _get_peak(shape: RunSpec) -> int:
     return estimate_memory(shape).peak
 
 
@@ -113,7 +113,7 @@ def _to_command(change: dict[str, object]) -> str:
     return launch + " ".join(overrides)
 
 
-def find_warning(shape: Shape, device: Device) -> str | None:
+def find_warning(shape: RunSpec, device: Device) -> str | None:
     """Return the warning for a run that will probably not fit."""
     if fits(shape, device.free):
         return None
@@ -124,7 +124,7 @@ def find_warning(shape: Shape, device: Device) -> str | None:
     )
 
 
-def describe_fit(shape: Shape, device: Device) -> str:
+def describe_fit(shape: RunSpec, device: Device) -> str:
     """Return in one line whether the run fits on a device of this machine."""
     head = f"{device.name} ({device.title}), {device.free / GIGABYTE:.1f} GB free"
     head += f": needs {_get_peak(shape) / GIGABYTE:.1f} GB"
@@ -134,7 +134,7 @@ def describe_fit(shape: Shape, device: Device) -> str:
 
 
 @contextmanager
-def explain_out_of_memory(shape: Shape, device: Device) -> Iterator[None]:
+def explain_out_of_memory(shape: RunSpec, device: Device) -> Iterator[None]:
     """Turn running out of memory in the block into one error that says what to change.
 
     Raises:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune2gguf.base.layout import TensorSpec, list_tensors
-from tune2gguf.model.fused import NO_TRITON, find_obstacle
+from tune2gguf.model.fused import NO_TRITON, why_not_fused
 
 if TYPE_CHECKING:
     from tune2gguf.model.architectures import Architecture
@@ -33,7 +33,7 @@ OFFLOADING_INPUTS = 5
 
 
 @dataclass(frozen=True)
-class Shape:
+class RunSpec:
     """What the memory of a run depends on. `longest_row` in tokens; `parallel` is replicate or shard."""
 
     architecture: Architecture
@@ -56,7 +56,7 @@ class Shape:
     @property
     def is_fused(self) -> bool:
         """Whether the layers are those of tune2gguf.model.fused; a machine with a GPU has Triton, this one need not."""
-        obstacle = find_obstacle(self.device_type, dtype=self.dtype, compile=self.compile, lora_rank=self.lora_rank)
+        obstacle = why_not_fused(self.device_type, dtype=self.dtype, compile=self.compile, lora_rank=self.lora_rank)
         return obstacle in (None, NO_TRITON)
 
 
@@ -86,7 +86,7 @@ class Estimate:
         return max(self.training, self.loading)
 
 
-def estimate_memory(shape: Shape) -> Estimate:
+def estimate_memory(shape: RunSpec) -> Estimate:
     """Count the bytes that one process of a run needs."""
     specs = list_tensors(shape.architecture)
     weights = {spec.tune_name: _count_weight_bytes(spec, shape.base_weights) for spec in specs}
@@ -115,12 +115,12 @@ def estimate_memory(shape: Shape) -> Estimate:
     )
 
 
-def count_adapter_weights(shape: Shape) -> int:
+def count_adapter_weights(shape: RunSpec) -> int:
     """Return the trainable weights: rank * (in + out) for each linear layer with an adapter."""
     return sum(shape.lora_rank * sum(spec.shape) for spec in _list_adapted(shape))
 
 
-def list_layer_activations(shape: Shape) -> list[int]:
+def list_layer_activations(shape: RunSpec) -> list[int]:
     """Return the bytes of each tensor that is kept of one layer until backward, without the adapter's casts."""
     a, c = shape.architecture, BYTES[shape.dtype]
     d, i, q = a.embed_dim, a.intermediate_dim, a.num_heads * a.head_dim
@@ -147,7 +147,7 @@ def list_layer_activations(shape: Shape) -> list[int]:
     return [size * _count_tokens(shape) for size in per_token]
 
 
-def count_kept_activations(shape: Shape) -> int:
+def count_kept_activations(shape: RunSpec) -> int:
     """Return the bytes kept until backward: of all layers, or with checkpointing of one layer and all inputs.
 
     With offloading on a GPU only a few of these inputs are there at a time.
@@ -166,7 +166,7 @@ def count_kept_activations(shape: Shape) -> int:
     return layers + casts + tokens * a.embed_dim * c
 
 
-def _count_work(shape: Shape) -> int:
+def _count_work(shape: RunSpec) -> int:
     """Return the temporaries of a chunk of logits or an MLP's backward, whichever is more, and the heap's gaps."""
     from tune2gguf.model.loss import POSITIONS_PER_CHUNK
 
@@ -188,12 +188,12 @@ def _count_work(shape: Shape) -> int:
     return max(loss, mlp) + round(gaps)
 
 
-def _count_low_rank(shape: Shape) -> int:
+def _count_low_rank(shape: RunSpec) -> int:
     """Return the bytes of the adapters' first products, a token and layer."""
     return len(_list_adapted(shape)) // shape.architecture.num_layers * shape.lora_rank * BYTES[shape.dtype]
 
 
-def _count_tokens(shape: Shape) -> int:
+def _count_tokens(shape: RunSpec) -> int:
     return shape.batch_size * shape.longest_row
 
 
@@ -210,7 +210,7 @@ def _count_layer(weights: dict[str, int]) -> int:
     return sum(size for name, size in weights.items() if name.startswith("layers.0."))
 
 
-def _list_adapted(shape: Shape) -> list[TensorSpec]:
+def _list_adapted(shape: RunSpec) -> list[TensorSpec]:
     mlp = ("w1", "w2", "w3") if shape.apply_lora_to_mlp else ()
     names = {*shape.lora_attn_modules, *mlp}
     return [spec for spec in list_tensors(shape.architecture) if spec.tune_name.split(".")[-2] in names]

@@ -60,10 +60,10 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask)
         kv_heads, out = k.shape[2], torch.empty_like(q)
         keys, values = (_split_heads(part, kv_heads) for part in (k, v))
-        for queries, sees in _list_blocks(q, mask):
-            asked = _split_heads(q[:, queries], kv_heads).mul_(q.shape[-1] ** -0.5)
-            weights = _compute_weights(asked, keys[:, sees], mask, queries, sees)
-            _join_heads(torch.bmm(weights, values[:, sees]), out[:, queries])
+        for query_range, key_range in _list_blocks(q, mask):
+            queries = _split_heads(q[:, query_range], kv_heads).mul_(q.shape[-1] ** -0.5)
+            weights = _compute_weights(queries, keys[:, key_range], mask, query_range, key_range)
+            _join_heads(torch.bmm(weights, values[:, key_range]), out[:, query_range])
         return out
 
     @staticmethod
@@ -73,16 +73,16 @@ class _BlockwiseAttention(torch.autograd.Function):
         keys, values = (_split_heads(part, kv_heads) for part in (k, v))
         key_gradient, value_gradient = torch.zeros_like(keys), torch.zeros_like(values)
         q_gradient, k_gradient, v_gradient = (torch.empty_like(part) for part in (q, k, v))
-        for queries, sees in _list_blocks(q, mask):
-            asked, incoming = (_split_heads(part[:, queries], kv_heads) for part in (q, upstream))
-            asked.mul_(scale)
-            weights = _compute_weights(asked, keys[:, sees], mask, queries, sees)
-            value_gradient[:, sees].baddbmm_(weights.mT, incoming)
+        for query_range, key_range in _list_blocks(q, mask):
+            queries, grad_out = (_split_heads(part[:, query_range], kv_heads) for part in (q, upstream))
+            queries.mul_(scale)
+            weights = _compute_weights(queries, keys[:, key_range], mask, query_range, key_range)
+            value_gradient[:, key_range].baddbmm_(weights.mT, grad_out)
             scores = torch.ops.aten._softmax_backward_data(
-                torch.bmm(incoming, values[:, sees].mT), weights, -1, weights.dtype
+                torch.bmm(grad_out, values[:, key_range].mT), weights, -1, weights.dtype
             )
-            key_gradient[:, sees].baddbmm_(scores.mT, asked)
-            _join_heads(torch.bmm(scores, keys[:, sees]).mul_(scale), q_gradient[:, queries])
+            key_gradient[:, key_range].baddbmm_(scores.mT, queries)
+            _join_heads(torch.bmm(scores, keys[:, key_range]).mul_(scale), q_gradient[:, query_range])
         _join_heads(key_gradient, k_gradient)
         _join_heads(value_gradient, v_gradient)
         return q_gradient, k_gradient, v_gradient, None
@@ -98,20 +98,24 @@ def _list_blocks(q: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice]
         yield slice(start, stop), slice(first, stop)
 
 
-def _compute_weights(asked: Tensor, keys: Tensor, mask: Tensor | None, queries: slice, sees: slice) -> Tensor:
+def _compute_weights(
+    queries: Tensor, keys: Tensor, mask: Tensor | None, query_range: slice, key_range: slice
+) -> Tensor:
     """Return what each query takes of each value, [batch * kv_heads, group * queries, keys]; a row's sum is 1.
 
     Args:
-        asked: scaled queries, from _split_heads
-        keys: that one of them sees, likewise
+        queries: scaled queries, from _split_heads
+        keys: those that one of the queries attends to, likewise
     """
-    scores = torch.bmm(asked, keys.mT)
-    num_queries, num_keys = queries.stop - queries.start, sees.stop - sees.start
+    scores = torch.bmm(queries, keys.mT)
+    num_queries, num_keys = query_range.stop - query_range.start, key_range.stop - key_range.start
     if mask is None:
         behind = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)
-        scores.view(-1, num_queries, num_keys)[..., queries.start - sees.start :].masked_fill_(behind, -torch.inf)
+        scores.view(-1, num_queries, num_keys)[..., query_range.start - key_range.start :].masked_fill_(
+            behind, -torch.inf
+        )
     else:
-        hidden = mask[:, queries, sees].logical_not()
+        hidden = mask[:, query_range, key_range].logical_not()
         scores.view(len(mask), -1, num_queries, num_keys).masked_fill_(hidden[:, None], -torch.inf)
     return torch.softmax(scores, dim=-1)
 

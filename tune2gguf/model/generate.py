@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterModel:
-    """A base with its adapter, in evaluation mode and with caches; made by `load_adapter_model` or `lend_caches`.
+    """A base with its adapter, in evaluation mode and with caches; made by `load_adapter_model` or `kv_caches`.
 
     Attributes:
         max_seq_len: tokens of prompt and reply that the caches hold
@@ -83,42 +83,44 @@ def make_reply(tokenizer: ChatTokenizer, prompt: Sequence[int], ids: Sequence[in
     return Reply(text=text, ended_by_itself=ended, num_prompt_tokens=len(prompt), num_reply_tokens=len(ids))
 
 
-def generate_together(asked: AdapterModel, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> list[list[int]]:
+def generate_together(
+    adapter_model: AdapterModel, prompts: Sequence[Sequence[int]], *, max_tokens: int
+) -> list[list[int]]:
     """Return the likeliest tokens after each prompt, all prompts in one batch: a step costs hardly more than for one.
 
     Prompts are padded in front, to end at the same place of the caches; nothing attends to the padding.
 
     Args:
-        asked: with caches of as many rows as there are prompts and `max_tokens` more places than the longest has tokens
-        prompts: token ids, each fewer than asked.max_seq_len
-        max_tokens: of a reply; none goes beyond asked.max_seq_len either
+        adapter_model: with a cache row per prompt, each `max_tokens` longer than the longest prompt
+        prompts: token ids, each fewer than adapter_model.max_seq_len
+        max_tokens: of a reply; none goes beyond adapter_model.max_seq_len either
 
     Returns:
         the ids of each reply; the last one is the end of the turn unless a limit came first
     """
     import torch
 
-    device, longest = asked.device, max(map(len, prompts))
+    device, longest = adapter_model.device, max(map(len, prompts))
     paddings = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     places = torch.arange(longest + max_tokens, device=device)
     # A padding sees itself, as a row of a softmax over nothing would be NaN.
-    sees = (places[None, None] >= paddings[:, None, None]) & (places[None, None] <= places[None, :, None])
-    sees |= torch.eye(len(places), dtype=torch.bool, device=device)
-    positions = (places[None] - paddings[:, None]).clamp(0, asked.max_seq_len - 1)
-    limits = [min(max_tokens, asked.max_seq_len - len(prompt)) for prompt in prompts]
+    mask = (places[None, None] >= paddings[:, None, None]) & (places[None, None] <= places[None, :, None])
+    mask |= torch.eye(len(places), dtype=torch.bool, device=device)
+    positions = (places[None] - paddings[:, None]).clamp(0, adapter_model.max_seq_len - 1)
+    limits = [min(max_tokens, adapter_model.max_seq_len - len(prompt)) for prompt in prompts]
     replies: list[list[int]] = [[] for _ in prompts]
     padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     new, begin = torch.tensor(padded, device=device), 0
     open_rows = set(range(len(prompts)))
-    asked.model.decoder.reset_caches()
+    adapter_model.model.decoder.reset_caches()
     with torch.no_grad():
         while open_rows:
             now = slice(begin, begin + new.shape[1])
-            logits = asked.model.predict_next(new, mask=sees[:, now], input_pos=positions[:, now])
-            chosen = asked.agree(logits.argmax(-1).tolist())
+            logits = adapter_model.model.predict_next(new, mask=mask[:, now], input_pos=positions[:, now])
+            chosen = adapter_model.agree(logits.argmax(-1).tolist())
             for row in sorted(open_rows):
                 replies[row].append(chosen[row])
-                if chosen[row] in asked.tokenizer.stop_ids or len(replies[row]) == limits[row]:
+                if chosen[row] in adapter_model.tokenizer.stop_ids or len(replies[row]) == limits[row]:
                     open_rows.remove(row)
             new, begin = torch.tensor(chosen, device=device)[:, None], now.stop
     return replies
@@ -150,7 +152,7 @@ class _TextStream:
 
 
 @contextmanager
-def lend_caches(
+def kv_caches(
     model: CausalLM,
     tokenizer: ChatTokenizer,
     *,

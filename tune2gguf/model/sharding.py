@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 
-def to_whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return the whole of a tensor that may be split; every process has to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def take_share(whole: Tensor, like: Tensor) -> Tensor:
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """Return this process's rows of a tensor that every process has whole, split as `like` is; nothing travels.
 
     Raises:
@@ -41,4 +41,4 @@ def copy_to_cpu(value: Any) -> Any:
     """Return a nested structure with every tensor copied to the CPU, whole; every process has to ask for it."""
     if isinstance(value, dict):
         return {key: copy_to_cpu(element) for key, element in value.items()}
-    return to_whole(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    return full_tensor(value).detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

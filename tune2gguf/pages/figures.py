@@ -23,7 +23,7 @@ NUM_SERIES = 8
 
 # What a plot is drawn with -> a colour that stands for it while matplotlib draws; the page's stylesheet has the real
 # ones, as --plot-NAME.
-_NAMES = ("ink", "grid", "training", "held-out", "base", "limit", "bar", *(f"series-{n}" for n in range(NUM_SERIES)))
+_NAMES = ("ink", "grid", "training", "validation", "base", "limit", "bar", *(f"series-{n}" for n in range(NUM_SERIES)))
 COLORS = {name: f"#0102{index:02x}" for index, name in enumerate(_NAMES)}
 _NAMES_BY_COLOR = {color: name for name, color in COLORS.items()}
 

@@ -1,4 +1,4 @@
-"""What the plots of a run have in common: steps and epochs along x, losses along y, held-out curves, labels."""
+"""What the plots of a run have in common: steps and epochs along x, losses along y, validation curves, labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG_FROM_RATIO = 5
 MAX_NAMED_EPOCHS = 4  # more names than these would run into each other on a phone
 
 
-def draw_held_out(
+def draw_validation(
     axes: Axes,
     lines: Sequence[Validation],
     *,
@@ -28,7 +28,7 @@ def draw_held_out(
     linestyle: str | tuple = "solid",
     band_alpha: float = 0.18,
 ) -> None:
-    """Draw the held-out loss of each validation, and its interval as a band, or as a bar where there is one only."""
+    """Draw the validation loss of each validation, and its interval as a band, or as a bar where there is one only."""
     x = [line.step for line in lines]
     bounded = [line for line in lines if line.low is not None and line.high is not None]
     axes.fill_between(
@@ -57,7 +57,7 @@ def write_label(
     axes.annotate(
         text, point, xycoords=axes.get_yaxis_transform() if transform == "axis" else "data",
         xytext=(6 * is_at_end, offset), textcoords="offset points", ha="right" if is_at_end else "center",
-        va="center", size=FONT_SIZE, color=COLORS[color], weight="bold" if color == "held-out" else "normal",
+        va="center", size=FONT_SIZE, color=COLORS[color], weight="bold" if color == "validation" else "normal",
     )  # fmt: skip
 
 

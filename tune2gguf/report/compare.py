@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs, what it cost, how it came out; ranked only on held-out rows that all have."""
+"""Runs beside each other: what differs, what it cost, how it came out; ranked only on validation rows that all have."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RankedRun:
 
     Attributes:
         curves: on the rows that the group has in common
-        behind: held-out loss of its best adapter over that of the first of the group; None for the first
+        behind: validation loss of its best adapter over that of the first of the group; None for the first
         differences: config key -> value, of the keys that differ among all runs
         seconds: of its training steps, about
         is_finished: whether it came to its end; its verdict is otherwise one so far
@@ -44,7 +44,7 @@ class RankedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that measured the same held-out rows, the lowest loss first."""
+    """Runs that measured the same validation rows, the lowest loss first."""
 
     num_rows: int
     runs: list[RankedRun]
@@ -63,7 +63,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
-    """Read runs and rank those that share held-out rows, on the rows that they share.
+    """Read runs and rank those that share validation rows, on the rows that they share.
 
     Raises:
         ValueError: if a folder is not that of a run
@@ -101,7 +101,7 @@ def write_page(groups: Sequence[Group], path: Path) -> Path:
         ComparedRun(
             name=run.name,
             curves=run.curves,
-            held_out=str(number),
+            validation_rows=str(number),
             differences={key: str(value) for key, value in run.differences.items()},
             seconds=run.seconds,
             peak_memory_bytes=run.peak_memory_bytes,
@@ -120,12 +120,12 @@ def format_groups(groups: Sequence[Group]) -> str:
     parts = []
     for group in groups:
         if group.num_rows:
-            parts.append(f"on {group.num_rows} held-out rows in common:")
+            parts.append(f"on {group.num_rows} validation rows in common:")
         else:
-            parts.append("without held-out rows, not ranked:")
+            parts.append("without validation rows, not ranked:")
         parts.append(_format_table(group.runs))
     if len(groups) > 1:
-        parts.append("runs on other held-out rows are listed apart: their losses say nothing of each other")
+        parts.append("runs on other validation rows are listed apart: their losses say nothing of each other")
     return "\n".join(parts)
 
 
@@ -139,7 +139,7 @@ def _format_table(runs: Sequence[RankedRun]) -> str:
     rows = [
         {
             "run": run.name,
-            "held-out loss (95 %)": _format_loss(run.curves.best),
+            "validation loss (95 %)": _format_loss(run.curves.best),
             "behind the first (95 %)": _format_behind(run.behind),
             "verdict": describe_label(run),
             "minutes": "–" if run.seconds is None else f"{run.seconds / 60:.1f}",
@@ -230,7 +230,7 @@ def _read_label(run: RecordedRun) -> tuple[str, bool]:
 
 
 def restrict_curves(run: RecordedRun, rows: Sequence[str]) -> Curves:
-    """Return the curves of a run on some of its held-out rows, in the order given, by their digests."""
+    """Return the curves of a run on some of its validation rows, in the order given, by their digests."""
     return Curves(run.curves.training, tuple(_restrict(run, rows)))
 
 

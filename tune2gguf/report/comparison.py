@@ -1,4 +1,4 @@
-"""The page that compares runs: held-out curves over each other, and what differs."""
+"""The page that compares runs: validation curves over each other, and what differs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class ComparedRun:
 
     Attributes:
         name: unique among the runs
-        held_out: what the held-out loss was measured on, such as a digest of the rows; equal means comparable
+        validation_rows: what the validation loss was measured on, such as a digest of the rows; equal means comparable
         differences: config key -> value, as text, of the keys that differ between the runs
         seconds: that the run took
         verdict: its label; None for a run that has not ended
-        behind: best held-out loss over that of the first of the group, row by row; None for the first
+        behind: best validation loss over that of the first of the group, row by row; None for the first
     """
 
     name: str
     curves: Curves
-    held_out: str
+    validation_rows: str
     differences: Mapping[str, str] = field(default_factory=dict)
     seconds: float | None = None
     peak_memory_bytes: int | None = None
@@ -39,7 +39,7 @@ class ComparedRun:
 
 
 def write_comparison(runs: Sequence[ComparedRun], path: Path) -> Path:
-    """Write the page in one move; runs on the same held-out rows are ranked together, the lowest best loss first.
+    """Write the page in one move; runs on the same validation rows are ranked together, the lowest best loss first.
 
     Raises:
         ValueError: if two runs have the same name
@@ -59,22 +59,22 @@ def _group(runs: Sequence[ComparedRun]) -> Iterator[dict[str, Any]]:
         if run.curves.best is None:
             unmeasured.append(run)
         else:
-            by_rows.setdefault(run.held_out, []).append(run)
+            by_rows.setdefault(run.validation_rows, []).append(run)
     for number, members in enumerate(by_rows.values()):
         ranked = sorted(members, key=lambda run: run.curves.best.loss)
         rows = ranked[0].curves.best.rows
         yield {
-            "title": f"On {'the same' if number == 0 else 'others,'} {f'{rows:,} ' if rows else ''}held-out rows",
+            "title": f"On {'the same' if number == 0 else 'others,'} {f'{rows:,} ' if rows else ''}validation rows",
             "plot": plot_comparison({run.name: run.curves for run in ranked}, name=f"comparison-{number}"),
             **_make_table(ranked, is_ranked=True),
         }
     if unmeasured:
-        yield {"title": "Without a held-out loss", "plot": None, **_make_table(unmeasured, is_ranked=False)}
+        yield {"title": "Without a validation loss", "plot": None, **_make_table(unmeasured, is_ranked=False)}
 
 
 def _make_table(runs: Sequence[ComparedRun], *, is_ranked: bool) -> dict[str, Any]:
     keys = [*dict.fromkeys(key for run in runs for key in run.differences)]
-    measures = ["held-out loss", "95 % interval", "at step", "behind the first"] if is_ranked else []
+    measures = ["validation loss", "95 % interval", "at step", "behind the first"] if is_ranked else []
     heads = ["run", *measures, "verdict", *keys, "time", "memory"]
     rows = []
     for run in runs:

@@ -13,8 +13,8 @@ from tune2gguf.pages.figures import COLORS, NARROW, NUM_SERIES, WIDE, Key, Plot,
 from tune2gguf.pages.render import format_loss
 from tune2gguf.report.axes import (
     MAX_NAMED_EPOCHS,
-    draw_held_out,
     draw_skipped,
+    draw_validation,
     find_epochs,
     mark_epochs,
     needs_log,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMALL = 440, 190
-FLOOR_BELOW = 4  # a logarithmic axis of losses ends at the lowest held-out one over this
+FLOOR_BELOW = 4  # a logarithmic axis of losses ends at the lowest validation one over this
 DASHES = ("solid", (0, (6, 2)), (0, (2, 2)))
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^"}
 
@@ -41,8 +41,8 @@ class _Losses:
 
     Attributes:
         thinned: training loss of each step, or the lowest and the highest of every so many
-        floor: where a logarithmic axis ends; training losses far below every held-out one, as memorized rows have them,
-            would press the held-out curve flat. None for a linear axis
+        floor: where a logarithmic axis ends; training losses far below every validation one, as memorized rows have
+            them, would press the validation curve flat. None for a linear axis
     """
 
     curves: Curves
@@ -51,7 +51,7 @@ class _Losses:
     every: int
     smoothed: Series
     window: int
-    held_out: tuple[Validation, ...]
+    validation_rows: tuple[Validation, ...]
     skipped: tuple[int, ...]
     floor: float | None
 
@@ -60,29 +60,31 @@ class _Losses:
         training = take_series(curves.training, "loss")
         thinned, every = thin(training)
         smoothed, window = smooth(training) if len(training) else (training, 1)
-        held_out = tuple(line for line in curves.validations if math.isfinite(line.loss))
+        validation_rows = tuple(line for line in curves.validations if math.isfinite(line.loss))
         skipped = tuple(line.step for line in curves.training if line.skipped)
-        shown = np.array([line.loss for line in held_out]) if held_out else training.y
-        lowest = min([line.low or line.loss for line in held_out], default=FLOOR_BELOW * training.y.min(initial=np.inf))
+        shown = np.array([line.loss for line in validation_rows]) if validation_rows else training.y
+        lowest = min(
+            [line.low or line.loss for line in validation_rows], default=FLOOR_BELOW * training.y.min(initial=np.inf)
+        )
         floor = lowest / FLOOR_BELOW if needs_log([shown]) else None
-        return cls(curves, training, thinned, every, smoothed, window, held_out, skipped, floor)
+        return cls(curves, training, thinned, every, smoothed, window, validation_rows, skipped, floor)
 
     @property
     def base(self) -> Validation | None:
         """The base, if its loss can be drawn."""
         base = self.curves.base
-        return base if base in self.held_out else None
+        return base if base in self.validation_rows else None
 
     @property
     def best(self) -> Validation | None:
         best = self.curves.best
-        return best if best in self.held_out else None
+        return best if best in self.validation_rows else None
 
 
 def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
-    """Draw training and held-out loss, the base's as a line, the best one ringed; None where nothing was measured."""
+    """Draw training and validation loss, the base's as a line, the best one ringed; None where nothing was measured."""
     losses = _Losses.read(curves)
-    if not (len(losses.training) or losses.held_out or losses.skipped):
+    if not (len(losses.training) or losses.validation_rows or losses.skipped):
         return None
 
     def draw(axes: Axes) -> None:
@@ -110,16 +112,16 @@ def _draw_losses(axes: Axes, losses: _Losses) -> None:
     axes.plot(*spread(losses.smoothed), color=COLORS["training"], linewidth=1.8)
     if base is not None:
         axes.axhline(base.loss, color=COLORS["base"], linewidth=1.4, linestyle=(0, (5, 4)))
-    draw_held_out(axes, losses.held_out, color="held-out", marker="o")
+    draw_validation(axes, losses.validation_rows, color="validation", marker="o")
     set_loss_scale(axes, is_log=losses.floor is not None, floor=losses.floor)
     if base is not None:
         write_label(axes, f"base {format_loss(base.loss)}", (1, base.loss), offset=-8, transform="axis")
     if best is not None:
         axes.plot(
             [best.step], [best.loss], "o", markersize=12, markeredgewidth=2, fillstyle="none",
-            markeredgecolor=COLORS["held-out"], clip_on=False, zorder=5,
+            markeredgecolor=COLORS["validation"], clip_on=False, zorder=5,
         )  # fmt: skip
-        write_label(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=-15, color="held-out")
+        write_label(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=-15, color="validation")
     draw_skipped(axes, losses.skipped)
 
 
@@ -127,12 +129,12 @@ def _list_loss_keys(losses: _Losses) -> Iterator[Key]:
     if len(losses.training):
         yield Key("training, each step", "training", "faint")
         yield Key(f"training, mean of {losses.window} steps", "training")
-    if losses.held_out:
-        yield Key("held-out", "held-out", "circle")
-    if any(line.low is not None and line.high is not None for line in losses.held_out):
-        yield Key("its 95 % interval", "held-out", "band")
+    if losses.validation_rows:
+        yield Key("validation", "validation", "circle")
+    if any(line.low is not None and line.high is not None for line in losses.validation_rows):
+        yield Key("its 95 % interval", "validation", "band")
     if losses.best is not None:
-        yield Key("best", "held-out", "ring")
+        yield Key("best", "validation", "ring")
     if losses.base is not None:
         yield Key("the base before training", "base", "dashes")
     if len(find_epochs(losses.curves)) > MAX_NAMED_EPOCHS:
@@ -147,9 +149,9 @@ def _describe_losses(losses: _Losses) -> str:
     if len(smoothed):
         parts.append(f"the smoothed training loss goes from {smoothed.y[0]:.3f} to {smoothed.y[-1]:.3f}")
     if base is not None:
-        parts.append(f"the base's held-out loss is {base.loss:.3f}")
+        parts.append(f"the base's validation loss is {base.loss:.3f}")
     if best is not None:
-        parts.append(f"the best held-out loss is {best.loss:.3f} at step {best.step}")
+        parts.append(f"the best validation loss is {best.loss:.3f} at step {best.step}")
         parts.append(f"the last one is {final.loss:.3f} at step {final.step}")
     return f"Loss by step: {'; '.join(parts) or 'no step was applied'}."
 
@@ -193,7 +195,7 @@ def _plot_small(
     if not named:
         return None
     log = not from_zero and limit is not None and needs_log([series.y for series in named.values()], ratio=20)
-    colors = ["training", "held-out"]
+    colors = ["training", "validation"]
     largest, every = max(map(len, named.values())), 1
 
     def draw(axes: Axes) -> None:
@@ -225,7 +227,7 @@ def _plot_small(
 
 
 def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
-    """Draw the held-out curves of several runs over each other; None where none was validated.
+    """Draw the validation curves of several runs over each other; None where none was validated.
 
     Args:
         name: of the plot, unique on its page
@@ -243,15 +245,15 @@ def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
 
     def draw(axes: Axes) -> None:
         for lines, (color, marker, dash) in zip(shown.values(), styles, strict=True):
-            draw_held_out(axes, lines, color=color, marker=MARKERS[marker], linestyle=DASHES[dash], band_alpha=0.09)
+            draw_validation(axes, lines, color=color, marker=MARKERS[marker], linestyle=DASHES[dash], band_alpha=0.09)
         set_loss_scale(axes, is_log=log)
         set_steps(axes, Curves(validations=tuple(line for lines in shown.values() for line in lines)), None)
 
-    ylabel = f"held-out loss, nats per supervised token{', logarithmic' if log else ''}"
+    ylabel = f"validation loss, nats per supervised token{', logarithmic' if log else ''}"
     ends = [f"{run} ends at {lines[-1].loss:.3f}" for run, lines in shown.items()]
-    label = f"Held-out loss of {len(shown)} runs by step: {'; '.join(ends)}."
+    label = f"Validation loss of {len(shown)} runs by step: {'; '.join(ends)}."
     return Plot(
-        "Held-out loss",
+        "Validation loss",
         wide=render_figure(draw, WIDE, name=f"{name}-wide", ylabel=ylabel, label=label),
         narrow=render_figure(draw, NARROW, name=f"{name}-narrow", ylabel=ylabel, label=label),
         keys=tuple(

@@ -159,14 +159,14 @@ def _list_tiles(run: RunFolder) -> Iterator[dict[str, str]]:
     if best is not None:
         interval = _format_interval(best)
         notes = [f"95 %: {interval}" if interval else "", f"{best.rows:,} rows" if best.rows else ""]
-        yield {"name": "Best held-out loss", "value": format_loss(best.loss), "note": ", ".join(filter(None, notes))}
+        yield {"name": "Best validation loss", "value": format_loss(best.loss), "note": ", ".join(filter(None, notes))}
         if base is not None and base.loss:
             change = _format_change(best.loss / base.loss - 1, digits=0)
             yield {"name": "Against the base", "value": change, "note": f"whose loss is {format_loss(base.loss)}"}
         last = "the last one" if best is final else f"last: {format_loss(final.loss)} at step {final.step:,}"
         yield {"name": "Best at step", "value": f"{best.step:,}", "note": last}
     elif base is not None:
-        yield {"name": "Held-out loss of the base", "value": format_loss(base.loss), "note": _format_interval(base)}
+        yield {"name": "Validation loss of the base", "value": format_loss(base.loss), "note": _format_interval(base)}
     memory = [line.peak_memory_bytes for line in curves.training if line.peak_memory_bytes]
     if memory:
         yield {"name": "Peak memory", "value": f"{max(memory) / 1e9:.1f} GB", "note": ""}
@@ -236,7 +236,7 @@ def _describe_ledger(ledger: dict[str, Any]) -> dict[str, Any]:
     parts = [{"name": name, "count": ledger[name]} for name in PARTS_OF_READ]
     sides = [
         (name, *(f"{ledger[side][key]:,}" for key in ("rows", "tokens", "supervised_tokens", "longest_row")))
-        for name, side in (("training", "training"), ("held out", "validation"))
+        for name, side in (("training", "training"), ("validation", "validation"))
     ]
     lists = [
         _list_rows(ledger["rows_truncated"], "truncated", column="side", key="split"),

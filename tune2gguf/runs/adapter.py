@@ -34,11 +34,11 @@ def restore_adapter(model: CausalLM, adapter: dict[str, Tensor]) -> None:
     """Set the trainable parameters to what collect_adapter returned."""
     import torch
 
-    from tune2gguf.model.sharding import take_share
+    from tune2gguf.model.sharding import shard_like
 
     with torch.no_grad():
         for name, parameter in _list_adapter_parameters(model):
-            parameter.copy_(take_share(adapter[name].to(parameter.device), parameter))
+            parameter.copy_(shard_like(adapter[name].to(parameter.device), parameter))
 
 
 def _list_adapter_parameters(model: CausalLM) -> list[tuple[str, Tensor]]:

@@ -34,10 +34,10 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class Validation:
-    """One measurement of the held-out loss; step 0 is the base before training.
+    """One measurement of the validation loss; step 0 is the base before training.
 
     Attributes:
-        loss: cross entropy per supervised token over all held-out rows, in nats
+        loss: cross entropy per supervised token over all validation rows, in nats
         low, high: its 95 % interval; None where the run did not record one
         row_losses: summed nats of each row, in row order; empty where the run did not record them
         row_tokens: supervised tokens of each row
@@ -70,7 +70,7 @@ class Curves:
 
     @property
     def best(self) -> Validation | None:
-        """The lowest held-out loss after a step, the earliest of equals: the adapter in best/."""
+        """The lowest validation loss after a step, the earliest of equals: the adapter in best/."""
         return min(self.trained, key=lambda validation: validation.loss, default=None)
 
     @property
@@ -86,10 +86,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt as the model answered it at a step.
+    """A validation prompt as the model answered it at a step.
 
     Attributes:
-        row: index of the held-out row
+        row: index of the validation row
         prompt: messages, each {"role", "content"}
     """
 

@@ -32,11 +32,11 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
         ValueError: if the folder exists; a run never overwrites another
     """
     from tune2gguf.base.digest import digest_base
-    from tune2gguf.data.heldout import HELDOUT_FILE, format_heldout
+    from tune2gguf.data.validation_rows import VALIDATION_FILE, format_validation_rows
     from tune2gguf.files.atomic import create_folder
 
     # Read again before the folder is made: a data file that has vanished must not leave a folder behind.
-    heldout = format_heldout(data.validation, format=cfg.dataset.get("format", "auto"))
+    heldout = format_validation_rows(data.validation, format=cfg.dataset.get("format", "auto"))
     folder = Path(output_dir)
     if os.path.lexists(folder):
         raise ValueError(describe_existing(folder))
@@ -46,7 +46,7 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
         environment = {**describe_environment(device), "base_digest": digest_base(cfg.base_dir)}
         write_text(unfinished / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_text(unfinished / "data.json", json.dumps(data.ledger, indent=2, ensure_ascii=False) + "\n")
-        write_text(unfinished / HELDOUT_FILE, heldout)
+        write_text(unfinished / VALIDATION_FILE, heldout)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a run changed, at a glance: the held-out loss, and held-out questions answered by base and tuned model.
+"""What a run changed, at a glance: the validation loss, and validation questions answered by base and tuned model.
 
 Both are asked through llama.cpp, as GGUF files of the same type: the tuned one is the very file that was exported.
 """
@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.data.heldout import cut_before_reply, read_heldout
+from tune2gguf.data.validation_rows import cut_before_reply, read_validation_rows
 from tune2gguf.export.pipeline import export_base
 from tune2gguf.runs.read import read_run
 from tune2gguf.serve.llama_cpp import open_model
@@ -18,7 +18,7 @@ from tune2gguf.serve.llama_cpp import open_model
 
 @dataclass(frozen=True)
 class Answer:
-    """One held-out question, its reference, and what the two models say."""
+    """One validation question, its reference, and what the two models say."""
 
     question: str
     reference: str
@@ -26,8 +26,8 @@ class Answer:
     after: str
 
 
-def read_heldout_losses(run_dir: Path) -> tuple[float, float]:
-    """Return the held-out loss before training and the lowest one after a step, in nats per supervised token.
+def read_validation_losses(run_dir: Path) -> tuple[float, float]:
+    """Return the validation loss before training and the lowest one after a step, in nats per supervised token.
 
     Raises:
         ValueError: if the run was not validated after training
@@ -35,17 +35,17 @@ def read_heldout_losses(run_dir: Path) -> tuple[float, float]:
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [record["val_loss"] for record in map(json.loads, lines) if "val_loss" in record]
     if len(losses) < 2:
-        raise ValueError(f"{run_dir}: no held-out loss before and after training; give the run held-out rows")
+        raise ValueError(f"{run_dir}: no validation loss before and after training; give the run validation rows")
     return losses[0], min(losses[1:])
 
 
 def answer_before_and_after(run_dir: str | Path, gguf_path: str | Path, *, num_questions: int) -> list[Answer]:
-    """Ask the first held-out questions of a run to its base and to its exported file, greedily.
+    """Ask the first validation questions of a run to its base and to its exported file, greedily.
 
     Raises:
         ValueError: if the run, its base or the file is missing
     """
-    conversations = [conversation for conversation in read_heldout(run_dir) if conversation.messages]
+    conversations = [conversation for conversation in read_validation_rows(run_dir) if conversation.messages]
     prompts = [cut_before_reply(conversation) for conversation in conversations[:num_questions]]
     after = _ask(Path(gguf_path), prompts)
     run = read_run(run_dir)

@@ -8,14 +8,14 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.data.heldout import HELDOUT_FILE, cut_before_reply, read_heldout
+from tune2gguf.data.validation_rows import VALIDATION_FILE, cut_before_reply, read_validation_rows
 
 if TYPE_CHECKING:
     from tune2gguf.export.exported import Export
 
 
 def serve_with_ollama(export: Export, name: str) -> str:
-    """Make the model in Ollama and ask it a held-out question; without Ollama, return the command that would.
+    """Make the model in Ollama and ask it a validation question; without Ollama, return the command that would.
 
     Raises:
         ValueError: if Ollama fails
@@ -27,15 +27,17 @@ def serve_with_ollama(export: Export, name: str) -> str:
     create_ollama_model(program, name, modelfile_path)
     question = find_question(export.run.run_dir)
     if question is None:
-        return f"made {name}; the run has no held-out question to ask it"
+        return f"made {name}; the run has no validation question to ask it"
     return f"made {name}\nQ {question}\nA {ask_ollama(program, name, question)}"
 
 
 def find_question(run_dir: Path) -> str | None:
-    """Return the first held-out question that stands alone: `ollama run` takes one message."""
-    if not (run_dir / HELDOUT_FILE).is_file():
+    """Return the first validation question that stands alone: `ollama run` takes one message."""
+    if not (run_dir / VALIDATION_FILE).is_file():
         return None
-    prompts = [cut_before_reply(conversation)[0] for conversation in read_heldout(run_dir) if conversation.messages]
+    prompts = [
+        cut_before_reply(conversation)[0] for conversation in read_validation_rows(run_dir) if conversation.messages
+    ]
     return next((prompt[0]["content"] for prompt in prompts if len(prompt) == 1), None)
 
 

@@ -11,7 +11,7 @@ from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.measure.step_losses import StepLoss, measure_steps
-from tune2gguf.export.measure.validation_rows import HeldOut, load_heldout
+from tune2gguf.export.measure.validation_set import ValidationSet, load_validation_rows
 from tune2gguf.export.measure.weight_sources import (
     open_base_source,
     open_gguf_source,
@@ -58,7 +58,7 @@ class _Subject:
     merged_into: MergeBase
     adapter: Adapter
     kernels: Kernels
-    heldout: HeldOut
+    validation: ValidationSet
 
 
 def prove_export(
@@ -70,31 +70,31 @@ def prove_export(
     num_threads: int | None = None,
     show: bool = True,
 ) -> Proof | None:
-    """Prove an export on held-out rows and write proof.json; None where the run has no held-out rows.
+    """Prove an export on validation rows and write proof.json; None where the run has no validation rows.
 
     Args:
-        num_rows: held-out rows to use, the first ones
+        num_rows: validation rows to use, the first ones
         num_replies: questions to ask each file
-        max_loss_increase: of a file's held-out loss over the trained model's, as a fraction
+        max_loss_increase: of a file's validation loss over the trained model's, as a fraction
         num_threads: of llama.cpp; None chooses by the file's size
 
     Raises:
         ValueError: if something that is needed is missing or cannot be loaded
     """
-    heldout = load_heldout(export.run, num_rows=num_rows)
-    if heldout is None:
+    validation = load_validation_rows(export.run, num_rows=num_rows)
+    if validation is None:
         return None
     merge = export.merge
     adapter = read_adapter(export.run.adapter_dir, merge.trained.specs)
-    subject = _Subject(merge.trained, merge.chosen, adapter, load_kernels(), heldout)
+    subject = _Subject(merge.trained, merge.chosen, adapter, load_kernels(), validation)
     paths = {model.quantization: model.gguf_path for model in export.models}
     steps = _measure_export(subject, paths, show=show)
     files = {
         name: serve_file(
             path,
-            heldout.tokenizer,
-            heldout.conversations,
-            heldout.rows,
+            validation.tokenizer,
+            validation.conversations,
+            validation.rows,
             steps[name].token_losses,
             context_length=export.run.max_seq_len,
             num_replies=num_replies,
@@ -105,7 +105,7 @@ def prove_export(
     failures = [failure for name, served in files.items() for failure in _find_serving_failures(name, served)]
     failures += _find_loss_failures(subject, steps, max_loss_increase)
     proof = Proof(
-        num_rows=len(heldout.rows),
+        num_rows=len(validation.rows),
         num_tokens=len(steps[BASE].token_losses),
         steps=steps,
         lost_most=_find_step_that_lost_most(steps),
@@ -127,7 +127,7 @@ def _measure_export(subject: _Subject, paths: dict[str, Path], *, show: bool) ->
     sources |= {name: open_gguf_source(path, trained, subject.kernels) for name, path in paths.items()}
     num_layers = len(sources) * trained.architecture.num_layers
     with open_bar("proving", total=num_layers, unit="layer", show=show) as bar:
-        return measure_steps(sources, subject.heldout.rows, reference=ADAPTER, report=bar.update)
+        return measure_steps(sources, subject.validation.rows, reference=ADAPTER, report=bar.update)
 
 
 def _find_step_that_lost_most(steps: dict[str, StepLoss]) -> str:
@@ -142,7 +142,7 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
     for name, step in steps.items():
         if name in (BASE, ADAPTER) or step.increase <= limit:
             continue
-        failure = f"{name} raises the held-out loss by {step.increase:.1%}; the limit is {limit:.1%}"
+        failure = f"{name} raises the validation loss by {step.increase:.1%}; the limit is {limit:.1%}"
         if name in QUANTIZATIONS:
             found = _find_smallest_type(subject, limit, larger_than=name)
             failure += f". {found}" if found else ". No larger type stays within it"
@@ -152,7 +152,7 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
 
 def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
     """Return a sentence that names the smallest larger type within the limit, without writing files."""
-    adapter, rows = subject.adapter, subject.heldout.rows
+    adapter, rows = subject.adapter, subject.validation.rows
     sizes = {name: count_file_bytes(subject.merged_into, kind) for name, kind in QUANTIZATIONS.items()}
     larger = sorted((size, name) for name, size in sizes.items() if size > sizes[larger_than])
     reference = open_base_source(subject.trained, adapter=adapter)
@@ -201,7 +201,7 @@ def format_json(proof: Proof) -> str:
 
 def format_table(proof: Proof) -> str:
     """Return the result for the terminal."""
-    lines = [f"proof on {proof.num_rows} held-out rows, {proof.num_tokens} supervised tokens ({COMPUTED_BY})", ""]
+    lines = [f"proof on {proof.num_rows} validation rows, {proof.num_tokens} supervised tokens ({COMPUTED_BY})", ""]
     lines.append(f"  {'step':<12} {'loss':>7} {'vs adapter':>11} {'KL':>8} {'top-1':>7}")
     for name, step in proof.steps.items():
         increase = "" if name == ADAPTER else f"{step.increase:+.2%}"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.data.heldout import cut_before_reply
-from tune2gguf.export.measure.step_losses import HeldOutRow
+from tune2gguf.data.validation_rows import cut_before_reply
+from tune2gguf.export.measure.step_losses import ValidationRow
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.tokenizer.conversation import Conversation, trim
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
@@ -50,7 +50,7 @@ class ScoreCheck:
 
 @dataclass(frozen=True)
 class ServedReply:
-    """A greedy reply to a held-out question."""
+    """A greedy reply to a validation question."""
 
     question: str
     reference: str
@@ -71,7 +71,7 @@ def serve_file(
     path: Path,
     tokenizer: ChatTokenizer,
     conversations: Sequence[Conversation],
-    rows: Sequence[HeldOutRow],
+    rows: Sequence[ValidationRow],
     token_losses: np.ndarray,
     *,
     context_length: int,
@@ -93,7 +93,7 @@ def serve_file(
     return ServedFile(
         tokens=check_tokens(model, tokenizer, chats),
         scores=check_scores(model, rows, token_losses, max_tokens=MAX_SCORED_TOKENS),
-        replies=ask_held_out(model, chats[:num_replies], max_tokens=MAX_REPLY_TOKENS),
+        replies=ask_validation(model, chats[:num_replies], max_tokens=MAX_REPLY_TOKENS),
     )
 
 
@@ -139,7 +139,7 @@ def _describe_difference(trained: list[int], served: list[int], tokenizer: ChatT
 
 
 def check_scores(
-    model: LlamaCppModel, rows: Sequence[HeldOutRow], token_losses: np.ndarray, *, max_tokens: int
+    model: LlamaCppModel, rows: Sequence[ValidationRow], token_losses: np.ndarray, *, max_tokens: int
 ) -> ScoreCheck | None:
     """Compare llama.cpp's losses of the first supervised tokens with torch's."""
     by_llama_cpp: list[float] = []
@@ -158,7 +158,7 @@ def check_scores(
     return ScoreCheck(len(by_torch), float(np.mean(by_llama_cpp)), float(np.mean(by_torch)))
 
 
-def ask_held_out(model: LlamaCppModel, chats: Sequence[Conversation], *, max_tokens: int) -> list[ServedReply]:
+def ask_validation(model: LlamaCppModel, chats: Sequence[Conversation], *, max_tokens: int) -> list[ServedReply]:
     """Ask for the last reply of each conversation, greedily."""
     replies = []
     for chat in chats:

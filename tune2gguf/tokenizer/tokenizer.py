@@ -126,13 +126,13 @@ class ChatTokenizer:
 
     def _settle_contents(self, messages: Sequence[Message]) -> list[Message]:
         """Trim the contents; put the format's prefix before the system message, making one where there is none."""
-        settled = [Message(message.role, trim(message.content), message.is_trained) for message in messages]
+        valid = [Message(message.role, trim(message.content), message.is_trained) for message in messages]
         prefix = self.chat_template.system_prefix
         if prefix:
-            has_system = bool(settled) and settled[0].role == "system"
-            system_content = settled[0].content if has_system else ""
-            settled[:has_system] = [Message("system", prefix + system_content)]
-        return settled
+            has_system = bool(valid) and valid[0].role == "system"
+            system_content = valid[0].content if has_system else ""
+            valid[:has_system] = [Message("system", prefix + system_content)]
+        return valid
 
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
         """Return the segments of a conversation and of the header of the reply to come, as it is served."""

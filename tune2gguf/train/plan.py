@@ -29,23 +29,23 @@ def describe_plan(
     from tune2gguf.data.padding import describe_padding
     from tune2gguf.distributed.parallel import describe_parallel
     from tune2gguf.machine.cpu import describe_cpu
-    from tune2gguf.model.fused import describe_layers, find_obstacle
+    from tune2gguf.model.fused import describe_layers, why_not_fused
     from tune2gguf.train.samples import describe_prompts
 
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
     if device == "cpu":
         lines.append(describe_cpu())
     else:
-        obstacle = find_obstacle("cuda", dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
+        obstacle = why_not_fused("cuda", dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
         lines.append(describe_layers(obstacle))
     if world_size > 1:
         lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
-    lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} held out")
+    lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} for validation")
     lines.append(validation.describe())
     samples = describe_prompts(
         prompts,
         num_samples=cfg.num_samples,
-        num_held_out=len(data.validation),
+        num_validation_rows=len(data.validation),
         max_tokens=validation.max_reply_tokens,
     )
     lines += [] if samples is None else [samples]

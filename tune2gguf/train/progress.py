@@ -18,8 +18,8 @@ class Progress:
     epoch: int = 0  # epochs finished
     step_in_epoch: int = 0  # steps taken of the epoch after them
     validated_step: int | None = None  # step of the last validation
-    sampled_step: int | None = None  # step of the last answers to the held-out prompts
-    best_loss: float | None = None  # lowest held-out loss
+    sampled_step: int | None = None  # step of the last answers to the validation prompts
+    best_loss: float | None = None  # lowest validation loss
     best_step: int | None = None
     best_sha256: str | None = None  # of the weights in best/
     validations_without_best: int = 0  # since the best one
@@ -30,12 +30,12 @@ class Progress:
         """Stand before the next epoch."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
 
-    def take_loss(self, held_out_loss: float) -> bool:
+    def take_loss(self, validation_loss: float) -> bool:
         """Take note of a validation after a step; return whether its loss is the lowest yet, and best/ is due."""
-        if math.isnan(held_out_loss) or (self.best_loss is not None and held_out_loss >= self.best_loss):
+        if math.isnan(validation_loss) or (self.best_loss is not None and validation_loss >= self.best_loss):
             self.validations_without_best += 1
             return False
-        self.best_loss, self.best_step, self.validations_without_best = held_out_loss, self.step, 0
+        self.best_loss, self.best_step, self.validations_without_best = validation_loss, self.step, 0
         return True
 
     def is_over(self, epochs: int, *, patience: int | None) -> bool:

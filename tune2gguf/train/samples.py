@@ -1,4 +1,4 @@
-"""Held-out prompts that a run answers before, while and after it trains: what the losses mean, in words."""
+"""Validation prompts that a run answers before, while and after it trains: what the losses mean, in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from tune2gguf.data.heldout import cut_before_reply
+from tune2gguf.data.validation_rows import cut_before_reply
 from tune2gguf.tokenizer.conversation import Conversation, Message
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out conversation up to its last reply."""
+    """A validation conversation up to its last reply."""
 
-    row: int  # index of the held-out row
+    row: int  # index of the validation row
     messages: list[dict[str, str]]
     reference: str  # that reply
     num_tokens: int
@@ -31,7 +31,7 @@ class Prompt:
 def choose_prompts(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, num_samples: int, max_seq_len: int
 ) -> list[Prompt]:
-    """Return the first held-out prompts after which a token fits into max_seq_len; raw texts have none."""
+    """Return the first validation prompts after which a token fits into max_seq_len; raw texts have none."""
     return list(islice(_find_prompts(conversations, tokenizer, max_seq_len), num_samples))
 
 
@@ -47,14 +47,16 @@ def _find_prompts(
             yield Prompt(row, messages, reference, num_tokens)
 
 
-def describe_prompts(prompts: Sequence[Prompt], *, num_samples: int, num_held_out: int, max_tokens: int) -> str | None:
-    """Return the line that a run says before it starts; None where no samples are wanted, or no row is held out."""
-    if num_samples == 0 or num_held_out == 0:
+def describe_prompts(
+    prompts: Sequence[Prompt], *, num_samples: int, num_validation_rows: int, max_tokens: int
+) -> str | None:
+    """Return the line that a run says before it starts; None without samples or validation rows."""
+    if num_samples == 0 or num_validation_rows == 0:
         return None
-    line = f"samples: {len(prompts)} held-out prompts, answered before training, after each epoch and at the end, "
+    line = f"samples: {len(prompts)} validation prompts, answered before training, after each epoch and at the end, "
     line += f"in at most {max_tokens} tokens"
     if len(prompts) < num_samples:
-        line += f"; num_samples={num_samples}, but no other held-out row is a conversation with room for a reply"
+        line += f"; num_samples={num_samples}, but no other validation row is a conversation with room for a reply"
     return line
 
 
@@ -76,13 +78,13 @@ def answer_prompts(
         max_tokens: of a reply
         agree: as in generate.AdapterModel
     """
-    from tune2gguf.model.generate import generate_together, lend_caches, make_reply
+    from tune2gguf.model.generate import generate_together, kv_caches, make_reply
 
     ids = [_encode(prompt.messages, tokenizer) for prompt in prompts]
     num_places = max(map(len, ids)) + max_tokens
     caches = {"batch_size": len(ids), "num_places": num_places}
-    with lend_caches(model, tokenizer, max_seq_len=max_seq_len, device=device, agree=agree, **caches) as asked:
-        replies = generate_together(asked, ids, max_tokens=max_tokens)
+    with kv_caches(model, tokenizer, max_seq_len=max_seq_len, device=device, agree=agree, **caches) as adapter_model:
+        replies = generate_together(adapter_model, ids, max_tokens=max_tokens)
     return [
         _describe_reply(prompt, make_reply(tokenizer, *pair))
         for prompt, *pair in zip(prompts, ids, replies, strict=True)

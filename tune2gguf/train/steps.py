@@ -89,11 +89,11 @@ def compute_grad_norm(parameters: list[Tensor], *, clip_to: float | None) -> flo
     """Return the norm of all gradients together, scaled down to `clip_to` where it is larger, unless None."""
     from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-    from tune2gguf.model.sharding import to_whole
+    from tune2gguf.model.sharding import full_tensor
 
     if clip_to is None:
-        return float(to_whole(get_total_norm([parameter.grad for parameter in parameters])))
-    return float(to_whole(clip_grad_norm_(parameters, clip_to)))
+        return float(full_tensor(get_total_norm([parameter.grad for parameter in parameters])))
+    return float(full_tensor(clip_grad_norm_(parameters, clip_to)))
 
 
 def find_nonfinite(loss: float, grad_norm: float) -> str | None:
@@ -117,7 +117,7 @@ def name_rows(micro_batches: list[list[TokenizedRow | Pack]], batch_losses: Iter
     return [source for source, is_finite in rows if not is_finite] or [source for source, _ in rows]
 
 
-def leave_out_step(
+def skip_step(
     step: int, problem: str, micro_batches: list[list], batch_losses: Iterable[Tensor], *, on_nonfinite: str
 ) -> str:
     """Return why a step is not applied and which rows it has; every rank has to ask.
@@ -141,12 +141,12 @@ def describe_speed(record: dict) -> str:
 
 def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
     """Set the state of each parameter, whole and on the CPU, as saved from `optimizer.state_dict()["state"]`."""
-    from tune2gguf.model.sharding import take_share
+    from tune2gguf.model.sharding import shard_like
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shares = {
         index: {
-            name: take_share(value, parameters[index]) if _is_like(value, parameters[index]) else value
+            name: shard_like(value, parameters[index]) if _is_like(value, parameters[index]) else value
             for name, value in values.items()
         }
         for index, values in state.items()

@@ -1,4 +1,4 @@
-"""The held-out loss: exact on any number of processes, row by row, with the uncertainty of its mean."""
+"""The validation loss: exact on any number of processes, row by row, with the uncertainty of its mean."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class HeldOutLoss:
-    """Summed cross entropy and supervised tokens of each held-out row, in the order of the rows."""
+class ValidationLoss:
+    """Summed cross entropy and supervised tokens of each validation row, in the order of the rows."""
 
     row_sums: list[float]
     row_tokens: list[int]
@@ -71,12 +71,12 @@ class HeldOutLoss:
 def describe_validation(record: dict) -> str:
     """Return the line that a run says of a validation, from what metrics.jsonl says of it."""
     interval = "one row has no interval" if record["val_low"] is None else "{val_low:.4f} to {val_high:.4f}"
-    what = f"step {{step}}: held-out loss {{val_loss:.4f}} ({interval}) on {{val_rows}} rows"
+    what = f"step {{step}}: validation loss {{val_loss:.4f}} ({interval}) on {{val_rows}} rows"
     return what.format(**record)
 
 
 @torch.no_grad()
-def compute_heldout_loss(
+def compute_validation_loss(
     model: CausalLM,
     rows: Sequence[TokenizedRow],
     *,
@@ -84,7 +84,7 @@ def compute_heldout_loss(
     pad_id: int,
     world: World,
     before_batch: Callable[[], None] = lambda: None,
-) -> HeldOutLoss:
+) -> ValidationLoss:
     """Return the loss of each row without dropout; each process takes every world.size-th batch.
 
     Rows of similar length share a batch, so that little is padded; a row's loss does not depend on its batch.
@@ -112,4 +112,4 @@ def compute_heldout_loss(
     model.train(was_training)
     # NCCL reduces tensors on the GPU only.
     row_sums = sum_over_ranks(row_sums.to(world.device)).cpu()
-    return HeldOutLoss(row_sums=row_sums.tolist(), row_tokens=[row.num_supervised for row in rows])
+    return ValidationLoss(row_sums=row_sums.tolist(), row_tokens=[row.num_supervised for row in rows])

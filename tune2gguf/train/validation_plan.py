@@ -1,4 +1,4 @@
-"""Which held-out rows are measured, and at which steps: as much of both as a tenth of the training time pays for.
+"""Which validation rows are measured, and at which steps: as much of both as a tenth of the training time pays for.
 
 Everything here is counted, nothing is timed: a run that is resumed measures what one that was never stopped does.
 """
@@ -25,10 +25,10 @@ ENOUGH_ROWS = 32
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """What a run measures on its held-out rows."""
+    """What a run measures on its validation rows."""
 
-    rows: list[int]  # indices of the held-out rows that are measured, ascending; the same every time
-    num_held_out: int
+    rows: list[int]  # indices of the validation rows that are measured, ascending; the same every time
+    num_validation_rows: int
     every_n_steps: int  # between validations; each epoch's end has one besides
     num_validations: int  # with the one before training
     share: float  # of the training time that they cost, estimated
@@ -42,16 +42,16 @@ class ValidationPlan:
     def describe(self) -> str:
         """Return the line that a run says before it starts."""
         if not self.rows:
-            return "held out: no rows, so that over- and underfitting stay unseen; see dataset.validation_split"
-        measured = "all" if len(self.rows) == self.num_held_out else f"{len(self.rows)}"
+            return "validation: no rows, so that over- and underfitting stay unseen; see dataset.validation_split"
+        measured = "all" if len(self.rows) == self.num_validation_rows else f"{len(self.rows)}"
         line = (
-            f"held out: {self.num_held_out} rows, {measured} of them measured {self.num_validations} times, "
+            f"validation: {self.num_validation_rows} rows, {measured} of them measured {self.num_validations} times, "
             f"about {self.share:.0%} of the training time"
         )
         if self.samples_share > 0:
             line += f", and {self.samples_share:.0%} for the samples"
-        if len(self.rows) < self.num_held_out:
-            line += f"; all of them: max_val_rows={self.num_held_out}"
+        if len(self.rows) < self.num_validation_rows:
+            line += f"; all of them: max_val_rows={self.num_validation_rows}"
         return line
 
 
@@ -70,19 +70,19 @@ def plan_validation(
     """Choose the rows and the steps of a run's validations.
 
     Rows are taken in the order of their digests, so that a smaller choice is a part of a larger one, and two runs on
-    the same held-out rows can be compared whatever their seed.
+    the same validation rows can be compared whatever their seed.
 
     Args:
-        lengths: tokens of each held-out row, [rows]
-        digests: of each held-out row's content
+        lengths: tokens of each validation row, [rows]
+        digests: of each validation row's content
         training_tokens: that the run trains on in all epochs together
         every_n_steps: None takes the most often of TIMES_A_RUN times a run and less for which MAX_SHARE allows
             ENOUGH_ROWS rows (or max_rows, or all where there are fewer); at the least each epoch's end, and twice
             on the way of a single one
         max_rows: exact; None takes as many as MAX_SHARE allows, at least one
-        num_samples: held-out prompts that are answered, in replies of at most so many tokens as half of MAX_SHARE
+        num_samples: validation prompts that are answered, in replies of at most so many tokens as half of MAX_SHARE
             allows; what they leave of MAX_SHARE is for the rows
-        reply_tokens: of a held-out reply, on average
+        reply_tokens: of a validation reply, on average
     """
     by_digest = sorted(range(len(digests)), key=lambda row: digests[row])
     costs = FORWARD_SHARE * np.cumsum(np.asarray(lengths, np.float64)[by_digest])
@@ -101,7 +101,7 @@ def plan_validation(
     rows = by_digest[:max_rows]
     return ValidationPlan(
         rows=sorted(rows),
-        num_held_out=len(by_digest),
+        num_validation_rows=len(by_digest),
         every_n_steps=every_n_steps,
         num_validations=times,
         share=float(costs[len(rows) - 1]) * times / training_tokens if rows else 0.0,
@@ -114,7 +114,7 @@ def _limit_replies(budget: float, *, epochs: int, reply_tokens: float) -> tuple[
     """Return how long a sample may be, and what all of them cost in trained tokens.
 
     All prompts are answered together. The base is taken to go on until it is cut off, as it often does, the adapter
-    to answer as the held-out rows do.
+    to answer as the validation rows do.
     """
     cost = 0.0
     for limit in range(MAX_REPLY_TOKENS, MIN_REPLY_TOKENS - 1, -1):

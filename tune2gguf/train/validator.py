@@ -1,4 +1,4 @@
-"""Looks at a run on its way: what it has learned, as held-out losses and as answers to held-out prompts."""
+"""Looks at a run on its way: what it has learned, as validation losses and as answers to validation prompts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan_run_validation(
     """
     from tune2gguf.train.validation_plan import plan_validation
 
-    held_out = data.ledger["validation"]
+    validation_rows = data.ledger["validation"]
     trained_share = min(1.0, steps_per_epoch * rows_per_step / len(data.sequences))
     plan = plan_validation(
         lengths=data.validation.lengths(),
@@ -49,7 +49,7 @@ def plan_run_validation(
         every_n_steps=at.eval_every_n_steps or cfg.eval_every_n_steps,
         max_rows=at.num_val_rows or cfg.max_val_rows,
         num_samples=cfg.num_samples,
-        reply_tokens=held_out["supervised_tokens"] / max(1, held_out["rows"]),
+        reply_tokens=validation_rows["supervised_tokens"] / max(1, validation_rows["rows"]),
     )
     at.eval_every_n_steps, at.num_val_rows = plan.every_n_steps, len(plan.rows) or None
     return plan
@@ -71,18 +71,18 @@ class Observer:
     record: RunRecord | None
 
     def measure(self, at: Progress, *, before_batch: Callable[[], None]) -> float | None:
-        """Return the held-out loss, in nats per supervised token; None without held-out rows. All processes take part.
+        """Return the validation loss, in nats per supervised token; None without rows. All processes take part.
 
         Args:
             before_batch: called by all processes equally often; may raise to give up
         """
         from tqdm import tqdm
 
-        from tune2gguf.train.validation import compute_heldout_loss, describe_validation
+        from tune2gguf.train.validation import compute_validation_loss, describe_validation
 
         if not self.rows:
             return None
-        held_out = compute_heldout_loss(
+        validation_rows = compute_validation_loss(
             self.model,
             self.rows,
             batch_size=self.batch_size,
@@ -91,13 +91,13 @@ class Observer:
             before_batch=before_batch,
         )
         if self.record is not None:
-            figures = {**held_out.summarize(), "val_row_indices": self.validation.rows}
+            figures = {**validation_rows.summarize(), "val_row_indices": self.validation.rows}
             self.record.write_metrics({"step": at.step, "epoch": at.epoch, **figures})
             tqdm.write(describe_validation({"step": at.step, **figures}))
-        return held_out.mean
+        return validation_rows.mean
 
     def answer(self, at: Progress, *, after_token: Callable[[], None]) -> None:
-        """Let the model answer the held-out prompts: in the main process, or in all where each has a part of it.
+        """Let the model answer the validation prompts: in the main process, or in all where each has a part of it.
 
         Args:
             after_token: where all processes answer, called by all of them equally often; may raise to give up

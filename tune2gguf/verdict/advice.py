@@ -120,7 +120,7 @@ def _loosen(curves: Curves, config: Mapping[str, Any]) -> Iterator[_Step]:
     best_epoch = max(1, math.ceil(curves.best.step / per_epoch))
     if best_epoch < config["epochs"]:
         changes = {"epochs": best_epoch} | _shorten_warmup(config, best_epoch * per_epoch)
-        seen = f"the held-out loss was lowest at step {curves.best.step}, in epoch {best_epoch} of {config['epochs']}"
+        seen = f"the validation loss was lowest at step {curves.best.step}, in epoch {best_epoch} of {config['epochs']}"
         yield _Step(changes, f"{seen}; fewer passes over the rows leave less to memorize", EPOCHS)
     rate = config["learning_rate"]
     yield _Step({"learning_rate": rate / 2}, "slower learning keeps the model from becoming too rigid", LEARNING_RATE)
@@ -171,7 +171,7 @@ def _clear_up(verdict: Verdict, curves: Curves, situation: Situation) -> Iterato
         reason = "the run came apart; a lower rate is gradual and stable"
         yield _Step({"learning_rate": config["learning_rate"] / 2}, reason, LEARNING_RATE)
     elif not curves.validations:
-        reason = "without held-out rows fit cannot be seen; this holds back a tenth"
+        reason = "without validation rows fit cannot be seen; this holds back a tenth"
         yield _Step({"dataset.validation_split": 0.1}, reason, ITERATING)
     elif "rows_needed" in figures:
         yield from _ask_for_rows(int(figures["rows_needed"]), curves, situation)
@@ -185,16 +185,18 @@ def _clear_up(verdict: Verdict, curves: Curves, situation: Situation) -> Iterato
 
 def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator[_Step]:
     data, dataset = situation.data, situation.config["dataset"]
-    measured, held_out = curves.final.rows, data["validation"]["rows"]
-    if measured < held_out:
-        rows = min(needed, held_out)
-        reason = f"only {measured} of {held_out} held-out rows were measured; about {needed} would decide it"
+    measured, num_validation_rows = curves.final.rows, data["validation"]["rows"]
+    if measured < num_validation_rows:
+        rows = min(needed, num_validation_rows)
+        reason = (
+            f"only {measured} of {num_validation_rows} validation rows were measured; about {needed} would decide it"
+        )
         yield _Step({"max_val_rows": rows}, reason, ITERATING)
-    if needed <= held_out:
+    if needed <= num_validation_rows:
         return
-    total = data["training"]["rows"] + held_out
+    total = data["training"]["rows"] + num_validation_rows
     share = min(0.5, math.ceil(100 * needed / total) / 100)
-    reason = f"{held_out} rows are held out; about {needed} would decide it, {_format(share)} of all {total}"
+    reason = f"{num_validation_rows} validation rows; about {needed} would decide it, {_format(share)} of all {total}"
     if share * total < needed:
         reason += ", and as that many there are not: add rows"
     changes: dict[str, Any] = {"dataset.validation_split": share}
@@ -271,7 +273,7 @@ def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
         return
     path = f"configs/{larger}/{'qlora' if config['base_weights'] == 'nf4' else 'lora'}.yaml"
     dataset = {f"dataset.{key}": value for key, value in config["dataset"].items() if key != "_component_"}
-    # Rows held out by files are not to be held out by the YAML's split as well.
+    # Validation rows from files: the YAML's split must not take others.
     changes = {"dataset.validation_split": None} if dataset.get("dataset.validation_files") else {}
     changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
     train = _write_run(path, {**changes, "output_dir": situation.free_dirs[0]}, situation.num_processes)

@@ -1,4 +1,4 @@
-"""Is a run over- or underfitted: decided from its held-out curve and that curve's uncertainty. See docs/verdict.md."""
+"""Is a run over- or underfitted: decided from its validation curve and the curve's uncertainty. See docs/verdict.md."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ def _find_obstacle(curves: Curves) -> Verdict | None:
     """Return the verdict on curves that cannot be judged for what they lack."""
     final, base = curves.final, curves.base
     if not curves.validations:
-        return _leave_open("no rows were held out, so that nothing tells what is learned from what is memorized")
+        return _leave_open("there are no validation rows, so that nothing tells what is learned from what is memorized")
     if any(not math.isfinite(one.loss) for one in curves.validations):
         return replace(
-            _leave_open("the held-out loss is not a finite number: the run diverged"), figures={"diverged": 1}
+            _leave_open("the validation loss is not a finite number: the run diverged"), figures={"diverged": 1}
         )
     if final is None:
         return _leave_open("the run ended before a validation after training; only the base was measured")
@@ -132,7 +132,7 @@ def _ask_for_rows(curves: Curves) -> Verdict:
             spread = np.array(losses.trained[0] - losses.final)
             needed = max(needed, count_rows_needed(spread, gained, margin=2 * NOTABLE_FURTHER_GAIN))
     reason = (
-        f"{_count(final.rows, 'held-out row')}: of fewer than {MIN_ROWS} not even a change that all of them share "
+        f"{_count(final.rows, 'validation row')}: of fewer than {MIN_ROWS} not even a change that all of them share "
         f"would be significant; about {needed} would decide it"
     )
     return replace(_leave_open(reason), figures={"rows_needed": needed})
@@ -145,15 +145,16 @@ def _judge_curve(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     figures = _name("rise", rise) | _compare_training(curves)
     if _is_notable(rise, NOTABLE_RISE):
         lost = (
-            f"the held-out loss rose from {curves.best.loss:.3f} (step {curves.best.step}) to {curves.final.loss:.3f} "
-            f"(step {curves.final.step}): of the gain over the base, {_describe_share(rise)} was lost again"
+            f"the validation loss rose from {curves.best.loss:.3f} (step {curves.best.step}) to "
+            f"{curves.final.loss:.3f} (step {curves.final.step}): of the gain over the base, "
+            f"{_describe_share(rise)} was lost again"
         )
         return replace(_judge_rise(lost, figures), figures=figures)
     if _is_open(rise, NOTABLE_RISE):
         needed = count_rows_needed(losses.final - losses.best, gained, margin=NOTABLE_RISE)
         reason = (
-            f"the held-out loss ended {_describe_share(rise)} of the gain above its best: on {len(losses.tokens)} rows "
-            f"that does not tell whether {_percent(NOTABLE_RISE)} or more was lost again"
+            f"the validation loss ended {_describe_share(rise)} of the gain above its best: on {len(losses.tokens)} "
+            f"rows that does not tell whether {_percent(NOTABLE_RISE)} or more was lost again"
         )
         return _ask_for_more(reason, needed, curves, figures)
     verdict = _judge_end(curves, losses, gain)
@@ -179,7 +180,7 @@ def _judge_rise(lost: str, figures: dict[str, float]) -> Verdict:
 def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     """Judge a run that ended at about its best: had the curve flattened, or was it on its way?"""
     won = (
-        f"the held-out loss went from {curves.base.loss:.3f} to {curves.best.loss:.3f}, "
+        f"the validation loss went from {curves.base.loss:.3f} to {curves.best.loss:.3f}, "
         f"a gain of {_describe_nats(gain)}"
     )
     middle = _find_middle(curves)
@@ -199,7 +200,7 @@ def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
         f"summed over steps); as much again would bring about {_describe_share(further)} more"
     )
     if late_share.low > 0 and further.value > NOTABLE_FURTHER_GAIN:
-        return Verdict(UNDERFITTING, (f"the held-out loss was still falling: {came}", won), figures)
+        return Verdict(UNDERFITTING, (f"the validation loss was still falling: {came}", won), figures)
     if _is_open(further, NOTABLE_FURTHER_GAIN):
         slope = _find_slope(late_share.value, at)
         needed = count_rows_needed(late, gained, margin=NOTABLE_FURTHER_GAIN / slope)
@@ -216,7 +217,7 @@ def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verd
     scale = NOTABLE_GAIN * curves.base.loss
     if worse.low > 0 and worse.value > scale:
         lost = (
-            f"the held-out loss never fell clearly below the base's {curves.base.loss:.3f}, and ended at "
+            f"the validation loss never fell clearly below the base's {curves.base.loss:.3f}, and ended at "
             f"{curves.final.loss:.3f}, worse by {_describe_nats(worse)}"
         )
         return replace(_judge_rise(lost, figures), figures=figures)

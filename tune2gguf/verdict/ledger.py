@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.data.heldout import HELDOUT_FILE
+from tune2gguf.data.validation_rows import VALIDATION_FILE
 from tune2gguf.runs.curves import Validation, read_curves
 from tune2gguf.verdict.advice import describe_change
 from tune2gguf.verdict.judge import MIN_ROWS
@@ -25,12 +25,12 @@ _LOCK_SECONDS = 60
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run beside its parent, on the held-out rows that both measured; losses of their best adapters.
+    """A run beside its parent, on the validation rows that both measured; losses of their best adapters.
 
     Attributes:
         helped: whether the loss fell; None where the rows do not tell
         difference: of the token-weighted mean losses, this run's minus its parent's, in nats; with a 95 % interval
-        rows: held-out rows compared
+        rows: validation rows compared
         final_difference: the same of the last adapters
         problem: why there is no comparison; the other fields then say nothing
     """
@@ -53,9 +53,9 @@ class Entry:
         time: when it was judged, ISO 8601
         parent_run: the run whose advice it follows, relative to the ledger's folder
         config: flat, components with dots, resolved
-        data: fingerprint of training and held-out rows
+        data: fingerprint of training and validation rows
         base: digest of the base
-        heldout: digest of the held-out rows that were measured; only runs with the same are ranked together
+        heldout: digest of the validation rows that were measured; only runs with the same are ranked together
         best, final: step, loss, low and high of the validation
         advice: command and changes of each
         outcome: beside the parent
@@ -141,8 +141,8 @@ def list_tried(entries: Sequence[Entry], family: set[str]) -> frozenset[frozense
 
 
 def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[float, int]]:
-    """Return summed loss and tokens of each measured held-out row, by the digest of its text and tokens."""
-    lines = (run_dir / HELDOUT_FILE).read_text(encoding="utf-8").splitlines()
+    """Return summed loss and tokens of each measured validation row, by the digest of its text and tokens."""
+    lines = (run_dir / VALIDATION_FILE).read_text(encoding="utf-8").splitlines()
     indices = validation.row_indices or range(len(validation.row_losses))
     found = {}
     for index, loss, tokens in zip(indices, validation.row_losses, validation.row_tokens, strict=True):
@@ -152,25 +152,25 @@ def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[fl
     return found
 
 
-def digest_heldout(run_dir: Path, validation: Validation) -> str:
-    """Return one digest of the held-out rows that a run measured, whatever their order."""
+def digest_validation_rows(run_dir: Path, validation: Validation) -> str:
+    """Return one digest of the validation rows that a run measured, whatever their order."""
     return hashlib.sha256("".join(sorted(read_row_losses(run_dir, validation))).encode()).hexdigest()
 
 
 def compare_with_parent(run_dir: Path, parent_dir: Path) -> Outcome:
-    """Compare a run with its parent on the held-out rows that both measured, row by row."""
+    """Compare a run with its parent on the validation rows that both measured, row by row."""
     try:
         mine, theirs = read_curves(run_dir), read_curves(parent_dir)
     except ValueError as error:
         return Outcome(problem=str(error))
     for name, curves in ((run_dir, mine), (parent_dir, theirs)):
         if curves.best is None or not curves.best.row_losses:
-            return Outcome(problem=f"{name} has no held-out losses row by row")
+            return Outcome(problem=f"{name} has no validation losses row by row")
     best = [read_row_losses(run_dir, mine.best), read_row_losses(parent_dir, theirs.best)]
     final = [read_row_losses(run_dir, mine.final), read_row_losses(parent_dir, theirs.final)]
     common = sorted(best[0].keys() & best[1].keys() & final[0].keys() & final[1].keys())
     if len(common) < MIN_ROWS:
-        return Outcome(problem=f"the two have {len(common)} held-out rows in common, which is too few to compare")
+        return Outcome(problem=f"the two have {len(common)} validation rows in common, which is too few to compare")
     return _compare_rows(best, final, common)
 
 
@@ -199,7 +199,7 @@ def describe_outcome(outcome: Outcome, parent_run: str) -> str:
         return f"beside {parent_run}: not comparable; {outcome.problem}"
     verdict = {True: "it helped", False: "it did not help", None: "undecided"}[outcome.helped]
     return (
-        f"beside {parent_run}: {verdict}; held-out loss of the best adapter {outcome.difference:+.4f} nats a token "
+        f"beside {parent_run}: {verdict}; validation loss of the best adapter {outcome.difference:+.4f} nats a token "
         f"(95 % interval {outcome.low:+.4f} to {outcome.high:+.4f}, {outcome.rows} rows), of the last "
         f"{outcome.final_difference:+.4f}"
     )

@@ -1,4 +1,4 @@
-"""What each step of an export costs: held-out loss, and distance to the model that was trained."""
+"""What each step of an export costs: validation loss, and distance to the model that was trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POSITIONS_PER_CHUNK = 512  # 512 x 128256 logits are 263 MB
 
 
 @dataclass(frozen=True)
-class HeldOutRow:
+class ValidationRow:
     """Token ids [seq] and which of them are supervised [seq], as trained."""
 
     tokens: np.ndarray
@@ -50,7 +50,7 @@ class StepLoss:
 
 def measure_steps(
     sources: Mapping[str, WeightSource],
-    rows: Sequence[HeldOutRow],
+    rows: Sequence[ValidationRow],
     *,
     reference: str,
     report: Callable[[int], None] = lambda count: None,
@@ -89,7 +89,7 @@ def measure_steps(
     }
 
 
-def _select_hidden(source: WeightSource, rows: Sequence[HeldOutRow], report: Callable[[int], None]) -> Tensor:
+def _select_hidden(source: WeightSource, rows: Sequence[ValidationRow], report: Callable[[int], None]) -> Tensor:
     """Return the states that predict the supervised tokens, [n, dim]."""
     import torch
 

@@ -8,7 +8,7 @@ NO_TRITON = "Triton is not installed"
 MAX_RANK = 128  # of an adapter whose tiles fit into a multiprocessor's memory
 
 
-def find_obstacle(device_type: str, *, dtype: str, compile: bool, lora_rank: int) -> str | None:
+def why_not_fused(device_type: str, *, dtype: str, compile: bool, lora_rank: int) -> str | None:
     """Return why a run trains torchtune's layers instead of the fused ones; None where nothing is in the way."""
     if device_type != "cuda":
         return f"device={device_type}"

@@ -132,11 +132,11 @@ class Pass:
         self.first_rstd = self.attended = self.middle = self.second_rstd = self.gate = self.up = None
         self.heads = []
 
-    def go_back(self, x: Tensor, upstream: Tensor, *, needs_input: bool) -> tuple[Tensor | None, dict]:
+    def backward(self, x: Tensor, upstream: Tensor, *, needs_input: bool) -> tuple[Tensor | None, dict]:
         """Return the gradient of the layer's input and those of every [A, B], float32, by the projection's name."""
         gradients = {name: [None, None] for group in self.groups.values() for name in group.names}
-        middle_gradient = self._go_back_through_mlp(upstream, gradients)
-        heads = self._go_back_through_attention(middle_gradient, gradients)
+        middle_gradient = self._backward_mlp(upstream, gradients)
+        heads = self._backward_attention(middle_gradient, gradients)
         qkv, norm = self.groups[QKV], self.layer.sa_norm
         low_rank = qkv.reduce_gradients(heads, gradients)
         qkv.finish_gradients(low_rank, gradients, x, rstd=self.first_rstd, weight=norm.scale)
@@ -145,23 +145,21 @@ class Pass:
         normed_gradient = None
         for name in QKV:
             normed_gradient = multiply_back(heads[name], self.linears[name], add_to=normed_gradient)
-        out = self._go_back_through_norm(qkv, low_rank, normed_gradient, x, self.first_rstd, norm, middle_gradient)
+        out = self._backward_norm(qkv, low_rank, normed_gradient, x, self.first_rstd, norm, middle_gradient)
         return out, gradients
 
-    def _go_back_through_mlp(self, upstream: Tensor, gradients: dict) -> Tensor:
+    def _backward_mlp(self, upstream: Tensor, gradients: dict) -> Tensor:
         gate_up, linears, norm = self.groups[GATE_UP], self.linears, self.layer.mlp_norm
-        self._go_back_through_down(upstream, gradients)
+        self._backward_down(upstream, gradients)
         low_rank = gate_up.reduce_gradients({"w1": self.gate, "w3": self.up}, gradients)
         gate_up.finish_gradients(low_rank, gradients, self.middle, rstd=self.second_rstd, weight=norm.scale)
         normed_gradient = multiply_back(self.gate, linears["w1"])
         self.gate = None
         normed_gradient = multiply_back(self.up, linears["w3"], add_to=normed_gradient)
         self.up = None
-        return self._go_back_through_norm(
-            gate_up, low_rank, normed_gradient, self.middle, self.second_rstd, norm, upstream
-        )
+        return self._backward_norm(gate_up, low_rank, normed_gradient, self.middle, self.second_rstd, norm, upstream)
 
-    def _go_back_through_down(self, upstream: Tensor, gradients: dict) -> None:
+    def _backward_down(self, upstream: Tensor, gradients: dict) -> None:
         """Replace gate and up by their gradients."""
         gate_up, down = self.groups[GATE_UP], self.groups[DOWN]
         low_rank = down.reduce_gradients({"w2": upstream}, gradients)
@@ -176,7 +174,7 @@ class Pass:
         )
         down.finish_gradients(low_rank, gradients, product, is_dropped=True)
 
-    def _go_back_through_attention(self, middle_gradient: Tensor, gradients: dict) -> dict[str, Tensor]:
+    def _backward_attention(self, middle_gradient: Tensor, gradients: dict) -> dict[str, Tensor]:
         output = self.groups[OUTPUT]
         flat = self.join_heads(self.attended.detach())
         low_rank = output.reduce_gradients({"output_proj": middle_gradient}, gradients)
@@ -195,7 +193,7 @@ class Pass:
         return {"q_proj": q, "k_proj": k, "v_proj": v}
 
     @staticmethod
-    def _go_back_through_norm(
+    def _backward_norm(
         group: Group,
         low_rank: Tensor | None,
         gradient: Tensor,
@@ -262,7 +260,7 @@ class _FusedLayer(torch.autograd.Function):
             run.needs_gradient = True
             run.run_attention(x, again=True)
         upstream = upstream.reshape(x.shape)
-        out, gradients = run.go_back(x, upstream, needs_input=ctx.needs_input_grad[0])
+        out, gradients = run.backward(x, upstream, needs_input=ctx.needs_input_grad[0])
         out = None if out is None else out.view(run.batch, run.seq, -1)
         return out, None, None, None, None, None, None, *(one for name in ctx.names for one in gradients[name])
 

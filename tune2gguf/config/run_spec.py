@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tune2gguf.machine import Shape
+from tune2gguf.machine import RunSpec
 from tune2gguf.model.architectures import ARCHITECTURES, read_architecture
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def get_shape(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> Shape:
+def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> RunSpec:
     """Return the shape of a config's run; the base folder is read only where the config names no architecture.
 
     Raises:
         ValueError: if the base folder's config.json cannot be read
     """
     name = config.model.architecture
-    return Shape(
+    return RunSpec(
         architecture=read_architecture(config.base_dir) if name is None else ARCHITECTURES[name],
         base_weights=config.base_weights,
         dtype=config.dtype,

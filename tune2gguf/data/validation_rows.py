@@ -1,4 +1,4 @@
-"""The held-out conversations of a run, as text: kept in the run folder, for whatever asks the model later."""
+"""The validation conversations of a run, as text: kept in the run folder, for whatever asks the model later."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tune2gguf.data.rows import Row, Source, read_rows
 from tune2gguf.data.tokenize import TokenizedRows
 from tune2gguf.tokenizer.conversation import Conversation, Message
 
-HELDOUT_FILE = "heldout.jsonl"
+VALIDATION_FILE = "heldout.jsonl"
 
 
-def format_heldout(validation: TokenizedRows, *, format: str) -> str:
-    """Return the content of heldout.jsonl: one held-out row a line, with its source, in the order of the rows.
+def format_validation_rows(validation: TokenizedRows, *, format: str) -> str:
+    """Return the content of heldout.jsonl: one validation row a line, with its source, in the order of the rows.
 
     Args:
         format: as the files were read with
@@ -48,13 +48,13 @@ def _read_again(row: Row, format: str) -> Conversation | None:
         return None
 
 
-def read_heldout(run_dir: str | Path) -> list[Conversation]:
-    """Return the held-out conversations of a run, raw texts among them.
+def read_validation_rows(run_dir: str | Path) -> list[Conversation]:
+    """Return the validation conversations of a run, raw texts among them.
 
     Raises:
         ValueError: if the run has no heldout.jsonl
     """
-    path = Path(run_dir) / HELDOUT_FILE
+    path = Path(run_dir) / VALIDATION_FILE
     if not path.is_file():
         raise ValueError(f"{path}: not found; is {run_dir} the folder of a run?")
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

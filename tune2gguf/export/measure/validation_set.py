@@ -1,4 +1,4 @@
-"""The held-out conversations of a run as they are trained."""
+"""The validation conversations of a run as they are trained."""
 
 from __future__ import annotations
 
@@ -7,37 +7,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune2gguf.data.heldout import HELDOUT_FILE, read_heldout
-from tune2gguf.export.measure.step_losses import HeldOutRow
+from tune2gguf.data.validation_rows import VALIDATION_FILE, read_validation_rows
+from tune2gguf.export.measure.step_losses import ValidationRow
 from tune2gguf.runs.read import FinishedRun
 from tune2gguf.tokenizer.conversation import Conversation
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ValidationSet:
     """Conversations, and their rows: without those that have no supervised token within max_seq_len."""
 
     tokenizer: ChatTokenizer
     conversations: list[Conversation]
-    rows: list[HeldOutRow]
+    rows: list[ValidationRow]
 
 
-def load_heldout(run: FinishedRun, *, num_rows: int) -> HeldOut | None:
-    """Return the first held-out rows of a run; None where it has none.
+def load_validation_rows(run: FinishedRun, *, num_rows: int) -> ValidationSet | None:
+    """Return the first validation rows of a run; None where it has none.
 
     Raises:
         ValueError: if the tokenizer cannot be loaded
     """
-    if num_rows <= 0 or not (run.run_dir / HELDOUT_FILE).is_file():
+    if num_rows <= 0 or not (run.run_dir / VALIDATION_FILE).is_file():
         return None
-    conversations = read_heldout(run.run_dir)[:num_rows]
+    conversations = read_validation_rows(run.run_dir)[:num_rows]
     tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)
     rows = make_rows(conversations, tokenizer, max_seq_len=run.max_seq_len)
-    return HeldOut(tokenizer, conversations, rows) if rows else None
+    return ValidationSet(tokenizer, conversations, rows) if rows else None
 
 
-def make_rows(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, max_seq_len: int) -> list[HeldOutRow]:
+def make_rows(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, max_seq_len: int
+) -> list[ValidationRow]:
     """Tokenize as for training; rows without a supervised token within max_seq_len are left out."""
     rows = []
     for conversation in conversations:
@@ -45,7 +47,7 @@ def make_rows(conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *
             tokens, supervised = tokenizer.encode_conversation(conversation.messages)
         else:
             tokens, supervised = tokenizer.encode_document(conversation.text)
-        row = HeldOutRow(np.array(tokens[:max_seq_len]), np.array(supervised[:max_seq_len], bool))
+        row = ValidationRow(np.array(tokens[:max_seq_len]), np.array(supervised[:max_seq_len], bool))
         if len(row.positions) > 0:
             rows.append(row)
     return rows
