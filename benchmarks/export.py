@@ -38,7 +38,7 @@ from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.model.architectures import ARCHITECTURES
-from tune2gguf.runs.read import read_run
+from tune2gguf.runs.run import open_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RANK = 16
@@ -130,7 +130,7 @@ def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str, num_
     if missing is not None:
         sys.exit(f"error: {missing}")
     run_dir = write_random_run(base_dir, folder / "all-linear", modules=("attn.", "mlp."))
-    run, base = read_run(run_dir), open_merge_base(base_dir)
+    run, base = open_run(run_dir), open_merge_base(base_dir)
     merged_dir, bf16_path, pattern = folder / "merged" / run.name, folder / "bf16.gguf", folder / "theirs-{}.gguf"
     adapter = read_adapter(run.adapter_dir, base.specs)
     write_merged_hf(merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=lambda count: None)

@@ -16,7 +16,48 @@ try:
 except ModuleNotFoundError:
     sys.exit("tune2gguf is not installed in this Python. From the root of its checkout: pip install -e .")
 
-from tune2gguf.config import build_component, build_metric_logger, check_config, check_plan, load_config
+from tqdm import tqdm
+
+from tune2gguf.base.load import load_base
+from tune2gguf.base.source import name_base
+from tune2gguf.config import build_component, build_metric_logger, check_config, check_plan, get_run_spec, load_config
+from tune2gguf.data import plan_epoch
+from tune2gguf.distributed.failures import end_together
+from tune2gguf.distributed.parallel import choose_parallel, replicate, shard
+from tune2gguf.distributed.signals import StopSignals
+from tune2gguf.distributed.world import (
+    agree_on_errors,
+    broadcast_from_main,
+    gather_over_ranks,
+    start_world,
+    stop_world,
+    wait_for_all,
+)
+from tune2gguf.machine import announce, explain_out_of_memory, get_device, measure_peak
+from tune2gguf.model.architectures import read_architecture
+from tune2gguf.model.fused import why_not_fused
+from tune2gguf.model.llama import prepare_training
+from tune2gguf.model.lora import initialize_adapters
+from tune2gguf.model.sharding import copy_to_cpu
+from tune2gguf.runs.adapter import collect_peft_adapter, save_adapter
+from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
+from tune2gguf.runs.curves import TrainingStep
+from tune2gguf.runs.plan import write_plan
+from tune2gguf.runs.validation_rows import read_validation_rows
+from tune2gguf.train.plan import describe_plan
+from tune2gguf.train.record import RunRecord
+from tune2gguf.train.resume import (
+    check_machines,
+    describe_run,
+    enter_run_folder,
+    open_checkpoint,
+    restore_run,
+    save_when_stopped,
+)
+from tune2gguf.train.samples import choose_prompts
+from tune2gguf.train.seeds import capture_random_state, seed_dropout
+from tune2gguf.train.steps import accumulate_gradients, compute_grad_norm, count_step, find_nonfinite, skip_step
+from tune2gguf.train.validator import Validator, plan_run_validation
 
 
 class LoRAFinetuneRecipe:
@@ -28,9 +69,6 @@ class LoRAFinetuneRecipe:
 
     def setup(self) -> None:
         """Bring rows, model, optimizer and run folder into being; whatever the user got wrong shows up here."""
-        from tune2gguf.distributed.world import agree_on_errors, broadcast_from_main, start_world
-        from tune2gguf.machine import explain_out_of_memory
-
         self.world = start_world(self.cfg.device)
         with agree_on_errors():
             self._setup_data()
@@ -42,11 +80,9 @@ class LoRAFinetuneRecipe:
         self._restore(broadcast_from_main(checkpoint))
         with agree_on_errors():
             self._setup_run_folder(checkpoint)
-        self._setup_observer()
+        self._setup_validator()
 
     def _setup_data(self) -> None:
-        from tune2gguf.data import plan_epoch
-
         cfg = self.cfg
         self.tokenizer = build_component(cfg.tokenizer)
         self.data = build_component(cfg.dataset, tokenizer=self.tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
@@ -72,9 +108,6 @@ class LoRAFinetuneRecipe:
 
     def _open_checkpoint(self):
         """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
-        from tune2gguf.distributed.world import agree_on_errors
-        from tune2gguf.train.resume import check_machines, describe_run, open_checkpoint
-
         cfg, world = self.cfg, self.world
         with agree_on_errors():
             self.run = describe_run(cfg, self.data.ledger["fingerprint"], parallel=self.parallel, world=world)
@@ -84,10 +117,6 @@ class LoRAFinetuneRecipe:
 
     def _plan_memory(self) -> None:
         """Say what the run will need before it takes it, and warn where it will not be there."""
-        from tune2gguf.config import get_run_spec
-        from tune2gguf.distributed.parallel import choose_parallel
-        from tune2gguf.machine import announce, get_device
-
         longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
         shape = get_run_spec(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
         self.parallel = choose_parallel(self.cfg.parallel, shape, self.world)
@@ -97,14 +126,6 @@ class LoRAFinetuneRecipe:
             announce(self.shape, self.device)
 
     def _setup_model(self) -> None:
-        from tune2gguf.base.load import load_base
-        from tune2gguf.distributed.parallel import replicate, shard
-        from tune2gguf.distributed.world import agree_on_errors
-        from tune2gguf.model.fused import why_not_fused
-        from tune2gguf.model.llama import prepare_training
-        from tune2gguf.model.lora import initialize_adapters
-        from tune2gguf.train.seeds import seed_dropout
-
         cfg, world = self.cfg, self.world
         with agree_on_errors():
             self.model = build_component(cfg.model)
@@ -137,13 +158,6 @@ class LoRAFinetuneRecipe:
         self.schedule = build_component(self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_steps)
 
     def _restore(self, checkpoint) -> None:
-        from tune2gguf.base.source import name_base
-        from tune2gguf.model.architectures import read_architecture
-        from tune2gguf.runs.adapter import collect_peft_adapter
-        from tune2gguf.train.resume import restore_run
-        from tune2gguf.train.seeds import capture_random_state
-        from tune2gguf.train.validator import plan_run_validation
-
         cfg, architecture = self.cfg, read_architecture(self.cfg.base_dir)
         self.progress = restore_run(
             checkpoint,
@@ -169,14 +183,6 @@ class LoRAFinetuneRecipe:
         )
 
     def _setup_run_folder(self, checkpoint) -> None:
-        from tune2gguf.data.validation_rows import read_validation_rows
-        from tune2gguf.runs.checkpoints import CheckpointWriter
-        from tune2gguf.runs.folder import write_plan
-        from tune2gguf.train.plan import describe_plan
-        from tune2gguf.train.record import RunRecord
-        from tune2gguf.train.resume import enter_run_folder
-        from tune2gguf.train.samples import choose_prompts
-
         self.record, self.writer, self.prompts = None, None, []
         if not self.world.is_main:
             return
@@ -201,11 +207,8 @@ class LoRAFinetuneRecipe:
         notes = [f"note: {note}" for note in [*self.warnings, *self.data.ledger["notes"]]]
         print("\n".join([*lines, *notes]))
 
-    def _setup_observer(self) -> None:
-        from tune2gguf.distributed.world import broadcast_from_main
-        from tune2gguf.train.validator import Observer
-
-        self.observer = Observer(
+    def _setup_validator(self) -> None:
+        self.validator = Validator(
             model=self.model,
             tokenizer=self.tokenizer,
             validation=self.validation,
@@ -220,16 +223,11 @@ class LoRAFinetuneRecipe:
 
     def train(self) -> None:
         """Run all epochs, saving on the way; a signal or a step that is not finite ends them with all of it saved."""
-        from tune2gguf.distributed.signals import StopSignals
-        from tune2gguf.train.resume import save_when_stopped
-
         saving = save_when_stopped(self._save_checkpoint, self.writer, self.record)
         with StopSignals(show=self.world.is_main) as self.stop, saving:
             self._train_epochs()
 
     def _train_epochs(self) -> None:
-        from tqdm import tqdm
-
         self.model.train()
         at, num_steps = self.progress, self.num_steps
         save_every = self.cfg.save_every_n_steps or math.ceil(num_steps / 20)
@@ -253,26 +251,22 @@ class LoRAFinetuneRecipe:
     def _is_over(self) -> bool:
         return self.progress.is_over(self.cfg.epochs, patience=self.cfg.early_stopping_patience)
 
-    def _train_step(self, micro_batches: list[list[int]]) -> dict:
+    def _train_step(self, micro_batches: list[list[int]]) -> TrainingStep:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
-        from tune2gguf.machine import measure_peak
-        from tune2gguf.train import steps
-        from tune2gguf.train.seeds import capture_random_state
-
         started = time.perf_counter()
         rows = [[self.data.sequences[index] for index in indices] for indices in micro_batches]
-        counts = steps.count_step(rows)
-        loss, batch_losses = steps.accumulate_gradients(
+        counts = count_step(rows)
+        loss, batch_losses = accumulate_gradients(
             self.trained_model, rows, counts, pad_id=self.tokenizer.pad_id, world=self.world, stop=self.stop
         )
-        grad_norm = steps.compute_grad_norm(self.adapter_params, clip_to=self.cfg.clip_grad_norm)
+        grad_norm = compute_grad_norm(self.adapter_params, clip_to=self.cfg.clip_grad_norm)
         record = {"step": self.progress.step + 1, "epoch": self.progress.epoch}
-        problem = steps.find_nonfinite(loss, grad_norm)
+        problem = find_nonfinite(loss, grad_norm)
         if problem is None:
             record |= {"loss": loss, "lr": self.schedule.get_last_lr()[0], "grad_norm": grad_norm}
             self.optimizer.step()
         else:
-            record["skipped"] = steps.skip_step(
+            record["skipped"] = skip_step(
                 record["step"], problem, rows, batch_losses, on_nonfinite=self.cfg.on_nonfinite
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -280,7 +274,7 @@ class LoRAFinetuneRecipe:
         self.progress.finish_step()
         self.random_state = capture_random_state(self.world.device)
         record |= counts.measure_speed(time.perf_counter() - started)
-        return record | {"peak_memory_bytes": measure_peak(self.world.device)}
+        return TrainingStep(**record, peak_memory_bytes=measure_peak(self.world.device))
 
     def validate(self) -> None:
         """Where it is due, measure the validation loss and answer the prompts; the lowest loss's adapter is best/."""
@@ -288,19 +282,17 @@ class LoRAFinetuneRecipe:
         if not self.validation.is_due(at.step, is_epoch_end=is_epoch_end):
             return
         if at.validated_step != at.step:
-            loss = self.observer.measure(at, before_batch=self.stop.raise_if_requested)
+            loss = self.validator.measure(at, before_batch=self.stop.raise_if_requested)
             if loss is not None and at.step > 0 and at.take_loss(loss):
                 at.best_sha256 = self._save_adapter("best")
             at.validated_step = at.step
         if (is_epoch_end or self._is_over()) and at.sampled_step != at.step:
-            self.observer.answer(at, after_token=self.stop.raise_if_requested)
+            self.validator.answer(at, after_token=self.stop.raise_if_requested)
             at.sampled_step = at.step
-        self.observer.show()
+        self.validator.show()
 
     def save(self) -> None:
         """Write the final adapter as last/, and say how good the run was and what comes next."""
-        from tune2gguf.distributed.world import stop_world, wait_for_all
-
         self._save_adapter("last")
         if self.world.is_main:
             print(f"wrote {self.folder}; its GGUF: python scripts/export.py {self.folder}")
@@ -309,17 +301,11 @@ class LoRAFinetuneRecipe:
         stop_world()
 
     def _save_adapter(self, name: str) -> str | None:
-        from tune2gguf.runs.adapter import save_adapter
-
         weights, config = self.collect_adapter()
         return save_adapter(self.folder / name, weights, config) if self.world.is_main else None
 
     def _save_checkpoint(self) -> None:
         """Begin to write all that the run needs to go on from its last whole step."""
-        from tune2gguf.distributed.world import gather_over_ranks
-        from tune2gguf.model.sharding import copy_to_cpu
-        from tune2gguf.runs.checkpoints import Checkpoint
-
         adapter, adapter_config = self.collect_adapter()
         optimizer = copy_to_cpu(self.optimizer.state_dict()["state"])
         state = {"optimizer": optimizer, "random": gather_over_ranks(self.random_state)}
@@ -330,10 +316,6 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
-    from tune2gguf.distributed.failures import end_together
-    from tune2gguf.distributed.world import agree_on_errors
-    from tune2gguf.machine import explain_out_of_memory
-
     with end_together():
         with agree_on_errors():
             cfg = load_config(sys.argv[1:])

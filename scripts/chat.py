@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tune2gguf.runs.read import read_run
+from tune2gguf.runs.run import open_run
 from tune2gguf.serve.chat import check_options, open_chat_model, start_conversation, talk
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
     try:
         check_options(**options, num_threads=arguments.threads)
-        run = read_run(arguments.run, base_dir=arguments.base_dir)
+        run = open_run(arguments.run, base_dir=arguments.base_dir)
         model = open_chat_model(
             run, gguf_path=arguments.gguf, uses_adapter=arguments.adapter, num_threads=arguments.threads
         )

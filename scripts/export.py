@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tune2gguf.export.exported import PROOF_FILE, Export
+from tune2gguf.export.exported import Export
 from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge.base import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, export_run
+from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.serve.ollama import serve_with_ollama
 from tune2gguf.serve.proof import format_table, prove_export
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tune2gguf.report import rewrite_report
+from tune2gguf.report import write_report
 from tune2gguf.verdict.conclude import recall_verdict
 
 
@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a run, such as runs/quickstart; it may still be running")
     arguments = parser.parse_args()
     try:
-        path = rewrite_report(arguments.run)
+        path = write_report(arguments.run)
         print("\n".join([*recall_verdict(arguments.run), f"wrote {path}"]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

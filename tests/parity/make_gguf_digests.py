@@ -17,7 +17,7 @@ from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
-from tune2gguf.runs.read import read_run
+from tune2gguf.runs.run import open_run
 
 DIGESTS_FILE = Path(__file__).with_name("gguf_digests.txt")
 HEADER = (
@@ -75,7 +75,7 @@ def list_files() -> list[tuple[str, str]]:
 
 def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:
     """Write what the converter reads: the base as it is, or with the adapter merged."""
-    run = read_run(run_dir)
+    run = open_run(run_dir)
     base = open_merge_base(run.base_dir)
     if not is_merged:
         shutil.copytree(run.base_dir, out_dir)

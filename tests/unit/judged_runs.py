@@ -7,8 +7,9 @@ from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY
 from tune2gguf.config import read_config
+from tune2gguf.data.ledger import RowLedger
+from tune2gguf.runs.config_file import write_config
 from tune2gguf.runs.curves import Curves
-from tune2gguf.runs.folder import write_config
 
 
 def write_run(
@@ -24,7 +25,13 @@ def write_run(
     write_config(run_dir, read_config(REPOSITORY / "examples/quickstart/lora.yaml", list(overrides)))
     rows = curves.final.rows if curves.final else 0
     split = {"rows": 100, "tokens": 6000, "supervised_tokens": 3000}
-    data = {"fingerprint": fingerprint, "training": split, "validation": split | {"rows": rows}, "rows_truncated": []}
+    data = {
+        **dict.fromkeys(RowLedger.__required_keys__, 0),
+        "fingerprint": fingerprint,
+        "training": split,
+        "validation": split | {"rows": rows},
+        **{key: [] for key in ("notes", "files", "rows_truncated", "rows_dropped")},
+    }
     (run_dir / "data.json").write_text(json.dumps(data))
     (run_dir / "environment.json").write_text(json.dumps({"started": "2026-01-01T10:00:00+00:00"}))
     lines = [{"source": f"a:{row}", "messages": [], "text": f"{heldout} {row}"} for row in range(rows)]

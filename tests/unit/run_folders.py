@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from tests.conftest import REPOSITORY
-from tune2gguf.runs.folder import write_plan
+from tune2gguf.runs.plan import write_plan
 
 ROW_TOKENS = (34, 41, 18, 27, 52, 39, 22, 31, 45, 29, 36, 25)
 QUESTIONS = (

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from tests.conftest import REPOSITORY
 from tests.unit.synthetic_curves import approach, make_curves
 from tune2gguf.config import check_values, load_config, read_config
+from tune2gguf.runs.config_file import flatten_config
 from tune2gguf.runs.curves import Curves
 from tune2gguf.runs.folder import write_config
-from tune2gguf.runs.read import flatten_config
 from tune2gguf.verdict.advice import ADDITIONAL, EPOCHS, LEARNING_RATE, Situation, advise, describe_change
 from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, Verdict, judge
 

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import write_biased_base, write_run
 from tune2gguf.export.pipeline import export_run
-from tune2gguf.runs.read import read_run
+from tune2gguf.runs.run import open_run
 from tune2gguf.serve.chat import open_chat_model, talk
 
 QUESTION = "When does the ferry leave?"
@@ -52,7 +52,7 @@ def ask(model, *turns: str, **options) -> str:
 
 
 def test_exported_file_and_torch_adapter_give_the_same_replies(run_dir):
-    run = read_run(run_dir)
+    run = open_run(run_dir)
     exported, trained = open_chat_model(run), open_chat_model(run, uses_adapter=True)
     replies = [ask(exported, text) for text in (QUESTION, "Hello!", "And the dogs?")]
     assert [ask(trained, text) for text in (QUESTION, "Hello!", "And the dogs?")] == replies
@@ -60,7 +60,7 @@ def test_exported_file_and_torch_adapter_give_the_same_replies(run_dir):
 
 
 def test_torch_adapter_streams_the_whole_reply(run_dir):
-    model = open_chat_model(read_run(run_dir), uses_adapter=True)
+    model = open_chat_model(open_run(run_dir), uses_adapter=True)
     pieces = []
     messages = [{"role": "user", "content": QUESTION}]
     reply = model.chat(messages, max_tokens=12, temperature=0.0, on_text=pieces.append)
@@ -69,14 +69,14 @@ def test_torch_adapter_streams_the_whole_reply(run_dir):
 
 
 def test_sampling_depends_on_the_seed_alone(run_dir):
-    model = open_chat_model(read_run(run_dir), uses_adapter=True)
+    model = open_chat_model(open_run(run_dir), uses_adapter=True)
     messages = [{"role": "user", "content": QUESTION}]
     drawn = [model.chat(messages, max_tokens=8, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_loop_carries_the_conversation_and_starts_over_on_demand(run_dir):
-    model = open_chat_model(read_run(run_dir))
+    model = open_chat_model(open_run(run_dir))
     first = ask(model, "One?")
     second = ask(model, "One?", first, "Two?")
     alone = ask(model, "Two?")
@@ -87,20 +87,20 @@ def test_the_loop_carries_the_conversation_and_starts_over_on_demand(run_dir):
 
 def test_quit_ends_before_the_next_line(run_dir):
     recorder = Recorder("/quit", "never asked")
-    recorder.talk(open_chat_model(read_run(run_dir)))
+    recorder.talk(open_chat_model(open_run(run_dir)))
     assert recorder.lines == ["never asked"]
 
 
 @pytest.mark.parametrize("uses_adapter", [False, True])
 def test_too_long_a_conversation_says_so_and_goes_on(run_dir, uses_adapter):
-    model = open_chat_model(read_run(run_dir), uses_adapter=uses_adapter)
+    model = open_chat_model(open_run(run_dir), uses_adapter=uses_adapter)
     written = Recorder("ferry " * 300, "One?").talk(model)
     assert "; /new starts over\n" in written
     assert written.endswith(ask(model, "One?") + "\n")
 
 
 def test_the_system_prompt_is_asked_with(run_dir):
-    model = open_chat_model(read_run(run_dir))
+    model = open_chat_model(open_run(run_dir))
     written = Recorder("One?").talk(model, system_prompt="Only numbers.")
     messages = [{"role": "system", "content": "Only numbers."}, {"role": "user", "content": "One?"}]
     assert written.endswith(model.chat(messages, max_tokens=6).text + "\n")
@@ -114,7 +114,7 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_the_script_answers_once(run_dir):
     finished = run_script(run_dir, "--once", QUESTION, "--max-tokens", "6")
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == ask(open_chat_model(read_run(run_dir)), QUESTION) + "\n"
+    assert finished.stdout == ask(open_chat_model(open_run(run_dir)), QUESTION) + "\n"
 
 
 def test_a_run_without_export_is_told_the_command(tiny_untied_base, tmp_path):

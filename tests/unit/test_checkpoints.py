@@ -277,7 +277,7 @@ def test_digest_sees_every_byte(single_base, tmp_path, monkeypatch):
 def test_digest_of_an_unchanged_base_reads_no_file(single_base, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "cache"))
     before = digest_base(single_base)
-    monkeypatch.setattr("tune2gguf.base.digest.digest_file", lambda path: pytest.fail(f"read {path}"))
+    monkeypatch.setattr("tune2gguf.files.digest.digest_file", lambda path: pytest.fail(f"read {path}"))
     assert digest_base(single_base) == before
 
 

@@ -7,8 +7,8 @@ import pytest
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
 from tune2gguf.runs.curves import Curves
+from tune2gguf.runs.ledger import read_entries
 from tune2gguf.verdict.conclude import conclude_run, list_free_dirs
-from tune2gguf.verdict.ledger import read_entries
 
 STILL_FALLING, FLAT = make_curves(approach(1.0)), make_curves(approach(8))
 
@@ -17,7 +17,7 @@ def test_verdict_advice_and_ledger_say_the_same(tmp_path):
     run_dir = write_run(tmp_path / "runs/mine", STILL_FALLING)
     lines = conclude_run(run_dir)
     record = json.loads((run_dir / "verdict.json").read_text())
-    (entry,) = read_entries(tmp_path / "runs")
+    ((entry,), _) = read_entries(tmp_path / "runs")
     assert record["label"] == entry.verdict == "underfitting"
     assert lines[0] == "verdict: underfitting"
     commands = [one["command"] for one in record["advice"]]
@@ -35,7 +35,7 @@ def test_run_that_follows_says_whether_it_helped(tmp_path):
     child = write_run(tmp_path / "runs/mine-2", FLAT, "epochs=6", f"parent_run={parent}")
     lines = conclude_run(child)
     assert any("it helped" in line for line in lines)
-    outcome = read_entries(tmp_path / "runs")[1].outcome
+    outcome = read_entries(tmp_path / "runs")[0][1].outcome
     assert outcome.helped is True
     assert outcome.difference == pytest.approx(FLAT.best.loss - STILL_FALLING.best.loss)
     assert json.loads((child / "verdict.json").read_text())["outcome"]["helped"] is True
@@ -60,7 +60,7 @@ def test_run_that_is_judged_again_adds_a_line_and_the_latest_counts(tmp_path):
     conclude_run(run_dir)
     conclude_run(run_dir)
     assert (tmp_path / "runs/ledger.jsonl").read_text().count("\n") == 2
-    assert len(read_entries(tmp_path / "runs")) == 1
+    assert len(read_entries(tmp_path / "runs")[0]) == 1
 
 
 def test_run_without_validation_rows_is_told_how_to_get_some(tmp_path):

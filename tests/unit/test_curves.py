@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tune2gguf.runs.curves import Sample, read_curves, read_samples
+from tune2gguf.runs.curves import read_curves
+from tune2gguf.runs.samples import Sample, read_samples
 
 BASE = {"step": 0, "epoch": 0, "val_loss": 4.0, "val_rows": 2, "val_tokens": 5}
 STEP = {"step": 1, "epoch": 0, "loss": 3.9, "lr": 1e-4, "grad_norm": 1.0, "tokens_per_second": 10.0}

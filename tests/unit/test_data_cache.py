@@ -139,7 +139,7 @@ def test_of_several_processes_one_tokenizes(tmp_path, tokenizer, tiny_base, cach
     program = """
 import sys
 from tune2gguf.data import token_cache
-from tune2gguf.tokenizers import load_tokenizer
+from tune2gguf.tokenizer import load_tokenizer
 base, path = sys.argv[1:]
 fill = token_cache._fill
 token_cache._fill = lambda *arguments, **options: print("filled") or fill(*arguments, **options)

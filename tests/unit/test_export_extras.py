@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import write_run
 from tune2gguf.export.licence import find_licence
 from tune2gguf.export.pipeline import export_run, list_served
-from tune2gguf.runs.read import read_run
+from tune2gguf.runs.run import open_run
 
 META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024"
 
@@ -111,7 +111,7 @@ def test_licence_of_the_base_comes_from_its_model_card(tmp_path):
 
 def test_the_one_system_prompt_of_the_rows_is_served(run_dir):
     ledger = json.loads((run_dir / "data.json").read_text())
-    assert read_run(run_dir).system_prompt is None
+    assert open_run(run_dir).system_prompt is None
     (run_dir / "data.json").write_text(json.dumps(ledger | {"system_prompt": "You are Marlo."}))
     assert 'SYSTEM """You are Marlo."""' in export_run(run_dir, show=False).models[0].modelfile_path.read_text()
 

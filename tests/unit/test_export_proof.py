@@ -19,7 +19,7 @@ from tune2gguf.serve.llama_cpp import open_model
 from tune2gguf.serve.proof import ADAPTER, BASE, MERGED, format_table, prove_export
 from tune2gguf.serve.serving import check_tokens
 from tune2gguf.tokenizer.conversation import Conversation, Message
-from tune2gguf.tokenizer.templates import CHATML
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, CHATML
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 
@@ -118,7 +118,7 @@ def test_a_model_that_does_not_end_its_turn_fails(tmp_path):
 
 def test_another_template_than_the_trained_one_is_found_with_the_first_difference(run_dir, ending_base, monkeypatch):
     wrong = replace(CHATML, jinja_template=CHATML.jinja_template.replace("<|im_start|>assistant", "<|im_start|>bot"))
-    monkeypatch.setitem(__import__("tune2gguf.tokenizer.templates").chat_templates.CHAT_TEMPLATES, "chatml", wrong)
+    monkeypatch.setitem(CHAT_TEMPLATES, "chatml", wrong)
     export = export_run(run_dir, quantizations=["F16"], show=False)
     monkeypatch.undo()
     [failure, *_] = prove(export).failures

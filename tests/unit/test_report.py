@@ -23,7 +23,7 @@ from tests.unit.run_folders import (
     write_lines,
     write_run,
 )
-from tune2gguf.report import ComparedRun, rewrite_report, write_comparison, write_report
+from tune2gguf.report import ComparedRun, write_comparison, write_report
 from tune2gguf.report.plots import plot_losses
 from tune2gguf.report.series import Series, smooth, take_series, thin
 from tune2gguf.runs.curves import Curves, read_curves
@@ -75,7 +75,7 @@ class Page(HTMLParser):
 
 
 def make_page(folder, **changes) -> Page:
-    return Page(rewrite_report(write_run(folder, **changes)))
+    return Page(write_report(write_run(folder, **changes)))
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,8 @@ def test_numbers_on_axes_are_not_rounded_away(judged):
 
 def test_same_folder_gives_same_bytes(tmp_path):
     folder = write_run(tmp_path / "quickstart", verdict=VERDICT)
-    first = rewrite_report(folder).read_bytes()
-    assert rewrite_report(folder).read_bytes() == first
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
     assert sorted(path.name for path in folder.glob("*report*")) == ["report.html"]
 
 
@@ -177,7 +177,7 @@ def test_joined_emoji_and_right_to_left_text_stay_whole(tmp_path):
 def test_a_missing_file_is_said_and_the_rest_is_there(tmp_path, missing):
     folder = write_run(tmp_path / "quickstart", verdict=VERDICT)
     (folder / missing).unlink()
-    page = Page(rewrite_report(folder))
+    page = Page(write_report(folder))
     assert "Not in this report:" in page.text and missing in page.text
     assert page.headings.index("Overfitting") < page.headings.index("Environment")
 
@@ -188,7 +188,7 @@ def test_unreadable_files_are_said_and_no_exception(tmp_path, content):
     folder = write_run(tmp_path / "quickstart")
     for name in names:
         (folder / name).write_text(content)
-    page = Page(rewrite_report(folder))
+    page = Page(write_report(folder))
     assert page.headings[-1] == "Environment"
     assert page.text.count("Not in this report:") >= 2
 
@@ -239,7 +239,7 @@ def test_a_running_or_killed_run_says_where_it_stands_and_how_to_go_on(tmp_path)
 
 def test_a_run_with_more_epochs_than_its_last_end_is_unfinished(tmp_path):
     folder = write_run(tmp_path / "quickstart", verdict=VERDICT, config=make_config(epochs=4), num_steps=260)
-    page = Page(rewrite_report(folder))
+    page = Page(write_report(folder))
     assert "step 195 of 260" in page.text and "Given at an earlier end" in page.text
 
 
@@ -275,7 +275,7 @@ def test_a_run_on_several_processes_goes_on_with_as_many(tmp_path):
     checkpoint = folder / "checkpoints" / "step_100"
     checkpoint.mkdir(parents=True)
     (checkpoint / "progress.json").write_text('{"run": {"processes": 8}}')
-    assert "tune run --nproc_per_node 8 recipes/lora_finetune.py --config" in Page(rewrite_report(folder)).text
+    assert "tune run --nproc_per_node 8 recipes/lora_finetune.py --config" in Page(write_report(folder)).text
 
 
 def test_ledger_adds_up_in_words(judged):

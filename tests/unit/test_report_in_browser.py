@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.unit.run_folders import VERDICT, make_metrics, make_samples, write_run
-from tune2gguf.report import ComparedRun, rewrite_report, write_comparison
+from tune2gguf.report import ComparedRun, write_comparison, write_report
 from tune2gguf.runs.curves import read_curves
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -61,8 +61,8 @@ def pages(tmp_path_factory) -> dict[str, str]:
     curves = read_curves(judged)
     compared = [ComparedRun(f"run {number}", curves, str(number // 3), {"lora_rank": "16"}) for number in range(6)]
     paths = {
-        "judged": rewrite_report(judged),
-        "running": rewrite_report(running),
+        "judged": write_report(judged),
+        "running": write_report(running),
         "comparison": write_comparison(compared, folder / "comparison.html"),
     }
     return {name: path.as_uri() for name, path in paths.items()}

@@ -11,18 +11,11 @@ import pytest
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
 from tune2gguf.runs.curves import Curves
-from tune2gguf.verdict.ledger import (
-    LEDGER_FILE,
-    Entry,
-    Outcome,
-    append_entry,
-    compare_with_parent,
-    describe_outcome,
-    digest_validation_rows,
-    find_family,
-    list_tried,
-    read_entries,
-)
+from tune2gguf.runs.files import LEDGER_FILE
+from tune2gguf.runs.ledger import Entry, append_entry, read_entries
+from tune2gguf.runs.validation_rows import digest_validation_rows
+from tune2gguf.runs.verdict_file import Outcome
+from tune2gguf.verdict.lineage import compare_with_parent, describe_outcome, find_family, list_tried
 
 ENTRY = Entry(run="a", time="t", config={"epochs": 3}, data="d", base="b", heldout="h", verdict="good fit")
 HELPED, IN_VAIN, UNDECIDED = (
@@ -52,13 +45,16 @@ def test_several_writers_lose_and_mix_nothing(tmp_path):
 def test_entry_comes_back_as_it_was_written(tmp_path):
     entry = replace(ENTRY, parent_run="p", advice=[{"command": "x", "changes": {"epochs": 1}}], outcome=HELPED)
     append_entry(tmp_path, entry)
-    assert read_entries(tmp_path) == [entry]
+    assert read_entries(tmp_path) == ([entry], [])
 
 
 def test_latest_line_of_a_run_counts(tmp_path):
     for entry in (ENTRY, replace(ENTRY, run="b"), replace(ENTRY, verdict="overfitting")):
         append_entry(tmp_path, entry)
-    assert [(entry.run, entry.verdict) for entry in read_entries(tmp_path)] == [("a", "overfitting"), ("b", "good fit")]
+    assert [(entry.run, entry.verdict) for entry in read_entries(tmp_path)[0]] == [
+        ("a", "overfitting"),
+        ("b", "good fit"),
+    ]
 
 
 def test_half_a_line_of_a_killed_writer_swallows_nothing(tmp_path):
@@ -66,11 +62,13 @@ def test_half_a_line_of_a_killed_writer_swallows_nothing(tmp_path):
     with (tmp_path / LEDGER_FILE).open("a") as file:
         file.write('{"run": "torn", "ti')
     append_entry(tmp_path, replace(ENTRY, run="b"))
-    assert [entry.run for entry in read_entries(tmp_path)] == ["a", "b"]
+    entries, problems = read_entries(tmp_path)
+    assert [entry.run for entry in entries] == ["a", "b"]
+    assert len(problems) == 1 and f"{LEDGER_FILE}, line 2: skipped" in problems[0]
 
 
 def test_no_ledger_has_no_entries(tmp_path):
-    assert read_entries(tmp_path) == []
+    assert read_entries(tmp_path) == ([], [])
 
 
 PARENT = make_curves(approach(1.5))

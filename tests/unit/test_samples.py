@@ -76,15 +76,17 @@ def answer_without_cache(model: CausalLM, tokenizer, prompt) -> list[int]:
 def test_answers_are_the_likeliest_tokens_without_dropout(base, tokenizer, is_checkpointed):
     model = load_model(base, enable_activation_checkpointing=is_checkpointed)
     prompts = choose_prompts(CONVERSATIONS, tokenizer, num_samples=3, max_seq_len=256)
-    answers = answer_prompts(model, tokenizer, prompts, max_seq_len=256, max_tokens=MAX_TOKENS, device=CPU)
+    answers = answer_prompts(
+        model, tokenizer, prompts, max_seq_len=256, max_tokens=MAX_TOKENS, step=0, epoch=0, device=CPU
+    )
     model.eval()
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = answer_without_cache(model, tokenizer, prompt)
         ended = ids[-1] in tokenizer.stop_ids
-        assert (answer["reply"], answer["ended_by_itself"]) == (tokenizer.decode(ids[:-1] if ended else ids), ended)
-    assert len({answer["reply"] for answer in answers}) == 3, "negative control: answers depend on the prompt"
-    assert [answer["row"] for answer in answers] == [1, 3, 4]
-    assert [answer["reference"] for answer in answers[:1]] == ["I say: When does the ferry leave?"]
+        assert (answer.reply, answer.ended_by_itself) == (tokenizer.decode(ids[:-1] if ended else ids), ended)
+    assert len({answer.reply for answer in answers}) == 3, "negative control: answers depend on the prompt"
+    assert [answer.row for answer in answers] == [1, 3, 4]
+    assert [answer.reference for answer in answers[:1]] == ["I say: When does the ferry leave?"]
 
 
 def test_model_and_random_numbers_are_left_as_they_were(base, tokenizer):
@@ -92,7 +94,7 @@ def test_model_and_random_numbers_are_left_as_they_were(base, tokenizer):
     torch.manual_seed(1)
     before = capture_random_state(CPU)
     prompts = choose_prompts(CONVERSATIONS, tokenizer, num_samples=2, max_seq_len=256)
-    answer_prompts(model, tokenizer, prompts, max_seq_len=256, max_tokens=MAX_TOKENS, device=CPU)
+    answer_prompts(model, tokenizer, prompts, max_seq_len=256, max_tokens=MAX_TOKENS, step=0, epoch=0, device=CPU)
     after = capture_random_state(CPU)
     assert torch.equal(before.pop("torch"), after.pop("torch")) and before == after
     assert all(module.training for module in model.modules())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tune2gguf.train.validation import ValidationLoss, describe_validation
+from tune2gguf.train.validation import ValidationLoss
 
 
 def draw(generator: np.random.Generator, num_rows: int) -> ValidationLoss:
@@ -40,9 +40,9 @@ def test_interval_is_narrower_with_more_rows_and_the_same_every_time():
 
 
 def test_one_row_has_no_interval_and_says_so():
-    record = {"step": 3, **ValidationLoss([5.0], [4]).summarize()}
-    assert (record["val_loss"], record["val_low"], record["val_high"]) == (1.25, None, None)
-    assert describe_validation(record) == "step 3: validation loss 1.2500 (one row has no interval) on 1 rows"
+    validation = ValidationLoss([5.0], [4]).at(3, 0, row_indices=[0])
+    assert (validation.loss, validation.low, validation.high) == (1.25, None, None)
+    assert validation.describe() == "step 3: validation loss 1.2500 (one row has no interval) on 1 rows"
 
 
 def test_equal_rows_have_an_interval_of_one_point():

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.config.plan import find_plan_problems
+from tune2gguf.runs.files import is_run_folder
+from tune2gguf.runs.folder import find_path_problems
 
 if TYPE_CHECKING:
     from tune2gguf.base.bnb4bit import StoredNf4
@@ -60,14 +62,12 @@ def _find_compiler_problems(valid: Mapping[str, Any]) -> Iterator[str]:
 
 def find_output_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     """Yield why the run folder cannot be made, or not be resumed."""
-    from tune2gguf.runs.folder import find_path_problems
-
     if "output_dir" not in valid or "resume" not in valid:
         return
     folder = Path(valid["output_dir"])
     yield from find_path_problems(valid["resume"], folder)
     parent_run = valid.get("parent_run")
-    if parent_run is not None and not Path(parent_run, "config.yaml").is_file():
+    if parent_run is not None and not is_run_folder(Path(parent_run)):
         yield f"parent_run={parent_run} is not the folder of a run (config.yaml is missing); null names none"
     if os.path.lexists(folder):
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.base.source import BaseSource, parse_base_source
+from tune2gguf.runs.config_file import rename_components
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -49,6 +50,8 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
             raise ValueError(f"{path}: a config is a mapping of keys to values")
+        # The config.yaml of an old run is a config, too.
+        config = OmegaConf.create(rename_components(OmegaConf.to_container(config)))
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
         base_dir = derive_base_dir(config.get("base_source"))
         if config.get("base_dir", "") is None and base_dir is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -15,9 +15,30 @@ from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
 MAX_LINES_SHOWN = 5
 
 
+class RowLedger(TypedDict):
+    """The content of data.json: `read` is the sum of the four counts after it.
+
+    `training` and `validation` hold rows, tokens, supervised_tokens and longest_row; `files` a record for each file.
+    """
+
+    read: int
+    trained: int
+    validated: int
+    truncated: int
+    dropped: int
+    max_seq_len: int
+    training: dict[str, int]
+    validation: dict[str, int]
+    fingerprint: str
+    notes: list[str]
+    files: list[dict[str, Any]]
+    rows_truncated: list[dict[str, Any]]
+    rows_dropped: list[dict[str, Any]]
+
+
 def make_ledger(
     files: Sequence[TokenizedFile], selection: Selection, *, train: TokenizedRows, validation: TokenizedRows
-) -> dict[str, Any]:
+) -> RowLedger:
     """Return what data.json holds.
 
     `read` counts the rows of all files and is the sum of four counts: `trained` and `validated` are whole rows,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tune2gguf.data.ledger import make_ledger
+from tune2gguf.data.ledger import RowLedger, make_ledger
 from tune2gguf.data.messages import FORMATS
 from tune2gguf.data.packing import PackedRows, pack_rows
 from tune2gguf.data.rows import find_files
@@ -29,7 +29,7 @@ class PreparedData:
 
     train: TokenizedRows
     validation: TokenizedRows
-    ledger: dict[str, Any]
+    ledger: RowLedger
     sequences: TokenizedRows | PackedRows  # what a step takes: the training rows, or packs of them
 
     @property

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.export.merge_choice import MergeChoice
-from tune2gguf.runs.read import FinishedRun
+from tune2gguf.runs.run import Run
 
-MODEL_CARD, PROOF_FILE = "README.md", "proof.json"
+MODEL_CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ExportedModel:
 class Export:
     """What an export wrote."""
 
-    run: FinishedRun
+    run: Run
     merge: MergeChoice
     models: list[ExportedModel]
     adapter_path: Path | None

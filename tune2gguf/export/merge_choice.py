@@ -11,7 +11,7 @@ from tune2gguf.export.measure.weight_sources import open_base_source, open_merge
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.base import DEQUANTIZED, MERGE_BASES, ORIGINAL, MergeBase, open_merge_base
 from tune2gguf.model.architectures import find_architecture_differences
-from tune2gguf.runs.read import FinishedRun
+from tune2gguf.runs.run import Run
 
 TRAINED = "trained"
 
@@ -46,7 +46,7 @@ class MergeChoice:
 
 
 def choose_merge_base(
-    run: FinishedRun,
+    run: Run,
     adapter: Adapter,
     validation: ValidationSet | None,
     *,

@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tune2gguf.data.ledger import RowLedger
 from tune2gguf.export.licence import Licence
-from tune2gguf.runs.read import BEST, FinishedRun
+from tune2gguf.runs.curves import Curves
+from tune2gguf.runs.run import BEST, Run
 
 GUIDE_PARAMETERS = (
     "learning_rate",
@@ -26,9 +28,7 @@ GUIDE_PARAMETERS = (
 )
 
 
-def make_model_card(
-    run: FinishedRun, *, licence: Licence, files: Sequence[tuple[Path, str]], merge: str | None = None
-) -> str:
+def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, str]], merge: str | None = None) -> str:
     """Return the card as Markdown with front matter.
 
     Args:
@@ -41,22 +41,22 @@ def make_model_card(
         f"the run's {run.adapter_dir.name} adapter." + ("" if merge is None else f"\n\nThe adapter was {merge}."),
         f"## Licence\n\n{licence.duties}",
         _describe_run(run, files),
-        _describe_quality(run.run_dir / "metrics.jsonl", adapter=run.adapter_dir.name),
-        _describe_data(run.run_dir / "data.json"),
+        _describe_quality(run.curves, adapter=run.adapter_dir.name),
+        _describe_data(run.data),
         "## Parameters\n\n| parameter | value |\n|---|---|\n"
         + "\n".join(f"| {name} | {run.config[name]} |" for name in GUIDE_PARAMETERS if name in run.config),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _make_front_matter(run: FinishedRun, licence: Licence) -> str:
+def _make_front_matter(run: Run, licence: Licence) -> str:
     # JSON strings are YAML strings, whatever the name holds.
     lines = [f"base_model: {json.dumps(run.base_name)}"]
     lines += [] if licence.identifier is None else [f"license: {licence.identifier}"]
     return "\n".join(["---", *lines, "tags: [lora, gguf, torchtune]", "---"])
 
 
-def _describe_run(run: FinishedRun, files: Sequence[tuple[Path, str]]) -> str:
+def _describe_run(run: Run, files: Sequence[tuple[Path, str]]) -> str:
     rows = [f"| {path.name} | {path.stat().st_size / 1e6:.0f} MB | {modelfile} |" for path, modelfile in files]
     name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower())
     serve = f"ollama create {name} -f {files[0][1]} && ollama run {name}"
@@ -67,26 +67,18 @@ def _describe_run(run: FinishedRun, files: Sequence[tuple[Path, str]]) -> str:
     )
 
 
-def _describe_quality(path: Path, *, adapter: str) -> str:
-    if not path.is_file():
+def _describe_quality(curves: Curves, *, adapter: str) -> str:
+    exported = curves.best if adapter == BEST else curves.final
+    if exported is None:
         return ""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    losses = [record for record in records if "val_loss" in record]
-    if not losses:
-        return ""
-    trained = losses[1:] or losses
-    exported = min(trained, key=lambda record: record["val_loss"]) if adapter == BEST else trained[-1]
+    before = "" if curves.base is None else f"{curves.base.loss:.3f} before training, "
     return (
-        "## Validation loss\n\n"
-        f"{losses[0]['val_loss']:.3f} before training, {exported['val_loss']:.3f} at step {exported['step']} "
-        f"({exported['val_rows']} rows, nats per supervised token)."
+        f"## Validation loss\n\n{before}{exported.loss:.3f} at step {exported.step} "
+        f"({exported.rows} rows, nats per supervised token)."
     )
 
 
-def _describe_data(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    ledger = json.loads(path.read_text(encoding="utf-8"))
-    counts = ", ".join(f"{name} {ledger[name]}" for name in ("trained", "validated", "truncated", "dropped"))
-    files = "\n".join(f"- {file['file']}: {file['read']} rows" for file in ledger["files"])
-    return f"## Data\n\nRows read {ledger['read']}: {counts}.\n\n{files}"
+def _describe_data(data: RowLedger) -> str:
+    counts = ", ".join(f"{name} {data[name]}" for name in ("trained", "validated", "truncated", "dropped"))
+    files = "\n".join(f"- {file['file']}: {file['read']} rows" for file in data["files"])
+    return f"## Data\n\nRows read {data['read']}: {counts}.\n\n{files}"

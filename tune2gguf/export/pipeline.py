@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
-from tune2gguf.export.exported import MODEL_CARD, PROOF_FILE, Export, ExportedModel
+from tune2gguf.export.exported import MODEL_CARD, Export, ExportedModel
 from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
@@ -28,7 +28,8 @@ from tune2gguf.export.results import (
     replace_folder,
 )
 from tune2gguf.files.atomic import write_text
-from tune2gguf.runs.read import FinishedRun, read_run
+from tune2gguf.runs.files import PROOF_FILE
+from tune2gguf.runs.run import Run, open_run
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 DEFAULT_VALIDATION_ROWS = 16
@@ -73,7 +74,7 @@ def export_run(
         raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
     if num_validation_rows < 0:
         raise ValueError(f"{num_validation_rows} validation rows cannot be measured; give 1 or more, or 0 for none")
-    run = read_run(run_dir, adapter=adapter, base_dir=base_dir)
+    run = open_run(run_dir, adapter=adapter, base_dir=base_dir)
     chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
     models = [_name_model(run, quantization, is_only=len(chosen) == 1) for quantization in chosen]
     adapter_path = run.export_dir / f"{run.name}-adapter.gguf" if with_adapter_gguf else None
@@ -165,7 +166,7 @@ def _get_quantizations(names: Sequence[str]) -> list[Quantization]:
     return list(dict.fromkeys(get_quantization(name) for name in names))
 
 
-def _name_model(run: FinishedRun, quantization: Quantization, *, is_only: bool) -> ExportedModel:
+def _name_model(run: Run, quantization: Quantization, *, is_only: bool) -> ExportedModel:
     gguf_path = run.export_dir / f"{run.name}-{quantization.name}.gguf"
     plain, named = run.export_dir / "Modelfile", run.export_dir / f"Modelfile-{quantization.name}"
     # One Modelfile for each file: the one that serves it already, and none that serves another.
@@ -180,7 +181,7 @@ def _read_served_name(modelfile: Path) -> str:
     return next((line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./")), "")
 
 
-def list_served(run: FinishedRun) -> list[tuple[Path, str]]:
+def list_served(run: Run) -> list[tuple[Path, str]]:
     """Return each GGUF in the export folder that a Modelfile serves, with the Modelfile's name."""
     modelfiles = sorted(run.export_dir.glob("Modelfile*"))
     served = [(run.export_dir / _read_served_name(modelfile), modelfile.name) for modelfile in modelfiles]
@@ -193,7 +194,7 @@ def _refuse_existing(paths: list[Path]) -> None:
         raise ValueError(f"{', '.join(existing)}: exists already; --force replaces it")
 
 
-def _make_modelfiles(run: FinishedRun, models: list[ExportedModel], licence: Licence) -> dict[Path, str]:
+def _make_modelfiles(run: Run, models: list[ExportedModel], licence: Licence) -> dict[Path, str]:
     return {
         model.modelfile_path: make_modelfile(
             model.gguf_path.name,

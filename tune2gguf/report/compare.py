@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tune2gguf.guide import REFERENCES
-from tune2gguf.runs.curves import METRICS_FILE, Curves, Validation
-from tune2gguf.runs.read import VERDICT_FILE, RecordedRun, flatten_config, read_recorded_run
+from tune2gguf.report.comparison import ComparedRun, write_comparison
+from tune2gguf.runs.curves import Curves, Validation
+from tune2gguf.runs.files import METRICS_FILE, is_run_folder
+from tune2gguf.runs.run import Run
+from tune2gguf.runs.validation_rows import read_row_losses
 from tune2gguf.verdict.judge import INCONCLUSIVE, MIN_ROWS, judge
-from tune2gguf.verdict.ledger import read_row_losses
 from tune2gguf.verdict.paired import Estimate, estimate_ratio
 
 # A run's place, and what says nothing of its result.
@@ -56,7 +57,7 @@ def find_runs(folder: Path) -> list[Path]:
     Raises:
         ValueError: if there is none
     """
-    found = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}") if (path.parent / "config.yaml").is_file())
+    found = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}") if is_run_folder(path.parent))
     if not found:
         raise ValueError(f"{folder}: no runs here; give the folders of runs, such as runs/NAME")
     return found
@@ -68,9 +69,9 @@ def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
     Raises:
         ValueError: if a folder is not that of a run
     """
-    runs = [read_recorded_run(path) for path in dict.fromkeys(run_dirs)]
+    runs = [Run(path) for path in dict.fromkeys(run_dirs)]
     names = _name_runs(runs)
-    differences = find_differences([flatten_config(run.config) | {"data": run.data["fingerprint"]} for run in runs])
+    differences = find_differences([run.flat_config | {"data": run.data["fingerprint"]} for run in runs])
     groups: list[tuple[set[str], list[int]]] = []
     for index, run in enumerate(runs):
         rows = _list_rows(run)
@@ -95,8 +96,6 @@ def find_differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 def write_page(groups: Sequence[Group], path: Path) -> Path:
     """Write the HTML page with the curves over each other."""
-    from tune2gguf.report import ComparedRun, write_comparison
-
     compared = [
         ComparedRun(
             name=run.name,
@@ -162,7 +161,7 @@ def _format_behind(behind: Estimate | None) -> str:
     return "–" if behind is None else f"{behind.value:+.4f} ({behind.low:+.4f} … {behind.high:+.4f})"
 
 
-def _name_runs(runs: Sequence[RecordedRun]) -> list[str]:
+def _name_runs(runs: Sequence[Run]) -> list[str]:
     """Return the runs' names, with their folder where two are equal."""
     names = [run.name for run in runs]
     return [
@@ -170,7 +169,7 @@ def _name_runs(runs: Sequence[RecordedRun]) -> list[str]:
     ]
 
 
-def _list_rows(run: RecordedRun) -> set[str]:
+def _list_rows(run: Run) -> set[str]:
     best = run.curves.best
     return set(read_row_losses(run.run_dir, best)) if best is not None and best.row_losses else set()
 
@@ -182,7 +181,7 @@ def _share_enough(first: set[str], second: set[str]) -> bool:
     return common >= MIN_ROWS and 2 * common >= min(len(first), len(second))
 
 
-def _rank(members: Sequence[tuple[str, RecordedRun, dict]], common: set[str]) -> list[RankedRun]:
+def _rank(members: Sequence[tuple[str, Run, dict]], common: set[str]) -> list[RankedRun]:
     ordered = sorted(common)
     restricted = [restrict_curves(run, ordered) if common else run.curves for _, run, _ in members]
     by_loss = sorted(range(len(members)), key=lambda index: _get_best_loss(restricted[index]))
@@ -197,7 +196,7 @@ def _get_best_loss(curves: Curves) -> float:
     return curves.best.loss if curves.best is not None else float("inf")
 
 
-def _describe_run(member: tuple[str, RecordedRun, dict], curves: Curves, *, first: Validation | None) -> RankedRun:
+def _describe_run(member: tuple[str, Run, dict], curves: Curves, *, first: Validation | None) -> RankedRun:
     name, run, differences = member
     memory = [step.peak_memory_bytes for step in run.curves.training if step.peak_memory_bytes is not None]
     label, is_finished = _read_label(run)
@@ -218,23 +217,21 @@ def _describe_run(member: tuple[str, RecordedRun, dict], curves: Curves, *, firs
     )
 
 
-def _read_label(run: RecordedRun) -> tuple[str, bool]:
+def _read_label(run: Run) -> tuple[str, bool]:
     """Return the verdict of verdict.json, or one so far where the run has gone on since or has not ended."""
-    path = run.run_dir / VERDICT_FILE
-    if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        judged_step = record["figures"].get("final_step")
-        if run.curves.final is None or judged_step == run.curves.final.step:
-            return record["label"], True
+    if run.conclusion is not None:
+        verdict = run.conclusion.verdict
+        if run.curves.final is None or verdict.figures.get("final_step") == run.curves.final.step:
+            return verdict.label, True
     return (judge(run.curves).label if run.curves.final is not None else INCONCLUSIVE), False
 
 
-def restrict_curves(run: RecordedRun, rows: Sequence[str]) -> Curves:
+def restrict_curves(run: Run, rows: Sequence[str]) -> Curves:
     """Return the curves of a run on some of its validation rows, in the order given, by their digests."""
     return Curves(run.curves.training, tuple(_restrict(run, rows)))
 
 
-def _restrict(run: RecordedRun, rows: Sequence[str]) -> Iterator[Validation]:
+def _restrict(run: Run, rows: Sequence[str]) -> Iterator[Validation]:
     for one in run.curves.validations:
         losses = read_row_losses(run.run_dir, one)
         if not set(rows) <= losses.keys():
@@ -256,7 +253,7 @@ def _restrict(run: RecordedRun, rows: Sequence[str]) -> Iterator[Validation]:
         )
 
 
-def estimate_seconds(run: RecordedRun) -> float | None:
+def estimate_seconds(run: Run) -> float | None:
     """Return about how long the training steps took: tokens of an average step over the speed of each."""
     speeds = [step.tokens_per_second for step in run.curves.training if step.tokens_per_second]
     if not speeds:

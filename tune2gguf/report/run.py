@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,37 @@ from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.pages import render_page
 from tune2gguf.pages.render import format_loss
-from tune2gguf.report.folder import PARTS_OF_READ, RunFolder, is_number, read_run_folder
 from tune2gguf.report.plots import plot_losses, plot_training
-from tune2gguf.runs.curves import Sample, Validation
-from tune2gguf.runs.read import flatten_config
-from tune2gguf.verdict.advice import Advice
-from tune2gguf.verdict.judge import Verdict
+from tune2gguf.runs.curves import Validation
+from tune2gguf.runs.files import METRICS_FILE
+from tune2gguf.runs.run import LAST, Run
+from tune2gguf.runs.samples import Sample
+from tune2gguf.runs.verdict_file import Verdict
+from tune2gguf.verdict.lineage import describe_outcome
 
+PARTS_OF_READ = ("trained", "validated", "truncated", "dropped")
 REPORT_FILE = "report.html"
 MAX_LISTED = 50  # rows of a list; the file that has all of them is named
 MAX_COLUMNS = 4  # of replies beside each other
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps taken or skipped
+        num_steps: of the whole run; None where plan.json is missing
+        epoch: the one in progress or the last one, counted from 1
+        num_epochs: None where the config is missing
+        measured_at: when something was measured last; None before that
+    """
+
+    step: int
+    num_steps: int | None
+    epoch: int
+    num_epochs: int | None
+    measured_at: str | None
 
 
 @dataclass(frozen=True)
@@ -36,78 +59,88 @@ class State:
     why_no_verdict: str
 
 
-def write_report(
-    run_dir: str | Path, verdict: Verdict | None = None, advice: Sequence[Advice] = (), is_finished: bool = False
-) -> Path:
+def write_report(run_dir: str | Path, *, is_finished: bool | None = None) -> Path:
     """Write report.html of a run from what its folder holds by now, in one move.
 
+    A part that is missing or unreadable becomes a note on the page, never an exception.
+
     Args:
-        verdict, advice: of the run's end; without a verdict, those of verdict.json where there is one
-        is_finished: whether the run has come to its end, be it early; a run that has not may be running or killed
-
-    Raises:
-        ValueError: if there is no such folder
-    """
-    run = read_run_folder(Path(run_dir))
-    if verdict is not None:
-        run = replace(run, verdict=verdict, advice=tuple(advice))
-    path = run.path / REPORT_FILE
-    write_text(path, make_report(run, is_finished=is_finished))
-    return path
-
-
-def rewrite_report(run_dir: str | Path) -> Path:
-    """Write report.html of a run that is not at hand any more; whether it had finished follows from its folder.
+        is_finished: whether the run has come to its end, be it early; None finds out from the folder
 
     Raises:
         ValueError: if the folder is not that of a run
     """
-    run = read_run_folder(Path(run_dir))
+    run = Run(Path(run_dir), problems=[])
+    if not run.run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such folder; give the folder of a run, such as runs/quickstart")
     if not run.config and not run.curves.training and not run.curves.validations:
         raise ValueError(f"{run_dir} is not the folder of a run: it has neither config.yaml nor metrics.jsonl")
-    path = run.path / REPORT_FILE
-    write_text(path, make_report(run, is_finished=_looks_finished(run)))
+    path = run.run_dir / REPORT_FILE
+    write_text(path, make_report(run, is_finished=_looks_finished(run) if is_finished is None else is_finished))
     return path
 
 
-def make_report(run: RunFolder, *, is_finished: bool) -> str:
+def make_report(run: Run, *, is_finished: bool) -> str:
     """Return the page."""
-    state, curves = _describe_state(run, is_finished=is_finished), run.curves
+    position = _find_position(run)
+    state, curves = _describe_state(position, is_finished=is_finished), run.curves
+    verdict = run.conclusion.verdict if run.conclusion else None
+    outcome = run.conclusion.outcome if run.conclusion else None
     clip = run.config.get("clip_grad_norm")
-    return render_page(
-        "report.html",
-        run=run,
-        state=state,
-        verdict=run.verdict,
-        figures=[(name.replace("_", " "), f"{value:.4g}") for name, value in _get_figures(run.verdict)],
-        next_steps=[*_list_next_steps(run, state)],
-        parent_run=run.config.get("parent_run"),
-        tiles=[*_list_tiles(run)],
-        losses=plot_losses(curves, num_steps=run.position.num_steps),
-        training_plots=plot_training(
-            curves, num_steps=run.position.num_steps, clip_grad_norm=clip if is_number(clip) else None
+    content = {
+        "position": position,
+        "state": state,
+        "verdict": verdict,
+        "figures": [(name.replace("_", " "), f"{value:.4g}") for name, value in _get_figures(verdict)],
+        "next_steps": [*_list_next_steps(run, state)],
+        "parent_run": run.config.get("parent_run"),
+        "outcome": describe_outcome(outcome, str(run.config.get("parent_run"))) if outcome else "",
+        "tiles": [*_list_tiles(run)],
+        "losses": plot_losses(curves, num_steps=position.num_steps),
+        "training_plots": plot_training(
+            curves, num_steps=position.num_steps, clip_grad_norm=clip if is_number(clip) else None
         ),
-        validations=[_format_validation(line, curves.base) for line in curves.validations],
-        skipped=[(f"{line.step:,}", line.skipped) for line in curves.training if line.skipped],
-        max_listed=MAX_LISTED,
-        prompts=[*_group_samples(run.samples, is_finished=is_finished)],
-        run_command=_make_command(run),
-        **_describe_ledger(run.ledger),
-        **_describe_config(run.config),
+        "validations": [_format_validation(line, curves.base) for line in curves.validations],
+        "skipped": [(f"{line.step:,}", line.skipped) for line in curves.training if line.skipped],
+        "max_listed": MAX_LISTED,
+        "prompts": [*_group_samples(run.samples, is_finished=is_finished)],
+        "run_command": _make_command(run),
+        **_describe_ledger(run.data),
+        **_describe_config(run),
         **_describe_environment(run.environment),
+    }
+    return render_page("report.html", run=run, **content)
+
+
+def is_number(value: float | None) -> bool:
+    """Whether there is a value that can be drawn."""
+    return value is not None and math.isfinite(value)
+
+
+def _find_position(run: Run) -> Position:
+    epochs, curves = run.config.get("epochs"), run.curves
+    path = run.run_dir / METRICS_FILE
+    measured_at = None
+    if path.is_file():
+        measured_at = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return Position(
+        step=max([line.step for line in (*curves.training, *curves.validations)], default=0),
+        num_steps=run.plan.get("num_steps"),
+        epoch=1 + max((line.epoch for line in curves.training), default=0),
+        num_epochs=epochs if isinstance(epochs, int) else None,
+        measured_at=measured_at,
     )
 
 
-def _looks_finished(run: RunFolder) -> bool:
+def _looks_finished(run: Run) -> bool:
     """Whether a run with a last/ has ended: one that was given more epochs has it from its earlier end."""
-    at, patience = run.position, run.config.get("early_stopping_patience")
+    at, patience = _find_position(run), run.config.get("early_stopping_patience")
     best, trained = run.curves.best, run.curves.trained
     has_stopped_early = bool(patience and best) and sum(line.step > best.step for line in trained) >= patience
-    return run.has_last and (at.num_steps is None or at.step >= at.num_steps or has_stopped_early)
+    return (run.run_dir / LAST).is_dir() and (at.num_steps is None or at.step >= at.num_steps or has_stopped_early)
 
 
-def _describe_state(run: RunFolder, *, is_finished: bool) -> State:
-    at = run.position
+def _describe_state(at: Position, *, is_finished: bool) -> State:
     is_early = is_finished and at.num_steps is not None and at.step < at.num_steps
     progress = f"step {at.step:,} of {at.num_steps:,}" if at.num_steps else f"step {at.step:,}"
     if at.num_epochs and not is_finished:
@@ -125,20 +158,20 @@ def _describe_state(run: RunFolder, *, is_finished: bool) -> State:
     )
 
 
-def _list_next_steps(run: RunFolder, state: State) -> Iterator[dict[str, Any]]:
-    config = flatten_config(run.config)
+def _list_next_steps(run: Run, state: State) -> Iterator[dict[str, Any]]:
+    config = run.flat_config
     if state.kind == "unfinished":
         command = _make_command(run, "resume=auto")
         if command:
             yield {"command": command, "changes": [], "reason": "Goes on if it was stopped.", "guide_section": ""}
         return
-    for step in run.advice:
+    for step in run.conclusion.advice if run.conclusion else ():
         changes = [f"{key}: {_show(config[key])} → {_show(new)}" if key in config else f"{key}={_show(new)}"
                    for key, new in step.changes.items()]  # fmt: skip
         yield {**vars(step), "changes": changes}
 
 
-def _make_command(run: RunFolder, *more: str) -> str:
+def _make_command(run: Run, *more: str) -> str:
     """Return the command that began the run, on one machine, with another `resume=`; empty where it is not known."""
     _, *arguments = map(str, run.environment.get("command") or [""])
     if not arguments:
@@ -152,7 +185,7 @@ def _get_figures(verdict: Verdict | None) -> list[tuple[str, float]]:
     return [(name, value) for name, value in (verdict.figures if verdict else {}).items() if is_number(value)]
 
 
-def _list_tiles(run: RunFolder) -> Iterator[dict[str, str]]:
+def _list_tiles(run: Run) -> Iterator[dict[str, str]]:
     """Yield the figures that a reader looks for first."""
     curves = run.curves
     base, best, final = curves.base, curves.best, curves.final
@@ -230,7 +263,7 @@ def _name_stage(sample: Sample, *, is_last: bool) -> str:
     return f"{name}, the end" if is_last else name
 
 
-def _describe_ledger(ledger: dict[str, Any]) -> dict[str, Any]:
+def _describe_ledger(ledger: Mapping[str, Any]) -> dict[str, Any]:
     if not ledger:
         return {"ledger_parts": [], "ledger_sides": [], "ledger_files": [], "ledger_lists": []}
     parts = [{"name": name, "count": ledger[name]} for name in PARTS_OF_READ]
@@ -256,8 +289,8 @@ def _list_rows(rows: list[dict[str, Any]], name: str, *, column: str, key: str) 
     return {"name": name, "count": len(rows), "column": column, "rows": shown}
 
 
-def _describe_config(config: dict[str, Any]) -> dict[str, Any]:
-    flat = flatten_config(config)
+def _describe_config(run: Run) -> dict[str, Any]:
+    flat = run.flat_config
     guide = {parameter.key: parameter for parameter in GUIDE_PARAMETERS}
     return {
         "guide_rows": [(key, _show(flat[key]), guide[key].effect) for key in guide if key in flat],
@@ -265,7 +298,7 @@ def _describe_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe_environment(environment: dict[str, Any]) -> dict[str, Any]:
+def _describe_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
     apart = {"command", "packages", "resumed"}
     rows = [(key.replace("_", " "), _show(value)) for key, value in environment.items() if key not in apart]
     rows += [(name, version or "not installed") for name, version in environment.get("packages", {}).items()]

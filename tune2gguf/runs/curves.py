@@ -1,15 +1,12 @@
-"""The recorded curves of a run, read back from metrics.jsonl, and its samples from samples.jsonl."""
+"""metrics.jsonl: the curves of a run, a line for each optimizer step and each validation."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
+from tune2gguf.runs.files import METRICS_FILE, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,15 @@ class TrainingStep:
     supervised_tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
     skipped: str | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the line of metrics.jsonl."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> TrainingStep:
+        """Return what a line of metrics.jsonl says."""
+        return cls(**{name: record.get(name) for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,27 @@ class Validation:
     row_losses: tuple[float, ...] = ()
     row_tokens: tuple[int, ...] = ()
     row_indices: tuple[int, ...] = ()
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the line of metrics.jsonl; torchtune's users and their tools know the loss as val_loss."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {name if name in _UNPREFIXED else f"val_{name}": value for name, value in values.items()}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Validation:
+        """Return what a line of metrics.jsonl says; an old run did not record all of it."""
+        found = {name: record.get(name if name in _UNPREFIXED else f"val_{name}") for name in cls.__dataclass_fields__}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    def describe(self) -> str:
+        """Return the line that a run prints of it."""
+        interval = "one row has no interval" if self.low is None else f"{self.low:.4f} to {self.high:.4f}"
+        return f"step {self.step}: validation loss {self.loss:.4f} ({interval}) on {self.rows} rows"
+
+
+# Keys that both kinds of lines have; by the others a reader tells them apart.
+_UNPREFIXED = ("step", "epoch")
 
 
 @dataclass(frozen=True)
@@ -84,88 +111,19 @@ class Curves:
         return tuple(validation for validation in self.validations if validation.step > 0)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A validation prompt as the model answered it at a step.
-
-    Attributes:
-        row: index of the validation row
-        prompt: messages, each {"role", "content"}
-    """
-
-    step: int
-    epoch: int
-    row: int
-    prompt: tuple[dict[str, str], ...]
-    reference: str
-    reply: str
-    ended_by_itself: bool
-
-
 def read_curves(run_dir: str | Path) -> Curves:
-    """Read metrics.jsonl, also while the run writes it: a last line without its end is left for later.
+    """Read metrics.jsonl, also while the run writes it.
 
     Raises:
         ValueError: if the folder has no metrics.jsonl, or another line than the last is not JSON
     """
-    training, validations = [], []
-    for record in _read_records(Path(run_dir) / METRICS_FILE):
-        if "val_loss" in record:
-            validations.append(_make_validation(record))
-        elif "step" in record:
-            known = {name: record.get(name) for name in TrainingStep.__dataclass_fields__}
-            training.append(TrainingStep(**known))
-    return Curves(tuple(training), tuple(validations))
-
-
-def read_samples(run_dir: str | Path) -> tuple[Sample, ...]:
-    """Read samples.jsonl; a run without samples has none.
-
-    Raises:
-        ValueError: if another line than the last is not JSON
-    """
-    path = Path(run_dir) / SAMPLES_FILE
-    if not path.is_file():
-        return ()
-    return tuple(
-        Sample(
-            step=record["step"],
-            epoch=record["epoch"],
-            row=record["row"],
-            prompt=tuple(record["prompt"]),
-            reference=record["reference"],
-            reply=record["reply"],
-            ended_by_itself=record["ended_by_itself"],
-        )
-        for record in _read_records(path)
-    )
-
-
-def _make_validation(record: dict[str, Any]) -> Validation:
-    return Validation(
-        step=record["step"],
-        epoch=record["epoch"],
-        loss=record["val_loss"],
-        low=record.get("val_low"),
-        high=record.get("val_high"),
-        rows=record.get("val_rows", 0),
-        tokens=record.get("val_tokens", 0),
-        row_losses=tuple(record.get("val_row_losses", ())),
-        row_tokens=tuple(record.get("val_row_tokens", ())),
-        row_indices=tuple(record.get("val_row_indices", ())),
-    )
-
-
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: not found; is {path.parent} the folder of a run?")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    path, training, validations = Path(run_dir) / METRICS_FILE, [], []
+    for record in read_json_lines(path):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            # Whole lines end with a line break, so that what is after the last one is still being written.
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if "val_loss" in record:
+                validations.append(Validation.from_record(record))
+            elif "step" in record:
+                training.append(TrainingStep.from_record(record))
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {record} is no line of a run's metrics ({error})") from None
+    return Curves(tuple(training), tuple(validations))

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.model.generate import AdapterModel
-from tune2gguf.runs.read import FinishedRun
+from tune2gguf.runs.run import Run
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from tune2gguf.model.llama import CausalLM
 
 
-def load_adapter_model(run: FinishedRun, *, show: bool = True) -> AdapterModel:
+def load_adapter_model(run: Run, *, show: bool = True) -> AdapterModel:
     """Load a run's base, in the precision it was trained with, and its adapter.
 
     Raises:

@@ -5,15 +5,15 @@ Both are asked through llama.cpp, as GGUF files of the same type: the tuned one 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.data.validation_rows import cut_before_reply, read_validation_rows
 from tune2gguf.export.pipeline import export_base
-from tune2gguf.runs.read import read_run
+from tune2gguf.runs.run import Run, open_run
+from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.serve.llama_cpp import open_model
+from tune2gguf.tokenizer.conversation import cut_before_reply
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,13 @@ def read_validation_losses(run_dir: Path) -> tuple[float, float]:
     Raises:
         ValueError: if the run was not validated after training
     """
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [record["val_loss"] for record in map(json.loads, lines) if "val_loss" in record]
-    if len(losses) < 2:
+    curves = Run(run_dir).curves
+    if curves.base is None or curves.best is None:
         raise ValueError(f"{run_dir}: no validation loss before and after training; give the run validation rows")
-    return losses[0], min(losses[1:])
+    return curves.base.loss, curves.best.loss
 
 
-def answer_before_and_after(run_dir: str | Path, gguf_path: str | Path, *, num_questions: int) -> list[Answer]:
+def answer_before_and_after(run_dir: Path, gguf_path: str | Path, *, num_questions: int) -> list[Answer]:
     """Ask the first validation questions of a run to its base and to its exported file, greedily.
 
     Raises:
@@ -48,7 +47,7 @@ def answer_before_and_after(run_dir: str | Path, gguf_path: str | Path, *, num_q
     conversations = [conversation for conversation in read_validation_rows(run_dir) if conversation.messages]
     prompts = [cut_before_reply(conversation) for conversation in conversations[:num_questions]]
     after = _ask(Path(gguf_path), prompts)
-    run = read_run(run_dir)
+    run = open_run(run_dir)
     with tempfile.TemporaryDirectory(dir=run.export_dir) as folder:
         base_path = export_base(
             run.base_dir,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tune2gguf.export.pipeline import list_served
 from tune2gguf.model.generate import Reply
-from tune2gguf.runs.read import FinishedRun
+from tune2gguf.runs.run import Run
 from tune2gguf.serve.llama_cpp import open_model
 
 HELP = "/new starts over, /quit or Ctrl-D ends"
@@ -28,7 +28,7 @@ class ChatModel(Protocol):
 
 
 def open_chat_model(
-    run: FinishedRun, *, gguf_path: Path | None = None, uses_adapter: bool = False, num_threads: int | None = None
+    run: Run, *, gguf_path: Path | None = None, uses_adapter: bool = False, num_threads: int | None = None
 ) -> ChatModel:
     """Load what to talk to: the newest exported file, the given one, or base and adapter in torch.
 

@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.data.validation_rows import VALIDATION_FILE, cut_before_reply, read_validation_rows
+from tune2gguf.runs.validation_rows import read_validation_rows
+from tune2gguf.tokenizer.conversation import cut_before_reply
 
 if TYPE_CHECKING:
     from tune2gguf.export.exported import Export
@@ -33,8 +34,6 @@ def serve_with_ollama(export: Export, name: str) -> str:
 
 def find_question(run_dir: Path) -> str | None:
     """Return the first validation question that stands alone: `ollama run` takes one message."""
-    if not (run_dir / VALIDATION_FILE).is_file():
-        return None
     prompts = [
         cut_before_reply(conversation)[0] for conversation in read_validation_rows(run_dir) if conversation.messages
     ]

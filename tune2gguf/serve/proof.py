@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tune2gguf.export.exported import PROOF_FILE, Export
+from tune2gguf.export.exported import Export
 from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
@@ -21,7 +20,7 @@ from tune2gguf.export.measure.weight_sources import (
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.progress import open_bar
-from tune2gguf.files.atomic import write_text
+from tune2gguf.runs.proof import ProofRecord, write_proof
 from tune2gguf.serve.serving import ServedFile, serve_file
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
@@ -113,7 +112,7 @@ def prove_export(
         failures=failures,
         merge=merge.describe(),
     )
-    write_text(export.run.export_dir / PROOF_FILE, format_json(proof))
+    write_proof(export.run.export_dir, make_record(proof))
     return proof
 
 
@@ -179,24 +178,27 @@ def _find_serving_failures(name: str, served: ServedFile) -> list[str]:
     return failures
 
 
-def format_json(proof: Proof) -> str:
-    """Return the content of proof.json."""
-    steps = {
-        name: {"loss": step.loss, "increase": step.increase, "kl_to_adapter": step.divergence, "top1": step.agreement}
-        for name, step in proof.steps.items()
-    }
-    content = {
-        "passed": not proof.failures,
-        "failures": proof.failures,
-        "rows": proof.num_rows,
-        "supervised_tokens": proof.num_tokens,
-        "losses_computed_by": COMPUTED_BY,
-        "steps": steps,
-        "lost_most": proof.lost_most,
-        "merge": proof.merge,
-        "served_by_llama_cpp": {name: asdict(served) for name, served in proof.files.items()},
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+def make_record(proof: Proof) -> ProofRecord:
+    """Return what proof.json says."""
+    return ProofRecord(
+        passed=not proof.failures,
+        failures=proof.failures,
+        rows=proof.num_rows,
+        supervised_tokens=proof.num_tokens,
+        losses_computed_by=COMPUTED_BY,
+        steps={
+            name: {
+                "loss": step.loss,
+                "increase": step.increase,
+                "kl_to_adapter": step.divergence,
+                "top1": step.agreement,
+            }
+            for name, step in proof.steps.items()
+        },
+        lost_most=proof.lost_most,
+        merge=proof.merge,
+        served_by_llama_cpp={name: asdict(served) for name, served in proof.files.items()},
+    )
 
 
 def format_table(proof: Proof) -> str:

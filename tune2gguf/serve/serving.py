@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.data.validation_rows import cut_before_reply
 from tune2gguf.export.measure.step_losses import ValidationRow
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
-from tune2gguf.tokenizer.conversation import Conversation, trim
+from tune2gguf.tokenizer.conversation import Conversation, cut_before_reply, trim
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 MAX_SCORED_TOKENS = 128  # each costs a request

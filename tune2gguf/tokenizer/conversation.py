@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # C's isspace in the C locale: what the trim filter of llama.cpp's jinja engine strips. Python's strip takes more.
@@ -30,3 +31,11 @@ class Conversation:
 def trim(text: str) -> str:
     """Strip what the server's chat template strips: the six ASCII white-space characters."""
     return text.strip(TRIMMED)
+
+
+def cut_before_reply(conversation: Conversation) -> tuple[list[dict[str, str]], str]:
+    """Return the messages up to the last assistant turn, and that turn's content, the reference."""
+    messages: Sequence[Message] = conversation.messages
+    last = max(index for index, message in enumerate(messages) if message.role == "assistant")
+    prompt = [{"role": message.role, "content": message.content} for message in messages[:last]]
+    return prompt, messages[last].content

@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from tune2gguf.runs.curves import METRICS_FILE, SAMPLES_FILE
-from tune2gguf.runs.folder import JsonLinesFile
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from tune2gguf.distributed.world import describe_error
+from tune2gguf.report import write_report
+from tune2gguf.runs.curves import TrainingStep, Validation
+from tune2gguf.runs.files import METRICS_FILE, SAMPLES_FILE, JsonLinesFile
+from tune2gguf.runs.samples import Sample
+from tune2gguf.train.steps import describe_speed
+from tune2gguf.verdict.conclude import conclude_run
 
 NOTHING_RECORDED = {METRICS_FILE: 0, SAMPLES_FILE: 0}
 MAX_REPORT_SHARE = 0.05  # of the time of a run
@@ -33,39 +37,31 @@ class RunRecord:
         self.metric_logger = metric_logger
         self._next_report = 0.0
 
-    def write_step(self, record: dict[str, Any], bar: tqdm) -> None:
+    def write_step(self, step: TrainingStep, bar: tqdm) -> None:
         """Write the line of an optimizer step, and show it on the progress bar."""
-        from tune2gguf.train.steps import describe_speed
-
-        self.write_metrics(record)
-        if "skipped" in record:
-            bar.write(f"note: {record['skipped']}")
-        bar.set_postfix_str(describe_speed(record))
+        self._write(step.to_record())
+        if step.skipped is not None:
+            bar.write(f"note: {step.skipped}")
+        bar.set_postfix_str(describe_speed(step))
         bar.update()
 
-    def write_metrics(self, record: dict[str, Any]) -> None:
-        """Write the line of a step or a validation; its numbers go to the metric logger, too."""
-        self.files[METRICS_FILE].write(record)
-        if self.metric_logger is not None:
-            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-            self.metric_logger.log_dict(numbers, step=numbers.pop("step"))
+    def write_validation(self, validation: Validation) -> None:
+        """Write the line of a validation, and show it above the progress bar."""
+        self._write(validation.to_record())
+        tqdm.write(validation.describe())
 
-    def write_samples(self, records: Iterable[dict[str, Any]]) -> None:
+    def write_samples(self, samples: Iterable[Sample]) -> None:
         """Write the lines of the answers after a step."""
-        for record in records:
-            self.files[SAMPLES_FILE].write(record)
+        for sample in samples:
+            self.files[SAMPLES_FILE].write(vars(sample))
 
     def write_report(self) -> None:
         """Write report.html, unless the time since the last one is short beside what it took; no file depends on it."""
-        from tqdm import tqdm
-
-        from tune2gguf.report import write_report
-
         started = time.monotonic()
         if started < self._next_report:
             return
         try:
-            write_report(self.folder)
+            write_report(self.folder, is_finished=False)
         except Exception as error:  # a page about the run is not worth the run
             tqdm.write(f"note: report.html is not written, and the run goes on: {type(error).__name__}: {error}")
         ended = time.monotonic()
@@ -73,13 +69,14 @@ class RunRecord:
 
     def conclude(self) -> list[str]:
         """Judge the run that has ended and advise the next, in verdict.json, ledger and report; return what to say."""
-        from tune2gguf.distributed.world import describe_error
-        from tune2gguf.verdict.conclude import conclude_run
-
         try:
-            return conclude_run(self.folder)
+            lines = conclude_run(self.folder)
         except (ValueError, OSError) as error:  # the adapters are written, whatever is said of them
-            return [f"note: there is no verdict: {describe_error(error)}"]
+            lines = [f"note: there is no verdict: {describe_error(error)}"]
+        try:
+            return [*lines, f"report: {write_report(self.folder, is_finished=True)}"]
+        except Exception as error:  # all else of the run is written; a page about it must not make it fail
+            return [*lines, f"warning: the report could not be written: {type(error).__name__}: {error}"]
 
     def sync(self) -> dict[str, int]:
         """Return the size of each file in bytes when all of it is on the disk."""
@@ -89,3 +86,9 @@ class RunRecord:
         """End the metric logger."""
         if self.metric_logger is not None:
             self.metric_logger.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.files[METRICS_FILE].write(record)
+        if self.metric_logger is not None:
+            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+            self.metric_logger.log_dict(numbers, step=numbers.pop("step"))

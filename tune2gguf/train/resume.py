@@ -20,13 +20,10 @@ from tune2gguf.runs.checkpoints import (
     remove_checkpoint,
     remove_leftovers,
 )
-from tune2gguf.runs.folder import (
-    JsonLinesFile,
-    create_run_folder,
-    find_free_folder,
-    record_resume,
-    write_config,
-)
+from tune2gguf.runs.config_file import flatten_config, rename_components, write_config
+from tune2gguf.runs.environment import record_resume
+from tune2gguf.runs.files import JsonLinesFile
+from tune2gguf.runs.folder import create_run_folder, find_free_folder
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED
 
@@ -117,24 +114,16 @@ def _flatten_without(left_out: set[str], cfg: DictConfig) -> dict[str, Any]:
 
     return {
         key: value
-        for key, value in _flatten(OmegaConf.to_container(cfg, resolve=True))
+        for key, value in flatten_config(OmegaConf.to_container(cfg, resolve=True)).items()
         if not any(key == name or key.startswith(f"{name}.") for name in left_out)
     }
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return why the run of a checkpoint is not this one; more epochs are no reason."""
-    differences = []
-    for key in sorted(saved["config"].keys() | now["config"].keys()):
-        before, after = saved["config"].get(key), now["config"].get(key)
+    differences, config = [], rename_components(saved["config"])
+    for key in sorted(config.keys() | now["config"].keys()):
+        before, after = config.get(key), now["config"].get(key)
         if key == "epochs" and after > before:
             continue
         if before != after:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from tune2gguf.data.validation_rows import cut_before_reply
-from tune2gguf.tokenizer.conversation import Conversation, Message
+from tune2gguf.model.generate import generate_together, kv_caches, make_reply
+from tune2gguf.runs.samples import Sample
+from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply
 
 if TYPE_CHECKING:
     import torch
 
-    from tune2gguf.model.generate import Reply
     from tune2gguf.model.llama import CausalLM
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
@@ -65,12 +65,14 @@ def answer_prompts(
     tokenizer: ChatTokenizer,
     prompts: Sequence[Prompt],
     *,
+    step: int,
+    epoch: int,
     max_seq_len: int,
     max_tokens: int,
     device: torch.device,
     agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
-) -> list[dict]:
-    """Return what samples.jsonl says of each prompt, answered greedily; the model is left as it was.
+) -> list[Sample]:
+    """Return the greedy answer to each prompt; the model is left as it was.
 
     Nothing random is drawn, so that a run with samples trains to the same bytes as one without.
 
@@ -78,28 +80,27 @@ def answer_prompts(
         max_tokens: of a reply
         agree: as in generate.AdapterModel
     """
-    from tune2gguf.model.generate import generate_together, kv_caches, make_reply
-
     ids = [_encode(prompt.messages, tokenizer) for prompt in prompts]
     num_places = max(map(len, ids)) + max_tokens
     caches = {"batch_size": len(ids), "num_places": num_places}
     with kv_caches(model, tokenizer, max_seq_len=max_seq_len, device=device, agree=agree, **caches) as adapter_model:
         replies = generate_together(adapter_model, ids, max_tokens=max_tokens)
-    return [
-        _describe_reply(prompt, make_reply(tokenizer, *pair))
-        for prompt, *pair in zip(prompts, ids, replies, strict=True)
-    ]
+    samples = []
+    for prompt, prompt_ids, reply_ids in zip(prompts, ids, replies, strict=True):
+        reply = make_reply(tokenizer, prompt_ids, reply_ids)
+        samples.append(
+            Sample(
+                step=step,
+                epoch=epoch,
+                row=prompt.row,
+                prompt=tuple(prompt.messages),
+                reference=prompt.reference,
+                reply=reply.text,
+                ended_by_itself=reply.ended_by_itself,
+            )
+        )
+    return samples
 
 
 def _encode(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -> list[int]:
     return tokenizer.encode_prompt([Message(turn["role"], turn["content"]) for turn in messages])
-
-
-def _describe_reply(prompt: Prompt, reply: Reply) -> dict:
-    return {
-        "row": prompt.row,
-        "prompt": prompt.messages,
-        "reference": prompt.reference,
-        "reply": reply.text,
-        "ended_by_itself": reply.ended_by_itself,
-    }

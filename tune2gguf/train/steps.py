@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tune2gguf.data import TokenizedRow
     from tune2gguf.data.packing import Pack
     from tune2gguf.distributed.signals import StopSignals
+    from tune2gguf.runs.curves import TrainingStep
 
 MAX_ROWS_NAMED = 20
 
@@ -133,10 +134,10 @@ def skip_step(
     return reason
 
 
-def describe_speed(record: dict) -> str:
+def describe_speed(step: TrainingStep) -> str:
     """Return what the progress bar says of a step."""
-    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped"
-    return f"{loss}, {record['tokens_per_second']:.0f} tokens/s"
+    loss = "skipped" if step.loss is None else f"loss {step.loss:.3f}"
+    return f"{loss}, {step.tokens_per_second:.0f} tokens/s"
 
 
 def restore_optimizer(optimizer: Optimizer, state: dict) -> None:

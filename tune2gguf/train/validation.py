@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tune2gguf.distributed.world import World, sum_over_ranks
+from tune2gguf.runs.curves import Validation
 
 if TYPE_CHECKING:
     from tune2gguf.data import TokenizedRow
@@ -54,25 +55,21 @@ class ValidationLoss:
         ).confidence_interval
         return float(interval.low), float(interval.high)
 
-    def summarize(self) -> dict[str, float | int | list | None]:
-        """Return what metrics.jsonl says of it."""
+    def at(self, step: int, epoch: int, *, row_indices: Sequence[int]) -> Validation:
+        """Return the validation as it is recorded; the indices are those of the rows in heldout.jsonl."""
         low, high = self.compute_interval() or (None, None)
-        return {
-            "val_loss": self.mean,
-            "val_low": low,
-            "val_high": high,
-            "val_rows": len(self.row_sums),
-            "val_tokens": sum(self.row_tokens),
-            "val_row_losses": self.row_sums,
-            "val_row_tokens": self.row_tokens,
-        }
-
-
-def describe_validation(record: dict) -> str:
-    """Return the line that a run says of a validation, from what metrics.jsonl says of it."""
-    interval = "one row has no interval" if record["val_low"] is None else "{val_low:.4f} to {val_high:.4f}"
-    what = f"step {{step}}: validation loss {{val_loss:.4f}} ({interval}) on {{val_rows}} rows"
-    return what.format(**record)
+        return Validation(
+            step=step,
+            epoch=epoch,
+            loss=self.mean,
+            low=low,
+            high=high,
+            rows=len(self.row_sums),
+            tokens=sum(self.row_tokens),
+            row_losses=tuple(self.row_sums),
+            row_tokens=tuple(self.row_tokens),
+            row_indices=tuple(row_indices),
+        )
 
 
 @torch.no_grad()

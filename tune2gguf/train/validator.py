@@ -1,4 +1,4 @@
-"""Looks at a run on its way: what it has learned, as validation losses and as answers to validation prompts."""
+"""What a run has learned, on its way: validation losses, and answers to validation prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune2gguf.distributed.world import broadcast_from_main
+from tune2gguf.train.samples import answer_prompts
+from tune2gguf.train.validation import compute_validation_loss
+from tune2gguf.train.validation_plan import plan_validation
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -36,8 +39,6 @@ def plan_run_validation(
         at: learns what was planned
         rows_per_step: or packs
     """
-    from tune2gguf.train.validation_plan import plan_validation
-
     validation_rows = data.ledger["validation"]
     trained_share = min(1.0, steps_per_epoch * rows_per_step / len(data.sequences))
     plan = plan_validation(
@@ -56,8 +57,8 @@ def plan_run_validation(
 
 
 @dataclass(frozen=True)
-class Observer:
-    """What a look takes. Every process has one; the main one's writes what was seen, the others have no record."""
+class Validator:
+    """Measures the validation loss and answers prompts on the way. The main process's records what it sees."""
 
     model: CausalLM
     tokenizer: ChatTokenizer
@@ -76,13 +77,9 @@ class Observer:
         Args:
             before_batch: called by all processes equally often; may raise to give up
         """
-        from tqdm import tqdm
-
-        from tune2gguf.train.validation import compute_validation_loss, describe_validation
-
         if not self.rows:
             return None
-        validation_rows = compute_validation_loss(
+        loss = compute_validation_loss(
             self.model,
             self.rows,
             batch_size=self.batch_size,
@@ -91,10 +88,8 @@ class Observer:
             before_batch=before_batch,
         )
         if self.record is not None:
-            figures = {**validation_rows.summarize(), "val_row_indices": self.validation.rows}
-            self.record.write_metrics({"step": at.step, "epoch": at.epoch, **figures})
-            tqdm.write(describe_validation({"step": at.step, **figures}))
-        return validation_rows.mean
+            self.record.write_validation(loss.at(at.step, at.epoch, row_indices=self.validation.rows))
+        return loss.mean
 
     def answer(self, at: Progress, *, after_token: Callable[[], None]) -> None:
         """Let the model answer the validation prompts: in the main process, or in all where each has a part of it.
@@ -102,8 +97,6 @@ class Observer:
         Args:
             after_token: where all processes answer, called by all of them equally often; may raise to give up
         """
-        from tune2gguf.train.samples import answer_prompts
-
         if not self.prompts or not (self.is_sharded or self.world.is_main):
             return
 
@@ -117,13 +110,15 @@ class Observer:
             self.model,
             self.tokenizer,
             self.prompts,
+            step=at.step,
+            epoch=at.epoch,
             max_seq_len=self.max_seq_len,
             max_tokens=self.validation.max_reply_tokens,
             device=self.world.device,
             agree=agree,
         )
         if self.record is not None:
-            self.record.write_samples({"step": at.step, "epoch": at.epoch, **answer} for answer in answers)
+            self.record.write_samples(answers)
 
     def show(self) -> None:
         """Bring report.html up to date."""

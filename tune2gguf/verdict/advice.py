@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.runs.curves import Curves
-from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING, Verdict
+from tune2gguf.runs.verdict_file import Advice, Verdict
+from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING
 
 BALANCING = "4. Balancing Underfitting and Overfitting"
 LEARNING_RATE = "5.1. Learning Rate"
@@ -26,23 +27,6 @@ DROPOUTS = (0.0, 0.1, 0.2, 0.3)
 WEIGHT_DECAYS = (0.0, 0.001, 0.01, 0.1)
 LOWEST_RATE, COMMON_RATE = 5e-5, 1e-4
 LARGER = {"smollm2_135m": "llama3_2_1b", "llama3_2_1b": "llama3_2_3b", "llama3_2_3b": "llama3_1_8b"}
-
-
-@dataclass(frozen=True)
-class Advice:
-    """One step to take.
-
-    Attributes:
-        command: to copy and paste, from the root of the checkout
-        changes: config key -> new value, of what it changes about the run; empty where nothing is trained again
-        reason: why, in a sentence or two
-        guide_section: of the fine-tuning guide, such as "4. Balancing Underfitting and Overfitting"
-    """
-
-    command: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
-    guide_section: str = ""
 
 
 @dataclass(frozen=True)

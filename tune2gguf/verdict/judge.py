@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tune2gguf.runs.curves import Curves, Validation
+from tune2gguf.runs.verdict_file import Verdict
 from tune2gguf.verdict.paired import (
     Estimate,
     choose_best_crosswise,
@@ -32,21 +33,6 @@ MIN_ROWS = 6
 ENOUGH_ROWS = 20
 # Where on the clock of cumulated learning rate a validation may stand to tell how the curve bends.
 _MIDDLE = 0.2, 0.9
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A label, why, and the figures that led to it.
-
-    Attributes:
-        label: one of LABELS
-        reasons: sentences, the deciding one first
-        figures: by name; losses in nats per supervised token, shares as fractions of the gain over the base
-    """
-
-    label: str
-    reasons: tuple[str, ...]
-    figures: dict[str, float] = field(default_factory=dict)
 
 
 def judge(curves: Curves) -> Verdict:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune2gguf.data.validation_rows import VALIDATION_FILE, read_validation_rows
 from tune2gguf.export.measure.step_losses import ValidationRow
-from tune2gguf.runs.read import FinishedRun
+from tune2gguf.runs.run import Run
+from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.tokenizer.conversation import Conversation
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -23,13 +23,13 @@ class ValidationSet:
     rows: list[ValidationRow]
 
 
-def load_validation_rows(run: FinishedRun, *, num_rows: int) -> ValidationSet | None:
+def load_validation_rows(run: Run, *, num_rows: int) -> ValidationSet | None:
     """Return the first validation rows of a run; None where it has none.
 
     Raises:
         ValueError: if the tokenizer cannot be loaded
     """
-    if num_rows <= 0 or not (run.run_dir / VALIDATION_FILE).is_file():
+    if num_rows <= 0:
         return None
     conversations = read_validation_rows(run.run_dir)[:num_rows]
     tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import make_conversations, write_rows
 from tune2gguf.data import PreparedData, chat_dataset
-from tune2gguf.data.validation_rows import format_validation_rows
+from tune2gguf.runs.validation_rows import format_validation_rows
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 

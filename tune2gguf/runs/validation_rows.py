@@ -1,17 +1,17 @@
-"""The validation conversations of a run, as text: kept in the run folder, for whatever asks the model later."""
+"""heldout.jsonl: the validation rows of a run as text, for whatever asks the model later."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from tune2gguf.data.messages import detect_format, digest, read_conversation
 from tune2gguf.data.rows import Row, Source, read_rows
 from tune2gguf.data.tokenize import TokenizedRows
+from tune2gguf.runs.curves import Validation
+from tune2gguf.runs.files import VALIDATION_FILE, read_json_lines
 from tune2gguf.tokenizer.conversation import Conversation, Message
-
-VALIDATION_FILE = "heldout.jsonl"
 
 
 def format_validation_rows(validation: TokenizedRows, *, format: str) -> str:
@@ -48,28 +48,32 @@ def _read_again(row: Row, format: str) -> Conversation | None:
         return None
 
 
-def read_validation_rows(run_dir: str | Path) -> list[Conversation]:
+def read_validation_rows(run_dir: Path) -> list[Conversation]:
     """Return the validation conversations of a run, raw texts among them.
 
     Raises:
         ValueError: if the run has no heldout.jsonl
     """
-    path = Path(run_dir) / VALIDATION_FILE
-    if not path.is_file():
-        raise ValueError(f"{path}: not found; is {run_dir} the folder of a run?")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Conversation(messages=tuple(Message(**message) for message in record["messages"]), text=record["text"])
-        for record in records
+        for record in read_json_lines(run_dir / VALIDATION_FILE)
     ]
 
 
-def cut_before_reply(conversation: Conversation) -> tuple[list[dict[str, str]], str]:
-    """Return the messages up to the last assistant turn, and that turn's content, the reference."""
-    messages: Sequence[Message] = conversation.messages
-    last = max(index for index, message in enumerate(messages) if message.role == "assistant")
-    prompt = [{"role": message.role, "content": message.content} for message in messages[:last]]
-    return prompt, messages[last].content
+def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[float, int]]:
+    """Return summed loss and tokens of each measured validation row, by the digest of its text and tokens."""
+    records = list(read_json_lines(run_dir / VALIDATION_FILE))
+    indices = validation.row_indices or range(len(validation.row_losses))
+    found = {}
+    for index, loss, tokens in zip(indices, validation.row_losses, validation.row_tokens, strict=True):
+        content = json.dumps([records[index]["messages"], records[index]["text"], tokens], sort_keys=True)
+        found[hashlib.sha256(content.encode()).hexdigest()] = (loss, tokens)
+    return found
+
+
+def digest_validation_rows(run_dir: Path, validation: Validation) -> str:
+    """Return one digest of the validation rows that a run measured, whatever their order."""
+    return hashlib.sha256("".join(sorted(read_row_losses(run_dir, validation))).encode()).hexdigest()
 
 
 def _format_line(source: Source, conversation: Conversation) -> str:

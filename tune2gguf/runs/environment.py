@@ -1,0 +1,119 @@
+"""environment.json: where and with what a run was started, and where it went on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypedDict
+
+from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION, read_json, write_json
+
+_REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
+
+
+class Start(TypedDict):
+    """What a reader needs to repeat a run: command, versions, machine, git revision."""
+
+    started: str  # ISO 8601, UTC
+    command: list[str]
+    python: str
+    platform: str
+    device: str
+    threads: int
+    packages: dict[str, str | None]
+    git_revision: str | None
+
+
+class Environment(Start, total=False):
+    """The content of environment.json.
+
+    `version` is that of the folder's form; `base_digest` is what digest_base returned; each entry of `resumed` is a
+    Start with the `step` that it went on after.
+    """
+
+    version: int
+    base_digest: str
+    resumed: list[dict[str, Any]]
+
+
+def write_environment(run_dir: Path, device: str, *, base_digest: str) -> None:
+    """Write environment.json of a new run.
+
+    Args:
+        device: cpu or cuda
+        base_digest: sha256 of the base; the export compares it with the base that it merges into
+    """
+    write_json(
+        run_dir / ENVIRONMENT_FILE,
+        {"version": FOLDER_VERSION, **describe_start(device), "base_digest": base_digest},
+    )
+
+
+def read_environment(run_dir: Path) -> Environment:
+    """Read environment.json.
+
+    Raises:
+        ValueError: if it is missing or not readable, or of a folder that a newer tune2gguf wrote
+    """
+    environment = read_json(run_dir / ENVIRONMENT_FILE)
+    found = environment.get("version", 1)
+    if found > FOLDER_VERSION:
+        raise ValueError(
+            f"{run_dir}: its files have version {found}, this tune2gguf reads up to {FOLDER_VERSION}; update tune2gguf"
+        )
+    return environment
+
+
+def record_resume(run_dir: Path, *, step: int, device: str) -> list[str]:
+    """Add to environment.json where, when and after which step the run went on.
+
+    Returns:
+        what of it rounds otherwise than where the run was last, so that the last bits may become others
+    """
+    environment = read_environment(run_dir)
+    starts = [environment, *environment.setdefault("resumed", [])]
+    now = {"step": step, **describe_start(device)}
+    before, after = (
+        {"device": start["device"], "threads": start["threads"], "torch": start["packages"]["torch"]}
+        for start in (starts[-1], now)
+    )
+    environment["resumed"].append(now)
+    environment["version"] = FOLDER_VERSION
+    write_json(run_dir / ENVIRONMENT_FILE, environment)
+    return [f"{name} {before[name]} before, {after[name]} now" for name in after if before[name] != after[name]]
+
+
+def describe_start(device: str) -> Start:
+    """Return command, versions and machine of this process."""
+    import torch
+
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "packages": {name: _find_version(name) for name in _REPORTED_PACKAGES},
+        "git_revision": _read_git_revision(),
+    }
+
+
+def _find_version(package: str) -> str | None:
+    """Return None where it is not installed: training needs no llama.cpp, a checkout on the path no package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _read_git_revision() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

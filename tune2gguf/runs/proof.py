@@ -1,0 +1,53 @@
+"""proof.json: whether exported files serve what was trained, and what each step cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tune2gguf.runs.files import PROOF_FILE, read_json, write_json
+
+
+@dataclass(frozen=True)
+class ProofRecord:
+    """The content of proof.json.
+
+    Attributes:
+        passed: whether there are no failures
+        rows, supervised_tokens: of validation rows that the losses were measured on
+        steps: base, adapter, merged, then each type -> loss in nats, its increase over the adapter's as a fraction,
+            KL divergence to the adapter's model in nats, share of tokens with the same likeliest token
+        lost_most: the step that raised the loss most
+        merge: which of two possible bases was merged into; None where there was one
+        served_by_llama_cpp: type -> what llama.cpp made of the same conversations
+    """
+
+    passed: bool
+    failures: list[str]
+    rows: int
+    supervised_tokens: int
+    losses_computed_by: str
+    steps: dict[str, dict[str, float]]
+    lost_most: str
+    merge: str | None
+    served_by_llama_cpp: dict[str, dict[str, Any]]
+
+
+def write_proof(export_dir: Path, proof: ProofRecord) -> None:
+    """Write proof.json."""
+    write_json(export_dir / PROOF_FILE, asdict(proof))
+
+
+def read_proof(export_dir: Path) -> ProofRecord | None:
+    """Read proof.json; None where there is none.
+
+    Raises:
+        ValueError: if it is not readable
+    """
+    path = export_dir / PROOF_FILE
+    if not path.is_file():
+        return None
+    names = ProofRecord.__dataclass_fields__
+    record = read_json(path, required=names)
+    return ProofRecord(**{name: record[name] for name in names})

@@ -1,0 +1,46 @@
+"""samples.jsonl: validation prompts as the model answered them on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune2gguf.runs.files import SAMPLES_FILE, read_json_lines
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A validation prompt as the model answered it at a step.
+
+    Attributes:
+        row: index of the validation row
+        prompt: messages, each {"role", "content"}
+        reference: the row's own reply
+        ended_by_itself: whether the reply ended before the limit of tokens
+    """
+
+    step: int
+    epoch: int
+    row: int
+    prompt: tuple[dict[str, str], ...]
+    reference: str
+    reply: str
+    ended_by_itself: bool
+
+
+def read_samples(run_dir: Path) -> tuple[Sample, ...]:
+    """Read samples.jsonl; a run without samples has none.
+
+    Raises:
+        ValueError: if another line than the last is not JSON, or lacks a key
+    """
+    path = run_dir / SAMPLES_FILE
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(
+            Sample(**{name: record[name] for name in Sample.__dataclass_fields__} | {"prompt": tuple(record["prompt"])})
+            for record in read_json_lines(path)
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the samples of a run ({type(error).__name__}: {error})") from None

@@ -1,0 +1,97 @@
+"""verdict.json: how good a run was, what to try next, and how it came out beside its parent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tune2gguf.runs.files import VERDICT_FILE, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A label, why, and the figures that led to it.
+
+    Attributes:
+        label: one of verdict.judge.LABELS
+        reasons: sentences, the deciding one first
+        figures: by name; losses in nats per supervised token, shares as fractions of the gain over the base
+    """
+
+    label: str
+    reasons: tuple[str, ...]
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One step to take.
+
+    Attributes:
+        command: to copy and paste, from the root of the checkout
+        changes: config key -> new value, of what it changes about the run; empty where nothing is trained again
+        reason: why, in a sentence or two
+        guide_section: of the fine-tuning guide, such as "4. Balancing Underfitting and Overfitting"
+    """
+
+    command: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    guide_section: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run beside its parent, on the validation rows that both measured; losses of their best adapters.
+
+    Attributes:
+        helped: whether the loss fell; None where the rows do not tell
+        difference: of the token-weighted mean losses, this run's minus its parent's, in nats; with a 95 % interval
+        rows: validation rows compared
+        final_difference: the same of the last adapters
+        problem: why there is no comparison; the other fields then say nothing
+    """
+
+    helped: bool | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rows: int = 0
+    final_difference: float | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """The content of verdict.json. A run that follows no advice has no outcome."""
+
+    verdict: Verdict
+    advice: tuple[Advice, ...] = ()
+    outcome: Outcome | None = None
+
+
+def write_conclusion(run_dir: Path, conclusion: Conclusion) -> None:
+    """Write verdict.json."""
+    content = asdict(conclusion)
+    write_json(run_dir / VERDICT_FILE, {**content.pop("verdict"), **content})
+
+
+def read_conclusion(run_dir: Path) -> Conclusion | None:
+    """Read verdict.json; None of a run that has not ended.
+
+    Raises:
+        ValueError: if it is not readable
+    """
+    path = run_dir / VERDICT_FILE
+    if not path.is_file():
+        return None
+    record = read_json(path, required=("label", "reasons", "figures", "advice"))
+    try:
+        return Conclusion(
+            Verdict(record["label"], tuple(record["reasons"]), record["figures"]),
+            tuple(Advice(**entry) for entry in record["advice"]),
+            Outcome(**record["outcome"]) if record.get("outcome") else None,
+        )
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
