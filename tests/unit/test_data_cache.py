@@ -104,8 +104,8 @@ def test_what_was_not_used_for_long_is_deleted_when_another_file_is_kept(tmp_pat
             os.utime(folder, (time.time() - days * 86_400,) * 2)
 
     used, unused, recent = keep(1), keep(2), keep(3)
-    unfinished = {cache / ".unfinished-x"}
-    (cache / ".unfinished-x").mkdir()
+    unfinished = {cache / ".key.x1.unfinished"}
+    (cache / ".key.x1.unfinished").mkdir()
     age(used | unused | unfinished, KEPT_DAYS + 1)
     age(recent, KEPT_DAYS - 1)
     tokenize(tmp_path / "1.jsonl", tokenizer)
@@ -139,7 +139,7 @@ def test_of_several_processes_one_tokenizes(tmp_path, tokenizer, tiny_base, cach
     program = """
 import sys
 from tune2gguf.data import token_cache
-from tune2gguf.tokenizers import load_tokenizer
+from tune2gguf.tokenizer.tokenizer import load_tokenizer
 base, path = sys.argv[1:]
 fill = token_cache._fill
 token_cache._fill = lambda *arguments, **options: print("filled") or fill(*arguments, **options)

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.files.atomic import write_text
+from tune2gguf.files.atomic import write_folder, write_text
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -33,14 +33,13 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
     """
     from tune2gguf.base.digest import digest_base
     from tune2gguf.data.validation_rows import VALIDATION_FILE, format_validation_rows
-    from tune2gguf.files.atomic import create_folder
 
     # Read again before the folder is made: a data file that has vanished must not leave a folder behind.
     heldout = format_validation_rows(data.validation, format=cfg.dataset.get("format", "auto"))
     folder = Path(output_dir)
     if os.path.lexists(folder):
         raise ValueError(describe_existing(folder))
-    with create_folder(folder) as unfinished:
+    with write_folder(folder) as unfinished:
         write_config(unfinished, cfg)
         # The digest was taken for the resume already; the export compares the base that it merges into.
         environment = {**describe_environment(device), "base_digest": digest_base(cfg.base_dir)}
