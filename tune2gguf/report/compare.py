@@ -10,10 +10,10 @@ from typing import Any
 
 from tune2gguf.guide import REFERENCES
 from tune2gguf.runs.curves import METRICS_FILE, Curves, Validation
+from tune2gguf.runs.intervals import Estimate, estimate_ratio
 from tune2gguf.runs.read import VERDICT_FILE, RecordedRun, flatten_config, read_recorded_run
 from tune2gguf.verdict.judge import INCONCLUSIVE, MIN_ROWS, judge
 from tune2gguf.verdict.ledger import read_row_losses
-from tune2gguf.verdict.paired import Estimate, estimate_ratio
 
 # A run's place, and what says nothing of its result.
 _NOT_COMPARED = {"output_dir", "resume", "parent_run", "save_every_n_steps", "keep_last", *REFERENCES}
