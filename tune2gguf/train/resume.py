@@ -27,6 +27,7 @@ from tune2gguf.runs.folder import (
     record_resume,
     write_config,
 )
+from tune2gguf.runs.read import flatten_config
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED
 
@@ -117,17 +118,9 @@ def _flatten_without(left_out: set[str], cfg: DictConfig) -> dict[str, Any]:
 
     return {
         key: value
-        for key, value in _flatten(OmegaConf.to_container(cfg, resolve=True))
+        for key, value in flatten_config(OmegaConf.to_container(cfg, resolve=True)).items()
         if not any(key == name or key.startswith(f"{name}.") for name in left_out)
     }
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
