@@ -29,7 +29,7 @@ class LoRAFinetuneRecipe:
     def setup(self) -> None:
         """Bring rows, model, optimizer and run folder into being; whatever the user got wrong shows up here."""
         from tune2gguf.distributed.world import agree_on_errors, broadcast_from_main, start_world
-        from tune2gguf.machine import explain_out_of_memory
+        from tune2gguf.machine.fit import explain_out_of_memory
 
         self.world = start_world(self.cfg.device)
         with agree_on_errors():
@@ -86,7 +86,8 @@ class LoRAFinetuneRecipe:
         """Say what the run will need before it takes it, and warn where it will not be there."""
         from tune2gguf.config import get_run_spec
         from tune2gguf.distributed.parallel import choose_parallel
-        from tune2gguf.machine import announce, get_device
+        from tune2gguf.machine.devices import get_device
+        from tune2gguf.machine.fit import announce
 
         longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
         shape = get_run_spec(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
@@ -255,7 +256,7 @@ class LoRAFinetuneRecipe:
 
     def _train_step(self, micro_batches: list[list[int]]) -> dict:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
-        from tune2gguf.machine import measure_peak
+        from tune2gguf.machine.devices import measure_peak
         from tune2gguf.train import steps
         from tune2gguf.train.seeds import capture_random_state
 
@@ -332,7 +333,7 @@ def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
     from tune2gguf.distributed.failures import end_together
     from tune2gguf.distributed.world import agree_on_errors
-    from tune2gguf.machine import explain_out_of_memory
+    from tune2gguf.machine.fit import explain_out_of_memory
 
     with end_together():
         with agree_on_errors():
