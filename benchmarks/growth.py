@@ -30,7 +30,7 @@ TABLES = (
 
 def measure_here(options: dict) -> dict[str, float]:
     """Return the seconds of a step and the memory in MB that it takes beside the model's, in this process."""
-    from tune2gguf.machine import measure_peak
+    from tune2gguf.machine.devices import measure_peak
 
     case = make_case(options)
     model = make_model(case)

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.base.load import fill_model
-from tune2gguf.machine import measure_peak
 from tune2gguf.machine.cpu import prepare_cpu
+from tune2gguf.machine.devices import measure_peak
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture
 from tune2gguf.model.llama import CausalLM, build_lora_llama, prepare_training
 from tune2gguf.model.lora import initialize_adapters

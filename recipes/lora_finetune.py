@@ -33,7 +33,8 @@ from tune2gguf.distributed.world import (
     stop_world,
     wait_for_all,
 )
-from tune2gguf.machine import announce, explain_out_of_memory, get_device, measure_peak
+from tune2gguf.machine.devices import get_device, measure_peak
+from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.model.architectures import read_architecture
 from tune2gguf.model.fused import why_not_fused
 from tune2gguf.model.llama import prepare_training

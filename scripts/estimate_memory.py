@@ -16,7 +16,9 @@ def main() -> None:
         parser.error(f"--devices {arguments.devices}: at least 1 is needed")
 
     from tune2gguf.config import check_values, get_run_spec, read_config
-    from tune2gguf.machine import describe_estimate, describe_fit, estimate_memory, list_devices
+    from tune2gguf.machine.devices import list_devices
+    from tune2gguf.machine.fit import describe_estimate, describe_fit
+    from tune2gguf.machine.memory import estimate_memory
 
     try:
         config = read_config(arguments.config, arguments.overrides)

@@ -15,6 +15,7 @@ from tune2gguf.data.prepare import chat_dataset, check_files
 from tune2gguf.data.show import format_row, format_summary
 from tune2gguf.data.summary import DataSummary, summarize_data
 from tune2gguf.data.tokenize import TokenizedRow
+from tune2gguf.files.atomic import write_file
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 # The guide's batch size at the configs' accumulation, for files without a config.
@@ -66,8 +67,8 @@ def check_outputs(*paths: Path | None) -> None:
 
 def _write_new(path: Path, content: bytes) -> Path:
     check_outputs(path)
-    with path.open("xb") as file:
-        file.write(content)
+    with write_file(path) as unfinished:
+        unfinished.write_bytes(content)
     return path
 
 

@@ -16,7 +16,7 @@ from tune2gguf.base.digest import digest_base
 from tune2gguf.base.layout import to_hf_rows, to_tune_rows
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.base.safetensors_file import StoredTensor, TensorToWrite, map_file, view_tensor, write_safetensors
-from tune2gguf.files.atomic import create_folder
+from tune2gguf.files.atomic import write_folder
 from tune2gguf.files.digest import digest_file
 
 
@@ -249,7 +249,7 @@ def test_existing_folder_is_never_overwritten(single_base):
 
 
 def test_failed_folder_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), create_folder(tmp_path / "base") as folder:
+    with pytest.raises(RuntimeError), write_folder(tmp_path / "base") as folder:
         (folder / "half").write_text("x")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ from tune2gguf.config import check_values, get_run_spec, read_config
 from tune2gguf.config.components import COMPONENTS
 from tune2gguf.config.keys import KEYS
 from tune2gguf.guide import GUIDE_PARAMETERS
-from tune2gguf.machine import estimate_memory
+from tune2gguf.machine.memory import estimate_memory
+from tune2gguf.runs.read import flatten_config
 
 FOLDERS = ("llama3_2_1b", "llama3_2_3b", "llama3_1_8b")
 CONFIGS = [REPOSITORY / "configs" / folder / f"{kind}.yaml" for folder in FOLDERS for kind in ("lora", "qlora")]
@@ -35,15 +36,8 @@ def get_name(path: Path) -> str:
 
 def find_differences(first: Path, second: Path) -> set[str]:
     """Return the dotted keys in which two files differ."""
-    first, second = (flatten(yaml.safe_load(path.read_text())) for path in (first, second))
+    first, second = (flatten_config(yaml.safe_load(path.read_text())) for path in (first, second))
     return {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def test_every_base_of_the_guide_has_its_config():

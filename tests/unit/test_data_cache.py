@@ -104,8 +104,8 @@ def test_what_was_not_used_for_long_is_deleted_when_another_file_is_kept(tmp_pat
             os.utime(folder, (time.time() - days * 86_400,) * 2)
 
     used, unused, recent = keep(1), keep(2), keep(3)
-    unfinished = {cache / ".unfinished-x"}
-    (cache / ".unfinished-x").mkdir()
+    unfinished = {cache / ".key.x1.unfinished"}
+    (cache / ".key.x1.unfinished").mkdir()
     age(used | unused | unfinished, KEPT_DAYS + 1)
     age(recent, KEPT_DAYS - 1)
     tokenize(tmp_path / "1.jsonl", tokenizer)

@@ -263,7 +263,7 @@ def test_two_exports_do_not_write_to_one_folder_at_once(run_dir):
 def test_a_merged_folder_whose_replacement_was_killed_is_put_back(run_dir):
     merged_dir = export_run(run_dir, with_merged_hf=True, show=False).merged_dir
     replaced = merged_dir.rename(merged_dir.with_name(f".{merged_dir.name}.replaced"))
-    (merged_dir.with_name(f"..{merged_dir.name}.unfinished.x1")).mkdir()
+    merged_dir.with_name(f".{merged_dir.name}.x1.unfinished").mkdir()
     export_run(run_dir, overwrite=True, show=False)
     assert (merged_dir / "model.safetensors").is_file() and not replaced.exists()
     assert not [name for name in list_files(run_dir / "export") if name.startswith(".")]

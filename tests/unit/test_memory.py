@@ -9,9 +9,15 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, write_tiny_tokenizer
-from tune2gguf.machine import Device, RunSpec, estimate_memory, explain_out_of_memory, find_warning
-from tune2gguf.machine.fit import advise, find_fitting_change, fits, list_changes
-from tune2gguf.machine.memory import count_adapter_weights, count_kept_activations, list_layer_activations
+from tune2gguf.machine.devices import Device
+from tune2gguf.machine.fit import advise, explain_out_of_memory, find_fitting_change, find_warning, fits, list_changes
+from tune2gguf.machine.memory import (
+    RunSpec,
+    count_adapter_weights,
+    count_kept_activations,
+    estimate_memory,
+    list_layer_activations,
+)
 from tune2gguf.model.architectures import LLAMA3_1_8B, LLAMA3_2_1B, LLAMA3_2_3B, Architecture
 from tune2gguf.model.llama import build_lora_llama
 

@@ -1,43 +1,11 @@
-"""Intervals, numbers of rows and extrapolations are those of their formulas."""
+"""Numbers of rows and extrapolations are those of their formulas."""
 
 import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from tune2gguf.verdict.paired import choose_best_crosswise, count_rows_needed, estimate_ratio, extrapolate_gain
-
-
-def test_interval_of_many_rows_is_the_normal_one_of_a_ratio():
-    """A ratio's standard error is that of numerator - ratio * denominator over the mean denominator."""
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(10, 40, 400).astype(float)
-    differences = tokens * generator.normal(0.5, 1.0, 400)
-    estimate = estimate_ratio(differences, tokens)
-    residuals = differences - estimate.value * tokens
-    error = residuals.std(ddof=1) / tokens.mean() / math.sqrt(400)
-    assert estimate.value == pytest.approx(differences.sum() / tokens.sum())
-    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * error, rel=0.05)
-
-
-def test_interval_of_few_rows_covers_the_truth_as_often_as_it_says():
-    """Negative control: the plain percentile interval of eight rows covers far less often."""
-    generator, hits, plain_hits, draws = np.random.default_rng(1), 0, 0, 400
-    ones = np.ones(8)
-    for _ in range(draws):
-        rows = generator.standard_normal(8)
-        estimate = estimate_ratio(rows, ones)
-        hits += estimate.low <= 0 <= estimate.high
-        plain = stats.bootstrap((rows,), np.mean, method="percentile", n_resamples=999, rng=generator)
-        plain_hits += plain.confidence_interval.low <= 0 <= plain.confidence_interval.high
-    assert hits / draws > 0.92
-    assert plain_hits / draws < 0.90
-
-
-def test_equal_rows_have_an_interval_without_width():
-    estimate = estimate_ratio(np.full(6, 3.0), np.full(6, 2.0))
-    assert (estimate.value, estimate.low, estimate.high) == (1.5, 1.5, 1.5)
+from tune2gguf.verdict.paired import choose_best_crosswise, count_rows_needed, extrapolate_gain
 
 
 def test_rows_needed_is_the_sample_size_of_a_test_on_a_mean():

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tune2gguf.files.atomic import clear_leftovers
 from tune2gguf.runs.checkpoints import (
     Checkpoint,
     CheckpointWriter,
     find_damage,
     list_checkpoints,
     read_checkpoint,
-    remove_leftovers,
     write_checkpoint,
 )
 
@@ -106,11 +106,11 @@ def test_the_newest_are_kept_and_a_step_is_written_once(tmp_path):
 
 def test_what_a_killed_write_left_is_no_checkpoint_and_is_removed(tmp_path):
     write_checkpoint(tmp_path / "step_1", make_checkpoint(1))
-    for name in (".step_2.unfinished", ".step_0.removed"):
+    for name in (".step_2.x1.unfinished", ".step_0.removed.unfinished"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.pt").write_bytes(b"half")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_1"]
-    remove_leftovers(tmp_path)
+    clear_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.layout import TensorSpec, list_tensors, to_hf_rows
 from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
-from tune2gguf.files.atomic import create_folder, refuse_existing
+from tune2gguf.files.atomic import refuse_existing, write_folder, write_json
 from tune2gguf.files.digest import digest_file
 from tune2gguf.model.architectures import Architecture, make_hf_config
 
@@ -70,21 +69,17 @@ def convert_gguf_to_hf(
     tokenizer = _build_tokenizer(keys, gguf_path)
     specs = list_tensors(architecture)
     _check_tensors(specs, tensors, gguf_path)
-    with create_folder(base_dir) as folder:
+    with write_folder(base_dir) as folder:
         to_write = [TensorToWrite(spec.hf_name, DTYPES[dtype], spec.shape) for spec in specs]
         chunks = _dequantize(specs, tensors, dtype)
         write_shards(folder, to_write, chunks, max_shard_bytes=5_000_000_000)
         tokenizer.save(str(folder / "tokenizer.json"))
         for name, content in _make_configs(keys, architecture, dtype).items():
-            _write_json(folder / name, content)
+            write_json(folder / name, content)
         digests = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
         origin = gguf_path.name if source is None else source
-        _write_json(folder / RECORD_FILE, {"source": origin, "gguf_sha256": digest_file(gguf_path), "sha256": digests})
+        write_json(folder / RECORD_FILE, {"source": origin, "gguf_sha256": digest_file(gguf_path), "sha256": digests})
     return base_dir
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _open_gguf(gguf_path: Path) -> GGUFReader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.safetensors_file import INDEX_FILE, SINGLE_FILE
-from tune2gguf.files.atomic import refuse_existing
+from tune2gguf.files.atomic import publish, refuse_existing, write_json
 from tune2gguf.files.digest import digest_file, digest_file_once
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def download_from_hub(repo: str, base_dir: str | Path, *, revision: str | None =
     open_base(partial)
     _write_record(found, partial)
     refuse_existing(base_dir)
-    os.rename(partial, base_dir)
+    publish(partial, base_dir)
     return base_dir
 
 
@@ -183,8 +182,6 @@ def _fetch_file(revision: HubRevision, file: HubFile, partial: Path) -> None:
             expected_size=file.num_bytes,
             displayed_filename=file.name,
         )
-        stream.flush()
-        os.fsync(stream.fileno())
     if not is_intact(incomplete, file):
         incomplete.unlink()
         raise ValueError(f"{revision.repo}: {file.name} arrived damaged and was removed; run the same command again")
@@ -208,7 +205,7 @@ def _write_record(revision: HubRevision, folder: Path) -> None:
         file.name: digest_file(folder / file.name) if file.sha256 is None else file.sha256 for file in revision.files
     }
     record = {"source": f"hf://{revision.repo}", "revision": revision.commit, "sha256": digests}
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECORD_FILE, record)
 
 
 def explain_hub_error(error: Exception, repo: str, *, revision: str | None) -> str:

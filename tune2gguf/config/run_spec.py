@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tune2gguf.machine import RunSpec
+from tune2gguf.machine.memory import RunSpec
 from tune2gguf.model.architectures import ARCHITECTURES, read_architecture
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tune2gguf.tokenizer.conversation import ROLES, Conversation, Message, trim
@@ -43,7 +43,7 @@ class _Shape:
     list_keys: tuple[str, ...]
     role_key: str
     content_key: str
-    roles: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str]
 
 
 _OPENAI = _Shape(("messages", "conversations"), "role", "content", {role: role for role in ROLES})

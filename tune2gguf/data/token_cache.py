@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from tune2gguf.data.tokenize import (
     tokenize_file,
     write_tokens,
 )
+from tune2gguf.files.atomic import write_folder
 from tune2gguf.files.cache import get_cache_dir
 
 if TYPE_CHECKING:
@@ -135,9 +135,8 @@ def _fill(folder: Path, name: str, tokenizer: ChatTokenizer, *, format: str, sto
     """Tokenize the file into the folder, which appears whole, or not at all for a file that stops the run."""
     from tqdm import tqdm
 
-    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        with (temporary / "tokens.bin").open("wb") as tokens, (temporary / "supervised.bin").open("wb") as supervised:
+    with write_folder(folder) as unfinished:
+        with (unfinished / "tokens.bin").open("wb") as tokens, (unfinished / "supervised.bin").open("wb") as supervised:
             conversations = tqdm(
                 read_conversations(name, format=format),
                 desc=f"tokenizing {Path(name).name}",
@@ -148,11 +147,10 @@ def _fill(folder: Path, name: str, tokenizer: ChatTokenizer, *, format: str, sto
             )
             writer = TokenWriter(tokenizer, tokens, supervised)
             index = write_tokens(conversations, writer, stop_at_problem=stop_at_problem)
-        if not (index.problems and stop_at_problem):
-            _save_index(temporary, index)
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if index.problems and stop_at_problem:
+            shutil.rmtree(unfinished)
+        else:
+            _save_index(unfinished, index)
     return index
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, overload
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -86,13 +86,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
     def __len__(self) -> int:
         return len(self.picks)
 
-    @overload
-    def __getitem__(self, index: int) -> TokenizedRow: ...
-    @overload
-    def __getitem__(self, index: slice) -> TokenizedRows: ...
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return TokenizedRows(self.files, self.picks[index], self.max_seq_len)
+    def __getitem__(self, index: int) -> TokenizedRow:
         file_index, row = self.picks[index]
         file = self.files[file_index]
         start, end = file.index.offsets[row : row + 2]
@@ -113,21 +107,21 @@ class TokenizedRows(Sequence[TokenizedRow]):
 
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row, [rows] int64."""
-        lengths = np.zeros(len(self.picks), np.int64)
-        for index, file in enumerate(self.files):
-            chosen = self.picks[:, 0] == index
-            lengths[chosen] = np.diff(file.index.offsets)[self.picks[chosen, 1]]
-        return np.minimum(lengths, self.max_seq_len)
+        return np.minimum(self._collect(lambda index: np.diff(index.offsets)), self.max_seq_len)
 
     def supervised_lengths(self) -> np.ndarray:
         """Return the number of trained positions of each row, [rows] int64."""
-        counts = np.zeros(len(self.picks), np.int64)
-        for index, file in enumerate(self.files):
-            chosen = self.picks[:, 0] == index
-            counts[chosen] = file.index.num_supervised[self.picks[chosen, 1]]
-        for index in np.flatnonzero(self.lengths() == self.max_seq_len):
-            counts[index] = self[int(index)].num_supervised
+        counts = self._collect(lambda index: index.num_supervised)
+        for row in np.flatnonzero(self.lengths() == self.max_seq_len).tolist():
+            counts[row] = self[row].num_supervised
         return counts
+
+    def _collect(self, get_values: Callable[[TokenIndex], np.ndarray]) -> np.ndarray:
+        values = np.zeros(len(self.picks), np.int64)
+        for number, file in enumerate(self.files):
+            chosen = self.picks[:, 0] == number
+            values[chosen] = get_values(file.index)[self.picks[chosen, 1]]
+        return values
 
 
 def read_conversations(name: str, *, format: str) -> Iterator[tuple[Row, Conversation | str]]:

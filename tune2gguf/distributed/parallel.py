@@ -12,7 +12,7 @@ from torch import nn
 from tune2gguf.distributed.world import World, max_over_ranks
 
 if TYPE_CHECKING:
-    from tune2gguf.machine import RunSpec
+    from tune2gguf.machine.memory import RunSpec
 
 # The allocator's gaps and what others keep on a GPU are not in the estimate.
 USABLE_SHARE = 0.9
@@ -24,7 +24,7 @@ def choose_parallel(parallel: str, shape: RunSpec, world: World) -> str:
     The GPU's whole memory counts, not what is free, so that a run that is resumed is split as it was. Processes of a
     CPU replicate: they share its memory, and whoever wants them to shard says so.
     """
-    from tune2gguf.machine import estimate_memory
+    from tune2gguf.machine.memory import estimate_memory
 
     if world.size == 1:
         return "replicate"

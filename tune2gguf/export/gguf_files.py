@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 from tune2gguf.export.gguf_file.cache import QuantizedCache
@@ -14,7 +15,8 @@ from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.one_pass import Converter, Output, append_tensors
 from tune2gguf.export.progress import open_bar
-from tune2gguf.export.results import replace_at_the_end
+from tune2gguf.export.results import explain_write_errors
+from tune2gguf.files.atomic import write_file
 from tune2gguf.files.cache import get_cache_dir
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
@@ -47,8 +49,11 @@ def write_gguf_files(
     types = {quantization: choose_types(tensors, base.architecture, quantization) for quantization in paths}
     cache = QuantizedCache(get_cache_dir() / "quantized", max_cache_bytes) if max_cache_bytes > 0 else None
     converter = Converter(base, adapter, load_kernels(), cache)
-    with replace_at_the_end(list(paths.values())) as unfinished:
-        outputs = {quantization: Output(unfinished[path], types[quantization]) for quantization, path in paths.items()}
+    with explain_write_errors(next(iter(paths.values())).parent), ExitStack() as stack:
+        outputs = {
+            quantization: Output(stack.enter_context(write_file(path)), types[quantization])
+            for quantization, path in paths.items()
+        }
         _write_headers(outputs, tensors, base=base, name=name, chat_template=chat_template)
         num_elements = sum(_count_elements(tensor.shape) for tensor in tensors)
         label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")

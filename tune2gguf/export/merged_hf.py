@@ -17,7 +17,7 @@ from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, nar
 from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.merge.rows import to_hf_rows
 from tune2gguf.export.merge.slabs import iterate_slabs, read_merged_rows
-from tune2gguf.files.atomic import create_folder
+from tune2gguf.files.atomic import write_folder, write_json
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
@@ -34,15 +34,15 @@ def write_merged_hf(
     chat_template: ChatTemplate,
     report: Callable[[int], None],
 ) -> None:
-    """Write the folder in one move; it must not exist, and a failure leaves nothing.
+    """Write the folder in one move; it replaces an earlier one, and a failure leaves that as it was.
 
     Args:
         report: called with the number of elements done
 
     Raises:
-        ValueError: if the folder exists, or a merged weight is not finite
+        ValueError: if a merged weight is not finite
     """
-    with create_folder(out_dir) as unfinished, keep_products_on_their_thread():
+    with write_folder(out_dir, overwrite=True) as unfinished, keep_products_on_their_thread():
         _write_weights(unfinished, base, adapter, report)
         _write_configs(unfinished, base.base_dir, chat_template)
 
@@ -60,7 +60,7 @@ def _write_weights(folder: Path, base: MergeBase, adapter: Adapter, report: Call
         total_bytes += sum(tensor.num_bytes for tensor in tensors)
     if len(by_file) > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(folder / INDEX_FILE, index)
+        write_json(folder / INDEX_FILE, index)
 
 
 def _describe(base: MergeBase, name: str) -> TensorToWrite:
@@ -94,15 +94,15 @@ def _write_configs(folder: Path, base_dir: Path, chat_template: ChatTemplate) ->
     config.pop("quantization_config", None)
     # transformers renamed torch_dtype to dtype.
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     if (base_dir / "generation_config.json").is_file():
         shutil.copyfile(base_dir / "generation_config.json", folder / "generation_config.json")
     tokenizer_file = find_tokenizer_file(base_dir)
     if tokenizer_file.suffix == ".json":
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
     else:
-        _write_json(folder / "tokenizer.json", make_llama3_tokenizer_json(tokenizer_file))
-    _write_json(folder / "tokenizer_config.json", _make_tokenizer_config(base_dir, chat_template))
+        write_json(folder / "tokenizer.json", make_llama3_tokenizer_json(tokenizer_file))
+    write_json(folder / "tokenizer_config.json", _make_tokenizer_config(base_dir, chat_template))
 
 
 def _make_tokenizer_config(base_dir: Path, chat_template: ChatTemplate) -> dict:
@@ -114,7 +114,3 @@ def _make_tokenizer_config(base_dir: Path, chat_template: ChatTemplate) -> dict:
     elif chat_template.beginning:
         config["bos_token"] = chat_template.beginning
     return config | {"eos_token": chat_template.end_of_turn, "chat_template": chat_template.jinja_template}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -112,6 +112,7 @@ def append_tensors(
                 if slab.is_last:
                     file.write(bytes(-file.tell() % ALIGNMENT))
             report(slab.num_elements)
+        # All are on the disk before the first gets its name.
         for file in files:
             file.flush()
             os.fsync(file.fileno())

@@ -20,14 +20,8 @@ from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.progress import open_bar
-from tune2gguf.export.results import (
-    check_free_space,
-    claim_folder,
-    explain_write_errors,
-    replace_at_the_end,
-    replace_folder,
-)
-from tune2gguf.files.atomic import write_text
+from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors
+from tune2gguf.files.atomic import write_file, write_text
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
@@ -220,11 +214,11 @@ def _count_bytes(export: Export, adapter: Adapter) -> int:
 def _write_extras(export: Export, adapter: Adapter, *, show: bool) -> None:
     run, base = export.run, export.merge.chosen
     if export.adapter_path is not None:
-        with replace_at_the_end([export.adapter_path]) as unfinished:
-            write_adapter_gguf(unfinished[export.adapter_path], adapter, specs=base.specs, name=run.name)
+        with explain_write_errors(run.export_dir), write_file(export.adapter_path) as unfinished:
+            write_adapter_gguf(unfinished, adapter, specs=base.specs, name=run.name)
     if export.merged_dir is not None:
         num_elements = sum(math.prod(spec.shape) for spec in base.specs.values())
-        new_dir = export.merged_dir.with_name(f".{export.merged_dir.name}.unfinished")
         with open_bar("merging", total=num_elements, show=show) as bar, explain_write_errors(run.export_dir):
-            write_merged_hf(new_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=bar.update)
-            replace_folder(export.merged_dir, new_dir)
+            write_merged_hf(
+                export.merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=bar.update
+            )

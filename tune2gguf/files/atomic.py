@@ -1,35 +1,87 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all.
+
+What is written stands beside its place as `.NAME.XXXXXXXX.unfinished` until all of it is on the disk; then it takes its
+name in one move. A block that fails removes it. What a killed process left is removed when the same name is written a
+day later, or at once by `clear_leftovers`.
+"""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+_ABANDONED_SECONDS = 86_400  # no writer leaves what it is at untouched for a day
 
 
 @contextmanager
-def create_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` when the block ends without an error.
+def write_file(path: Path) -> Iterator[Path]:
+    """Yield a free path beside `path`; the file written there replaces `path` when the block ends without an error.
 
     Raises:
-        ValueError: if `path` exists
+        OSError: with the file's name, which Python leaves out when the disk is full
     """
-    refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        # mkdtemp makes the folder private; the result is an ordinary one.
-        temporary.chmod(0o777 & ~_get_umask())
-        yield temporary
+        with _reserve(path) as unfinished:
+            yield unfinished
+            publish(unfinished, path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(unfinished)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its name when the block ends without an error.
+
+    A block that removes the folder gets none.
+
+    Raises:
+        ValueError: if `path` exists and is not to be overwritten
+    """
+    if not overwrite:
         refuse_existing(path)
-        os.rename(temporary, path)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+    with _reserve(path) as unfinished:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if not unfinished.exists():
+            return
+        if not overwrite:
+            refuse_existing(path)
+        replaced = path.with_name(f".{path.name}.replaced")
+        if path.exists():
+            # Two folders cannot change places in one move; clear_leftovers undoes the first of two.
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(path, replaced)
+        publish(unfinished, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Give a file or folder its name when all of it is on the disk."""
+    for written in [*unfinished.rglob("*"), unfinished]:
+        _sync(written)
+    os.replace(unfinished, path)
+    _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with write_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write an indented JSON file whole or not at all."""
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def refuse_existing(path: Path) -> None:
@@ -38,60 +90,44 @@ def refuse_existing(path: Path) -> None:
         raise ValueError(f"{path} exists already and is not overwritten; remove it or choose another folder")
 
 
-def _get_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one move, so that a reader never sees half of it.
-
-    Raises:
-        OSError: with the file's name
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    write_durably(unfinished, text.encode())
-    os.replace(unfinished, path)
-
-
-def write_durably(path: Path, content: bytes | memoryview) -> None:
-    """Write a file and return when it is on the disk.
-
-    Raises:
-        OSError: with the file's name, which Python leaves out when the disk is full
-    """
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes left in a folder that nobody else writes to; put back what they had moved aside."""
+    for replaced in folder.glob(".*.replaced"):
+        original = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+        if not original.exists():
+            os.replace(replaced, original)
+        _remove(replaced)
+    for unfinished in folder.glob(".*.unfinished"):
+        _remove(unfinished)
 
 
 @contextmanager
-def create_unfinished(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` for what will be in it; where that fails, the room that it took is free."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+def _reserve(path: Path) -> Iterator[Path]:
+    """Yield a free path beside `path`; nothing is there when the block has ended."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+        with suppress(OSError):  # its own writer was faster
+            if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                _remove(left)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         yield unfinished
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    finally:
+        _remove(unfinished)
 
 
-def sync_folder(folder: Path) -> None:
-    """Return when the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and syncs only files that are open for writing
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def to_json(record: dict) -> bytes:
-    """Return the content of an indented JSON file."""
-    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
+from tune2gguf.files.atomic import write_text
 from tune2gguf.files.cache import get_cache_dir
 
 
@@ -28,7 +28,5 @@ def digest_file_once(path: Path) -> str:
         return entry.read_text(encoding="ascii")
     digest = digest_file(path)
     entry.parent.mkdir(parents=True, exist_ok=True)
-    temporary = entry.with_name(f"{entry.name}.{os.getpid()}")
-    temporary.write_text(digest, encoding="ascii")
-    os.replace(temporary, entry)
+    write_text(entry, digest)
     return digest

@@ -30,20 +30,15 @@ def describe_estimate(estimate: Estimate) -> list[str]:
     return [f"  {name:<24}{size / GIGABYTE:8.2f} GB" for name, size in parts.items()]
 
 
-def summarize(shape: RunSpec, device: Device) -> str:
-    """Return the estimate in one line, as the recipe prints it."""
+def announce(shape: RunSpec, device: Device) -> None:
+    """Say in one line what a run will need before it takes it, and warn where that is not there."""
     estimate = estimate_memory(shape)
     adapter = estimate.adapter + estimate.gradients + estimate.optimizer
     parts = {"base": estimate.weights, "adapter": adapter, "activations": estimate.activations}
     parts |= {"work": estimate.work, "program": estimate.program}
     listed = ", ".join(f"{name} {size / GIGABYTE:.1f}" for name, size in parts.items())
     free = f"{device.free / GIGABYTE:.1f} GB are free on {device.name}"
-    return f"memory: about {estimate.peak / GIGABYTE:.1f} GB ({listed}); {free}"
-
-
-def announce(shape: RunSpec, device: Device) -> None:
-    """Say what a run will need before it takes it, and warn where that is not there."""
-    print(summarize(shape, device))
+    print(f"memory: about {estimate.peak / GIGABYTE:.1f} GB ({listed}); {free}")
     warning = find_warning(shape, device)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
@@ -140,10 +135,13 @@ def explain_out_of_memory(shape: RunSpec, device: Device) -> Iterator[None]:
     Raises:
         ValueError: where memory ran out; what was saved before is whole
     """
+    from torch import OutOfMemoryError
+
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        # Python's, CUDA's, and that of torch's CPU allocator.
+        if not isinstance(error, (MemoryError, OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         needed = f"it needs about {_get_peak(shape) / GIGABYTE:.1f} GB"
         # What was free has proved too little, so that advice must need less than the estimate.
@@ -152,10 +150,3 @@ def explain_out_of_memory(shape: RunSpec, device: Device) -> Iterator[None]:
             f"out of memory on {device.name}: {needed}, {device.free / GIGABYTE:.1f} GB were free at the start. "
             f"{advise(shape, limit)}\nCheckpoints and adapters that were saved are whole."
         ) from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory ran out: Python's, CUDA's, or that of torch's CPU allocator."""
-    from torch import OutOfMemoryError
-
-    return isinstance(error, (MemoryError, OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)

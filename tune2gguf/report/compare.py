@@ -11,10 +11,10 @@ from tune2gguf.guide import REFERENCES
 from tune2gguf.report.comparison import ComparedRun, write_comparison
 from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.runs.files import METRICS_FILE, is_run_folder
+from tune2gguf.runs.intervals import Estimate, estimate_ratio
 from tune2gguf.runs.run import Run
 from tune2gguf.runs.validation_rows import read_row_losses
 from tune2gguf.verdict.judge import INCONCLUSIVE, MIN_ROWS, judge
-from tune2gguf.verdict.paired import Estimate, estimate_ratio
 
 # A run's place, and what says nothing of its result.
 _NOT_COMPARED = {"output_dir", "resume", "parent_run", "save_every_n_steps", "keep_last", *REFERENCES}

@@ -12,7 +12,7 @@ from tune2gguf.pages import render_page
 from tune2gguf.pages.render import format_loss
 from tune2gguf.report.plots import plot_comparison
 from tune2gguf.runs.curves import Curves
-from tune2gguf.verdict.paired import Estimate
+from tune2gguf.runs.intervals import Estimate
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune2gguf.base.layout import list_tensors, to_tune_rows
-from tune2gguf.files.atomic import create_unfinished, sync_folder, to_json, write_durably
+from tune2gguf.files.atomic import write_file, write_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,16 +116,9 @@ def save_adapter(folder: Path, weights: dict[str, Tensor], config: dict) -> str:
     from safetensors.torch import save
 
     content = save(weights, metadata={"format": "pt"})
-    with create_unfinished(folder) as unfinished:
-        write_durably(unfinished / ADAPTER_WEIGHTS, content)
-        write_durably(unfinished / ADAPTER_CONFIG, to_json(config))
-        if folder.exists():
-            # Two folders cannot change places in one move; files can, and the config is the same all through a run.
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                os.replace(unfinished / name, folder / name)
-            unfinished.rmdir()
-            sync_folder(folder)
-        else:
-            os.rename(unfinished, folder)
-    sync_folder(folder.parent)
+    # Two folders cannot change places in one move; files can, and the config is the same all through a run.
+    with nullcontext(folder) if folder.exists() else write_folder(folder) as target:
+        write_json(target / ADAPTER_CONFIG, config)
+        with write_file(target / ADAPTER_WEIGHTS) as file:
+            file.write_bytes(content)
     return hashlib.sha256(content).hexdigest()

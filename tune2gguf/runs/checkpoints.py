@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune2gguf.files.atomic import create_unfinished, sync_folder, to_json, write_durably
+from tune2gguf.files.atomic import write_file, write_folder, write_json
 from tune2gguf.files.digest import digest_file
 
 if TYPE_CHECKING:
@@ -53,23 +53,24 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
     from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
+    # Serialized in memory: safetensors and torch.save hide what the disk says behind errors of their own.
     buffer = io.BytesIO()
     torch.save(checkpoint.state, buffer)
-    manifest = {}
-    with create_unfinished(folder) as unfinished:
-        # Serialized in memory: safetensors and torch.save hide what the disk says behind errors of their own.
-        for name, content in (
-            (ADAPTER_WEIGHTS, save(checkpoint.adapter, metadata={"format": "pt"})),
-            (ADAPTER_CONFIG, to_json(checkpoint.adapter_config)),
-            (STATE, buffer.getbuffer()),
-            (PROGRESS, to_json(checkpoint.progress)),
-        ):
-            write_durably(unfinished / name, content)
-            manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        write_durably(unfinished / MANIFEST, to_json({"files": manifest}))
-        sync_folder(unfinished)
-        os.rename(unfinished, folder)
-    sync_folder(folder.parent)
+    contents = {
+        ADAPTER_WEIGHTS: save(checkpoint.adapter, metadata={"format": "pt"}),
+        ADAPTER_CONFIG: json.dumps(checkpoint.adapter_config, indent=2).encode(),
+        STATE: buffer.getbuffer(),
+        PROGRESS: json.dumps(checkpoint.progress, indent=2).encode(),
+    }
+    files = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+    with write_folder(folder) as unfinished:
+        for name, content in contents.items():
+            with write_file(unfinished / name) as file:
+                file.write_bytes(content)
+        write_json(unfinished / MANIFEST, {"files": files})
 
 
 def find_damage(folder: Path) -> str | None:
@@ -146,16 +147,9 @@ def get_step(folder: Path) -> int:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint; whoever looks meanwhile sees all of it or nothing."""
-    removed = folder.with_name(f".{folder.name}.removed")
+    removed = folder.with_name(f".{folder.name}.removed.unfinished")  # clear_leftovers goes on with it
     os.rename(folder, removed)
     shutil.rmtree(removed)
-
-
-def remove_leftovers(checkpoints_dir: Path) -> None:
-    """Remove what a killed process left of checkpoints that it was writing or removing."""
-    for pattern in (".step_*.unfinished", ".step_*.removed"):
-        for path in checkpoints_dir.glob(pattern):
-            shutil.rmtree(path)
 
 
 class CheckpointWriter:

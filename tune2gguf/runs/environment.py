@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION, read_json, write_json
+from tune2gguf.files.atomic import write_json
+from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION, read_json
 
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.files.atomic import write_text
-
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 DATA_FILE = "data.json"
@@ -28,11 +26,6 @@ FOLDER_VERSION = 2
 def is_run_folder(path: Path) -> bool:
     """Whether a folder is that of a run: it has a config.yaml from its first moment on."""
     return (path / CONFIG_FILE).is_file()
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, in one move."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, *, required: Iterable[str] = ()) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune2gguf.base.digest import digest_base
-from tune2gguf.files.atomic import create_folder, write_text
+from tune2gguf.files.atomic import write_folder, write_json, write_text
 from tune2gguf.runs.config_file import write_config
 from tune2gguf.runs.environment import write_environment
-from tune2gguf.runs.files import DATA_FILE, VALIDATION_FILE, is_run_folder, write_json
+from tune2gguf.runs.files import DATA_FILE, VALIDATION_FILE, is_run_folder
 from tune2gguf.runs.validation_rows import format_validation_rows
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
     folder = Path(output_dir)
     if os.path.lexists(folder):
         raise ValueError(describe_existing(folder))
-    with create_folder(folder) as unfinished:
+    with write_folder(folder) as unfinished:
         write_config(unfinished, cfg)
         # The digest was taken for the resume already.
         write_environment(unfinished, device, base_digest=digest_base(cfg.base_dir))

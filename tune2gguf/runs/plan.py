@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from tune2gguf.runs.files import PLAN_FILE, read_json, write_json
+from tune2gguf.files.atomic import write_json
+from tune2gguf.runs.files import PLAN_FILE, read_json
 
 
 class Plan(TypedDict):

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.runs.files import PROOF_FILE, read_json, write_json
+from tune2gguf.files.atomic import write_json
+from tune2gguf.runs.files import PROOF_FILE, read_json
 
 
 @dataclass(frozen=True)

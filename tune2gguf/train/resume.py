@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.world import AgreedError, describe_error
+from tune2gguf.files.atomic import clear_leftovers
 from tune2gguf.files.digest import digest_file
 from tune2gguf.runs.adapter import ADAPTER_WEIGHTS, save_adapter
 from tune2gguf.runs.checkpoints import (
@@ -18,7 +19,6 @@ from tune2gguf.runs.checkpoints import (
     list_checkpoints,
     read_checkpoint,
     remove_checkpoint,
-    remove_leftovers,
 )
 from tune2gguf.runs.config_file import flatten_config, rename_components, write_config
 from tune2gguf.runs.environment import record_resume
@@ -229,7 +229,8 @@ def enter_run_folder(
 def _rewind(output_dir: Path, *, step: int, sizes: Mapping[str, int]) -> None:
     checkpoints_dir = output_dir / CHECKPOINTS
     checkpoints_dir.mkdir(exist_ok=True)
-    remove_leftovers(checkpoints_dir)
+    for folder in (output_dir, checkpoints_dir, output_dir / "best", output_dir / "last"):
+        clear_leftovers(folder)
     # The newest first, and the lines that they need last: killed in between, the rest can still be gone on from.
     for folder in reversed(list_checkpoints(checkpoints_dir)):
         if get_step(folder) > step:

@@ -10,13 +10,11 @@ import torch
 
 from tune2gguf.distributed.world import World, sum_over_ranks
 from tune2gguf.runs.curves import Validation
+from tune2gguf.runs.intervals import estimate_ratio
 
 if TYPE_CHECKING:
     from tune2gguf.data import TokenizedRow
     from tune2gguf.model.llama import CausalLM
-
-CONFIDENCE = 0.95
-NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -31,39 +29,19 @@ class ValidationLoss:
         """Cross entropy per supervised token, in nats."""
         return sum(self.row_sums) / sum(self.row_tokens)
 
-    def compute_interval(self) -> tuple[float, float] | None:
-        """Return the 95 % bootstrap interval of the mean over rows; None for a single row, which tells of no spread.
-
-        Rows are drawn whole, with their losses and tokens: tokens of a row are no independent observations.
-        """
-        import numpy as np
-        from scipy.stats import bootstrap
-
-        if len(self.row_sums) < 2:
-            return None
-        interval = bootstrap(
-            (np.array(self.row_sums), np.array(self.row_tokens, np.float64)),
-            lambda sums, tokens, axis: sums.sum(axis) / tokens.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=NUM_RESAMPLES,
-            batch=100,
-            confidence_level=CONFIDENCE,
-            # The others divide by the spread of the rows, which equal rows do not have.
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        return float(interval.low), float(interval.high)
-
     def at(self, step: int, epoch: int, *, row_indices: Sequence[int]) -> Validation:
-        """Return the validation as it is recorded; the indices are those of the rows in heldout.jsonl."""
-        low, high = self.compute_interval() or (None, None)
+        """Return the validation as it is recorded; a single row has no interval, because it tells of no spread.
+
+        Args:
+            row_indices: of the rows in heldout.jsonl
+        """
+        estimate = estimate_ratio(self.row_sums, self.row_tokens) if len(self.row_sums) > 1 else None
         return Validation(
             step=step,
             epoch=epoch,
             loss=self.mean,
-            low=low,
-            high=high,
+            low=estimate and estimate.low,
+            high=estimate and estimate.high,
             rows=len(self.row_sums),
             tokens=sum(self.row_tokens),
             row_losses=tuple(self.row_sums),

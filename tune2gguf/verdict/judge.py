@@ -7,14 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tune2gguf.runs.curves import Curves, Validation
+from tune2gguf.runs.intervals import Estimate, estimate_ratio
 from tune2gguf.runs.verdict_file import Verdict
-from tune2gguf.verdict.paired import (
-    Estimate,
-    choose_best_crosswise,
-    count_rows_needed,
-    estimate_ratio,
-    extrapolate_gain,
-)
+from tune2gguf.verdict.paired import choose_best_crosswise, count_rows_needed, extrapolate_gain
 
 if TYPE_CHECKING:
     import numpy as np

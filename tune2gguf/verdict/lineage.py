@@ -55,7 +55,7 @@ def compare_with_parent(run_dir: Path, parent_dir: Path) -> Outcome:
 def _compare_rows(best: list[Mapping], final: list[Mapping], common: list[str]) -> Outcome:
     import numpy as np
 
-    from tune2gguf.verdict.paired import estimate_ratio
+    from tune2gguf.runs.intervals import estimate_ratio
 
     tokens = np.array([best[0][row][1] for row in common], np.float64)
     differences = np.array([best[0][row][0] - best[1][row][0] for row in common])
