@@ -14,7 +14,7 @@ from tune2gguf.config.components import COMPONENTS
 from tune2gguf.config.keys import KEYS
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.machine.memory import estimate_memory
-from tune2gguf.runs.read import flatten_config
+from tune2gguf.runs.config_file import flatten_config
 
 FOLDERS = ("llama3_2_1b", "llama3_2_3b", "llama3_1_8b")
 CONFIGS = [REPOSITORY / "configs" / folder / f"{kind}.yaml" for folder in FOLDERS for kind in ("lora", "qlora")]

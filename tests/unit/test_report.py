@@ -29,7 +29,7 @@ from tune2gguf.report.series import Series, smooth, take_series, thin
 from tune2gguf.runs.curves import Curves, read_curves
 from tune2gguf.verdict.advice import Advice
 from tune2gguf.verdict.judge import Verdict
-from tune2gguf.verdict.paired import Estimate
+from tune2gguf.runs.intervals import Estimate
 
 HOSTILE = (
     '<script>alert(1)</script>"\' onload="alert(1)" </svg></style> {{7*7}} {% raise %} &amp; '

@@ -17,4 +17,5 @@ def test_one_row_has_no_interval_and_says_so():
 
 
 def test_equal_rows_have_an_interval_of_one_point():
-    assert ValidationLoss([6.0] * 5, [3] * 5).compute_interval() == (2.0, 2.0)
+    validation = ValidationLoss([6.0] * 5, [3] * 5).at(1, 0, row_indices=range(5))
+    assert (validation.low, validation.high) == (2.0, 2.0)
