@@ -1,6 +1,6 @@
 """The twelve parameters of the fine-tuning guide: what each is called here, where it goes and what it does.
 
-README's table and the head of every YAML say the same; a test keeps them in step with this list.
+README's table and the head of every YAML are written from this list: python -m tests.unit.write_guide_tables
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A sweep of real runs: killed and started again, it repeats nothing that was finished, and stops what is hopeless."""
+"""A sweep of real runs: stopped and started again, it repeats nothing that was finished and resumes the rest."""
 
 import os
 import re
@@ -6,47 +6,77 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.recipes.test_commands import SCRIPTS
 from tune2gguf.report.compare import group_runs
 
-RATES = ("1e-3", "1.1e-3", "1.2e-3", "1.3e-3", "1e-9")
+
+def start(command: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def stop_in(run_dir: Path, command: list[str], signum: signal.Signals) -> tuple[int, str, str]:
+    """Start a sweep, send the signal when it has taken steps in a run; return exit code and output."""
+    process, metrics = start(command), run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signum)
+    output = process.communicate(timeout=60)
+    return process.returncode, *output
 
 
 @pytest.mark.slow
-def test_killed_sweep_goes_on_and_stops_the_hopeless_trial(run_arguments, tmp_path):
-    fixed = [one for one in run_arguments if not one.startswith(("output_dir=", "resume="))]
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_sweep_goes_on_without_repeating_what_is_finished(run_arguments, tmp_path, signum):
+    fixed = [one for one in run_arguments if not one.startswith(("output_dir=", "epochs="))]
     folder = tmp_path / "sweep"
-    command = [sys.executable, "scripts/sweep.py", *fixed, "epochs=30"]
-    command += ["--out", str(folder), f"learning_rate={','.join(RATES)}"]
-    environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "scripts/sweep.py", *fixed, "--out", str(folder), "epochs=10"]
+    command += ["learning_rate=1e-3,2e-3,1e-9"]
+    runs = [folder / f"learning_rate-{rate}" for rate in ("1e-3", "2e-3", "1e-9")]
 
-    first = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
-    interrupted = folder / "trial-001/metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not (interrupted.exists() and interrupted.stat().st_size > 0):
-        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    assert "trial 000, 1 of 5: learning_rate=1e-3" in first.communicate()[0]
-    finished = {path: path.stat().st_mtime_ns for path in (folder / "trial-000").rglob("*") if path.is_file()}
+    code, said, complaint = stop_in(runs[1], command, signum)
+    assert said == "run 1 of 3: learning_rate=1e-3\nrun 2 of 3: learning_rate=2e-3\n"
+    if signum == signal.SIGINT:
+        assert code == 130 and complaint.startswith("stopped; ")
+        assert "saved" in (folder / "learning_rate-2e-3.log").read_text()
+    finished = {path: path.stat().st_mtime_ns for path in runs[0].rglob("*") if path.is_file()}
 
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "trial 001 was interrupted; it goes on where it stopped" in done.stdout
-    assert re.findall(r"^trial (\d+), \d of 5", done.stdout, re.MULTILINE) == ["001", "002", "003", "004"]
+    process = start(command)
+    said, complaint = process.communicate(timeout=200)
+    assert process.returncode == 0, complaint
+    # A sweep that was killed outright leaves its run at work; the next one waits for the end of it.
+    assert re.findall(r"^run (\d) of 3", said, re.MULTILINE) == (["2", "3"] if signum == signal.SIGINT else ["3"])
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert "half of the trials were better by then" in done.stdout
-    assert not (folder / "trial-004/last").exists()
+    if signum == signal.SIGINT:
+        assert "resume: going on after step" in (folder / "learning_rate-2e-3.log").read_text()
 
-    (group,) = group_runs([folder / f"trial-{number:03}" for number in range(5)])
-    assert group.runs[-1].name == "trial-004"
-    assert done.stdout.splitlines()[-1].endswith(f"{group.runs[0].name}")
-    assert "next: python scripts/export.py" in done.stdout
+    (group,) = group_runs(runs)
+    assert len(group.runs) == 3 and group.runs[-1].run_dir == runs[2]
+    assert f"best: {group.runs[0].name}\nnext: python scripts/export.py" in said
+    assert said.splitlines()[-1].endswith(f"/{group.runs[0].name}")
     assert (folder / "comparison.html").is_file()
 
-    again = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
-    assert again.returncode == 0 and "trial 0" not in again.stdout
+    process = start(command)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 0 and "run " not in said.split("validation rows")[0], complaint
+
+
+@pytest.mark.slow
+def test_failed_run_is_said_and_the_others_are_ranked(run_arguments, tmp_path):
+    fixed = [one for one in run_arguments if not one.startswith("output_dir=")]
+    folder = tmp_path / "sweep"
+    (folder / "max_seq_len-64").mkdir(parents=True)  # not the folder of a run
+    (folder / "max_seq_len-64" / "config.yaml").write_text("{}")
+    process = start([sys.executable, "scripts/sweep.py", *fixed, "--out", str(folder), "max_seq_len=64,128"])
+    said, complaint = process.communicate(timeout=100)
+    assert process.returncode == 0, complaint
+    assert f"failed with exit code 1; {folder}/max_seq_len-64.log says why" in said
+    assert "error" in (folder / "max_seq_len-64.log").read_text()
+    assert "best: max_seq_len-128" in said

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY
+from tests.unit.write_guide_tables import README, write_guide_tables
 from tune2gguf.config import check_values, get_run_spec, read_config
 from tune2gguf.config.components import COMPONENTS
 from tune2gguf.config.keys import KEYS
@@ -72,10 +72,6 @@ def test_config_has_every_key_once_and_floats_that_every_reader_takes(path):
     assert isinstance(values["learning_rate"], float)
 
 
-def format_number(value: float | int | str) -> str:
-    return f"{value:.1e}".replace("e-0", "e-") if isinstance(value, float) and value < 0.001 else str(value)
-
-
 def test_guide_parameters_are_the_guides_twelve_with_its_recommendations():
     guide = "LearningRate Epochs LoraRank LoraAlpha LoraDropout MaxSeqLength WarmupSteps SchedulerType Seed BatchSize "
     assert [parameter.guide for parameter in GUIDE_PARAMETERS] == f"{guide}Quantization WeightDecay".split()
@@ -86,30 +82,21 @@ def test_guide_parameters_are_the_guides_twelve_with_its_recommendations():
     assert defaults["lora_alpha"] / defaults["lora_rank"] == 1
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, QUICKSTART], ids=get_name)
-def test_head_of_a_config_is_the_guides_table(path):
-    """Value, the guide's name, the component key, the effect: as the code has them, in the guide's order, on top."""
-    lines = path.read_text().split("\n\n", 2)[1].splitlines()
-    assert lines[0].startswith("# The guide's parameters.")
-    for line, parameter in itertools.zip_longest(lines[1:], GUIDE_PARAMETERS):
-        value, comment = re.fullmatch(r"(\w+: \S+) +# (.*)", line).groups()
-        assert value.startswith(f"{parameter.key}: ")
-        assert path == QUICKSTART or value == f"{parameter.key}: {format_number(parameter.default)}"
-        assert comment == f"{parameter.guide} -> {parameter.component}: {parameter.effect}"
-    raw = OmegaConf.load(path)
+@pytest.mark.parametrize("path", [README, *CONFIGS, QUICKSTART], ids=get_name)
+def test_guide_tables_are_those_of_the_code(path):
+    """After a change of tune2gguf/guide.py: python -m tests.unit.write_guide_tables."""
+    assert path.read_text() == write_guide_tables(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=get_name)
+def test_config_has_the_recommended_values_and_hands_them_to_its_components(path):
+    values = yaml.safe_load(path.read_text())
     for parameter in GUIDE_PARAMETERS:
+        assert values[parameter.key] == parameter.default
         for component in parameter.component.split(", "):
             node, _, key = component.partition(".")
             if key and node in COMPONENTS:
-                assert OmegaConf.to_container(raw)[node][key] == f"${{{parameter.key}}}"
-
-
-def test_readme_has_the_same_table():
-    rows = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("| ")]
-    for parameter in GUIDE_PARAMETERS:
-        parts = [f"`{part}`" if "." in part else part for part in parameter.component.split(", ")]
-        cells = [parameter.guide, f"`{parameter.key}`", format_number(parameter.default)]
-        assert f"| {' | '.join([*cells, ', '.join(parts), parameter.effect])} |" in rows
+                assert values[node][key] == f"${{{parameter.key}}}"
 
 
 def read_memory(path: Path) -> list[float]:

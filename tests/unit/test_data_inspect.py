@@ -121,7 +121,7 @@ def test_page_holds_figures_and_rows_and_escapes_the_data(tmp_path, tiny_base):
 def test_histogram_of_the_page_has_a_bar_for_each_bin_and_tells_it_in_words():
     plot = plot_lengths([Bin(0, 10, 7), Bin(10, 20, 2), Bin(20, None, 1)], max_seq_len=15)
     assert plot.wide.count("fill: var(--plot-bar)") == plot.narrow.count("fill: var(--plot-bar)") == 3
-    assert "0 to 9: 7, 10 to 19: 2; 20 or more: 1" in plot.wide
+    assert "0 to 9: 7, 10 to 19: 2; 20 or more: 1" in plot.label
     assert [key.text for key in plot.keys] == ["max_seq_len = 15"]
     assert plot_lengths([Bin(0, 10, 7)], max_seq_len=15).keys == ()
 

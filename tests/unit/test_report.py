@@ -24,12 +24,11 @@ from tests.unit.run_folders import (
     write_run,
 )
 from tune2gguf.report import ComparedRun, write_comparison, write_report
-from tune2gguf.report.plots import plot_losses
-from tune2gguf.report.series import Series, smooth, take_series, thin
+from tune2gguf.report.plots import plot_losses, smooth, take_series
 from tune2gguf.runs.curves import Curves, read_curves
+from tune2gguf.runs.intervals import Estimate
 from tune2gguf.verdict.advice import Advice
 from tune2gguf.verdict.judge import Verdict
-from tune2gguf.runs.intervals import Estimate
 
 HOSTILE = (
     '<script>alert(1)</script>"\' onload="alert(1)" </svg></style> {{7*7}} {% raise %} &amp; '
@@ -110,10 +109,13 @@ def test_page_needs_nothing_else(judged):
 
 
 def test_drawings_have_labels_and_ids_that_are_unique_and_there(judged):
-    assert all(drawing["role"] == "img" and drawing["aria-label"] for drawing in judged.find("svg"))
+    drawings = [attributes for attributes in judged.find("div") if attributes.get("role") == "img"]
+    assert len(drawings) == len(judged.find("svg")) == 6 and all(drawing["aria-label"] for drawing in drawings)
     ids = [attributes["id"] for _, attributes in judged.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(#|href="#|labelledby=")([^")]+)', judged.source)) <= set(ids)
+    colors = set(re.findall(r"var\((--plot-[\w-]+)\)", judged.source))
+    assert "--plot-validation" in colors and all(judged.source.count(f"{color}: #") == 2 for color in colors)
     assert "#0102" not in judged.source
 
 
@@ -295,18 +297,17 @@ def test_guide_parameters_come_first_and_every_key_is_there(judged):
     assert text.index("weight_decay") < text.index("model._component_")
 
 
-def test_thinning_keeps_every_peak_and_says_so(tmp_path):
-    rng = np.random.default_rng(0)
-    series = Series(np.arange(5000.0), rng.normal(size=5000))
-    thinned, every = thin(series, 800)
-    assert len(thinned) <= 800 and every == 13
-    for start in range(0, 5000, every):
-        part, kept = series.y[start : start + every], thinned.y[(thinned.x >= start) & (thinned.x < start + every)]
-        assert kept.min() == part.min() and kept.max() == part.max()
-    assert thin(Series(series.x[:800], series.y[:800]), 800)[1] == 1
-    page = make_page(tmp_path / "long", metrics=make_metrics(steps=5000, epochs=1, every=500))
-    assert "5,000 steps; drawn are the lowest and the highest value of every 13." in page.text
-    assert len(page.source) < 400_000
+def test_a_long_run_keeps_every_peak_and_the_page_small(tmp_path):
+    losses = np.random.default_rng(0).uniform(0.9, 1.1, 50_000)
+    losses[[10_000, 30_001, 40_000]] = 2, 3, 0.7
+    lines = [{"step": step, "epoch": 0, "loss": loss} for step, loss in enumerate(losses.tolist(), start=1)]
+    drawing = plot_losses(read_curves(write_run(tmp_path / "long", metrics=lines)), num_steps=50_000).wide
+    path = max(re.findall(r'd="(.*?)"', drawing, re.DOTALL), key=len)
+    x, y = np.array(re.findall(r"[ML] (\S+) (\S+)", path), float).T
+    assert len(x) < 10_000
+    first = y[(x > x[0] + 0.19 * np.ptp(x)) & (x < x[0] + 0.21 * np.ptp(x))].min()
+    assert (first - y.min()) / np.ptp(y) == pytest.approx((3 - 2) / (3 - 0.7), rel=0.01)
+    assert len(make_page(tmp_path / "page", metrics=make_metrics(steps=5000, epochs=1, every=500)).source) < 400_000
 
 
 def test_memorized_rows_do_not_press_the_validation_curve_flat(tmp_path, judged):
@@ -320,13 +321,14 @@ def test_memorized_rows_do_not_press_the_validation_curve_flat(tmp_path, judged)
 
 
 def test_smoothed_is_the_mean_of_the_steps_around():
-    series = Series(np.arange(100.0), np.random.default_rng(0).normal(size=100))
-    smoothed, window = smooth(series)
+    values = np.random.default_rng(0).normal(size=100)
+    smoothed, window = smooth(values)
     half = window // 2
     assert window == 5
     for at in (0, 1, 50, 99):
-        assert smoothed.y[at] == pytest.approx(series.y[max(0, at - half) : at + half + 1].mean())
-    assert smooth(Series(np.arange(1.0), np.ones(1)))[0].y.tolist() == [1.0]
+        assert smoothed[at] == pytest.approx(values[max(0, at - half) : at + half + 1].mean())
+    assert smooth(np.ones(1))[0].tolist() == [1.0]
+    assert smooth(np.ones(0))[0].tolist() == []
 
 
 def test_series_leave_out_what_is_no_number(tmp_path):
@@ -335,8 +337,8 @@ def test_series_leave_out_what_is_no_number(tmp_path):
         tmp_path / "metrics.jsonl",
         [{"step": step, "epoch": 0, **line} for step, line in enumerate(losses, start=1)],
     )
-    series = take_series(read_curves(tmp_path).training, "loss", scale=2)
-    assert (series.x.tolist(), series.y.tolist()) == ([1, 4], [4, 2])
+    steps, values = take_series(read_curves(tmp_path).training, "loss")
+    assert (steps.tolist(), values.tolist()) == ([1, 4], [2, 1])
 
 
 def test_script_writes_and_refuses_in_a_sentence(tmp_path):

@@ -1,96 +1,71 @@
-"""What a sweep searches is known, and right, before anything runs."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""What a sweep runs is known, and right, before anything runs."""
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tune2gguf.sweep import Sweep, add_guide_space, check_sweep, list_overrides, parse_overrides, run_sweep
+from tune2gguf.sweep import list_points, rank_points, run_sweep
 
 CONFIG = REPOSITORY / "examples/quickstart/lora.yaml"
 
 
 @pytest.fixture
-def sweep(tmp_path, run_arguments) -> Sweep:
-    fixed = [one for one in run_arguments[2:] if not one.startswith(("output_dir=", "resume="))]
-    return Sweep(tmp_path / "sweep", CONFIG, tuple(fixed), {"learning_rate": ("1e-3", "2e-3"), "epochs": ("1", "2")})
+def fixed(run_arguments) -> list[str]:
+    return [one for one in run_arguments[2:] if not one.startswith(("output_dir=", "epochs="))]
 
 
-def test_overrides_with_several_values_are_searched():
-    fixed, space = parse_overrides(["epochs=2", "learning_rate=5e-5,1e-4", "dataset.files=[a.jsonl,b.jsonl]"])
-    assert fixed == ("epochs=2", "dataset.files=[a.jsonl,b.jsonl]")
-    assert space == {"learning_rate": ("5e-5", "1e-4")}
+def test_every_combination_is_a_run_in_a_folder_of_its_own(tmp_path):
+    points = list_points(["learning_rate=5e-5,1e-4", "dataset.files=[a.jsonl,b.jsonl]", "epochs=1, 2"], tmp_path)
+    assert [point.values for point in points] == [
+        "learning_rate=5e-5 epochs=1",
+        "learning_rate=5e-5 epochs=2",
+        "learning_rate=1e-4 epochs=1",
+        "learning_rate=1e-4 epochs=2",
+    ]
+    folder = tmp_path / "learning_rate-1e-4-epochs-2"
+    given = ["learning_rate=1e-4", "dataset.files=[a.jsonl,b.jsonl]", "epochs=2"]
+    assert points[3].run_dir == folder
+    assert points[3].overrides == [*given, f"output_dir={folder}", "resume=auto"]
+
+
+def test_values_that_are_paths_stay_in_the_folder_of_the_sweep(tmp_path):
+    points = list_points(["base_source=hf://a/b,../../c"], tmp_path)
+    assert [point.run_dir.name for point in points] == ["base_source-hf-a-b", "base_source-..-..-c"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["epochs"], "key=value"),
-        (["output_dir=x"], "--out names"),
-        (["resume=auto"], "set by the sweep"),
-        (["epochs=1,1"], "each value once"),
-        (["epochs=1,"], "each value once"),
-        (["epochs=1,2", "epochs=3"], "as one value and as several"),
-        (["epochs=1,2", "epochs=3,4"], "given twice"),
+        (["epochs=1,2", "output_dir=x"], "--out names"),
+        (["epochs=1,2", "resume=auto"], "set by the sweep"),
+        (["epochs=1,2", "epochs=3"], "each key once"),
+        (["epochs=1", "dataset.files=[a.jsonl,b.jsonl]"], "nothing to sweep"),
     ],
 )
-def test_overrides_that_make_no_sweep_are_refused(overrides, message):
+def test_overrides_that_make_no_sweep_are_refused(overrides, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        parse_overrides(overrides)
+        list_points(overrides, tmp_path)
 
 
-def test_guide_searches_its_values_but_not_those_given():
-    space = add_guide_space(CONFIG, ["weight_decay=0"], {"learning_rate": ("1e-3", "2e-3")})
-    assert space == {
-        "learning_rate": ("1e-3", "2e-3"),
-        "lora_dropout": ("0.1", "0.2"),
-        "lora_alpha": ("16", "32", "8"),
-    }
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["learning_rate=1e-3,5", "epochs=1,2"], "^learning_rate=5 epochs=1: learning_rate=5 is out of range"),
+        (["epochs=1,"], "^epochs=: epochs is empty"),
+        (["epochs=1,2", "seed"], "key=value"),
+    ],
+)
+def test_a_bad_value_is_refused_with_its_combination_before_anything_runs(overrides, message, fixed, tmp_path):
+    folder = tmp_path / "sweep"
+    with pytest.raises(ValueError, match=message):
+        run_sweep(CONFIG, list_points([*fixed, *overrides], folder))
+    assert not folder.exists()
 
 
-def test_every_combination_is_a_trial_with_a_folder_of_its_own(sweep):
-    combinations = sweep.list_combinations()
-    assert len(combinations) == 4
-    assert combinations[3] == {"learning_rate": "2e-3", "epochs": "2"}
-    overrides = list_overrides(sweep, 3)
-    assert overrides[-4:] == ["learning_rate=2e-3", "epochs=2", f"output_dir={sweep.folder}/trial-003", "resume=auto"]
-    check_sweep(sweep)
-
-
-def test_a_bad_value_is_refused_with_its_combination_before_anything_runs(sweep):
-    bad = Sweep(sweep.folder, CONFIG, sweep.fixed, {"learning_rate": ("1e-3", "5"), "epochs": ("1", "2")})
-    with pytest.raises(ValueError, match=r"learning_rate=5 epochs=1: learning_rate=5 is out of range") as error:
-        run_sweep(bad)
-    assert str(error.value).count("\n") == 0  # the same problem is said once
-    assert not sweep.folder.exists()
-
-
-def test_without_validation_rows_there_is_nothing_to_rank_by(sweep):
-    blind = Sweep(sweep.folder, CONFIG, (*sweep.fixed, "dataset.validation_files=null"), sweep.space)
-    blind = Sweep(sweep.folder, CONFIG, (*blind.fixed, "dataset.validation_split=null"), sweep.space)
+def test_without_validation_rows_there_is_nothing_to_rank_by(fixed, tmp_path):
+    blind = [one for one in fixed if not one.startswith("dataset.validation_files=")]
+    blind += ["dataset.validation_files=null", "dataset.validation_split=null", "epochs=1,2"]
+    points = list_points(blind, tmp_path / "sweep")
     with pytest.raises(ValueError, match="ranks by validation loss"):
-        check_sweep(blind)
-
-
-def test_nothing_to_search_is_refused(sweep):
-    with pytest.raises(ValueError, match="nothing to search"):
-        check_sweep(Sweep(sweep.folder, CONFIG, sweep.fixed, {}))
-
-
-def test_folder_of_another_sweep_is_refused(sweep):
-    sweep.folder.mkdir()
-    (sweep.folder / "sweep.json").write_text(json.dumps({"config": str(CONFIG), "fixed": [], "space": {}}))
-    with pytest.raises(ValueError, match="is the folder of another sweep"):
-        run_sweep(sweep)
-
-
-def test_without_optuna_one_sentence_says_how_to_get_it(sweep, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['optuna'] = None\n")
-    command = [sys.executable, "scripts/sweep.py", "--config", str(CONFIG), "--out", str(tmp_path / "s"), "epochs=1,2"]
-    environment = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PATH": str(Path(sys.executable).parent)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: a sweep needs Optuna: pip install")
+        run_sweep(CONFIG, points)
+    with pytest.raises(ValueError, match="no run has a validation loss"):
+        rank_points(points)

@@ -57,11 +57,12 @@ def plot_lengths(bins: Sequence[Bin], *, max_seq_len: int) -> Plot:
     def draw(axes: Axes) -> None:
         _draw_bins(axes, bins, max_seq_len=max_seq_len, colors=COLORS)
 
-    options = {"ylabel": "rows", "xlabel": "tokens", "label": f"Rows by tokens, {shown}{longer}"}
+    options = {"name": "lengths", "ylabel": "rows", "xlabel": "tokens"}
     return Plot(
         "Rows by their tokens",
-        wide=render_figure(draw, WIDE, name="lengths-wide", **options),
-        narrow=render_figure(draw, NARROW, name="lengths-narrow", **options),
+        label=f"Rows by tokens, {shown}{longer}",
+        wide=render_figure(draw, WIDE, **options),
+        narrow=render_figure(draw, NARROW, **options),
         keys=(Key(f"max_seq_len = {max_seq_len}", "limit"),) if has_limit else (),
         notes=() if bins[-1].stop else (f"The last bar holds all rows of {bins[-1].start} tokens or more.",),
     )

@@ -9,23 +9,9 @@ from pathlib import Path
 
 from tune2gguf.data.ledger import RowLedger
 from tune2gguf.export.licence import Licence
+from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.runs.curves import Curves
 from tune2gguf.runs.run import BEST, Run
-
-GUIDE_PARAMETERS = (
-    "learning_rate",
-    "epochs",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "max_seq_len",
-    "warmup_steps",
-    "scheduler",
-    "seed",
-    "batch_size",
-    "quantization",
-    "weight_decay",
-)
 
 
 def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, str]], merge: str | None = None) -> str:
@@ -35,6 +21,7 @@ def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, s
         merge: a sentence on which base the adapter was merged into, where there were two
         files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
     """
+    keys = [parameter.key for parameter in GUIDE_PARAMETERS]
     parts = [
         _make_front_matter(run, licence),
         f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf: "
@@ -44,7 +31,7 @@ def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, s
         _describe_quality(run.curves, adapter=run.adapter_dir.name),
         _describe_data(run.data),
         "## Parameters\n\n| parameter | value |\n|---|---|\n"
-        + "\n".join(f"| {name} | {run.config[name]} |" for name in GUIDE_PARAMETERS if name in run.config),
+        + "\n".join(f"| {key} | {run.config[key]} |" for key in keys if key in run.config),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

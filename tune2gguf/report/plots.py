@@ -1,153 +1,108 @@
-"""The plots of a run, and what is said of them in words."""
+"""The plots of a run by step, and what is said of them in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.pages.figures import COLORS, NARROW, NUM_SERIES, WIDE, Key, Plot, render_figure
+from tune2gguf.pages.figures import COLORS, FONT_SIZE, NARROW, NUM_SERIES, WIDE, Key, Plot, render_figure
 from tune2gguf.pages.render import format_loss
-from tune2gguf.report.axes import (
-    MAX_NAMED_EPOCHS,
-    draw_skipped,
-    draw_validation,
-    find_epochs,
-    mark_epochs,
-    needs_log,
-    set_log_ticks,
-    set_loss_scale,
-    set_steps,
-    write_label,
-)
-from tune2gguf.report.series import MAX_POINTS, Series, smooth, spread, take_series, thin
-from tune2gguf.runs.curves import Curves, Validation
+from tune2gguf.runs.curves import Curves, TrainingStep, Validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMALL = 440, 190
+SMOOTHED_SHARE = 0.05
+MAX_EPOCHS = 12  # lines of more would hide the curve
+MAX_NAMED_EPOCHS = 4  # more names than these would run into each other on a phone
 FLOOR_BELOW = 4  # a logarithmic axis of losses ends at the lowest validation one over this
+DASHED = (0, (5, 4))
 DASHES = ("solid", (0, (6, 2)), (0, (2, 2)))
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^"}
 
 
-@dataclass(frozen=True)
-class _Losses:
-    """What the plot of the losses shows.
-
-    Attributes:
-        thinned: training loss of each step, or the lowest and the highest of every so many
-        floor: where a logarithmic axis ends; training losses far below every validation one, as memorized rows have
-            them, would press the validation curve flat. None for a linear axis
-    """
-
-    curves: Curves
-    training: Series
-    thinned: Series
-    every: int
-    smoothed: Series
-    window: int
-    validation_rows: tuple[Validation, ...]
-    skipped: tuple[int, ...]
-    floor: float | None
-
-    @classmethod
-    def read(cls, curves: Curves) -> _Losses:
-        training = take_series(curves.training, "loss")
-        thinned, every = thin(training)
-        smoothed, window = smooth(training) if len(training) else (training, 1)
-        validation_rows = tuple(line for line in curves.validations if math.isfinite(line.loss))
-        skipped = tuple(line.step for line in curves.training if line.skipped)
-        shown = np.array([line.loss for line in validation_rows]) if validation_rows else training.y
-        lowest = min(
-            [line.low or line.loss for line in validation_rows], default=FLOOR_BELOW * training.y.min(initial=np.inf)
-        )
-        floor = lowest / FLOOR_BELOW if needs_log([shown]) else None
-        return cls(curves, training, thinned, every, smoothed, window, validation_rows, skipped, floor)
-
-    @property
-    def base(self) -> Validation | None:
-        """The base, if its loss can be drawn."""
-        base = self.curves.base
-        return base if base in self.validation_rows else None
-
-    @property
-    def best(self) -> Validation | None:
-        best = self.curves.best
-        return best if best in self.validation_rows else None
-
-
 def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
     """Draw training and validation loss, the base's as a line, the best one ringed; None where nothing was measured."""
-    losses = _Losses.read(curves)
-    if not (len(losses.training) or losses.validation_rows or losses.skipped):
+    x, y = take_series(curves.training, "loss")
+    smoothed, window = smooth(y)
+    validations = _list_finite(curves)
+    base, best = (one if one in validations else None for one in (curves.base, curves.best))
+    skipped = [line.step for line in curves.training if line.skipped]
+    if not (len(y) or validations or skipped):
         return None
+    floor = _find_floor(y, validations)
 
     def draw(axes: Axes) -> None:
-        set_steps(axes, curves, num_steps)
-        mark_epochs(axes, curves)
-        _draw_losses(axes, losses)
+        _set_steps(axes, curves, num_steps)
+        _mark_epochs(axes, curves)
+        axes.plot(x, y, color=COLORS["training"], alpha=0.35, linewidth=1)
+        axes.plot(x, smoothed, color=COLORS["training"], linewidth=1.8)
+        _draw_validations(axes, validations, color="validation")
+        _set_loss_scale(axes, is_log=floor is not None, floor=floor)
+        if base is not None:
+            axes.axhline(base.loss, color=COLORS["base"], linewidth=1.4, linestyle=DASHED)
+            at_end = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "color": COLORS["ink"]}
+            _write(axes, f"base {format_loss(base.loss)}", (1, base.loss), offset=-8, **at_end)
+        if best is not None:
+            ring = {"markersize": 12, "markeredgewidth": 2, "fillstyle": "none", "clip_on": False, "zorder": 5}
+            axes.plot([best.step], [best.loss], "o", color=COLORS["validation"], **ring)
+            align = "right" if best.step > 0.88 * axes.get_xlim()[1] else "center"
+            look = {"ha": align, "color": COLORS["validation"], "weight": "bold"}
+            _write(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=-15, **look)
+        foot = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(skipped, [0.02] * len(skipped), "|", color=COLORS["limit"], markersize=9, markeredgewidth=1.5, **foot)
 
-    ylabel = f"loss, nats per supervised token{'' if losses.floor is None else ', logarithmic'}"
-    options = {"ylabel": ylabel, "label": _describe_losses(losses)}
-    notes = _note_thinning(len(losses.training), losses.every)
-    if losses.floor is not None and losses.training.y.min(initial=np.inf) < losses.floor:
-        notes += (f"Training losses below {format_loss(losses.floor)} are off the scale.",)
+    hidden = floor is not None and y.min(initial=np.inf) < floor
+    ylabel = f"loss, nats per supervised token{'' if floor is None else ', logarithmic'}"
+    keys = [Key("training, each step", "training", "faint"), Key(f"training, mean of {window} steps", "training")]
     return Plot(
         "Loss",
-        wide=render_figure(draw, WIDE, name="loss-wide", **options),
-        narrow=render_figure(draw, NARROW, name="loss-narrow", **options),
-        keys=tuple(_list_loss_keys(losses)),
-        notes=notes,
+        label=_describe_losses(smoothed, base, best, curves.final),
+        wide=render_figure(draw, WIDE, name="loss", ylabel=ylabel),
+        narrow=render_figure(draw, NARROW, name="loss", ylabel=ylabel),
+        keys=(*(keys if len(y) else ()), *_list_loss_keys(curves, validations, base, best, skipped)),
+        notes=(f"Training losses below {format_loss(floor)} are off the scale.",) if hidden else (),
     )
 
 
-def _draw_losses(axes: Axes, losses: _Losses) -> None:
-    base, best = losses.base, losses.best
-    axes.plot(losses.thinned.x, losses.thinned.y, color=COLORS["training"], alpha=0.35, linewidth=1)
-    axes.plot(*spread(losses.smoothed), color=COLORS["training"], linewidth=1.8)
-    if base is not None:
-        axes.axhline(base.loss, color=COLORS["base"], linewidth=1.4, linestyle=(0, (5, 4)))
-    draw_validation(axes, losses.validation_rows, color="validation", marker="o")
-    set_loss_scale(axes, is_log=losses.floor is not None, floor=losses.floor)
-    if base is not None:
-        write_label(axes, f"base {format_loss(base.loss)}", (1, base.loss), offset=-8, transform="axis")
-    if best is not None:
-        axes.plot(
-            [best.step], [best.loss], "o", markersize=12, markeredgewidth=2, fillstyle="none",
-            markeredgecolor=COLORS["validation"], clip_on=False, zorder=5,
-        )  # fmt: skip
-        write_label(axes, f"best {format_loss(best.loss)}", (best.step, best.loss), offset=-15, color="validation")
-    draw_skipped(axes, losses.skipped)
+def _find_floor(training: np.ndarray, validations: Sequence[Validation]) -> float | None:
+    """Return where a logarithmic axis ends, None for a linear one.
+
+    Training losses far below every validation one, as memorized rows have them, would press its curve flat.
+    """
+    shown = np.array([line.loss for line in validations]) if validations else training
+    if not _needs_log(shown):
+        return None
+    return min((line.low or line.loss for line in validations), default=FLOOR_BELOW * training.min()) / FLOOR_BELOW
 
 
-def _list_loss_keys(losses: _Losses) -> Iterator[Key]:
-    if len(losses.training):
-        yield Key("training, each step", "training", "faint")
-        yield Key(f"training, mean of {losses.window} steps", "training")
-    if losses.validation_rows:
+def _list_loss_keys(
+    curves: Curves, validations: list[Validation], base: Validation | None, best: Validation | None, skipped: list[int]
+) -> Iterator[Key]:
+    if validations:
         yield Key("validation", "validation", "circle")
-    if any(line.low is not None and line.high is not None for line in losses.validation_rows):
+    if any(line.low is not None and line.high is not None for line in validations):
         yield Key("its 95 % interval", "validation", "band")
-    if losses.best is not None:
+    if best is not None:
         yield Key("best", "validation", "ring")
-    if losses.base is not None:
+    if base is not None:
         yield Key("the base before training", "base", "dashes")
-    if len(find_epochs(losses.curves)) > MAX_NAMED_EPOCHS:
+    if MAX_NAMED_EPOCHS < len(_find_epochs(curves)) <= MAX_EPOCHS:
         yield Key("an epoch begins", "grid", "tick")
-    if losses.skipped:
+    if skipped:
         yield Key("step left out", "limit", "tick")
 
 
-def _describe_losses(losses: _Losses) -> str:
+def _describe_losses(
+    smoothed: np.ndarray, base: Validation | None, best: Validation | None, final: Validation | None
+) -> str:
     parts = []
-    smoothed, base, best, final = losses.smoothed, losses.base, losses.best, losses.curves.final
     if len(smoothed):
-        parts.append(f"the smoothed training loss goes from {smoothed.y[0]:.3f} to {smoothed.y[-1]:.3f}")
+        parts.append(f"the smoothed training loss goes from {smoothed[0]:.3f} to {smoothed[-1]:.3f}")
     if base is not None:
         parts.append(f"the base's validation loss is {base.loss:.3f}")
     if best is not None:
@@ -159,24 +114,17 @@ def _describe_losses(losses: _Losses) -> str:
 def plot_training(curves: Curves, *, num_steps: int | None, clip_grad_norm: float | None) -> list[Plot]:
     """Draw learning rate, gradient norm, speed and memory by step; what the run did not record is left out."""
 
-    def plot(title: str, unit: str, named: Mapping[str, Series], **options) -> Plot | None:
-        return _plot_small(title, unit, named, curves=curves, num_steps=num_steps, **options)
+    def plot(title: str, unit: str, attributes: Mapping[str, str], **options) -> Plot | None:
+        named = {name: take_series(curves.training, attribute) for name, attribute in attributes.items()}
+        named = {name: series for name, series in named.items() if len(series[0])}
+        return _plot_small(title, unit, named, curves=curves, num_steps=num_steps, **options) if named else None
 
-    def take(name: str, scale: float = 1.0) -> Series:
-        return take_series(curves.training, name, scale=scale)
-
+    speeds = {"all tokens": "tokens_per_second", "supervised ones": "supervised_tokens_per_second"}
     plots = [
-        plot("Learning rate", "", {"learning rate": take("lr")}),
-        plot("Gradient norm", "", {"gradient norm": take("grad_norm")}, limit=clip_grad_norm),
-        plot(
-            "Speed",
-            "tokens a second",
-            {"all tokens": take("tokens_per_second"), "supervised ones": take("supervised_tokens_per_second")},
-            from_zero=True,
-        ),
-        plot(
-            "Memory", "GB, the most so far of the process", {"memory": take("peak_memory_bytes", 1e-9)}, from_zero=True
-        ),
+        plot("Learning rate", "", {"learning rate": "lr"}),
+        plot("Gradient norm", "", {"gradient norm": "grad_norm"}, limit=clip_grad_norm, from_zero=False),
+        plot("Speed", "tokens a second", speeds),
+        plot("Memory", "GB, the most so far of the process", {"memory": "peak_memory_bytes"}, scale=1e-9),
     ]
     return [plot for plot in plots if plot is not None]
 
@@ -184,46 +132,37 @@ def plot_training(curves: Curves, *, num_steps: int | None, clip_grad_norm: floa
 def _plot_small(
     title: str,
     unit: str,
-    named: Mapping[str, Series],
+    named: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
     curves: Curves,
     num_steps: int | None,
     limit: float | None = None,
-    from_zero: bool = False,
-) -> Plot | None:
-    named = {name: series for name, series in named.items() if len(series)}
-    if not named:
-        return None
-    log = not from_zero and limit is not None and needs_log([series.y for series in named.values()], ratio=20)
-    colors = ["training", "validation"]
-    largest, every = max(map(len, named.values())), 1
+    from_zero: bool = True,
+    scale: float = 1.0,
+) -> Plot:
+    named = {name: (x, y * scale) for name, (x, y) in named.items()}
+    is_log = not from_zero and limit is not None and _needs_log(*(y for _, y in named.values()), ratio=20)
+    keys = [Key(name, color) for name, color in zip(named, ("training", "validation"), strict=False)]
 
     def draw(axes: Axes) -> None:
-        nonlocal every
-        for series, color in zip(named.values(), colors, strict=False):
-            thinned, every = thin(series, MAX_POINTS // 2)
-            axes.plot(thinned.x, thinned.y, color=COLORS[color], linewidth=1.3, marker="o" * (len(series) == 1))
+        _set_steps(axes, curves, num_steps)
+        for (x, y), key in zip(named.values(), keys, strict=True):
+            axes.plot(x, y, color=COLORS[key.color], linewidth=1.3, marker="o" * (len(x) == 1))
         if limit is not None:
-            axes.axhline(limit, color=COLORS["limit"], linewidth=1.2, linestyle=(0, (5, 4)))
-        if log:
-            axes.set_yscale("log")
-            set_log_ticks(axes)
-        elif from_zero or title == "Learning rate":
+            axes.axhline(limit, color=COLORS["limit"], linewidth=1.2, linestyle=DASHED)
+        if is_log:
+            _set_log_scale(axes)
+        elif from_zero:
             axes.set_ylim(bottom=0)
-        set_steps(axes, curves, num_steps)
 
-    means = [f"{name} {series.y.mean():.3g} on average, at most {series.y.max():.3g}" for name, series in named.items()]
-    wide = render_figure(
-        draw,
-        SMALL,
-        name=title.lower().replace(" ", "-"),
-        ylabel=unit + (", logarithmic" if log and unit else "logarithmic" if log else ""),
+    means = [f"{name} {y.mean():.3g} on average, at most {y.max():.3g}" for name, (_, y) in named.items()]
+    limits = [] if limit is None else [Key(f"clipped above {limit:g}", "limit", "dashes")]
+    return Plot(
+        title,
         label=f"{title} by step: {'; '.join(means)}.",
+        wide=render_figure(draw, SMALL, name=title, ylabel="logarithmic" if is_log else unit),
+        keys=(*(keys if len(keys) > 1 else ()), *limits),
     )
-    keys = [Key(name, color) for name, color in zip(named, colors, strict=False)] if len(named) > 1 else []
-    if limit is not None:
-        keys.append(Key(f"clipped above {limit:g}", "limit", "dashes"))
-    return Plot(title, wide=wide, keys=tuple(keys), notes=_note_thinning(largest, every))
 
 
 def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
@@ -232,38 +171,125 @@ def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
     Args:
         name: of the plot, unique on its page
     """
-    shown = {run: [line for line in curves.validations if math.isfinite(line.loss)] for run, curves in runs.items()}
-    shown = {run: lines for run, lines in shown.items() if lines}
+    shown = {run: lines for run, curves in runs.items() if (lines := _list_finite(curves))}
     if not shown:
         return None
-    log = needs_log([np.array([line.loss for line in lines]) for lines in shown.values()])
-    markers = list(MARKERS)
-    styles = [
-        (f"series-{number % NUM_SERIES}", markers[number % len(markers)], number // NUM_SERIES % len(DASHES))
-        for number in range(len(shown))
-    ]
+    everything = [line for lines in shown.values() for line in lines]
+    is_log = _needs_log(np.array([line.loss for line in everything]))
+    shapes, looks = [*MARKERS], []
+    for number in range(len(shown)):
+        dashes = number // NUM_SERIES % len(DASHES)
+        looks.append((f"series-{number % NUM_SERIES}", shapes[number % len(shapes)], dashes))
 
     def draw(axes: Axes) -> None:
-        for lines, (color, marker, dash) in zip(shown.values(), styles, strict=True):
-            draw_validation(axes, lines, color=color, marker=MARKERS[marker], linestyle=DASHES[dash], band_alpha=0.09)
-        set_loss_scale(axes, is_log=log)
-        set_steps(axes, Curves(validations=tuple(line for lines in shown.values() for line in lines)), None)
+        _set_steps(axes, Curves(validations=tuple(everything)), None)
+        for lines, (color, shape, dashes) in zip(shown.values(), looks, strict=True):
+            style = {"marker": MARKERS[shape], "linestyle": DASHES[dashes]}
+            _draw_validations(axes, lines, color=color, band_alpha=0.09, **style)
+        _set_loss_scale(axes, is_log=is_log)
 
-    ylabel = f"validation loss, nats per supervised token{', logarithmic' if log else ''}"
+    ylabel = f"validation loss, nats per supervised token{', logarithmic' if is_log else ''}"
     ends = [f"{run} ends at {lines[-1].loss:.3f}" for run, lines in shown.items()]
-    label = f"Validation loss of {len(shown)} runs by step: {'; '.join(ends)}."
     return Plot(
         "Validation loss",
-        wide=render_figure(draw, WIDE, name=f"{name}-wide", ylabel=ylabel, label=label),
-        narrow=render_figure(draw, NARROW, name=f"{name}-narrow", ylabel=ylabel, label=label),
+        label=f"Validation loss of {len(shown)} runs by step: {'; '.join(ends)}.",
+        wide=render_figure(draw, WIDE, name=name, ylabel=ylabel),
+        narrow=render_figure(draw, NARROW, name=name, ylabel=ylabel),
         keys=tuple(
-            Key(run, color, f"{marker}{' dashes' * (dash > 0)}")
-            for run, (color, marker, dash) in zip(shown, styles, strict=True)
+            Key(run, color, f"{shape}{' dashes' * (dashes > 0)}")
+            for run, (color, shape, dashes) in zip(shown, looks, strict=True)
         ),
     )
 
 
-def _note_thinning(count: int, every: int) -> tuple[str, ...]:
-    if every == 1:
-        return ()
-    return (f"{count:,} steps; drawn are the lowest and the highest value of every {every}.",)
+def take_series(lines: Sequence[TrainingStep], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and the values that they have under a name; missing and non-finite ones are left out."""
+    pairs = [(line.step, getattr(line, name)) for line in lines]
+    kept = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
+    x, y = np.array(kept, np.float64).reshape(-1, 2).T
+    return x, y
+
+
+def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the mean over the values around each, fewer at both ends, and how many values that are."""
+    if not len(values):
+        return values, 1
+    window = 2 * max(1, round(len(values) * SMOOTHED_SHARE / 2)) + 1
+    ones = np.ones(min(window, len(values)))
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same"), window
+
+
+def _list_finite(curves: Curves) -> list[Validation]:
+    return [line for line in curves.validations if math.isfinite(line.loss)]
+
+
+def _draw_validations(
+    axes: Axes, lines: Sequence[Validation], *, color: str, band_alpha: float = 0.18, marker: str = "o", **style
+) -> None:
+    """Draw the loss of each validation, and its interval as a band, or as a bar where there is one only."""
+    bounds = [(line.step, line.low, line.high) for line in lines if line.low is not None and line.high is not None]
+    x, low, high = np.array(bounds, np.float64).reshape(-1, 3).T
+    if len(x) == 1:  # a band needs two
+        axes.vlines(x, low, high, color=COLORS[color], alpha=0.4, linewidth=3)
+    axes.fill_between(x, low, high, color=COLORS[color], alpha=band_alpha, linewidth=0)
+    steps, losses = [line.step for line in lines], [line.loss for line in lines]
+    style |= {"linewidth": 2, "marker": marker, "markersize": 5, "clip_on": False, "zorder": 4}
+    axes.plot(steps, losses, color=COLORS[color], **style)
+
+
+def _write(axes: Axes, text: str, point: tuple[float, float], *, offset: int, **look) -> None:
+    """Write so many pixels above a point."""
+    at = (6 if look["ha"] == "right" else 0, offset)
+    axes.annotate(text, point, xytext=at, textcoords="offset points", va="center", size=FONT_SIZE, **look)
+
+
+def _find_epochs(curves: Curves) -> dict[int, int]:
+    """Return after which step each epoch but the first begins."""
+    return {line.epoch + 1: line.step - 1 for line in reversed(curves.training) if line.epoch > 0}
+
+
+def _mark_epochs(axes: Axes, curves: Curves) -> None:
+    """Draw a line where an epoch begins, with its number."""
+    starts = _find_epochs(curves)
+    look = {"textcoords": "offset points", "va": "top", "size": FONT_SIZE - 1, "color": COLORS["ink"]}
+    for epoch, step in starts.items() if len(starts) <= MAX_EPOCHS else ():
+        axes.axvline(step, color=COLORS["grid"], linewidth=1)
+        name = f"epoch {epoch}" if len(starts) <= MAX_NAMED_EPOCHS else str(epoch)
+        axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), xytext=(4, -2), **look)
+
+
+def _set_steps(axes: Axes, curves: Curves, num_steps: int | None) -> None:
+    """Show the whole run, so that one in progress is seen to be unfinished."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    last = max((line.step for line in (*curves.training, *curves.validations)), default=1)
+    axes.set_xlim(0, max(last, num_steps or 0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=2))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
+def _set_loss_scale(axes: Axes, *, is_log: bool, floor: float | None = None) -> None:
+    """Scale the losses: logarithmic, down to the floor if there is one, or linear and not below 0."""
+    if is_log:
+        _set_log_scale(axes, low=floor, high=1.3 * axes.dataLim.y1)  # room for the epochs' names
+    else:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(0, low) if low > -0.2 * (high - low) else low, high)
+
+
+def _set_log_scale(axes: Axes, *, low: float | None = None, high: float | None = None) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 of a decade; at 1 only where there are many."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=12))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _needs_log(*values: np.ndarray, ratio: float = 5) -> bool:
+    """Return whether the highest is more than so many times the lowest: a linear axis would show the largest only."""
+    everything = np.concatenate(values)
+    return bool(len(everything)) and everything.min() > 0 and everything.max() / everything.min() > ratio
