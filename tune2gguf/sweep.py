@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tune2gguf.runs import config_file
 from tune2gguf.runs.files import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def _is_finished(run_dir: Path, config: DictConfig) -> bool:
 
     from tune2gguf.report.compare import group_runs
 
-    if not (run_dir / METRICS_FILE).is_file() or OmegaConf.load(run_dir / "config.yaml") != config:
+    if not (run_dir / METRICS_FILE).is_file() or config_file.read_config(run_dir) != OmegaConf.to_container(
+        config, resolve=True
+    ):
         return False
     return group_runs([run_dir])[0].runs[0].is_finished
 
