@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tune2gguf.export.gguf_file.cache import QuantizedCache
 from tune2gguf.export.gguf_file.kernels import load_kernels
 from tune2gguf.export.gguf_file.llama import GGUFTensor, choose_types, list_gguf_tensors, write_metadata
 from tune2gguf.export.gguf_file.types import Quantization, count_bytes
@@ -15,7 +14,6 @@ from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.one_pass import Converter, Output, append_tensors
 from tune2gguf.export.progress import open_bar
 from tune2gguf.export.results import replace_at_the_end
-from tune2gguf.files.cache import get_cache_dir
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
 
@@ -28,7 +26,6 @@ def write_gguf_files(
     name: str,
     chat_template: ChatTemplate,
     num_threads: int | None,
-    max_cache_bytes: int,
     show: bool,
 ) -> None:
     """Write one file for each type; existing files are replaced.
@@ -37,7 +34,6 @@ def write_gguf_files(
         adapter: None writes the base as it is
         name: general.name of the files
         num_threads: None takes all cores
-        max_cache_bytes: 0 neither uses nor keeps quantized tensors
 
     Raises:
         ValueError: if the tokenizer cannot be written, the disk is full, or a weight is not finite; then no file is
@@ -45,8 +41,7 @@ def write_gguf_files(
     """
     tensors = list_gguf_tensors(base.specs, base.architecture)
     types = {quantization: choose_types(tensors, base.architecture, quantization) for quantization in paths}
-    cache = QuantizedCache(get_cache_dir() / "quantized", max_cache_bytes) if max_cache_bytes > 0 else None
-    converter = Converter(base, adapter, load_kernels(), cache)
+    converter = Converter(base, adapter, load_kernels())
     with replace_at_the_end(list(paths.values())) as unfinished:
         outputs = {quantization: Output(unfinished[path], types[quantization]) for quantization, path in paths.items()}
         _write_headers(outputs, tensors, base=base, name=name, chat_template=chat_template)
@@ -60,8 +55,6 @@ def write_gguf_files(
                 num_threads=count_cores() if num_threads is None else num_threads,
                 report=bar.update,
             )
-    if cache is not None:
-        cache.remove_oldest()
 
 
 def _write_headers(

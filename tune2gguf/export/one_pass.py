@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.export.gguf_file.cache import CACHED_TYPES, QuantizedCache
 from tune2gguf.export.gguf_file.kernels import Kernels
 from tune2gguf.export.gguf_file.llama import ALIGNMENT, GGUFTensor, compute_rope_factors
 from tune2gguf.export.merge.adapter import Adapter
@@ -31,12 +30,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Converter:
-    """Turns slabs into the bytes of the file; `cache` is None where nothing is kept."""
+    """Turns slabs into the bytes of the file."""
 
     base: MergeBase
     adapter: Adapter | None
     kernels: Kernels
-    cache: QuantizedCache | None
 
     def convert(self, slab: Slab, types: set[str]) -> dict[str, np.ndarray]:
         """Return the slab's bytes in each of the types.
@@ -46,29 +44,6 @@ class Converter:
         """
         if slab.tensor.spec is None:
             return {"F32": compute_rope_factors(self.base.architecture)}
-        keys = self._make_keys(slab, types)
-        kept = {ggml_type: self.cache.read(key) for ggml_type, key in keys.items()}
-        converted = {ggml_type: quantized for ggml_type, quantized in kept.items() if quantized is not None}
-        if converted.keys() != types:
-            converted |= self._quantize(slab, types - converted.keys())
-        for ggml_type, key in keys.items():
-            if kept[ggml_type] is None:
-                self.cache.write(key, converted[ggml_type])
-        return converted
-
-    def _make_keys(self, slab: Slab, types: set[str]) -> dict[str, str]:
-        """Return the cache's keys of the types that are kept: the expensive ones of weights that no adapter changes."""
-        spec = slab.tensor.spec
-        is_touched = self.adapter is not None and spec.tune_name in self.adapter.pairs
-        if self.cache is None or is_touched or not self.base.is_as_stored(spec.tune_name):
-            return {}
-        stored = self.base.stored[spec.tune_name]
-        return {
-            ggml_type: self.cache.make_key(stored, spec, slab.begin, slab.end, ggml_type)
-            for ggml_type in types & CACHED_TYPES
-        }
-
-    def _quantize(self, slab: Slab, types: set[str]) -> dict[str, np.ndarray]:
         rows = read_merged_rows(slab, base=self.base, adapter=self.adapter)
         if rows.ndim == 1:
             return {"F32": rows}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.exported import MODEL_CARD, PROOF_FILE, Export, ExportedModel
-from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, get_quantization
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.licence import Licence, find_licence
@@ -47,7 +46,6 @@ def export_run(
     with_merged_hf: bool = False,
     overwrite: bool = False,
     num_threads: int | None = None,
-    max_cache_bytes: int = DEFAULT_MAX_BYTES,
     show: bool = True,
 ) -> Export:
     """Merge a run's adapter into its base; write GGUF files, Modelfiles and a model card to the run's `export` folder.
@@ -63,7 +61,6 @@ def export_run(
         with_merged_hf: also write the merged model as a Hugging Face folder
         overwrite: replace files of an earlier export
         num_threads: None takes all cores
-        max_cache_bytes: how much of the base's quantized tensors to keep for the next export; 0 keeps none
         show: progress bar
 
     Raises:
@@ -92,7 +89,7 @@ def export_run(
         check_free_space(run.export_dir, _count_bytes(export, lora))
         # The small and the quick first: what fails, fails before the long part.
         _write_extras(export, lora, show=show)
-        _write_models(export, lora, num_threads=num_threads, max_cache_bytes=max_cache_bytes, show=show)
+        _write_models(export, lora, num_threads=num_threads, show=show)
         with explain_write_errors(run.export_dir):
             for path, text in modelfiles.items():
                 write_text(path, text)
@@ -101,9 +98,7 @@ def export_run(
     return export
 
 
-def _write_models(
-    export: Export, adapter: Adapter, *, num_threads: int | None, max_cache_bytes: int, show: bool
-) -> None:
+def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
     write_gguf_files(
         {get_quantization(model.quantization): model.gguf_path for model in export.models},
         base=export.merge.chosen,
@@ -111,7 +106,6 @@ def _write_models(
         name=export.run.name,
         chat_template=export.run.chat_template,
         num_threads=num_threads,
-        max_cache_bytes=max_cache_bytes,
         show=show,
     )
     # It was of the files that were replaced.
@@ -126,7 +120,6 @@ def export_base(
     chat_template: str,
     overwrite: bool = False,
     num_threads: int | None = None,
-    max_cache_bytes: int = DEFAULT_MAX_BYTES,
     show: bool = True,
 ) -> Path:
     """Write a base without an adapter as one GGUF, through the same code as a run's.
@@ -150,7 +143,6 @@ def export_base(
         name=base_dir.resolve().name,
         chat_template=CHAT_TEMPLATES[chat_template],
         num_threads=num_threads,
-        max_cache_bytes=max_cache_bytes,
         show=show,
     )
     return out_path
