@@ -31,10 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.parity import llama_cpp_oracle as oracle
+from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.merge.adapter import read_adapter
-from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.model.architectures import ARCHITECTURES
 from tune2gguf.runs.read import read_run
@@ -91,7 +91,7 @@ def write_random_run(base_dir: Path, run_dir: Path, *, modules: tuple[str, ...])
     from safetensors.numpy import save_file
 
     generator, weights = np.random.default_rng(0), {}
-    for spec in open_merge_base(base_dir).specs.values():
+    for spec in open_base(base_dir).specs.values():
         if spec.is_linear and any(module in spec.tune_name for module in modules):
             module = "base_model.model." + spec.hf_name.removesuffix(".weight")
             weights[f"{module}.lora_A.weight"] = generator.normal(0, 0.02, (RANK, spec.shape[1])).astype(np.float32)
@@ -128,7 +128,7 @@ def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str, num_
     if missing is not None:
         sys.exit(f"error: {missing}")
     run_dir = write_random_run(base_dir, folder / "all-linear", modules=("attn.", "mlp."))
-    run, base = read_run(run_dir), open_merge_base(base_dir)
+    run, base = read_run(run_dir), open_base(base_dir)
     merged_dir, bf16_path, pattern = folder / "merged" / run.name, folder / "bf16.gguf", folder / "theirs-{}.gguf"
     adapter = read_adapter(run.adapter_dir, base.specs)
     write_merged_hf(merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=lambda count: None)
@@ -198,7 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder, base_dir = Path(name), arguments.base
         if base_dir is None:
-            tokenizer = fetch_pypi_file(*vars(LLAMA3_TOKENIZER).values())
+            tokenizer = fetch_pypi_file(LLAMA3_TOKENIZER)
             base_dir = write_random_base(ARCHITECTURES[arguments.model], folder / "base", tokenizer_model=tokenizer)
         lines = []
         for case in arguments.case:

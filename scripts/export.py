@@ -7,7 +7,7 @@ import sys
 
 from tune2gguf.export.exported import PROOF_FILE, Export
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
-from tune2gguf.export.merge.base import MERGE_BASES
+from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, export_run
 from tune2gguf.serve.ollama import serve_with_ollama
 from tune2gguf.serve.proof import format_table, prove_export

@@ -19,7 +19,7 @@ from tune2gguf.serve.llama_cpp import open_model
 from tune2gguf.serve.proof import ADAPTER, BASE, MERGED, format_table, prove_export
 from tune2gguf.serve.serving import check_tokens
 from tune2gguf.tokenizer.conversation import Conversation, Message
-from tune2gguf.tokenizer.templates import CHATML
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, CHATML
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 
@@ -77,15 +77,15 @@ def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
     """The adapter step is what training validated: same rows, same tokens, same mean."""
     import torch
 
+    from tune2gguf.base.checkpoint import open_base
     from tune2gguf.export.measure.layerwise import compute_hidden
     from tune2gguf.export.measure.weight_sources import open_base_source
     from tune2gguf.export.merge.adapter import read_adapter
-    from tune2gguf.export.merge.base import open_merge_base
     from tune2gguf.model.loss import cross_entropy_of_supervised
 
     proof = prove(export_run(run_dir, show=False))
     tokenizer = load_tokenizer(ending_base, chat_template="chatml")
-    base = open_merge_base(ending_base)
+    base = open_base(ending_base)
     source = open_base_source(base, adapter=read_adapter(run_dir / "last", base.specs))
     head = source.read("output.weight", 0, 384)
     losses = []
@@ -118,7 +118,7 @@ def test_a_model_that_does_not_end_its_turn_fails(tmp_path):
 
 def test_another_template_than_the_trained_one_is_found_with_the_first_difference(run_dir, ending_base, monkeypatch):
     wrong = replace(CHATML, jinja_template=CHATML.jinja_template.replace("<|im_start|>assistant", "<|im_start|>bot"))
-    monkeypatch.setitem(__import__("tune2gguf.tokenizer.templates").chat_templates.CHAT_TEMPLATES, "chatml", wrong)
+    monkeypatch.setitem(CHAT_TEMPLATES, "chatml", wrong)
     export = export_run(run_dir, quantizations=["F16"], show=False)
     monkeypatch.undo()
     [failure, *_] = prove(export).failures

@@ -13,7 +13,7 @@ from tune2gguf.base.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_ten
 from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.layout import TensorSpec, list_tensors
 from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
-from tune2gguf.files.atomic import create_folder
+from tune2gguf.files.atomic import create_folder, to_json
 from tune2gguf.model.architectures import Architecture, make_hf_config
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 
@@ -56,7 +56,7 @@ def write_random_base(
     base_dir = Path(base_dir)
     with create_folder(base_dir) as folder:
         _write_weights(folder, architecture, kind=kind, seed=seed, max_shard_bytes=max_shard_bytes)
-        _write_json(folder / RECORD_FILE, {"source": "random weights", "kind": kind, "seed": seed})
+        (folder / RECORD_FILE).write_bytes(to_json({"source": "random weights", "kind": kind, "seed": seed}))
         _write_configs(folder, architecture, kind)
         if tokenizer_model is not None:
             _write_tokenizer(folder, tokenizer_model, as_json=as_tokenizer_json)
@@ -116,8 +116,4 @@ def _write_configs(folder: Path, architecture: Architecture, kind: str) -> None:
         config |= token_ids
         generation_config = token_ids | {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     for name, content in (("config.json", config), ("generation_config.json", generation_config)):
-        _write_json(folder / name, content)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / name).write_bytes(to_json(content))

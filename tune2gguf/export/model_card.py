@@ -8,22 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tune2gguf.export.licence import Licence
+from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.runs.read import BEST, FinishedRun
-
-GUIDE_PARAMETERS = (
-    "learning_rate",
-    "epochs",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "max_seq_len",
-    "warmup_steps",
-    "scheduler",
-    "seed",
-    "batch_size",
-    "quantization",
-    "weight_decay",
-)
 
 
 def make_model_card(
@@ -35,6 +21,7 @@ def make_model_card(
         merge: a sentence on which base the adapter was merged into, where there were two
         files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
     """
+    guide_keys = [parameter.key for parameter in GUIDE_PARAMETERS]
     parts = [
         _make_front_matter(run, licence),
         f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf: "
@@ -44,7 +31,7 @@ def make_model_card(
         _describe_quality(run.run_dir / "metrics.jsonl", adapter=run.adapter_dir.name),
         _describe_data(run.run_dir / "data.json"),
         "## Parameters\n\n| parameter | value |\n|---|---|\n"
-        + "\n".join(f"| {name} | {run.config[name]} |" for name in GUIDE_PARAMETERS if name in run.config),
+        + "\n".join(f"| {key} | {run.config[key]} |" for key in guide_keys if key in run.config),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from tune2gguf.base.checkpoint import open_base
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.exported import MODEL_CARD, PROOF_FILE, Export, ExportedModel
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, get_quantization
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.measure.validation_set import load_validation_rows
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
-from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merge_choice import choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
@@ -81,7 +81,7 @@ def export_run(
         _refuse_existing([*files, *(path for path in (adapter_path, merged_dir) if path is not None)])
     licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_template.name.startswith("llama3"))
     modelfiles = _make_modelfiles(run, models, licence)
-    lora = read_adapter(run.adapter_dir, open_merge_base(run.base_dir).specs)
+    lora = read_adapter(run.adapter_dir, open_base(run.base_dir).specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
     export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
@@ -100,7 +100,7 @@ def export_run(
 
 def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
     write_gguf_files(
-        {get_quantization(model.quantization): model.gguf_path for model in export.models},
+        {QUANTIZATIONS[model.quantization]: model.gguf_path for model in export.models},
         base=export.merge.chosen,
         adapter=adapter,
         name=export.run.name,
@@ -133,7 +133,7 @@ def export_base(
         raise ValueError(f"unknown chat_template {chat_template!r}; choose from {', '.join(CHAT_TEMPLATES)}")
     if not overwrite:
         _refuse_existing([out_path])
-    base = open_merge_base(base_dir)
+    base = open_base(base_dir)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(out_path.parent, count_file_bytes(base, chosen))
     write_gguf_files(
@@ -154,7 +154,7 @@ def _get_quantizations(names: Sequence[str]) -> list[Quantization]:
         raise ValueError(
             f"unknown quantization {', '.join(unknown) or '(none given)'}; choose from {', '.join(QUANTIZATIONS)}"
         )
-    return list(dict.fromkeys(get_quantization(name) for name in names))
+    return list(dict.fromkeys(QUANTIZATIONS[name.upper()] for name in names))
 
 
 def _name_model(run: FinishedRun, quantization: Quantization, *, is_only: bool) -> ExportedModel:
@@ -200,7 +200,7 @@ def _make_modelfiles(run: FinishedRun, models: list[ExportedModel], licence: Lic
 
 def _count_bytes(export: Export, adapter: Adapter) -> int:
     base = export.merge.chosen
-    num_bytes = sum(count_file_bytes(base, get_quantization(model.quantization)) for model in export.models)
+    num_bytes = sum(count_file_bytes(base, QUANTIZATIONS[model.quantization]) for model in export.models)
     if export.adapter_path is not None:
         num_bytes += sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
     if export.merged_dir is not None:

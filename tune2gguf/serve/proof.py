@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.export.exported import PROOF_FILE, Export
 from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
@@ -19,7 +20,6 @@ from tune2gguf.export.measure.weight_sources import (
     open_quantized_source,
 )
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
-from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.progress import open_bar
 from tune2gguf.files.atomic import write_text
 from tune2gguf.serve.serving import ServedFile, serve_file
@@ -54,8 +54,8 @@ class Proof:
 class _Subject:
     """What is proven, opened."""
 
-    trained: MergeBase
-    merged_into: MergeBase
+    trained: BaseCheckpoint
+    merged_into: BaseCheckpoint
     adapter: Adapter
     kernels: Kernels
     validation: ValidationSet
