@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.base.digest import RECORD_FILE
-from tune2gguf.base.layout import TensorSpec, get_gguf_name, list_tensors, to_hf_rows
+from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name, list_tensors, to_hf_rows
 from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
 from tune2gguf.files.atomic import create_folder, refuse_existing, to_json
 from tune2gguf.files.digest import digest_file
@@ -78,7 +78,7 @@ def _read_gguf_architecture(keys: dict[str, Any], tensors: dict[str, ReaderTenso
         raise ValueError(
             f"{gguf_path}: architecture is {keys.get('general.architecture')!r}; only 'llama' is supported"
         )
-    if "rope_freqs.weight" in tensors:
+    if ROPE_FACTORS in tensors:
         raise ValueError(f"{gguf_path}: has rope scaling; use the model's Hugging Face checkpoint as the base instead")
     try:
         num_heads, embed_dim = keys["llama.attention.head_count"], keys["llama.embedding_length"]

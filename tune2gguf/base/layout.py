@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+ROPE_FACTORS = "rope_freqs.weight"  # GGUF's name of what Llama 3's scaling divides the frequencies by
 # torchtune's names -> GGUF's.
 _TOP_NAMES = {
     "tok_embeddings.weight": "token_embd.weight",

@@ -141,8 +141,10 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
 
 def find_base_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is legal but probably not meant about a base folder without problems."""
+    from tune2gguf.base.digest import RECORD_FILE
+
     base_dir, source = Path(valid["base_dir"]), valid.get("base_source")
-    record = base_dir / "base.json"
+    record = base_dir / RECORD_FILE
     if source is not None and record.exists():
         held = json.loads(record.read_text(encoding="utf-8")).get("source")
         if held != source.partition("@")[0]:

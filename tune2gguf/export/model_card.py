@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tune2gguf.export.licence import Licence
 from tune2gguf.guide import GUIDE_PARAMETERS
+from tune2gguf.runs.curves import METRICS_FILE, Curves, read_curves
 from tune2gguf.runs.read import BEST, FinishedRun
 
 
@@ -28,7 +29,7 @@ def make_model_card(
         f"the run's {run.adapter_dir.name} adapter." + ("" if merge is None else f"\n\nThe adapter was {merge}."),
         f"## Licence\n\n{licence.duties}",
         _describe_run(run, files),
-        _describe_quality(run.run_dir / "metrics.jsonl", adapter=run.adapter_dir.name),
+        _describe_quality(run),
         _describe_data(run.run_dir / "data.json"),
         "## Parameters\n\n| parameter | value |\n|---|---|\n"
         + "\n".join(f"| {key} | {run.config[key]} |" for key in guide_keys if key in run.config),
@@ -54,19 +55,15 @@ def _describe_run(run: FinishedRun, files: Sequence[tuple[Path, str]]) -> str:
     )
 
 
-def _describe_quality(path: Path, *, adapter: str) -> str:
-    if not path.is_file():
+def _describe_quality(run: FinishedRun) -> str:
+    curves = read_curves(run.run_dir) if (run.run_dir / METRICS_FILE).is_file() else Curves()
+    if curves.base is None:
         return ""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    losses = [record for record in records if "val_loss" in record]
-    if not losses:
-        return ""
-    trained = losses[1:] or losses
-    exported = min(trained, key=lambda record: record["val_loss"]) if adapter == BEST else trained[-1]
+    exported = (curves.best if run.adapter_dir.name == BEST else curves.final) or curves.base
     return (
         "## Validation loss\n\n"
-        f"{losses[0]['val_loss']:.3f} before training, {exported['val_loss']:.3f} at step {exported['step']} "
-        f"({exported['val_rows']} rows, nats per supervised token)."
+        f"{curves.base.loss:.3f} before training, {exported.loss:.3f} at step {exported.step} "
+        f"({exported.rows} rows, nats per supervised token)."
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.base.layout import TensorSpec, get_gguf_name
+from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name
 from tune2gguf.export.gguf_file.types import Quantization, choose_tensor_type, count_bytes, get_block
 from tune2gguf.export.gguf_file.vocabulary import Vocabulary
 from tune2gguf.model.architectures import Architecture
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ALIGNMENT = 32  # bytes, GGUF's default: every tensor starts at a multiple
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
