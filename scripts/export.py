@@ -6,9 +6,8 @@ import argparse
 import sys
 
 from tune2gguf.export.exported import Export
-from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
-from tune2gguf.export.merge.base import MERGE_BASES
+from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, export_run
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.serve.ollama import serve_with_ollama
@@ -49,7 +48,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
     parser.add_argument("--threads", type=int, help="to quantize and to prove with; default: all cores")
-    parser.add_argument("--no-cache", action="store_true", help="neither use nor keep quantized tensors of the base")
     return parser.parse_args()
 
 
@@ -68,7 +66,6 @@ def main() -> None:
             with_merged_hf=arguments.merged_hf,
             overwrite=arguments.force,
             num_threads=arguments.threads,
-            max_cache_bytes=0 if arguments.no_cache else DEFAULT_MAX_BYTES,
         )
         for path in export.list_paths():
             print(path)

@@ -19,8 +19,6 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from dataclasses import astuple
-
     from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
     from tune2gguf.base.random_base import write_random_base
     from tune2gguf.files.atomic import refuse_existing
@@ -32,7 +30,7 @@ def main() -> None:
             arguments.out,
             kind=arguments.kind,
             seed=arguments.seed,
-            tokenizer_model=fetch_pypi_file(*astuple(LLAMA3_TOKENIZER)),
+            tokenizer_model=fetch_pypi_file(LLAMA3_TOKENIZER),
             as_tokenizer_json=arguments.tokenizer_json,
         )
     except ValueError as error:

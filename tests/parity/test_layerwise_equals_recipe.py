@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.parity.gguf_models import write_run
+from tune2gguf.base.checkpoint import open_base
 from tune2gguf.export.gguf_file.kernels import load_kernels
-from tune2gguf.export.gguf_file.types import BLOCKS, QUANTIZATIONS
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
 from tune2gguf.export.measure.weight_sources import (
     open_base_source,
@@ -17,9 +18,10 @@ from tune2gguf.export.measure.weight_sources import (
     open_quantized_source,
 )
 from tune2gguf.export.merge.adapter import read_adapter
-from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.pipeline import export_run
 
+GGML_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
+GGML_TYPES += ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 ROWS = [np.arange(30) * 7 % 384, np.arange(5) * 11 % 384, np.arange(17) * 5 % 384]
 
 
@@ -33,7 +35,7 @@ def run_dir(request, tiny_base, tiny_untied_base, tmp_path_factory) -> Path:
 def base(run_dir):
     import json
 
-    return open_merge_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
+    return open_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
 
 
 def compute_logits(source: WeightSource) -> torch.Tensor:
@@ -94,7 +96,7 @@ def test_a_file_holds_what_its_type_would_hold(base, run_dir, name):
     assert torch.equal(from_file, simulated)
 
 
-@pytest.mark.parametrize("ggml_type", BLOCKS)
+@pytest.mark.parametrize("ggml_type", GGML_TYPES)
 def test_dequantized_values_are_those_of_the_gguf_library(ggml_type):
     from gguf import GGMLQuantizationType, dequantize
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,7 +50,7 @@ def test_every_way_to_read_a_weight_gives_the_same_values(base_dir):
         if spec.is_linear:
             assert torch.equal(kept[name].dequantize(), dense[name])
         assert torch.equal(base.read_tensor(name).float(), dense[name])
-        assert torch.equal(base.read_rows(name, 5, 60).float(), dense[name][5:60])
+        assert np.array_equal(base.read_rows(name, 5, 60), dense[name][5:60])
     rounded = dict(base.iterate_tensors(dtype=torch.bfloat16))
     assert all(torch.equal(rounded[name], dense[name].bfloat16()) for name in dense)
 
@@ -130,8 +131,8 @@ LOAD_AND_MEASURE = """
 import sys
 from pathlib import Path
 import torchao.dtypes.nf4tensor
-from tune2gguf.checkpoints.base import open_base
-from tune2gguf.nf4 import Nf4Weight, quantize_nf4
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
 
 def read_peak():
     lines = Path("/proc/self/status").read_text().splitlines()

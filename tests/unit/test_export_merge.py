@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tune2gguf.export.merge.arithmetic import merge_rows, narrow_to_bfloat16, round_to_bfloat16, widen_bfloat16
+from tune2gguf.base.safetensors_file import widen_bfloat16
+from tune2gguf.export.merge.arithmetic import merge_rows, narrow_to_bfloat16, round_to_bfloat16
 
 
 def make_matrices(*, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY, TINY_TIED, make_conversations, write_tiny_tokenizer
 from tests.parity.gguf_models import write_run
 from tune2gguf.base.random_base import write_random_base
-from tune2gguf.export.merge.base import DEQUANTIZED, ORIGINAL
+from tune2gguf.export.merge_choice import DEQUANTIZED, ORIGINAL
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.serve.proof import prove_export
@@ -86,11 +86,11 @@ def test_without_validation_rows_the_weights_that_were_trained_over_are_taken(ru
 
 def test_a_rounded_16_bit_base_is_the_4_bit_base(tmp_path):
     """Both forms of 4-bit training give the same dequantized weights, but for the scales' own rounding in the file."""
-    from tune2gguf.export.merge.base import open_merge_base
+    from tune2gguf.base.checkpoint import open_base
 
-    rounded = open_merge_base(write_base(tmp_path / "plain", kind="bf16"), rounds_to_nf4=True)
-    stored = open_merge_base(write_base(tmp_path / "nf4", kind="bnb-4bit"))
-    plain = open_merge_base(tmp_path / "plain")
+    rounded = open_base(write_base(tmp_path / "plain", kind="bf16")).round_to_nf4()
+    stored = open_base(write_base(tmp_path / "nf4", kind="bnb-4bit"))
+    plain = open_base(tmp_path / "plain")
     for name, spec in rounded.specs.items():
         rows = [base.read_rows(name, 0, spec.shape[0]) for base in (rounded, stored, plain)]
         largest = abs(rows[2]).max()

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from gguf import TokenType
 
 from tests.parity.gguf_models import SMALL_MODELS, write_small_run
-from tune2gguf.export.gguf_file.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, read_vocabulary
+from tune2gguf.export.gguf_file.vocabulary import read_vocabulary
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.tokenizer.templates import CHATML, LLAMA3
@@ -87,7 +88,9 @@ def test_llama_file_holds_the_keys_in_llama_cpp_order(llama_dir):
 def test_token_types_tell_text_from_control_and_from_holes(llama_dir):
     vocabulary = read_vocabulary(llama_dir / "base", vocab_size=288, chat_template=LLAMA3)
     types = dict(zip(vocabulary.tokens, vocabulary.token_types, strict=True))
-    assert types["the"] == NORMAL and types["<|eot_id|>"] == CONTROL and types["[PAD287]"] == UNUSED
+    assert types["the"] == TokenType.NORMAL
+    assert types["<|eot_id|>"] == TokenType.CONTROL
+    assert types["[PAD287]"] == TokenType.UNUSED
     assert vocabulary.merges == ["t h", "th e"]
 
 
@@ -95,7 +98,7 @@ def test_added_tokens_that_are_text_are_user_defined(base_dir):
     entry = {"id": 270, "content": "<tool>", "special": False}
     edit_json(base_dir / "tokenizer.json", lambda content: content["added_tokens"].append(entry))
     vocabulary = read_vocabulary(base_dir, vocab_size=288, chat_template=CHATML)
-    assert vocabulary.tokens[270] == "<tool>" and vocabulary.token_types[270] == USER_DEFINED
+    assert vocabulary.tokens[270] == "<tool>" and vocabulary.token_types[270] == TokenType.USER_DEFINED
 
 
 def test_end_of_sequence_is_the_trained_end_of_turn_whatever_the_base_says(base_dir):

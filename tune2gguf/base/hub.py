@@ -15,20 +15,13 @@ from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.safetensors_file import INDEX_FILE, SINGLE_FILE
 from tune2gguf.files.atomic import publish, refuse_existing, write_json
 from tune2gguf.files.digest import digest_file, digest_file_once
+from tune2gguf.tokenizer.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-SMALL_NAMES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
-TOKENIZER_IN_ORIGINAL = "original/tokenizer.model"  # where Meta's repositories keep it
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 FREE_DISK_MARGIN = 1.01
 
 # Gated repositories and their ungated 4-bit counterparts, with the config that uses them.
@@ -129,21 +122,22 @@ def choose_files(names: list[str], *, repo: str) -> list[str]:
         weights = [INDEX_FILE, *(name for name in names if SHARD_NAME.fullmatch(name))]
     else:
         weights = [name for name in names if name == SINGLE_FILE]
-    small = [name for name in SMALL_NAMES if name in names]
-    has_tokenizer = "tokenizer.json" in names or "tokenizer.model" in names
-    tokenizer = [] if has_tokenizer or TOKENIZER_IN_ORIGINAL not in names else [TOKENIZER_IN_ORIGINAL]
+    configs = [name for name in CONFIGS if name in names]
+    # What Meta's repositories have in original/ is needed where nothing is at the top.
+    tokenizers = [name for name in TOKENIZER_FILES if name in names]
+    tokenizers = [name for name in tokenizers if "/" not in name] or tokenizers
     lacking = [
         what
         for what, is_there in (
             ("weights as safetensors (pickles are never read)", weights),
             ("config.json", "config.json" in names),
-            ("tokenizer", has_tokenizer or tokenizer),
+            ("tokenizer", tokenizers),
         )
         if not is_there
     ]
     if lacking:
         raise ValueError(f"{repo}: cannot be a base, it has no {', no '.join(lacking)}")
-    return small + tokenizer + weights
+    return configs + tokenizers + weights
 
 
 def check_free_disk(revision: HubRevision, partial: Path) -> None:

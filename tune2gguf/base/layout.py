@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tune2gguf.model.architectures import Architecture
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+ROPE_FACTORS = "rope_freqs.weight"  # GGUF's name of what Llama 3's scaling divides the frequencies by
 # torchtune's names -> GGUF's.
 _TOP_NAMES = {
     "tok_embeddings.weight": "token_embd.weight",
@@ -25,11 +30,7 @@ _LAYER_NAMES = {
     "mlp.w3.weight": "ffn_up.weight",
 }
 
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tune2gguf.model.architectures import Architecture
+Rows = TypeVar("Rows", "Tensor", "np.ndarray")
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,19 @@ def list_tensors(architecture: Architecture) -> list[TensorSpec]:
     return specs
 
 
-def to_tune_rows(rows: Tensor, num_heads: int) -> Tensor:
+def to_tune_rows(rows: Rows, num_heads: int) -> Rows:
     """Reorder query or key rows [num_heads * head_dim, ...] from HF's order to torchtune's, which is GGUF's too.
 
     HF rotates the pair (i, i + head_dim / 2) of a head, torchtune and llama.cpp the pair (2 i, 2 i + 1).
     """
     head_dim = rows.shape[0] // num_heads
-    return rows.reshape(num_heads, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(num_heads, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def to_hf_rows(rows: Tensor, num_heads: int) -> Tensor:
-    """Reorder query or key rows [num_heads * head_dim, ...] from torchtune's order to HF's."""
+def to_hf_rows(rows: Rows, num_heads: int) -> Rows:
+    """Reorder query or key rows [num_heads * head_dim, ...] from torchtune's and GGUF's order to HF's."""
     head_dim = rows.shape[0] // num_heads
-    return rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+    return rows.reshape(num_heads, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def get_gguf_name(tune_name: str) -> str:

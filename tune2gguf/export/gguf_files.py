@@ -1,23 +1,38 @@
-"""Write GGUF files of several types in one reading of the base; they get their names together, at the end."""
+"""Write GGUF files of several types in one reading of the base; they get their names together, at the end.
+
+Rows are merged, rounded and quantized in threads, and written.
+"""
 
 from __future__ import annotations
 
-import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from tune2gguf.export.gguf_file.cache import QuantizedCache
-from tune2gguf.export.gguf_file.kernels import load_kernels
-from tune2gguf.export.gguf_file.llama import GGUFTensor, choose_types, list_gguf_tensors, write_metadata
+import numpy as np
+
+from tune2gguf.base.checkpoint import BaseCheckpoint
+from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
+from tune2gguf.export.gguf_file.llama import (
+    ALIGNMENT,
+    GGUFTensor,
+    choose_types,
+    compute_rope_factors,
+    list_gguf_tensors,
+    write_metadata,
+)
 from tune2gguf.export.gguf_file.types import Quantization, count_bytes
-from tune2gguf.export.gguf_file.vocabulary import read_vocabulary
+from tune2gguf.export.gguf_file.vocabulary import read_json, read_vocabulary
 from tune2gguf.export.merge.adapter import Adapter
-from tune2gguf.export.merge.base import MergeBase
-from tune2gguf.export.one_pass import Converter, Output, append_tensors
+from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
 from tune2gguf.export.progress import open_bar
 from tune2gguf.export.results import explain_write_errors
 from tune2gguf.files.atomic import write_file
-from tune2gguf.files.cache import get_cache_dir
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
 
@@ -25,12 +40,11 @@ from tune2gguf.tokenizer.templates import ChatTemplate
 def write_gguf_files(
     paths: dict[Quantization, Path],
     *,
-    base: MergeBase,
+    base: BaseCheckpoint,
     adapter: Adapter | None,
     name: str,
     chat_template: ChatTemplate,
     num_threads: int | None,
-    max_cache_bytes: int,
     show: bool,
 ) -> None:
     """Write one file for each type; existing files are replaced.
@@ -38,77 +52,111 @@ def write_gguf_files(
     Args:
         adapter: None writes the base as it is
         name: general.name of the files
-        num_threads: None takes all cores
-        max_cache_bytes: 0 neither uses nor keeps quantized tensors
+        num_threads: that merge and quantize; None takes all cores
 
     Raises:
         ValueError: if the tokenizer cannot be written, the disk is full, or a weight is not finite; then no file is
             left, and none is replaced
     """
     tensors = list_gguf_tensors(base.specs, base.architecture)
-    types = {quantization: choose_types(tensors, base.architecture, quantization) for quantization in paths}
-    cache = QuantizedCache(get_cache_dir() / "quantized", max_cache_bytes) if max_cache_bytes > 0 else None
-    converter = Converter(base, adapter, load_kernels(), cache)
+    vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_template=chat_template)
+    kernels, types = load_kernels(), {}
     with explain_write_errors(next(iter(paths.values())).parent), ExitStack() as stack:
-        outputs = {
-            quantization: Output(stack.enter_context(write_file(path)), types[quantization])
-            for quantization, path in paths.items()
-        }
-        _write_headers(outputs, tensors, base=base, name=name, chat_template=chat_template)
-        num_elements = sum(_count_elements(tensor.shape) for tensor in tensors)
-        label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
-        with open_bar(label, total=num_elements, show=show) as bar:
-            append_tensors(
-                list(outputs.values()),
+        for quantization, path in paths.items():
+            unfinished = stack.enter_context(write_file(path))
+            types[unfinished] = choose_types(tensors, base.architecture, quantization)
+            write_metadata(
+                unfinished,
                 tensors,
-                converter=converter,
+                types[unfinished],
+                name=name,
+                architecture=base.architecture,
+                quantization=quantization,
+                vocabulary=vocabulary,
+                jinja_template=chat_template.jinja_template,
+                hf_config=read_json(base.base_dir / "config.json"),
+                generation_config=read_json(base.base_dir / "generation_config.json"),
+            )
+        label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
+        with open_bar(label, total=sum(math.prod(tensor.shape) for tensor in tensors), show=show) as bar:
+            _append_tensors(
+                types,
+                tensors,
+                convert=lambda slab, wanted: _convert(slab, wanted, base=base, adapter=adapter, kernels=kernels),
                 num_threads=count_cores() if num_threads is None else num_threads,
                 report=bar.update,
             )
-    if cache is not None:
-        cache.remove_oldest()
 
 
-def _write_headers(
-    outputs: dict[Quantization, Output],
+def _convert(
+    slab: Slab, types: set[str], *, base: BaseCheckpoint, adapter: Adapter | None, kernels: Kernels
+) -> dict[str, np.ndarray]:
+    """Return the slab's bytes in each of the types."""
+    if slab.tensor.spec is None:
+        return {"F32": compute_rope_factors(base.architecture)}
+    rows = read_merged_rows(slab.tensor.spec, slab.begin, slab.end, base=base, adapter=adapter)
+    if rows.ndim == 1:
+        return {"F32": rows}
+    rounded = round_to_bfloat16(rows)
+    ready = {"F32": lambda: rounded, "BF16": lambda: narrow_to_bfloat16(rounded)}
+    return {kind: ready[kind]() if kind in ready else kernels.quantize(rounded, kind) for kind in types}
+
+
+def _append_tensors(
+    types: dict[Path, dict[str, str]],
     tensors: list[GGUFTensor],
     *,
-    base: MergeBase,
-    name: str,
-    chat_template: ChatTemplate,
+    convert: Callable[[Slab, set[str]], dict[str, np.ndarray]],
+    num_threads: int,
+    report: Callable[[int], None],
 ) -> None:
-    vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_template=chat_template)
-    for quantization, output in outputs.items():
-        write_metadata(
-            output.path,
-            tensors,
-            output.types,
-            name=name,
-            architecture=base.architecture,
-            quantization=quantization,
-            vocabulary=vocabulary,
-            jinja_template=chat_template.jinja_template,
-            hf_config=_read_json(base.base_dir / "config.json"),
-            generation_config=_read_json(base.base_dir / "generation_config.json"),
-        )
+    """Append all tensors to all files, each base row read once.
+
+    Args:
+        types: of each file, the ggml type by tensor name
+        report: called with the number of elements done
+    """
+
+    def convert_for_files(slab: Slab) -> dict[str, np.ndarray]:
+        return convert(slab, {of_file[slab.tensor.name] for of_file in types.values()})
+
+    with keep_products_on_their_thread(), ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(num_threads))
+        files = {stack.enter_context(path.open("ab")): of_file for path, of_file in types.items()}
+        slabs = iterate_slabs(tensors)
+        for slab, converted in _map_in_order(pool, convert_for_files, slabs, max_pending=2 * num_threads):
+            for file, of_file in files.items():
+                file.write(memoryview(converted[of_file[slab.tensor.name]]).cast("B"))
+                if slab.is_last:
+                    file.write(bytes(-file.tell() % ALIGNMENT))
+            report(slab.num_elements)
+        # All are on the disk before the first gets its name.
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _read_json(path: Path) -> dict:
-    """Return {} where there is no such file: generation_config.json is optional."""
-    if not path.is_file():
-        return {}
+def _map_in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Slab], dict], slabs: Iterator[Slab], *, max_pending: int
+) -> Iterator[tuple[Slab, dict]]:
+    """Like `pool.map`, but never more than `max_pending` results in memory."""
+    pending: deque[tuple[Slab, Future]] = deque()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        for slab in slabs:
+            pending.append((slab, pool.submit(function, slab)))
+            if len(pending) >= max_pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in pending:
+            future.cancel()
 
 
-def count_file_bytes(base: MergeBase, quantization: Quantization) -> int:
+def count_file_bytes(base: BaseCheckpoint, quantization: Quantization) -> int:
     """Return the size in bytes of all tensors in a file of this type."""
     tensors = list_gguf_tensors(base.specs, base.architecture)
     types = choose_types(tensors, base.architecture, quantization)
     return sum(count_bytes(types[tensor.name], tensor.shape) for tensor in tensors)
-
-
-def _count_elements(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) == 2 else 1)

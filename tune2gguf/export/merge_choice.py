@@ -1,19 +1,22 @@
-"""Choose what an adapter from 4-bit training is merged into: by the validation loss of the merged weights."""
+"""Choose what an adapter from 4-bit training is merged into: by the validation loss of the merged weights.
+
+It fits the dequantized 4-bit weights exactly; the original 16-bit weights are the better model without it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
 from tune2gguf.export.measure.step_losses import measure_steps
 from tune2gguf.export.measure.validation_set import ValidationSet
 from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source
 from tune2gguf.export.merge.adapter import Adapter
-from tune2gguf.export.merge.base import DEQUANTIZED, MERGE_BASES, ORIGINAL, MergeBase, open_merge_base
-from tune2gguf.model.architectures import find_architecture_differences
 from tune2gguf.runs.run import Run
 
 TRAINED = "trained"
+MERGE_BASES = ORIGINAL, DEQUANTIZED = ("original", "dequantized")
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class MergeChoice:
         losses: validation loss of the merged weights by kind; empty where it was not measured
     """
 
-    trained: MergeBase
-    chosen: MergeBase
+    trained: BaseCheckpoint
+    chosen: BaseCheckpoint
     kind: str | None
     losses: dict[str, float]
 
@@ -65,12 +68,12 @@ def choose_merge_base(
     """
     if requested is not None and requested not in MERGE_BASES:
         raise ValueError(f"unknown merge base {requested!r}; choose from {', '.join(MERGE_BASES)}")
-    stored = open_merge_base(run.base_dir)
+    stored = open_base(run.base_dir)
     if run.base_weights != "nf4":
         if requested is not None or original_dir is not None:
             raise ValueError(f"{run.run_dir} was not trained over 4-bit weights; there is one base to merge into")
         return MergeChoice(stored, stored, None, {})
-    trained = stored if stored.holds_nf4 else open_merge_base(run.base_dir, rounds_to_nf4=True)
+    trained = stored if stored.holds_nf4 else stored.round_to_nf4()
     original = _open_original(stored, original_dir) if stored.holds_nf4 else stored
     if original is None:
         if requested == ORIGINAL:
@@ -86,7 +89,7 @@ def choose_merge_base(
     return MergeChoice(trained, candidates[kind], kind, losses)
 
 
-def _open_original(stored: MergeBase, original_dir: str | Path | None) -> MergeBase | None:
+def _open_original(stored: BaseCheckpoint, original_dir: str | Path | None) -> BaseCheckpoint | None:
     """Open the 16-bit base of a 4-bit one: where the user says, or in the folder beside it that is named alike."""
     if original_dir is None:
         name = stored.base_dir.resolve().name.removesuffix("-bnb-4bit")
@@ -94,16 +97,15 @@ def _open_original(stored: MergeBase, original_dir: str | Path | None) -> MergeB
         original_dir = next((path for path in beside if path != stored.base_dir.resolve() and path.is_dir()), None)
         if original_dir is None:
             return None
-    original = open_merge_base(original_dir)
-    differences = find_architecture_differences(stored.architecture, original.architecture)
-    if differences or original.holds_nf4:
+    original = open_base(original_dir)
+    if original.holds_nf4 or original.architecture != stored.architecture:
         reason = "it is 4-bit, too" if original.holds_nf4 else "its config.json differs"
         raise ValueError(f"{original_dir} does not hold the 16-bit weights of {stored.base_dir}: {reason}")
     return original
 
 
 def _measure(
-    trained: MergeBase, candidates: dict[str, MergeBase], adapter: Adapter, validation: ValidationSet
+    trained: BaseCheckpoint, candidates: dict[str, BaseCheckpoint], adapter: Adapter, validation: ValidationSet
 ) -> dict[str, float]:
     sources = {TRAINED: open_base_source(trained, adapter=adapter)}
     sources |= {kind: open_merged_source(base, adapter) for kind, base in candidates.items()}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.base.safetensors_file import INDEX_FILE, TensorToWrite, write_safetensors
+from tune2gguf.base.checkpoint import BaseCheckpoint
+from tune2gguf.base.layout import to_hf_rows
+from tune2gguf.base.safetensors_file import TensorToWrite, write_files
 from tune2gguf.export.gguf_file.llama import GGUFTensor
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
-from tune2gguf.export.merge.base import MergeBase
-from tune2gguf.export.merge.rows import to_hf_rows
 from tune2gguf.export.merge.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.files.atomic import write_folder, write_json
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def write_merged_hf(
     out_dir: Path,
     *,
-    base: MergeBase,
+    base: BaseCheckpoint,
     adapter: Adapter,
     chat_template: ChatTemplate,
     report: Callable[[int], None],
@@ -47,42 +48,36 @@ def write_merged_hf(
         _write_configs(unfinished, base.base_dir, chat_template)
 
 
-def _write_weights(folder: Path, base: MergeBase, adapter: Adapter, report: Callable[[int], None]) -> None:
+def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report: Callable[[int], None]) -> None:
     """Each tensor goes to the file of the same name as in the base, in the same order."""
     by_file: dict[str, list[str]] = {}
     for name in sorted(base.stored, key=lambda name: (base.stored[name].path.name, base.stored[name].begin)):
         by_file.setdefault(base.stored[name].path.name, []).append(name)
-    weight_map, total_bytes = {}, 0
-    for file_name, names in by_file.items():
-        tensors = [_describe(base, name) for name in names]
-        write_safetensors(folder / file_name, tensors, _iterate_rows(base, adapter, names, report))
-        weight_map |= {tensor.name: file_name for tensor in tensors}
-        total_bytes += sum(tensor.num_bytes for tensor in tensors)
-    if len(by_file) > 1:
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / INDEX_FILE, index)
+    files = {file_name: [_describe(base, name) for name in names] for file_name, names in by_file.items()}
+    write_files(folder, files, _iterate_rows(base, adapter, itertools.chain(*by_file.values()), report))
 
 
-def _describe(base: MergeBase, name: str) -> TensorToWrite:
+def _describe(base: BaseCheckpoint, name: str) -> TensorToWrite:
     """Norms keep their dtype: they are not merged, and GGUF has them in float32."""
     spec, stored = base.specs[name], base.stored[name]
     return TensorToWrite(spec.hf_name, "BF16" if len(spec.shape) == 2 else stored.dtype, spec.shape)
 
 
 def _iterate_rows(
-    base: MergeBase, adapter: Adapter, names: list[str], report: Callable[[int], None]
+    base: BaseCheckpoint, adapter: Adapter, names: Iterable[str], report: Callable[[int], None]
 ) -> Iterator[Tensor]:
     import torch
 
     for name in names:
         spec = base.specs[name]
         if len(spec.shape) == 1:
-            yield base.checkpoint.read_tensor(name)
+            yield base.read_tensor(name)
             report(spec.shape[0])
             continue
         for slab in iterate_slabs([GGUFTensor(name, spec.shape, spec)]):
             # Merged in GGUF's order, as in the GGUF: in another order the matrix product may round differently.
-            bits = narrow_to_bfloat16(round_to_bfloat16(read_merged_rows(slab, base=base, adapter=adapter)))
+            rows = read_merged_rows(spec, slab.begin, slab.end, base=base, adapter=adapter)
+            bits = narrow_to_bfloat16(round_to_bfloat16(rows))
             if spec.num_heads is not None:
                 bits = to_hf_rows(bits, bits.shape[0] * spec.num_heads // spec.shape[0])
             yield torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16)

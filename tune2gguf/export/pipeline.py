@@ -6,15 +6,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from tune2gguf.base.checkpoint import open_base
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.exported import MODEL_CARD, Export, ExportedModel
-from tune2gguf.export.gguf_file.cache import DEFAULT_MAX_BYTES
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, get_quantization
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.measure.validation_set import load_validation_rows
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
-from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.merge_choice import choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
@@ -42,7 +41,6 @@ def export_run(
     with_merged_hf: bool = False,
     overwrite: bool = False,
     num_threads: int | None = None,
-    max_cache_bytes: int = DEFAULT_MAX_BYTES,
     show: bool = True,
 ) -> Export:
     """Merge a run's adapter into its base; write GGUF files, Modelfiles and a model card to the run's `export` folder.
@@ -58,7 +56,6 @@ def export_run(
         with_merged_hf: also write the merged model as a Hugging Face folder
         overwrite: replace files of an earlier export
         num_threads: None takes all cores
-        max_cache_bytes: how much of the base's quantized tensors to keep for the next export; 0 keeps none
         show: progress bar
 
     Raises:
@@ -79,7 +76,7 @@ def export_run(
         _refuse_existing([*files, *(path for path in (adapter_path, merged_dir) if path is not None)])
     licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_template.name.startswith("llama3"))
     modelfiles = _make_modelfiles(run, models, licence)
-    lora = read_adapter(run.adapter_dir, open_merge_base(run.base_dir).specs)
+    lora = read_adapter(run.adapter_dir, open_base(run.base_dir).specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
     export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
@@ -87,7 +84,7 @@ def export_run(
         check_free_space(run.export_dir, _count_bytes(export, lora))
         # The small and the quick first: what fails, fails before the long part.
         _write_extras(export, lora, show=show)
-        _write_models(export, lora, num_threads=num_threads, max_cache_bytes=max_cache_bytes, show=show)
+        _write_models(export, lora, num_threads=num_threads, show=show)
         with explain_write_errors(run.export_dir):
             for path, text in modelfiles.items():
                 write_text(path, text)
@@ -96,17 +93,14 @@ def export_run(
     return export
 
 
-def _write_models(
-    export: Export, adapter: Adapter, *, num_threads: int | None, max_cache_bytes: int, show: bool
-) -> None:
+def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
     write_gguf_files(
-        {get_quantization(model.quantization): model.gguf_path for model in export.models},
+        {QUANTIZATIONS[model.quantization]: model.gguf_path for model in export.models},
         base=export.merge.chosen,
         adapter=adapter,
         name=export.run.name,
         chat_template=export.run.chat_template,
         num_threads=num_threads,
-        max_cache_bytes=max_cache_bytes,
         show=show,
     )
     # It was of the files that were replaced.
@@ -121,7 +115,6 @@ def export_base(
     chat_template: str,
     overwrite: bool = False,
     num_threads: int | None = None,
-    max_cache_bytes: int = DEFAULT_MAX_BYTES,
     show: bool = True,
 ) -> Path:
     """Write a base without an adapter as one GGUF, through the same code as a run's.
@@ -135,7 +128,7 @@ def export_base(
         raise ValueError(f"unknown chat_template {chat_template!r}; choose from {', '.join(CHAT_TEMPLATES)}")
     if not overwrite:
         _refuse_existing([out_path])
-    base = open_merge_base(base_dir)
+    base = open_base(base_dir)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(out_path.parent, count_file_bytes(base, chosen))
     write_gguf_files(
@@ -145,7 +138,6 @@ def export_base(
         name=base_dir.resolve().name,
         chat_template=CHAT_TEMPLATES[chat_template],
         num_threads=num_threads,
-        max_cache_bytes=max_cache_bytes,
         show=show,
     )
     return out_path
@@ -157,7 +149,7 @@ def _get_quantizations(names: Sequence[str]) -> list[Quantization]:
         raise ValueError(
             f"unknown quantization {', '.join(unknown) or '(none given)'}; choose from {', '.join(QUANTIZATIONS)}"
         )
-    return list(dict.fromkeys(get_quantization(name) for name in names))
+    return list(dict.fromkeys(QUANTIZATIONS[name.upper()] for name in names))
 
 
 def _name_model(run: Run, quantization: Quantization, *, is_only: bool) -> ExportedModel:
@@ -203,7 +195,7 @@ def _make_modelfiles(run: Run, models: list[ExportedModel], licence: Licence) ->
 
 def _count_bytes(export: Export, adapter: Adapter) -> int:
     base = export.merge.chosen
-    num_bytes = sum(count_file_bytes(base, get_quantization(model.quantization)) for model in export.models)
+    num_bytes = sum(count_file_bytes(base, QUANTIZATIONS[model.quantization]) for model in export.models)
     if export.adapter_path is not None:
         num_bytes += sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
     if export.merged_dir is not None:

@@ -161,10 +161,16 @@ def make_hf_config(architecture: Architecture) -> dict:
     return config
 
 
-def find_architecture_differences(expected: Architecture, found: Architecture) -> list[str]:
-    """Return one line for each field in which two architectures differ, naming both values."""
-    return [
+def check_architecture(name: str, found: Architecture, base_dir: str | Path) -> None:
+    """Compare a base folder's architecture with the named one.
+
+    Raises:
+        ValueError: if they differ, with one line for each field
+    """
+    differences = [
         f"{field}: the model builder has {value!r}, config.json has {getattr(found, field)!r}"
-        for field, value in vars(expected).items()
+        for field, value in vars(ARCHITECTURES[name]).items()
         if getattr(found, field) != value
     ]
+    if differences:
+        raise ValueError(f"{base_dir} does not hold {name}:\n  " + "\n  ".join(differences))

@@ -21,7 +21,7 @@ from torchtune.modules import (
 )
 from torchtune.modules.tied_linear import TiedLinear
 
-from tune2gguf.model.architectures import ARCHITECTURES, Architecture, find_architecture_differences, read_architecture
+from tune2gguf.model.architectures import ARCHITECTURES, Architecture, check_architecture, read_architecture
 from tune2gguf.model.attention import Attention
 from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
 from tune2gguf.model.lora import LoRALinear
@@ -325,9 +325,7 @@ def lora_llama(
             raise ValueError(
                 f"architecture={architecture!r} is unknown; use one of {', '.join(ARCHITECTURES)}, or null"
             )
-        differences = find_architecture_differences(ARCHITECTURES[architecture], found)
-        if differences:
-            raise ValueError(f"{base_dir} does not hold {architecture}:\n  " + "\n  ".join(differences))
+        check_architecture(architecture, found, base_dir)
     with torch.device("meta"):
         return build_lora_llama(
             found,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.export.exported import Export
 from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
@@ -18,7 +19,6 @@ from tune2gguf.export.measure.weight_sources import (
     open_quantized_source,
 )
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
-from tune2gguf.export.merge.base import MergeBase
 from tune2gguf.export.progress import open_bar
 from tune2gguf.runs.proof import ProofRecord, write_proof
 from tune2gguf.serve.serving import ServedFile, serve_file
@@ -53,8 +53,8 @@ class Proof:
 class _Subject:
     """What is proven, opened."""
 
-    trained: MergeBase
-    merged_into: MergeBase
+    trained: BaseCheckpoint
+    merged_into: BaseCheckpoint
     adapter: Adapter
     kernels: Kernels
     validation: ValidationSet

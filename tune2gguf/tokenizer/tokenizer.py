@@ -2,7 +2,7 @@
 
 The ids are those that llama.cpp gets when it renders the chat template and tokenizes the text, by three rules:
 
-- Content is trimmed as llama.cpp's `trim` does it: of the six ASCII characters in data.messages.TRIMMED only. Python's
+- Content is trimmed as llama.cpp's `trim` does it: of the six ASCII characters in conversation.TRIMMED only. Python's
   `strip` would also take no-break and ideographic spaces, which the server keeps.
 - The text between two special tokens is tokenized as one string, as the server does it, with one exception: a reply is
   tokenized apart from the header before it, because the model generates it after a prompt that ends with the header.
@@ -35,6 +35,8 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+# In a base folder, the first that is there; Meta's repositories have the last.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 # Padding is never attended to and never supervised: any id is correct, these are the customary ones.
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>")
 _END_OF_TEXT_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
@@ -219,11 +221,10 @@ def find_tokenizer_file(base_dir: str | Path) -> Path:
     """
     if not Path(base_dir).is_dir():
         raise ValueError(f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config …")
-    names = ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"]
-    for name in names:
+    for name in TOKENIZER_FILES:
         if (Path(base_dir) / name).is_file():
             return Path(base_dir) / name
-    raise ValueError(f"{base_dir}: no tokenizer; looked for {', '.join(names)}")
+    raise ValueError(f"{base_dir}: has no tokenizer; looked for {', '.join(TOKENIZER_FILES)}")
 
 
 def _find_special_tokens(chat_template: ChatTemplate) -> set[str]:

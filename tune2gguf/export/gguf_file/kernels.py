@@ -11,42 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
-from tune2gguf.export.gguf_file.types import BLOCKS
-
-# enum ggml_type in ggml.h; numbers never change, since they are what GGUF files hold.
-GGML_TYPE_NUMBERS = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q5_0": 6,
-    "Q5_1": 7,
-    "Q8_0": 8,
-    "Q2_K": 10,
-    "Q3_K": 11,
-    "Q4_K": 12,
-    "Q5_K": 13,
-    "Q6_K": 14,
-    "IQ4_NL": 20,
-    "IQ4_XS": 23,
-    "BF16": 30,
-}
-
-_DEQUANTIZERS = {
-    "F16": "ggml_fp16_to_fp32_row",
-    "BF16": "ggml_bf16_to_fp32_row",
-    "Q4_0": "dequantize_row_q4_0",
-    "Q5_0": "dequantize_row_q5_0",
-    "Q5_1": "dequantize_row_q5_1",
-    "Q8_0": "dequantize_row_q8_0",
-    "Q2_K": "dequantize_row_q2_K",
-    "Q3_K": "dequantize_row_q3_K",
-    "Q4_K": "dequantize_row_q4_K",
-    "Q5_K": "dequantize_row_q5_K",
-    "Q6_K": "dequantize_row_q6_K",
-    "IQ4_NL": "dequantize_row_iq4_nl",
-    "IQ4_XS": "dequantize_row_iq4_xs",
-}
+from tune2gguf.export.gguf_file.types import get_block
 
 
 @dataclass(frozen=True)
@@ -59,10 +26,10 @@ class Kernels:
         """Quantize float32 rows [num_rows, columns] to bytes [num_rows, bytes per row]; columns fill whole blocks."""
         assert rows.dtype == np.float32 and rows.flags.c_contiguous, "the kernels read contiguous float32"
         num_rows, columns = rows.shape
-        elements, block_bytes = BLOCKS[ggml_type]
+        elements, block_bytes = get_block(ggml_type)
         quantized = np.empty((num_rows, columns // elements * block_bytes), np.uint8)
         written = self.library.ggml_quantize_chunk(
-            GGML_TYPE_NUMBERS[ggml_type], rows.ctypes.data, quantized.ctypes.data, 0, num_rows, columns, None
+            GGMLQuantizationType[ggml_type], rows.ctypes.data, quantized.ctypes.data, 0, num_rows, columns, None
         )
         assert written == quantized.nbytes, f"ggml_quantize_chunk wrote {written} of {quantized.nbytes} bytes"
         return quantized
@@ -70,11 +37,13 @@ class Kernels:
     def dequantize(self, quantized: np.ndarray, ggml_type: str) -> np.ndarray:
         """Return the float32 rows [num_rows, columns] of quantized bytes [num_rows, bytes per row]."""
         assert quantized.dtype == np.uint8 and quantized.flags.c_contiguous, "the kernels read contiguous bytes"
-        elements, block_bytes = BLOCKS[ggml_type]
+        elements, block_bytes = get_block(ggml_type)
         if ggml_type == "F32":
             return quantized.view(np.float32)
         rows = np.empty((quantized.shape[0], quantized.shape[1] // block_bytes * elements), np.float32)
-        function = getattr(self.library, _DEQUANTIZERS[ggml_type])
+        names = {"F16": "ggml_fp16_to_fp32_row", "BF16": "ggml_bf16_to_fp32_row"}
+        of_blocks = f"dequantize_row_{ggml_type.lower().replace('_k', '_K')}"
+        function = getattr(self.library, names.get(ggml_type, of_blocks))
         function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         function(quantized.ctypes.data, rows.ctypes.data, rows.size)
         return rows
@@ -94,19 +63,12 @@ def load_kernels() -> Kernels:
             "the installed xllamacpp does not export ggml_quantize_chunk; install the release that pyproject.toml pins"
         ) from None
     quantize_chunk.restype = ctypes.c_size_t
-    quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
+    int64, pointer = ctypes.c_int64, ctypes.c_void_p
+    quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
     init.argtypes = [ctypes.c_int]
     # Tables of the IQ types are built once, before threads ask for them.
     for ggml_type in ("IQ4_NL", "IQ4_XS"):
-        init(GGML_TYPE_NUMBERS[ggml_type])
+        init(GGMLQuantizationType[ggml_type])
     return Kernels(library)
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.base.layout import TensorSpec, get_gguf_name
-from tune2gguf.export.gguf_file.types import BLOCKS, Quantization, choose_tensor_type, count_bytes
+from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name
+from tune2gguf.export.gguf_file.types import Quantization, choose_tensor_type, count_bytes, get_block
 from tune2gguf.export.gguf_file.vocabulary import Vocabulary
 from tune2gguf.model.architectures import Architecture
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ALIGNMENT = 32  # bytes, GGUF's default: every tensor starts at a multiple
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary, jinja_templa
 def _add_tensor_info(writer: GGUFWriter, tensor: GGUFTensor, ggml_type: str) -> None:
     from gguf import GGMLQuantizationType
 
-    elements, block_bytes = BLOCKS[ggml_type]
+    elements, block_bytes = get_block(ggml_type)
     # The writer wants the shape in bytes where the data is bytes.
     byte_shape = (*tensor.shape[:-1], tensor.shape[-1] // elements * block_bytes)
     writer.add_tensor_info(

@@ -5,57 +5,31 @@ The rule is `llama_tensor_get_type` and `tensor_type_fallback` in its src/llama-
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """A GGUF file type: the type most tensors get, and llama.cpp's number for the whole (general.file_type)."""
+    """A GGUF file type."""
 
     name: str
-    default_type: str
-    file_type: int
+
+    @property
+    def default_type(self) -> str:
+        """The ggml type that most tensors get."""
+        return re.sub("_[SML]$", "", self.name)
+
+    @property
+    def file_type(self) -> int:
+        """llama.cpp's number for the whole, general.file_type."""
+        return LlamaFileType["ALL_F32" if self.name == "F32" else f"MOSTLY_{self.name}"].value
 
 
-QUANTIZATIONS = {
-    quantization.name: quantization
-    for quantization in (
-        Quantization("F32", "F32", 0),
-        Quantization("F16", "F16", 1),
-        Quantization("BF16", "BF16", 32),
-        Quantization("Q8_0", "Q8_0", 7),
-        Quantization("Q6_K", "Q6_K", 18),
-        Quantization("Q5_K_M", "Q5_K", 17),
-        Quantization("Q5_K_S", "Q5_K", 16),
-        Quantization("Q4_K_M", "Q4_K", 15),
-        Quantization("Q4_K_S", "Q4_K", 14),
-        Quantization("Q4_0", "Q4_0", 2),
-        Quantization("IQ4_NL", "IQ4_NL", 25),
-        Quantization("IQ4_XS", "IQ4_XS", 30),
-        Quantization("Q3_K_L", "Q3_K", 13),
-        Quantization("Q3_K_M", "Q3_K", 12),
-        Quantization("Q3_K_S", "Q3_K", 11),
-        Quantization("Q2_K", "Q2_K", 10),
-    )
-}
-
-# Elements and bytes per block (ggml-common.h).
-BLOCKS = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q4_0": (32, 18),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q8_0": (32, 34),
-    "IQ4_NL": (32, 18),
-    "Q2_K": (256, 84),
-    "Q3_K": (256, 110),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-    "IQ4_XS": (256, 136),
-}
+_NAMES = "F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q4_0 IQ4_NL IQ4_XS Q3_K_L Q3_K_M Q3_K_S Q2_K"
+QUANTIZATIONS = {name: Quantization(name) for name in _NAMES.split()}
 
 # Where the columns do not fill whole blocks of 256.
 _FALLBACKS = {
@@ -68,16 +42,9 @@ _FALLBACKS = {
 }
 
 
-def get_quantization(name: str) -> Quantization:
-    """Look a quantization up by its name, in any case.
-
-    Raises:
-        ValueError: if there is none, with the list
-    """
-    try:
-        return QUANTIZATIONS[name.upper()]
-    except KeyError:
-        raise ValueError(f"unknown quantization {name!r}; choose from {', '.join(QUANTIZATIONS)}") from None
+def get_block(ggml_type: str) -> tuple[int, int]:
+    """Return the elements and the bytes of a block."""
+    return GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]]
 
 
 def choose_tensor_type(
@@ -104,7 +71,7 @@ def choose_tensor_type(
         return default
     is_output = name == "output.weight" or (is_tied and name == "token_embd.weight")
     if is_output:
-        chosen = "Q8_0" if shape[1] % BLOCKS[default][0] else default
+        chosen = "Q8_0" if shape[1] % get_block(default)[0] else default
         chosen = chosen if chosen == "Q8_0" else "Q6_K"
     elif name == "token_embd.weight":
         chosen = default
@@ -158,14 +125,14 @@ def _deserves_more_bits(layer: int, num_layers: int) -> bool:
 
 
 def _fit_columns(chosen: str, columns: int) -> str:
-    if columns % BLOCKS[chosen][0] == 0:
+    if columns % get_block(chosen)[0] == 0:
         return chosen
     chosen = _FALLBACKS.get(chosen, chosen)
-    return "F16" if columns % BLOCKS[chosen][0] else chosen
+    return "F16" if columns % get_block(chosen)[0] else chosen
 
 
 def count_bytes(ggml_type: str, shape: tuple[int, ...]) -> int:
     """Return the size in bytes of a tensor of this shape in this type."""
-    elements, block_bytes = BLOCKS[ggml_type]
+    elements, block_bytes = get_block(ggml_type)
     num_rows = 1 if len(shape) == 1 else shape[0]
     return num_rows * (shape[-1] // elements) * block_bytes

@@ -9,12 +9,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf import TokenType
+
 from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
-
-# enum llama_token_type in llama.h
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _LLAMA3_PRE = [
     {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
@@ -53,32 +52,9 @@ def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_template: Cha
         ValueError: if there is no tokenizer, llama.cpp has no equal of it, or it lacks the chat template's tokens
     """
     base_dir = Path(base_dir)
-    path = find_tokenizer_file(base_dir)
-    tokenizer = _read_json(path) if path.suffix == ".json" else make_llama3_tokenizer_json(path)
-    return make_vocabulary(
-        tokenizer,
-        tokenizer_config=_read_json_if_present(base_dir / "tokenizer_config.json"),
-        hf_config=_read_json_if_present(base_dir / "config.json"),
-        vocab_size=vocab_size,
-        chat_template=chat_template,
-        source=path,
-    )
-
-
-def make_vocabulary(
-    tokenizer: dict,
-    *,
-    tokenizer_config: dict,
-    hf_config: dict,
-    vocab_size: int,
-    chat_template: ChatTemplate,
-    source: Path,
-) -> Vocabulary:
-    """Turn the content of tokenizer.json into the vocabulary of a GGUF; `source` is named in errors.
-
-    Raises:
-        ValueError: as `read_vocabulary` says
-    """
+    source = find_tokenizer_file(base_dir)
+    tokenizer = read_json(source) if source.suffix == ".json" else make_llama3_tokenizer_json(source)
+    tokenizer_config, hf_config = (read_json(base_dir / name) for name in ("tokenizer_config.json", "config.json"))
     pre = _identify_pre_tokenizer(tokenizer, source)
     tokens, token_types = _list_tokens(tokenizer, vocab_size, source)
     ids = {token: number for number, token in enumerate(tokens)}
@@ -128,19 +104,19 @@ def _holds(parts: list[dict], expected: list[dict]) -> bool:
 
 
 def _list_tokens(tokenizer: dict, vocab_size: int, source: Path) -> tuple[list[str], list[int]]:
-    tokens, token_types = [f"[PAD{number}]" for number in range(vocab_size)], [UNUSED] * vocab_size
+    tokens, token_types = [f"[PAD{number}]" for number in range(vocab_size)], [TokenType.UNUSED] * vocab_size
     vocab = tokenizer["model"]["vocab"]
     added = tokenizer.get("added_tokens", [])
     largest = max([*vocab.values(), *(token["id"] for token in added)])
     if largest >= vocab_size:
         raise ValueError(f"{source}: has token id {largest}, but config.json's vocab_size is {vocab_size}")
     for token, number in vocab.items():
-        tokens[number], token_types[number] = token, NORMAL
+        tokens[number], token_types[number] = token, TokenType.NORMAL
     for token in added:
         content, looks_special = token["content"], token["content"].startswith("<|") and token["content"].endswith("|>")
         is_control = token["special"] or looks_special
         tokens[token["id"]] = content if is_control else content.replace("\u2581", " ")
-        token_types[token["id"]] = CONTROL if is_control else USER_DEFINED
+        token_types[token["id"]] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
     return tokens, token_types
 
 
@@ -185,11 +161,14 @@ def _find_flags(tokenizer: dict, tokenizer_config: dict) -> dict[str, bool]:
     return flags
 
 
-def _read_json_if_present(path: Path) -> dict:
-    return _read_json(path) if path.is_file() else {}
+def read_json(path: Path) -> dict:
+    """Read a JSON object; {} where there is no such file.
 
-
-def _read_json(path: Path) -> dict:
+    Raises:
+        ValueError: if it is no JSON object
+    """
+    if not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

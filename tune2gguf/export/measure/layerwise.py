@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tune2gguf.base.layout import list_tensors
 from tune2gguf.export.gguf_file.llama import compute_rope_factors
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.model.architectures import Architecture
@@ -32,16 +34,21 @@ class WeightSource:
     read_rows: ReadRows
     adapter: Adapter | None = None
 
-    def read(self, name: str, begin: int, end: int) -> Tensor:
+    @cached_property
+    def num_rows(self) -> dict[str, int]:
+        return {spec.tune_name: spec.shape[0] for spec in list_tensors(self.architecture)}
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
         import torch
 
+        end = self.num_rows[name] if end is None else end
         return torch.from_numpy(np.ascontiguousarray(self.read_rows(name, begin, end)))
 
-    def multiply(self, name: str, x: Tensor, *, num_rows: int) -> Tensor:
-        """Return x W^T, [n, num_rows], with the adapter's part where the weight has one."""
+    def multiply(self, name: str, x: Tensor) -> Tensor:
+        """Return x W^T, [n, rows of W], with the adapter's part where the weight has one."""
         import torch
 
-        product = x @ self.read(name, 0, num_rows).T
+        product = x @ self.read(name).T
         pair = None if self.adapter is None else self.adapter.pairs.get(name)
         if pair is not None:
             low_rank = x @ torch.from_numpy(pair.lora_a).T * (self.adapter.alpha / self.adapter.rank)
@@ -60,11 +67,11 @@ class WeightSource:
         """Return the logits of hidden states [n, dim], [n, vocab]."""
         import torch
 
-        shape = self.architecture
-        name = "tok_embeddings.weight" if shape.tied else "output.weight"
-        logits = torch.empty(hidden.shape[0], shape.vocab_size)
-        for begin in range(0, shape.vocab_size, HEAD_ROWS):
-            end = min(begin + HEAD_ROWS, shape.vocab_size)
+        name = "tok_embeddings.weight" if self.architecture.tied else "output.weight"
+        vocab_size = self.num_rows[name]
+        logits = torch.empty(hidden.shape[0], vocab_size)
+        for begin in range(0, vocab_size, HEAD_ROWS):
+            end = min(begin + HEAD_ROWS, vocab_size)
             logits[:, begin:end] = hidden @ self.read(name, begin, end).T
         return logits
 
@@ -87,16 +94,17 @@ def compute_hidden(
         hidden = source.embed(np.concatenate(rows))
         for layer in range(shape.num_layers):
             prefix = f"layers.{layer}."
-            normed = _normalize(hidden, source.read(f"{prefix}sa_norm.scale", 0, shape.embed_dim), shape.norm_eps)
+            normed = _normalize(hidden, source, f"{prefix}sa_norm.scale")
             hidden = hidden + _attend(source, f"{prefix}attn.", normed, lengths, cos, sin)
-            normed = _normalize(hidden, source.read(f"{prefix}mlp_norm.scale", 0, shape.embed_dim), shape.norm_eps)
+            normed = _normalize(hidden, source, f"{prefix}mlp_norm.scale")
             hidden = hidden + _feed_forward(source, f"{prefix}mlp.", normed)
             report(1)
-        return _normalize(hidden, source.read("norm.scale", 0, shape.embed_dim), shape.norm_eps)
+        return _normalize(hidden, source, "norm.scale")
 
 
-def _normalize(hidden: Tensor, scale: Tensor, eps: float) -> Tensor:
-    return hidden * (hidden.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * scale
+def _normalize(hidden: Tensor, source: WeightSource, name: str) -> Tensor:
+    mean_square = hidden.pow(2).mean(-1, keepdim=True)
+    return hidden * (mean_square + source.architecture.norm_eps).rsqrt() * source.read(name)
 
 
 def _attend(source: WeightSource, prefix: str, x: Tensor, lengths: list[int], cos: Tensor, sin: Tensor) -> Tensor:
@@ -104,10 +112,9 @@ def _attend(source: WeightSource, prefix: str, x: Tensor, lengths: list[int], co
     from torch.nn.functional import scaled_dot_product_attention
 
     shape = source.architecture
-    query_dim, key_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    query = source.multiply(f"{prefix}q_proj.weight", x, num_rows=query_dim).view(-1, shape.num_heads, shape.head_dim)
-    key = source.multiply(f"{prefix}k_proj.weight", x, num_rows=key_dim).view(-1, shape.num_kv_heads, shape.head_dim)
-    value = source.multiply(f"{prefix}v_proj.weight", x, num_rows=key_dim).view(-1, shape.num_kv_heads, shape.head_dim)
+    query, key, value = (
+        source.multiply(f"{prefix}{kind}_proj.weight", x).unflatten(1, (-1, shape.head_dim)) for kind in "qkv"
+    )
     attended = []
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
         heads = scaled_dot_product_attention(
@@ -117,17 +124,15 @@ def _attend(source: WeightSource, prefix: str, x: Tensor, lengths: list[int], co
             is_causal=True,
             enable_gqa=True,
         )
-        attended.append(heads[0].transpose(0, 1).reshape(-1, query_dim))
-    return source.multiply(f"{prefix}output_proj.weight", torch.cat(attended), num_rows=shape.embed_dim)
+        attended.append(heads[0].transpose(0, 1).flatten(1))
+    return source.multiply(f"{prefix}output_proj.weight", torch.cat(attended))
 
 
 def _feed_forward(source: WeightSource, prefix: str, x: Tensor) -> Tensor:
     from torch.nn.functional import silu
 
-    shape = source.architecture
-    gate = source.multiply(f"{prefix}w1.weight", x, num_rows=shape.intermediate_dim)
-    up = source.multiply(f"{prefix}w3.weight", x, num_rows=shape.intermediate_dim)
-    return source.multiply(f"{prefix}w2.weight", silu(gate) * up, num_rows=shape.embed_dim)
+    gate, up = source.multiply(f"{prefix}w1.weight", x), source.multiply(f"{prefix}w3.weight", x)
+    return source.multiply(f"{prefix}w2.weight", silu(gate) * up)
 
 
 def _compute_rope(shape: Architecture, num_positions: int) -> tuple[Tensor, Tensor]:

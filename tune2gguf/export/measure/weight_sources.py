@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.base.layout import get_gguf_name
 from tune2gguf.export.gguf_file.kernels import Kernels
-from tune2gguf.export.gguf_file.llama import GGUFTensor, choose_types, list_gguf_tensors
+from tune2gguf.export.gguf_file.llama import choose_types, list_gguf_tensors
 from tune2gguf.export.gguf_file.types import Quantization
 from tune2gguf.export.measure.layerwise import WeightSource
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import round_to_bfloat16
-from tune2gguf.export.merge.base import MergeBase
-from tune2gguf.export.merge.slabs import Slab, read_merged_rows
+from tune2gguf.export.merge.slabs import read_merged_rows
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 
-def open_base_source(base: MergeBase, *, adapter: Adapter | None) -> WeightSource:
+def open_base_source(base: BaseCheckpoint, *, adapter: Adapter | None) -> WeightSource:
     """Return the base's weights, the adapter unmerged beside them."""
     return WeightSource(base.architecture, base.read_rows, adapter)
 
 
-def open_merged_source(base: MergeBase, adapter: Adapter) -> WeightSource:
+def open_merged_source(base: BaseCheckpoint, adapter: Adapter) -> WeightSource:
     """Return the merged weights, rounded to bfloat16 as every file has them."""
-    reader = _MergedRows(base, adapter)
-    return WeightSource(base.architecture, reader.read)
+
+    def read_rows(name: str, begin: int, end: int) -> np.ndarray:
+        rows = read_merged_rows(base.specs[name], begin, end, base=base, adapter=adapter)
+        return rows if rows.ndim == 1 else round_to_bfloat16(rows)
+
+    return WeightSource(base.architecture, read_rows)
 
 
 def open_quantized_source(
-    base: MergeBase, adapter: Adapter, quantization: Quantization, kernels: Kernels
+    base: BaseCheckpoint, adapter: Adapter, quantization: Quantization, kernels: Kernels
 ) -> WeightSource:
     """Return what a file of this type would hold, without writing it."""
     tensors = list_gguf_tensors(base.specs, base.architecture)
     types = choose_types(tensors, base.architecture, quantization)
-    reader = _MergedRows(base, adapter)
+    merged = open_merged_source(base, adapter)
 
     def read_rows(name: str, begin: int, end: int) -> np.ndarray:
-        rows, ggml_type = reader.read(name, begin, end), types[get_gguf_name(name)]
+        rows, ggml_type = merged.read_rows(name, begin, end), types[get_gguf_name(name)]
         if rows.ndim == 1 or ggml_type in ("F32", "BF16"):
             return rows
         return kernels.dequantize(kernels.quantize(rows, ggml_type), ggml_type)
@@ -50,7 +53,7 @@ def open_quantized_source(
     return WeightSource(base.architecture, read_rows)
 
 
-def open_gguf_source(path: Path, base: MergeBase, kernels: Kernels) -> WeightSource:
+def open_gguf_source(path: Path, base: BaseCheckpoint, kernels: Kernels) -> WeightSource:
     """Return the dequantized tensors of a GGUF file."""
     from gguf import GGUFReader
 
@@ -65,16 +68,3 @@ def open_gguf_source(path: Path, base: MergeBase, kernels: Kernels) -> WeightSou
         return kernels.dequantize(data, ggml_type)
 
     return WeightSource(base.architecture, read_rows)
-
-
-@dataclass(frozen=True)
-class _MergedRows:
-    base: MergeBase
-    adapter: Adapter
-
-    def read(self, name: str, begin: int, end: int) -> np.ndarray:
-        spec = self.base.specs[name]
-        rows = read_merged_rows(
-            Slab(GGUFTensor(name, spec.shape, spec), begin, end), base=self.base, adapter=self.adapter
-        )
-        return rows if rows.ndim == 1 else round_to_bfloat16(rows)

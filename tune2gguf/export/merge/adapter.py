@@ -9,12 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.base.layout import TensorSpec
-from tune2gguf.base.safetensors_file import StoredTensor, read_header
-from tune2gguf.export.merge.rows import read_float32_rows, to_gguf_rows
+from tune2gguf.base.layout import TensorSpec, to_tune_rows
+from tune2gguf.base.safetensors_file import StoredTensor, read_float32_rows, read_header
+from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -57,7 +55,7 @@ def read_adapter(folder: str | Path, specs: dict[str, TensorSpec]) -> Adapter:
         if not (np.isfinite(lora_a).all() and np.isfinite(lora_b).all()):
             raise ValueError(f"{folder}: {module} holds NaN or infinity; its training diverged")
         if spec.num_heads is not None:
-            lora_b = to_gguf_rows(lora_b, spec.num_heads)
+            lora_b = to_tune_rows(lora_b, spec.num_heads)
         pairs[spec.tune_name] = LoraPair(lora_a, np.ascontiguousarray(lora_b))
     return Adapter(rank=rank, alpha=alpha, pairs=pairs)
 

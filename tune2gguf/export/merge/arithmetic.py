@@ -49,8 +49,3 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 def narrow_to_bfloat16(rounded: np.ndarray) -> np.ndarray:
     """Return the bits (uint16) of float32 values that are bfloat16 already."""
     return (rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-
-
-def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Return the float32 values of bfloat16 bits (uint16)."""
-    return np.left_shift(bits, np.uint32(16), dtype=np.uint32).view(np.float32)

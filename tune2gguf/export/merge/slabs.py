@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from tune2gguf.base.checkpoint import BaseCheckpoint
+from tune2gguf.base.layout import TensorSpec
 from tune2gguf.export.gguf_file.llama import GGUFTensor
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import merge_rows
-from tune2gguf.export.merge.base import MergeBase
 
 # Elements a thread works on at a time: large enough to hide Python's cost, small enough for many threads in 0.5 GB.
 # Fixed, because the matrix product of other slabs may round in another way.
@@ -31,7 +33,7 @@ class Slab:
 
     @property
     def num_elements(self) -> int:
-        return (self.end - self.begin) * (self.tensor.shape[1] if len(self.tensor.shape) == 2 else 1)
+        return (self.end - self.begin) * math.prod(self.tensor.shape[1:])
 
 
 def iterate_slabs(tensors: list[GGUFTensor]) -> Iterator[Slab]:
@@ -48,19 +50,18 @@ def iterate_slabs(tensors: list[GGUFTensor]) -> Iterator[Slab]:
             yield Slab(tensor, begin, min(begin + step, num_rows))
 
 
-def read_merged_rows(slab: Slab, *, base: MergeBase, adapter: Adapter | None) -> np.ndarray:
-    """Return the slab's rows, in GGUF's order, with the adapter merged: float32 in memory that the caller owns.
+def read_merged_rows(
+    spec: TensorSpec, begin: int, end: int, *, base: BaseCheckpoint, adapter: Adapter | None
+) -> np.ndarray:
+    """Return rows [begin, end) in GGUF's order, with the adapter merged: float32 in memory that the caller owns.
 
     Raises:
         ValueError: if a weight is not finite, or a base file has become shorter
     """
-    spec = slab.tensor.spec
-    assert spec is not None, "rope factors come from the architecture"
-    rows = base.read_rows(spec.tune_name, slab.begin, slab.end)
+    rows = base.read_rows(spec.tune_name, begin, end)
     pair = None if adapter is None else adapter.pairs.get(spec.tune_name)
     if pair is not None:
-        lora_b_rows = pair.lora_b[slab.begin : slab.end]
-        rows = merge_rows(rows, pair.lora_a, lora_b_rows, rank=adapter.rank, alpha=adapter.alpha)
+        rows = merge_rows(rows, pair.lora_a, pair.lora_b[begin:end], rank=adapter.rank, alpha=adapter.alpha)
     if not np.isfinite(rows).all():
-        raise ValueError(f"{spec.hf_name}: holds NaN or infinity between rows {slab.begin} and {slab.end - 1}")
+        raise ValueError(f"{spec.hf_name}: holds NaN or infinity between rows {begin} and {end - 1}")
     return rows
