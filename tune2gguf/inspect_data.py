@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from tune2gguf.config import read_config
+from tune2gguf.config.check import check_values
+from tune2gguf.config.names import suggest
 from tune2gguf.data.html import draw_png, make_html
 from tune2gguf.data.prepare import chat_dataset, check_files
 from tune2gguf.data.show import format_row, format_summary
@@ -81,11 +86,6 @@ def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspec
     Raises:
         ValueError: if config, tokenizer or data cannot be read, or a key or value is wrong
     """
-    from omegaconf import OmegaConf
-
-    from tune2gguf.config import read_config
-    from tune2gguf.config.check import check_values
-
     _check_at_least(0, num_rows=num_rows)
     config = read_config(path, overrides)
     check_values(config)
@@ -141,10 +141,6 @@ def _check_at_least(least: int, **values: int) -> None:
 
 
 def _read_options(overrides: list[str]) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    from tune2gguf.config.names import suggest
-
     if not overrides:
         return {}
     options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))["dataset"]

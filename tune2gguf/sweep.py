@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from omegaconf import OmegaConf
+
+from tune2gguf.config import check_config, read_config
+from tune2gguf.report.compare import format_groups, group_runs, write_page
 from tune2gguf.runs import config_file
 from tune2gguf.runs.files import METRICS_FILE
 
@@ -84,8 +88,6 @@ def run_sweep(config_path: Path, points: Sequence[Point]) -> None:
 
 
 def _check_point(config_path: Path, point: Point) -> DictConfig:
-    from tune2gguf.config import check_config, read_config
-
     config = read_config(config_path, point.overrides)
     try:
         check_config(config)
@@ -98,10 +100,6 @@ def _check_point(config_path: Path, point: Point) -> DictConfig:
 
 def _is_finished(run_dir: Path, config: DictConfig) -> bool:
     """Whether a run has ended with this very config; the recipe refuses to resume another, or goes on with it."""
-    from omegaconf import OmegaConf
-
-    from tune2gguf.report.compare import group_runs
-
     if not (run_dir / METRICS_FILE).is_file() or config_file.read_config(run_dir) != OmegaConf.to_container(
         config, resolve=True
     ):
@@ -136,8 +134,6 @@ def rank_points(points: Sequence[Point]) -> str:
     Raises:
         ValueError: if no run has measured a validation loss
     """
-    from tune2gguf.report.compare import format_groups, group_runs, write_page
-
     groups = group_runs([point.run_dir for point in points if (point.run_dir / METRICS_FILE).is_file()])
     ranked = [group.runs[0] for group in groups if group.num_rows]
     folder = points[0].run_dir.parent

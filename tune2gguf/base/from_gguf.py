@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
+import numpy
+from gguf import TokenType, quants
+
 from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name, list_tensors, to_hf_rows
 from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
@@ -65,8 +69,6 @@ def convert_gguf_to_hf(
 
 
 def _open_gguf(gguf_path: Path) -> GGUFReader:
-    import gguf
-
     try:
         return gguf.GGUFReader(gguf_path)
     except (OSError, ValueError, IndexError) as error:
@@ -101,8 +103,6 @@ def _read_gguf_architecture(keys: dict[str, Any], tensors: dict[str, ReaderTenso
 
 def _restore_decimal(value: float) -> float:
     """Return the decimal that a GGUF's float32 was written from: 9.999999747378752e-06 is 1e-05."""
-    import numpy
-
     return float(str(numpy.float32(value)))
 
 
@@ -119,9 +119,7 @@ def _check_tensors(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], gg
 
 
 def _dequantize(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], dtype: str) -> Iterator[Tensor]:
-    import numpy
     import torch
-    from gguf import quants
 
     for spec in specs:
         tensor = tensors[get_gguf_name(spec.tune_name)]
@@ -133,7 +131,6 @@ def _dequantize(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], dtype
 
 def _build_tokenizer(keys: dict[str, Any], gguf_path: Path) -> Tokenizer:
     """Rebuild tokenizer.json from vocabulary and merges; the pre-tokenizer is llama.cpp's rule for `smollm`."""
-    from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     if (keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")) != ("gpt2", "smollm"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules.tied_linear import TiedLinear
+from tqdm import tqdm
 
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.model.lora import LoRALinear
@@ -32,8 +33,6 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
     Raises:
         ValueError: if the checkpoint is incomplete, damaged or of another shape than the model
     """
-    from tqdm import tqdm
-
     base = open_base(base_dir)
     # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read.
     weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights))

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from tune2gguf.base.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
 from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.layout import TensorSpec, list_tensors
@@ -64,8 +66,6 @@ def write_random_base(
 
 
 def _write_weights(folder: Path, architecture: Architecture, *, kind: str, seed: int, max_shard_bytes: int) -> None:
-    import torch
-
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     generator = torch.Generator().manual_seed(seed)
     tensors, chunks = [], []
@@ -91,8 +91,6 @@ def _write_tokenizer(folder: Path, tokenizer_model: Path, *, as_json: bool) -> N
 
 
 def _draw_rows(spec: TensorSpec, generator: torch.Generator) -> Iterator[Tensor]:
-    import torch
-
     if len(spec.shape) == 1:
         yield torch.ones(spec.shape)
         return

@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from tune2gguf.config.components import COMPONENTS, find_build_problems, find_component_problems
 from tune2gguf.config.keys import KEYS, find_valid, find_value_problems
 from tune2gguf.config.names import suggest
@@ -66,9 +69,6 @@ def check_values(config: DictConfig) -> None:
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -13,9 +13,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune2gguf.base.bnb4bit import StoredNf4
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.digest import RECORD_FILE
+from tune2gguf.base.layout import list_tensors
+from tune2gguf.base.source import parse_base_source
 from tune2gguf.config.plan import find_plan_problems
+from tune2gguf.data import check_files
+from tune2gguf.data.rows import find_files
+from tune2gguf.model.architectures import ARCHITECTURES, check_architecture
+from tune2gguf.model.nf4 import BLOCK_SIZE
 from tune2gguf.runs.files import is_run_folder
 from tune2gguf.runs.folder import find_path_problems
+from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
 if TYPE_CHECKING:
     from tune2gguf.base.bnb4bit import StoredNf4
@@ -81,10 +91,6 @@ def find_output_problems(valid: Mapping[str, Any]) -> Iterator[str]:
 
 def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the base folder, from its config.json and the headers of its weights."""
-    from tune2gguf.base.checkpoint import open_base
-    from tune2gguf.base.source import parse_base_source
-    from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
-
     if valid.get("base_source") is not None:
         try:
             parse_base_source(valid["base_source"])
@@ -111,16 +117,10 @@ def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> It
 
 
 def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
-    from tune2gguf.base.bnb4bit import StoredNf4
-
     return isinstance(stored, StoredNf4) and not stored.has_whole_rows
 
 
 def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator[str]:
-    from tune2gguf.base.layout import list_tensors
-    from tune2gguf.model.architectures import ARCHITECTURES, check_architecture
-    from tune2gguf.model.nf4 import BLOCK_SIZE
-
     if isinstance(name, str) and name in ARCHITECTURES:
         try:
             check_architecture(name, architecture, base_dir)
@@ -141,8 +141,6 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
 
 def find_base_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is legal but probably not meant about a base folder without problems."""
-    from tune2gguf.base.digest import RECORD_FILE
-
     base_dir, source = Path(valid["base_dir"]), valid.get("base_source")
     record = base_dir / RECORD_FILE
     if source is not None and record.exists():
@@ -163,8 +161,6 @@ def find_data_problems(
     valid: Mapping[str, Any], dataset: Mapping[str, Any] | None, *, num_processes: int
 ) -> Iterator[str]:
     """Yield what is wrong with the data files, and whether they hold too few rows for a step or the warm-up."""
-    from tune2gguf.data import check_files
-
     if dataset is None:
         return
     problems = check_files(dataset)
@@ -189,8 +185,6 @@ def find_data_problems(
 
 def _count_rows(files: str | list[str]) -> int | None:
     """Return how many rows small JSONL files hold at most, None for any other: then the recipe counts them later."""
-    from tune2gguf.data.rows import find_files
-
     paths = [Path(name) for name in find_files(files)]
     if any(path.suffix not in (".jsonl", ".ndjson") for path in paths):
         return None

@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from tune2gguf.base.source import BaseSource, parse_base_source
 from tune2gguf.runs.config_file import rename_components
 
@@ -37,10 +41,6 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
     Raises:
         ValueError: if the file is missing or not a YAML mapping, or an override is not key=value
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     parts = {override: override.partition("=") for override in overrides}
     # OmegaConf takes ??? as "no value", and would keep the YAML's without a word.
     malformed = [text for text, (key, equals, value) in parts.items() if not (key.strip() and equals) or value == "???"]
@@ -93,7 +93,6 @@ def build_component(node: DictConfig, *arguments: Any, **given: Any) -> Any:
 
     torchtune's `instantiate` would turn the dataclasses among the recipe's arguments into config nodes.
     """
-    from omegaconf import OmegaConf
     from torchtune.config._utils import _get_component_from_path
 
     options = OmegaConf.to_container(node, resolve=True)

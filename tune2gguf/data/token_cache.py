@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
 
 from tune2gguf.data import messages, rows, tokenize
 from tune2gguf.data.rows import compute_content_digest, count_rows, is_hub
@@ -32,6 +34,7 @@ from tune2gguf.data.tokenize import (
 )
 from tune2gguf.files.atomic import write_folder
 from tune2gguf.files.cache import get_cache_dir
+from tune2gguf.tokenizer import tokenizer as tokenizers
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer
@@ -83,8 +86,6 @@ def tokenize_once(
 @contextlib.contextmanager
 def _hold(folder: Path) -> Iterator[None]:
     """Keep other processes from filling the folder; say so where the cache is no place to write."""
-    from filelock import FileLock
-
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(get_cache_dir() / "locks" / f"{folder.name}.lock")
@@ -118,8 +119,6 @@ def _delete_old(cache: Path) -> None:
 
 
 def _compute_key(name: str, tokenizer: ChatTokenizer, format: str) -> str:
-    from tune2gguf.tokenizer import tokenizer as tokenizers
-
     code = b"".join(Path(module.__file__).read_bytes() for module in (messages, rows, tokenize, tokenizers))
     parts = [
         compute_content_digest(name),
@@ -133,8 +132,6 @@ def _compute_key(name: str, tokenizer: ChatTokenizer, format: str) -> str:
 
 def _fill(folder: Path, name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool) -> TokenIndex:
     """Tokenize the file into the folder, which appears whole, or not at all for a file that stops the run."""
-    from tqdm import tqdm
-
     with write_folder(folder) as unfinished:
         with (unfinished / "tokens.bin").open("wb") as tokens, (unfinished / "supervised.bin").open("wb") as supervised:
             conversations = tqdm(

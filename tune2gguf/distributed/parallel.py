@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import shard_model
 
+from tune2gguf.data import make_empty_batch
 from tune2gguf.distributed.world import World, max_over_ranks
+from tune2gguf.machine.memory import estimate_memory
 
 if TYPE_CHECKING:
     from tune2gguf.machine.memory import RunSpec
@@ -24,8 +31,6 @@ def choose_parallel(parallel: str, shape: RunSpec, world: World) -> str:
     The GPU's whole memory counts, not what is free, so that a run that is resumed is split as it was. Processes of a
     CPU replicate: they share its memory, and whoever wants them to shard says so.
     """
-    from tune2gguf.machine.memory import estimate_memory
-
     if world.size == 1:
         return "replicate"
     if parallel != "auto" or world.device.type != "cuda":
@@ -48,10 +53,6 @@ def describe_parallel(asked: str, chosen: str, *, device: str) -> str:
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
     """Average the adapter's gradients over the processes; the frozen base stays where it is and never travels."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    from tune2gguf.data import make_empty_batch
-
     if world.size == 1:
         return model
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -70,11 +71,6 @@ def shard(model: nn.Module, world: World) -> None:
 
     Works on a model without weights (on the meta device), too: each process then fills in its own part.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import register_fsdp_forward_method
-    from torchtune.modules import TransformerSelfAttentionLayer
-    from torchtune.training import shard_model
-
     shard_model(
         model,
         [lambda _, module: isinstance(module, TransformerSelfAttentionLayer)],

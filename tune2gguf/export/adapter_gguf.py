@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata
 
 from tune2gguf.base.layout import TensorSpec, get_gguf_name
 from tune2gguf.export.merge.adapter import Adapter
@@ -20,8 +21,6 @@ def write_adapter_gguf(path: Path, adapter: Adapter, *, specs: dict[str, TensorS
         specs: the base's tensors by torchtune's names
         name: of the adapter, general.name
     """
-    from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata
-
     writer = GGUFWriter(path, "llama")
     # Alphabetically by Hugging Face's names: the order in which safetensors hands them to the converter.
     for tune_name in sorted(adapter.pairs, key=lambda tune_name: specs[tune_name].hf_name):

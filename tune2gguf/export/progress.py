@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -15,6 +17,4 @@ def open_bar(label: str, *, total: int, show: bool, unit: str = "") -> tqdm:
         total: of what `update` is called with
         show: False draws nothing
     """
-    from tqdm import tqdm
-
     return tqdm(total=total, desc=label, unit=unit, unit_scale=not unit, disable=None if show else True, leave=False)

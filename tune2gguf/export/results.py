@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from tune2gguf.files.atomic import clear_leftovers
 
 
@@ -17,8 +19,6 @@ def claim_folder(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another export is writing there
     """
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:

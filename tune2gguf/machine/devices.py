@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +31,11 @@ class Device:
 
 def list_devices() -> list[Device]:
     """Return the CPU and the GPUs of this machine."""
-    import torch
-
     return [get_device("cpu"), *(get_device(f"cuda:{index}") for index in range(torch.cuda.device_count()))]
 
 
 def get_device(name: str) -> Device:
     """Return one device of this machine: cpu, cuda:0, cuda:1 …"""
-    import torch
-
     if name == "cpu":
         return Device(name, "this machine's memory", get_free_host_memory())
     free, _ = torch.cuda.mem_get_info(name)
@@ -45,14 +44,10 @@ def get_device(name: str) -> Device:
 
 def measure_peak(device: torch.device) -> int:
     """Return the most bytes that this process has had so far: allocated by torch on a GPU, resident on a CPU."""
-    import torch
-
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _measure_resident_peak()
 
 
 def _measure_resident_peak() -> int:
-    import resource
-
     try:
         # getrusage goes on counting from the process that started this one, however large that was.
         lines = Path("/proc/self/status").read_text().splitlines()

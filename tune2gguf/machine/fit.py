@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from torch import OutOfMemoryError
+
 from tune2gguf.machine.devices import Device
 from tune2gguf.machine.memory import Estimate, RunSpec, estimate_memory
 
@@ -135,8 +137,6 @@ def explain_out_of_memory(shape: RunSpec, device: Device) -> Iterator[None]:
     Raises:
         ValueError: where memory ran out; what was saved before is whole
     """
-    from torch import OutOfMemoryError
-
     try:
         yield
     except (MemoryError, RuntimeError) as error:

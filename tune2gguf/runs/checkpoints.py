@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune2gguf.files.atomic import write_file, write_folder, write_json
 from tune2gguf.files.digest import digest_file
+from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +51,6 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """
     import torch
     from safetensors.torch import save
-
-    from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
     # Serialized in memory: safetensors and torch.save hide what the disk says behind errors of their own.
     buffer = io.BytesIO()
@@ -102,8 +101,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     import torch
     from safetensors.torch import load_file
-
-    from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
     damage = find_damage(folder)
     if damage is not None:

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from tune2gguf.files.atomic import write_text
 from tune2gguf.runs.files import CONFIG_FILE
 
@@ -26,8 +30,6 @@ def write_config(run_dir: Path, config: DictConfig) -> None:
     References stay references: the file is the next run's --config, and a flat key changed there has to reach the
     components. Who reads it resolves it.
     """
-    from omegaconf import OmegaConf
-
     write_text(run_dir / CONFIG_FILE, OmegaConf.to_yaml(config))
 
 
@@ -37,10 +39,6 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is none, or it is not a YAML mapping that resolves
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{run_dir}: no run here ({CONFIG_FILE} is missing); give the folder of a run, runs/NAME")

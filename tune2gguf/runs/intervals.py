@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
@@ -41,7 +43,6 @@ def estimate_ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     Args:
         numerators, denominators: a number of each row, [rows]; at least two rows
     """
-    import numpy as np
     from scipy import stats
 
     numerators, denominators = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)

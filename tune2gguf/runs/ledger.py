@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from tune2gguf.runs.config_file import rename_components
 from tune2gguf.runs.files import LEDGER_FILE
 from tune2gguf.runs.verdict_file import Outcome
@@ -56,8 +58,6 @@ def append_entry(folder: Path, entry: Entry) -> None:
     Raises:
         ValueError: if another process holds the ledger for a minute
     """
-    from filelock import FileLock, Timeout
-
     path = folder / LEDGER_FILE
     try:
         with FileLock(folder / f".{LEDGER_FILE}.lock", timeout=_LOCK_SECONDS), path.open("a+b") as file:

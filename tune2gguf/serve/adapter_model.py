@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.load import load_base
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.model.generate import AdapterModel
+from tune2gguf.model.llama import LORA_ATTN_MODULES, lora_llama
+from tune2gguf.model.lora import LoRALinear
 from tune2gguf.runs.run import Run
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
@@ -19,12 +25,6 @@ def load_adapter_model(run: Run, *, show: bool = True) -> AdapterModel:
     Raises:
         ValueError: if base or adapter are missing or do not fit together
     """
-    import torch
-
-    from tune2gguf.base.checkpoint import open_base
-    from tune2gguf.base.load import load_base
-    from tune2gguf.model.llama import LORA_ATTN_MODULES, lora_llama
-
     adapter = read_adapter(run.adapter_dir, open_base(run.base_dir).specs)
     parts = {name.split(".", 2)[2].removesuffix(".weight") for name in adapter.pairs}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,10 +49,6 @@ def load_adapter_model(run: Run, *, show: bool = True) -> AdapterModel:
 
 
 def _fill_adapter(model: CausalLM, adapter: Adapter) -> None:
-    import torch
-
-    from tune2gguf.model.lora import LoRALinear
-
     with torch.no_grad():
         for name, module in model.decoder.named_modules():
             if isinstance(module, LoRALinear):

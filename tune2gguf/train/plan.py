@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tune2gguf.data.padding import describe_padding
+from tune2gguf.distributed.parallel import describe_parallel
+from tune2gguf.machine.cpu import describe_cpu
+from tune2gguf.model.fused import describe_layers, why_not_fused
+from tune2gguf.train.samples import describe_prompts
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -26,12 +32,6 @@ def describe_plan(
     num_steps: int,
 ) -> list[str]:
     """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
-    from tune2gguf.data.padding import describe_padding
-    from tune2gguf.distributed.parallel import describe_parallel
-    from tune2gguf.machine.cpu import describe_cpu
-    from tune2gguf.model.fused import describe_layers, why_not_fused
-    from tune2gguf.train.samples import describe_prompts
-
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
     if device == "cpu":
         lines.append(describe_cpu())

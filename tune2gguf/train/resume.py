@@ -8,11 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
+from tune2gguf.base.digest import digest_base
 from tune2gguf.distributed.signals import StopRequested
-from tune2gguf.distributed.world import AgreedError, describe_error
+from tune2gguf.distributed.world import AgreedError, describe_error, gather_over_ranks
 from tune2gguf.files.atomic import clear_leftovers
 from tune2gguf.files.digest import digest_file
-from tune2gguf.runs.adapter import ADAPTER_WEIGHTS, save_adapter
+from tune2gguf.runs.adapter import ADAPTER_WEIGHTS, from_peft_layout, restore_adapter, save_adapter
 from tune2gguf.runs.checkpoints import (
     CHECKPOINTS,
     get_step,
@@ -26,6 +29,8 @@ from tune2gguf.runs.files import JsonLinesFile
 from tune2gguf.runs.folder import create_run_folder, find_free_folder
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED
+from tune2gguf.train.seeds import restore_random_state
+from tune2gguf.train.steps import advance_schedule, restore_optimizer
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -66,8 +71,6 @@ FREE_KEYS = OWN_KEYS | {
 
 def describe_run(cfg: DictConfig, data_fingerprint: str, *, parallel: str, world: World) -> dict[str, Any]:
     """Return what decides a run's result: its config, flat, and what base, rows and processes it has."""
-    from tune2gguf.base.digest import digest_base
-
     return {
         "config": _flatten_without(FREE_KEYS, cfg),
         # One process a machine reads the whole base for this.
@@ -87,8 +90,6 @@ def check_machines(cfg: DictConfig, run: Mapping[str, Any]) -> None:
     Raises:
         AgreedError: if arguments, base or rows of a machine are not those of the first, with what differs
     """
-    from tune2gguf.distributed.world import AgreedError, gather_over_ranks
-
     here = {"base": run["base"], "data": run["data"], "config": _flatten_without(OWN_KEYS, cfg)}
     first, *others = gather_over_ranks(here)
     for rank, other in enumerate(others, start=1):
@@ -110,8 +111,6 @@ def check_machines(cfg: DictConfig, run: Mapping[str, Any]) -> None:
 
 
 def _flatten_without(left_out: set[str], cfg: DictConfig) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
     return {
         key: value
         for key, value in flatten_config(OmegaConf.to_container(cfg, resolve=True)).items()
@@ -182,10 +181,6 @@ def restore_run(
 
     Without a checkpoint a run stands at its beginning, where all of them are.
     """
-    from tune2gguf.runs.adapter import from_peft_layout, restore_adapter
-    from tune2gguf.train.seeds import restore_random_state
-    from tune2gguf.train.steps import advance_schedule, restore_optimizer
-
     if checkpoint is None:
         return Progress()
     progress = Progress(**{field.name: checkpoint.progress[field.name] for field in fields(Progress)})

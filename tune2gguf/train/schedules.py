@@ -6,6 +6,8 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
+from torch.optim.lr_scheduler import LambdaLR
+
 from tune2gguf.guide import SCHEDULERS
 
 if TYPE_CHECKING:
@@ -39,8 +41,6 @@ def compute_rate_factor(step: int, *, name: str, num_warmup_steps: int, num_trai
 
 def get_schedule(optimizer: Optimizer, *, name: str, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
     """Return the schedule that sets the optimizer's learning rate; step it after each optimizer step."""
-    from torch.optim.lr_scheduler import LambdaLR
-
     return LambdaLR(
         optimizer,
         partial(

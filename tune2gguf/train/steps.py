@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from tune2gguf.data import collate, make_empty_batch
+from tune2gguf.distributed.parallel import reduce_gradients
 from tune2gguf.distributed.world import AgreedError, World, gather_over_ranks, max_over_ranks, sum_over_ranks
+from tune2gguf.model.sharding import full_tensor, shard_like
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -69,9 +74,6 @@ def accumulate_gradients(
     Returns:
         the step's mean loss over all ranks, and this rank's summed loss of each micro-batch
     """
-    from tune2gguf.data import collate, make_empty_batch
-    from tune2gguf.distributed.parallel import reduce_gradients
-
     batch_losses = []
     for number in range(counts.micro_batches):
         stop.raise_if_requested()
@@ -88,10 +90,6 @@ def accumulate_gradients(
 
 def compute_grad_norm(parameters: list[Tensor], *, clip_to: float | None) -> float:
     """Return the norm of all gradients together, scaled down to `clip_to` where it is larger, unless None."""
-    from torch.nn.utils import clip_grad_norm_, get_total_norm
-
-    from tune2gguf.model.sharding import full_tensor
-
     if clip_to is None:
         return float(full_tensor(get_total_norm([parameter.grad for parameter in parameters])))
     return float(full_tensor(clip_grad_norm_(parameters, clip_to)))
@@ -142,8 +140,6 @@ def describe_speed(step: TrainingStep) -> str:
 
 def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
     """Set the state of each parameter, whole and on the CPU, as saved from `optimizer.state_dict()["state"]`."""
-    from tune2gguf.model.sharding import shard_like
-
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shares = {
         index: {
@@ -162,8 +158,6 @@ def _is_like(value: object, parameter: Tensor) -> bool:
 
 def advance_schedule(schedule: LRScheduler, num_steps: int) -> None:
     """Bring a new schedule to where it is after so many steps; exact for any length that the run now has."""
-    import warnings
-
     with warnings.catch_warnings():
         # It asks for the optimizer's step before its own; those steps were taken by the run that goes on.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")

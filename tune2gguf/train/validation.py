@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tune2gguf.data import collate, make_empty_batch
 from tune2gguf.distributed.world import World, sum_over_ranks
 from tune2gguf.runs.curves import Validation
 from tune2gguf.runs.intervals import estimate_ratio
@@ -67,8 +68,6 @@ def compute_validation_loss(
     Args:
         before_batch: called by all processes equally often; may raise to give up
     """
-    from tune2gguf.data import collate, make_empty_batch
-
     was_training = model.training
     model.eval()
     rows = list(rows)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.runs.intervals import Estimate, estimate_ratio
 from tune2gguf.runs.verdict_file import Verdict
@@ -62,8 +64,6 @@ class _Losses:
 
     @classmethod
     def read(cls, curves: Curves) -> _Losses:
-        import numpy as np
-
         trained = np.array([validation.row_losses for validation in _list_comparable(curves)])
         return cls(
             base=np.array(curves.base.row_losses),
@@ -101,8 +101,6 @@ def _find_obstacle(curves: Curves) -> Verdict | None:
 
 def _ask_for_rows(curves: Curves) -> Verdict:
     """Return the verdict on fewer rows than any test can decide on."""
-    import numpy as np
-
     final, needed = curves.final, ENOUGH_ROWS
     if final.rows >= 2:
         losses = _Losses.read(curves)

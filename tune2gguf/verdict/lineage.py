@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from tune2gguf.runs.curves import read_curves
+from tune2gguf.runs.intervals import estimate_ratio
 from tune2gguf.runs.ledger import Entry
 from tune2gguf.runs.validation_rows import read_row_losses
 from tune2gguf.runs.verdict_file import Outcome
@@ -53,10 +56,6 @@ def compare_with_parent(run_dir: Path, parent_dir: Path) -> Outcome:
 
 
 def _compare_rows(best: list[Mapping], final: list[Mapping], common: list[str]) -> Outcome:
-    import numpy as np
-
-    from tune2gguf.runs.intervals import estimate_ratio
-
     tokens = np.array([best[0][row][1] for row in common], np.float64)
     differences = np.array([best[0][row][0] - best[1][row][0] for row in common])
     estimate = estimate_ratio(differences, tokens)

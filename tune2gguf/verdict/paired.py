@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tune2gguf.runs.intervals import CONFIDENCE
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ def count_rows_needed(numerators: np.ndarray, denominators: np.ndarray, *, margi
     adds to the ratio, (numerator - ratio * denominator) / mean(denominators): its linearization (W. G. Cochran,
     Sampling Techniques, 3rd ed. 1977, section 6.4).
     """
-    import numpy as np
     from scipy import stats
 
     numerators, denominators = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
@@ -44,8 +45,6 @@ def choose_best_crosswise(losses: np.ndarray) -> np.ndarray:
     Returns:
         summed nats, [rows]
     """
-    import numpy as np
-
     chosen = np.empty(losses.shape[1])
     for half in (0, 1):
         best = losses[:, 1 - half :: 2].sum(axis=1).argmin()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, Metadata, size_label
 
 from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name
 from tune2gguf.export.gguf_file.types import Quantization, choose_tensor_type, count_bytes, get_block
@@ -101,8 +102,6 @@ def write_metadata(
         hf_config: config.json of the base
         generation_config: generation_config.json of the base, or {}
     """
-    from gguf import GGML_QUANT_VERSION, GGUFWriter
-
     writer = GGUFWriter(path, "llama")
     _add_general_keys(writer, name, sum(math.prod(tensor.shape) for tensor in tensors), generation_config)
     _add_architecture_keys(writer, architecture, has_head_dim=hf_config.get("head_dim") is not None)
@@ -119,8 +118,6 @@ def write_metadata(
 
 
 def _add_general_keys(writer: GGUFWriter, name: str, num_parameters: int, generation_config: dict) -> None:
-    from gguf import Metadata, size_label
-
     writer.add_type("model")
     # The name's parts (base name, size, fine-tune) as llama.cpp's converter reads them from a folder's name.
     metadata = Metadata.apply_metadata_heuristic(Metadata(), None, None, Path(name), num_parameters)
@@ -169,8 +166,6 @@ def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary, jinja_templa
 
 
 def _add_tensor_info(writer: GGUFWriter, tensor: GGUFTensor, ggml_type: str) -> None:
-    from gguf import GGMLQuantizationType
-
     elements, block_bytes = get_block(ggml_type)
     # The writer wants the shape in bytes where the data is bytes.
     byte_shape = (*tensor.shape[:-1], tensor.shape[-1] // elements * block_bytes)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from gguf import GGUFReader
 
 from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.base.layout import get_gguf_name
@@ -55,8 +56,6 @@ def open_quantized_source(
 
 def open_gguf_source(path: Path, base: BaseCheckpoint, kernels: Kernels) -> WeightSource:
     """Return the dequantized tensors of a GGUF file."""
-    from gguf import GGUFReader
-
     tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
 
     def read_rows(name: str, begin: int, end: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 
 def keep_products_on_their_thread() -> AbstractContextManager:
@@ -13,8 +14,6 @@ def keep_products_on_their_thread() -> AbstractContextManager:
     Rows are merged in threads anyway, and OpenBLAS's wait for the next product by spinning, which cost a third of an
     export's CPU time. One thread also sums in the same order however many cores there are.
     """
-    from threadpoolctl import threadpool_limits
-
     return threadpool_limits(limits=1, user_api="blas")
 
 
