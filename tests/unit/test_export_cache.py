@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parity.gguf_models import SMALL_MODELS, write_small_run
+from tests.parity.gguf_models import ALPHA, RANK, SMALL_MODELS, draw_adapter, write_small_run
+from tests.runs import set_adapter, set_base
 from tune2gguf.export.gguf_file.cache import DIGEST_BYTES, QuantizedCache
 from tune2gguf.export.pipeline import export_run
 
@@ -22,11 +23,10 @@ def cache_dir(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
     """A run whose adapter is on the attention only."""
-    from safetensors.numpy import load_file, save_file
-
     run_dir = write_small_run(SMALL_MODELS[0], tmp_path / "run")
-    path = run_dir / "last" / "adapter_model.safetensors"
-    save_file({name: weight for name, weight in load_file(path).items() if "self_attn" in name}, path)
+    weights = draw_adapter(SMALL_MODELS[0].architecture)
+    attention = {name: weight for name, weight in weights.items() if "self_attn" in name}
+    set_adapter(run_dir, attention, rank=RANK, alpha=ALPHA)
     return run_dir
 
 
@@ -104,6 +104,7 @@ def test_a_changed_base_at_the_same_path_is_quantized_anew(run_dir):
     weights = load_file(path)
     weights["model.layers.0.mlp.up_proj.weight"][5, 5] += 1
     save_file(weights, path)
+    set_base(run_dir, path.parent)
     changed = export(run_dir)
     assert changed != before
     assert changed == export(run_dir, max_cache_bytes=0)

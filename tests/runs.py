@@ -1,0 +1,125 @@
+"""Runs as the recipe makes them: once a session for the same arguments, then copied, so that a test may change its own.
+
+What a run cannot produce by chance, such as chosen curves or weights, goes into the copy through the writers of runs/.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from tests.conftest import REPOSITORY, TINY_TIED, make_conversations, write_rows, write_tiny_base
+from tune2gguf.base.digest import digest_base
+from tune2gguf.runs.adapter import make_peft_config, save_adapter
+from tune2gguf.runs.config_file import write_config
+from tune2gguf.runs.environment import write_environment
+from tune2gguf.runs.files import CONFIG_FILE, METRICS_FILE, JsonLinesFile
+
+TRAINING_ROWS = make_conversations(4, start=200)
+_FOLDER = tempfile.TemporaryDirectory(prefix="tune2gguf-tests-")
+_RUNS: dict[str, Path] = {}
+
+
+@cache
+def get_tiny_base() -> Path:
+    return write_tiny_base(Path(_FOLDER.name) / "tiny-tied", TINY_TIED)
+
+
+def run_recipe(*arguments: str) -> str:
+    """Run the recipe in this process to its end; return what it printed."""
+    from recipes.lora_finetune import recipe_main
+
+    printed = StringIO()
+    with (
+        patch.object(sys, "argv", ["lora_finetune.py", *arguments]),
+        redirect_stdout(printed),
+        redirect_stderr(printed),
+    ):
+        try:
+            recipe_main()
+        except SystemExit as ended:
+            assert not ended.code, printed.getvalue()
+    return printed.getvalue()
+
+
+def copy_real_run(
+    base_dir: Path,
+    run_dir: Path,
+    *overrides: str,
+    training: Sequence[dict] = TRAINING_ROWS,
+    validation: Sequence[dict] = (),
+) -> Path:
+    """Copy a finished run on this base to `run_dir`, and return that; by default it took one step, without validation.
+
+    Args:
+        training, validation: rows
+    """
+    key = json.dumps([digest_base(base_dir), overrides, training, validation])
+    if key not in _RUNS:
+        _RUNS[key] = _make_run(base_dir, overrides, training, validation, name=hashlib.sha256(key.encode()).hexdigest())
+    # The folder may hold the base, or an export.
+    shutil.copytree(_RUNS[key], run_dir, dirs_exist_ok=True)
+    edit_config(run_dir, f"base_dir={base_dir}", f"output_dir={run_dir}")
+    return run_dir
+
+
+def _make_run(
+    base_dir: Path, overrides: Sequence[str], training: Sequence[dict], validation: Sequence[dict], *, name: str
+) -> Path:
+    folder = Path(_FOLDER.name) / name
+    folder.mkdir()
+    files = write_rows(folder / "heldout.jsonl", validation) if validation else None
+    run_recipe(
+        "--config",
+        str(REPOSITORY / "examples/quickstart/lora.yaml"),
+        f"base_dir={base_dir}",
+        "base_source=null",
+        "model.architecture=null",
+        f"dataset.files=[{write_rows(folder / 'train.jsonl', training)}]",
+        f"dataset.validation_files={'null' if files is None else f'[{files}]'}",
+        f"output_dir={folder / 'run'}",
+        *("epochs=1", "warmup_steps=0", "max_seq_len=128", "keep_last=1", "num_samples=0"),
+        *overrides,
+    )
+    return folder / "run"
+
+
+def edit_config(run_dir: Path, *overrides: str) -> None:
+    """Change keys of config.yaml; its references stay."""
+    config = OmegaConf.load(run_dir / CONFIG_FILE)
+    write_config(run_dir, OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides))))
+
+
+def set_adapter(run_dir: Path, weights: dict[str, np.ndarray], *, rank: int, alpha: float) -> None:
+    """Give a run these weights, in PEFT's layout, as all the adapters that it has."""
+    import torch
+
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(weight)) for name, weight in weights.items()}
+    config = make_peft_config(tensors, rank=rank, alpha=alpha, dropout=0.0, base_model_name="base")
+    for folder in filter(Path.is_dir, (run_dir / "best", run_dir / "last")):
+        save_adapter(folder, tensors, config)
+
+
+def set_base(run_dir: Path, base_dir: Path) -> None:
+    """Say in environment.json that the run was trained on this base."""
+    write_environment(run_dir, "cpu", base_digest=digest_base(base_dir))
+
+
+def set_metrics(run_dir: Path, records: Sequence[dict]) -> None:
+    """Replace metrics.jsonl; the records are those of TrainingStep.to_record and Validation.to_record."""
+    path = run_dir / METRICS_FILE
+    path.unlink()
+    file = JsonLinesFile(path)
+    for record in records:
+        file.write(record)
+    path.touch()
