@@ -3,13 +3,13 @@
 What a run cannot produce by chance, such as chosen curves or weights, goes into the copy through the writers of runs/.
 """
 
-import hashlib
 import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from tests.conftest import REPOSITORY, TINY_TIED, make_conversations, write_rows, write_tiny_base
 from tune2gguf.base.digest import digest_base
 from tune2gguf.runs.adapter import make_peft_config, save_adapter
+from tune2gguf.runs.checkpoints import CHECKPOINTS, get_step, list_checkpoints, read_checkpoint, write_checkpoint
 from tune2gguf.runs.config_file import write_config
 from tune2gguf.runs.environment import write_environment
 from tune2gguf.runs.files import CONFIG_FILE, METRICS_FILE, JsonLinesFile
@@ -66,18 +67,17 @@ def copy_real_run(
     """
     key = json.dumps([digest_base(base_dir), overrides, training, validation])
     if key not in _RUNS:
-        _RUNS[key] = _make_run(base_dir, overrides, training, validation, name=hashlib.sha256(key.encode()).hexdigest())
+        _RUNS[key] = _make_run(base_dir, overrides, training, validation)
     # The folder may hold the base, or an export.
     shutil.copytree(_RUNS[key], run_dir, dirs_exist_ok=True)
-    edit_config(run_dir, f"base_dir={base_dir}", f"output_dir={run_dir}")
+    config = OmegaConf.load(run_dir / CONFIG_FILE)
+    config.base_dir, config.output_dir = str(base_dir), str(run_dir)
+    write_config(run_dir, config)
     return run_dir
 
 
-def _make_run(
-    base_dir: Path, overrides: Sequence[str], training: Sequence[dict], validation: Sequence[dict], *, name: str
-) -> Path:
-    folder = Path(_FOLDER.name) / name
-    folder.mkdir()
+def _make_run(base_dir: Path, overrides: Sequence[str], training: Sequence[dict], validation: Sequence[dict]) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
     files = write_rows(folder / "heldout.jsonl", validation) if validation else None
     run_recipe(
         "--config",
@@ -123,3 +123,12 @@ def set_metrics(run_dir: Path, records: Sequence[dict]) -> None:
     for record in records:
         file.write(record)
     path.touch()
+
+
+def set_num_processes(run_dir: Path, num_processes: int) -> None:
+    """Add a checkpoint that so many processes wrote."""
+    newest = list_checkpoints(run_dir / CHECKPOINTS)[-1]
+    checkpoint = read_checkpoint(newest)
+    run = {**checkpoint.progress["run"], "processes": num_processes}
+    added = replace(checkpoint, progress={**checkpoint.progress, "run": run})
+    write_checkpoint(run_dir / CHECKPOINTS / f"step_{get_step(newest) + 1}", added)

@@ -88,27 +88,27 @@ def write_run(
     *overrides: str,
     chat_template: str,
     strength: float = 1,
-    validation: Sequence[dict] = (),
+    **rows: Sequence[dict],
 ) -> Path:
     """Write a run on this base whose adapter, on all linear layers, has exact weights.
 
     Args:
         strength: factor of the adapter's weights; a power of two, so that they stay exact
-        validation: rows; without them the run has no best/
+        rows: `training` and `validation`; without validation the run has no best/
     """
     common = (f"chat_template={chat_template}", "quantization=Q4_K_M", f"lora_rank={RANK}", f"lora_alpha={ALPHA}")
-    copy_real_run(base_dir, run_dir, *common, *overrides, validation=validation)
+    copy_real_run(base_dir, run_dir, *common, *overrides, **rows)
     set_adapter(run_dir, draw_adapter(read_architecture(base_dir), strength), rank=RANK, alpha=ALPHA)
     return run_dir
 
 
-def write_smollm2_run(folder: Path) -> Path:
+def write_smollm2_run(folder: Path, *, validation: Sequence[dict] = ()) -> Path:
     """Write the real SmolLM2 to `folder/base`, and a run to `folder/SmolLM2-135M-Instruct`; return it.
 
     The adapter is a mild one: the model still answers.
     """
     base_dir = convert_gguf_to_hf(fetch_or_skip(SMOLLM2_GGUF), folder / "base")
-    return write_run(base_dir, folder / REAL_MODEL, chat_template="chatml", strength=2**-6)
+    return write_run(base_dir, folder / REAL_MODEL, chat_template="chatml", strength=2**-6, validation=validation)
 
 
 def write_biased_base(base_dir: Path, find_bias: Callable[[str], float]) -> Path:

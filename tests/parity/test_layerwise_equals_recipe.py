@@ -19,6 +19,7 @@ from tune2gguf.export.measure.weight_sources import (
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merge.base import open_merge_base
 from tune2gguf.export.pipeline import export_run
+from tune2gguf.runs.config_file import read_config
 
 ROWS = [np.arange(30) * 7 % 384, np.arange(5) * 11 % 384, np.arange(17) * 5 % 384]
 
@@ -31,9 +32,7 @@ def run_dir(request, tiny_base, tiny_untied_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(run_dir):
-    import json
-
-    return open_merge_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
+    return open_merge_base(read_config(run_dir)["base_dir"])
 
 
 def compute_logits(source: WeightSource) -> torch.Tensor:

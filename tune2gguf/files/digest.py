@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from tune2gguf.files.cache import get_cache_dir
@@ -27,8 +28,9 @@ def digest_file_once(path: Path) -> str:
     if entry.exists():
         return entry.read_text(encoding="ascii")
     digest = digest_file(path)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    temporary = entry.with_name(f"{entry.name}.{os.getpid()}")
-    temporary.write_text(digest, encoding="ascii")
-    os.replace(temporary, entry)
+    with suppress(OSError):  # a cache that cannot be written to costs time only
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        temporary = entry.with_name(f"{entry.name}.{os.getpid()}")
+        temporary.write_text(digest, encoding="ascii")
+        os.replace(temporary, entry)
     return digest
