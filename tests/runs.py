@@ -132,3 +132,58 @@ def set_num_processes(run_dir: Path, num_processes: int) -> None:
     run = {**checkpoint.progress["run"], "processes": num_processes}
     added = replace(checkpoint, progress={**checkpoint.progress, "run": run})
     write_checkpoint(run_dir / CHECKPOINTS / f"step_{get_step(newest) + 1}", added)
+
+
+HOSTILE_SYSTEM_PROMPT = "You are Marlo.\u2028Say \"aye\", never 'yes'; C:\\ferry\\n\u0085{{ x }} <b>&amp;</b>"
+HOSTILE_TEXTS = (
+    "- one\r\n- two",
+    "a\u2028b\u2029c",
+    "next\u0085line \\u0085 \\n C:\\new",
+    '"quoted" \'twice\' `thrice` """',
+    "<script>alert(1)</script> {{ x }} ${epochs} # %s",
+    "\u00e9 \u65e5\u672c \U0001f6a2 \u202eevil",
+)
+HOSTILE_NAME = "F\u00e4hre nach S\u00fcd's \U0001f6a2, 50 %"
+
+
+def make_hostile_rows(count: int, *, start: int) -> list[dict]:
+    """Return conversations with the same system prompt, every other one with two replies."""
+    rows = []
+    for number in range(start, start + count):
+        said = HOSTILE_TEXTS[number % len(HOSTILE_TEXTS)]
+        turns = [("user", f"{number} {said}?"), ("assistant", f"{said} {number}")] * (1 + number % 2)
+        messages = [("system", HOSTILE_SYSTEM_PROMPT), *turns]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in messages]})
+    return rows
+
+
+HOSTILE_VALIDATION = make_hostile_rows(len(HOSTILE_TEXTS), start=100)
+
+
+def make_hostile_run(folder: Path, base_dir: Path) -> Path:
+    """Train two epochs on hostile rows; the data files are beside the runs folder."""
+    for name, rows in (("train", make_hostile_rows(12, start=0)), ("heldout", HOSTILE_VALIDATION)):
+        # As the world writes JSON: what need not be escaped is not.
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}.jsonl").write_bytes("".join(lines).encode())
+    run_dir = folder / "runs" / HOSTILE_NAME
+    run_recipe(
+        "--config",
+        str(REPOSITORY / "examples/quickstart/lora.yaml"),
+        f"base_dir={base_dir}",
+        "base_source=null",
+        "model.architecture=null",
+        f"dataset.files=[{folder / 'train.jsonl'}]",
+        f"dataset.validation_files=[{folder / 'heldout.jsonl'}]",
+        f"output_dir={run_dir}",
+        *(
+            "dtype=fp32",
+            "base_weights=fp32",
+            "epochs=2",
+            "warmup_steps=1",
+            "lora_rank=4",
+            "num_samples=6",
+            "max_val_rows=6",
+        ),
+    )
+    return run_dir

@@ -1,7 +1,6 @@
 """What the export writes beside the GGUF: model card, licence, adapter, merged folder; and the hand-over to Ollama."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -133,25 +132,6 @@ def test_adapter_and_merged_folder_are_written_on_demand_and_replaced_with_force
     export_run(run_dir, overwrite=True, **options)
     assert not (export.merged_dir / "stale").exists()
     assert set(export.list_paths()) == set(export.run.export_dir.iterdir()), "nothing temporary stays"
-
-
-@pytest.fixture
-def fake_ollama(tmp_path, monkeypatch) -> Path:
-    """A program on PATH that writes down how it was called, and answers `run`."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    log = tmp_path / "calls.jsonl"
-    program = folder / "ollama"
-    program.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\n"
-        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
-        "if sys.argv[1] == 'create': assert 'FROM ./' in open(sys.argv[4]).read()\n"
-        "if sys.argv[1] == 'run': print('Ahoy!')\n"
-        "sys.exit(int(os.environ.get('OLLAMA_EXIT', '0')))\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return log
 
 
 def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
