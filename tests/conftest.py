@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,33 @@ def make_run_arguments(folder: Path, base_dir: Path) -> list[str]:
         "max_val_rows=5",
         "num_samples=0",
     ]
+
+
+@pytest.fixture
+def fake_ollama(tmp_path, monkeypatch) -> Path:
+    """A program on PATH that writes down how it was called, and answers `run`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    log = tmp_path / "calls.jsonl"
+    program = folder / "ollama"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        "if sys.argv[1] == 'create': assert 'FROM ./' in open(sys.argv[4]).read()\n"
+        "if sys.argv[1] == 'run': print('Ahoy!')\n"
+        "sys.exit(int(os.environ.get('OLLAMA_EXIT', '0')))\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return log
+
+
+@pytest.fixture(scope="session")
+def hostile_run(tmp_path_factory, tiny_base) -> Path:
+    """A run whose rows and whose name hold what files and pages trip over; a test copies it to change it."""
+    from tests.runs import make_hostile_run
+
+    return make_hostile_run(tmp_path_factory.mktemp("hostile"), tiny_base)
 
 
 assert CHATML.end_of_turn == "<|im_end|>", "write_tiny_tokenizer spells ChatML's tokens"

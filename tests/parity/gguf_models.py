@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tests.conftest import TINY_UNTIED, write_tiny_base
+from tests.runs import copy_real_run, set_adapter
 from tests.tokenizer_files import fetch_or_skip
 from tune2gguf.base.from_gguf import convert_gguf_to_hf
 from tune2gguf.base.layout import list_tensors
@@ -81,26 +82,33 @@ def write_small_run(model: SmallModel, folder: Path) -> Path:
     return write_run(folder / "base", folder / model.name, chat_template=model.chat_template)
 
 
-def write_run(base_dir: Path, run_dir: Path, *, chat_template: str, strength: float = 1) -> Path:
-    """Write what the export reads of a run on this base: config.yaml and an adapter on all linear layers.
+def write_run(
+    base_dir: Path,
+    run_dir: Path,
+    *overrides: str,
+    chat_template: str,
+    strength: float = 1,
+    **rows: Sequence[dict],
+) -> Path:
+    """Write a run on this base whose adapter, on all linear layers, has exact weights.
 
     Args:
         strength: factor of the adapter's weights; a power of two, so that they stay exact
+        rows: `training` and `validation`; without validation the run has no best/
     """
-    _write_adapter(read_architecture(base_dir), run_dir / "last", strength)
-    config = {"quantization": "Q4_K_M", "max_seq_len": 128, "base_dir": str(base_dir), "chat_template": chat_template}
-    config["base_weights"] = "bf16"
-    (run_dir / "config.yaml").write_text(json.dumps(config))
+    common = (f"chat_template={chat_template}", "quantization=Q4_K_M", f"lora_rank={RANK}", f"lora_alpha={ALPHA}")
+    copy_real_run(base_dir, run_dir, *common, *overrides, **rows)
+    set_adapter(run_dir, draw_adapter(read_architecture(base_dir), strength), rank=RANK, alpha=ALPHA)
     return run_dir
 
 
-def write_smollm2_run(folder: Path) -> Path:
+def write_smollm2_run(folder: Path, *, validation: Sequence[dict] = ()) -> Path:
     """Write the real SmolLM2 to `folder/base`, and a run to `folder/SmolLM2-135M-Instruct`; return it.
 
     The adapter is a mild one: the model still answers.
     """
     base_dir = convert_gguf_to_hf(fetch_or_skip(SMOLLM2_GGUF), folder / "base")
-    return write_run(base_dir, folder / REAL_MODEL, chat_template="chatml", strength=2**-6)
+    return write_run(base_dir, folder / REAL_MODEL, chat_template="chatml", strength=2**-6, validation=validation)
 
 
 def write_biased_base(base_dir: Path, find_bias: Callable[[str], float]) -> Path:
@@ -224,10 +232,8 @@ def _make_post_processor(bos_id: int) -> dict:
     return {"type": "Sequence", "processors": [byte_level, template]}
 
 
-def _write_adapter(architecture: Architecture, folder: Path, strength: float) -> None:
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True)
+def draw_adapter(architecture: Architecture, strength: float = 1) -> dict[str, np.ndarray]:
+    """Return the weights of an adapter on all linear layers, in PEFT's layout."""
     weights = {}
     for spec in list_tensors(architecture):
         if spec.is_linear:
@@ -236,8 +242,4 @@ def _write_adapter(architecture: Architecture, folder: Path, strength: float) ->
             shape_a, shape_b = (RANK, spec.shape[1]), (spec.shape[0], RANK)
             weights[f"{module}.lora_A.weight"] = draw_integers(f"{module} A", shape_a) / 512 * strength
             weights[f"{module}.lora_B.weight"] = draw_integers(f"{module} B", shape_b) / 512
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
-    modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights})
-    config |= {"base_model_name_or_path": "base", "target_modules": modules, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return weights

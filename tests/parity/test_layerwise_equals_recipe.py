@@ -19,6 +19,7 @@ from tune2gguf.export.measure.weight_sources import (
 )
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.pipeline import export_run
+from tune2gguf.runs.config_file import read_config
 
 GGML_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 GGML_TYPES += ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
@@ -33,9 +34,7 @@ def run_dir(request, tiny_base, tiny_untied_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(run_dir):
-    import json
-
-    return open_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
+    return open_base(read_config(run_dir)["base_dir"])
 
 
 def compute_logits(source: WeightSource) -> torch.Tensor:

@@ -19,16 +19,13 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    run_dir = write_smollm2_run(tmp_path_factory.mktemp("real"))
     # Questions that the untuned model answers in a sentence, and ends.
     answers = {QUESTION: "There are 7 days in a week.", "What color is the sky?": "The sky is blue."}
     rows = [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in answers.items()
     ]
-    records = [{"source": "x", "text": None, "messages": messages} for messages in rows]
-    (run_dir / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return run_dir
+    return write_smollm2_run(tmp_path_factory.mktemp("real"), validation=rows)
 
 
 @pytest.fixture(scope="module")

@@ -1,72 +1,40 @@
-"""Run folders with given curves, as the recipe leaves them, without a model."""
+"""Run folders with given curves: a real run's, whose config and metrics are replaced."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from tests.conftest import make_conversations
+from tests.runs import copy_real_run, edit_config, get_tiny_base, set_metrics
+from tune2gguf.runs.curves import Curves, TrainingStep, Validation
+from tune2gguf.runs.files import VERDICT_FILE
+from tune2gguf.runs.plan import write_plan
 
-from tests.conftest import REPOSITORY
-from tune2gguf.config import read_config
-from tune2gguf.data.ledger import RowLedger
-from tune2gguf.runs.config_file import write_config
-from tune2gguf.runs.curves import Curves
+NUM_VALIDATION_ROWS = 40  # as make_curves has them
 
 
-def write_run(
-    run_dir: Path, curves: Curves, *overrides: str, heldout: str = "question", fingerprint: str = "f"
-) -> Path:
-    """Write config.yaml, data.json, environment.json, heldout.jsonl and metrics.jsonl of a finished run.
+def write_run(run_dir: Path, curves: Curves, *overrides: str, has_other_rows: bool = False) -> Path:
+    """Write a finished run of 100 training rows that was not judged yet.
 
     Args:
-        heldout: what the validation rows ask; another text makes them other rows
+        has_other_rows: whether its validation rows are none of those of the other runs
     """
-    run_dir.mkdir(parents=True)
-    overrides = ("base_dir=nowhere", f"output_dir={run_dir}", *overrides)
-    write_config(run_dir, read_config(REPOSITORY / "examples/quickstart/lora.yaml", list(overrides)))
-    rows = curves.final.rows if curves.final else 0
-    split = {"rows": 100, "tokens": 6000, "supervised_tokens": 3000}
-    data = {
-        **dict.fromkeys(RowLedger.__required_keys__, 0),
-        "fingerprint": fingerprint,
-        "training": split,
-        "validation": split | {"rows": rows},
-        **{key: [] for key in ("notes", "files", "rows_truncated", "rows_dropped")},
-    }
-    (run_dir / "data.json").write_text(json.dumps(data))
-    (run_dir / "environment.json").write_text(json.dumps({"started": "2026-01-01T10:00:00+00:00"}))
-    lines = [{"source": f"a:{row}", "messages": [], "text": f"{heldout} {row}"} for row in range(rows)]
-    (run_dir / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    records = [
-        {
-            "step": one.step,
-            "epoch": one.epoch,
-            "val_loss": one.loss,
-            "val_low": one.loss - 0.1,
-            "val_high": one.loss + 0.1,
-            "val_rows": one.rows,
-            "val_tokens": one.tokens,
-            "val_row_losses": one.row_losses,
-            "val_row_tokens": one.row_tokens,
-            "val_row_indices": one.row_indices or tuple(range(one.rows)),
-        }
-        for one in curves.validations
-    ]
-    records += [
-        {
-            "step": step.step,
-            "epoch": step.epoch,
-            "loss": step.loss,
-            "lr": step.lr,
-            "tokens_per_second": 1000.0,
-            "peak_memory_bytes": 2_000_000_000,
-        }
-        for step in curves.training
-    ]
-    records.sort(key=lambda record: record["step"])
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (run_dir / "last").mkdir()
+    validation = make_conversations(NUM_VALIDATION_ROWS, start=400 if has_other_rows else 300)
+    copy_real_run(
+        get_tiny_base(), run_dir, training=make_conversations(100), validation=validation if curves.final else ()
+    )
+    edit_config(run_dir, "epochs=3", *overrides)
+    write_plan(run_dir, ["100 steps"], num_steps=len(curves.training))
+    records = [*map(_complete_validation, curves.validations), *map(_complete_step, curves.training)]
+    records.sort(key=lambda record: record.step)
+    set_metrics(run_dir, [record.to_record() for record in records])
+    (run_dir / VERDICT_FILE).unlink()
     return run_dir
 
 
-def read_resolved(run_dir: Path) -> dict:
-    return OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=True)
+def _complete_validation(one: Validation) -> Validation:
+    indices = one.row_indices or tuple(range(one.rows))
+    return replace(one, low=one.loss - 0.1, high=one.loss + 0.1, row_indices=indices)
+
+
+def _complete_step(step: TrainingStep) -> TrainingStep:
+    return replace(step, tokens_per_second=1000.0, peak_memory_bytes=2_000_000_000)

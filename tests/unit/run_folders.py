@@ -1,14 +1,22 @@
-"""Run folders as the recipe leaves them, with curves that look like real ones; everything but the noise is chosen."""
+"""Copies of a real run with curves that look like those of a long one; everything but the noise is chosen."""
 
-import json
 import math
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import yaml
+from omegaconf import OmegaConf
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_conversations
+from tests.runs import copy_real_run, get_tiny_base, set_metrics
+from tune2gguf.runs.config_file import write_config
+from tune2gguf.runs.curves import TrainingStep, Validation
+from tune2gguf.runs.files import DATA_FILE, ENVIRONMENT_FILE, SAMPLES_FILE, VERDICT_FILE, JsonLinesFile, write_json
 from tune2gguf.runs.plan import write_plan
+from tune2gguf.runs.samples import Sample
+from tune2gguf.runs.verdict_file import Advice, Conclusion, Verdict, write_conclusion
 
 ROW_TOKENS = (34, 41, 18, 27, 52, 39, 22, 31, 45, 29, 36, 25)
 QUESTIONS = (
@@ -20,7 +28,7 @@ QUESTIONS = (
 
 def make_config(**changes) -> dict:
     """Return the quickstart's config with the places that a run has; nothing is resolved."""
-    config = yaml.safe_load((REPOSITORY / "examples/quickstart/lora.yaml").read_text())
+    config = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "examples/quickstart/lora.yaml"))
     return config | {"learning_rate": 0.001, "epochs": 3, "output_dir": "runs/quickstart"} | changes
 
 
@@ -34,18 +42,17 @@ def make_metrics(
     lines = [make_validation(0, 0, 4.44, rng)]
     for step in range(1, until + 1):
         falling = (4.4 - floor) * math.exp(-5 * step / steps) + floor
-        lines.append(
-            {
-                "step": step,
-                "epoch": (step - 1) // per_epoch,
-                "loss": falling * float(rng.lognormal(0, 0.12)) * (0.6 if overfit and step > steps / 2 else 1),
-                "lr": 1e-3 * min(step / 10, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
-                "grad_norm": float(rng.lognormal(0, 0.3)),
-                "tokens_per_second": float(rng.normal(220, 18)),
-                "supervised_tokens_per_second": float(rng.normal(131, 11)),
-                "peak_memory_bytes": int(1.5e9 + 2e8 * min(1, step / 40)),
-            }
+        one = TrainingStep(
+            step=step,
+            epoch=(step - 1) // per_epoch,
+            loss=falling * float(rng.lognormal(0, 0.12)) * (0.6 if overfit and step > steps / 2 else 1),
+            lr=1e-3 * min(step / 10, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
+            grad_norm=float(rng.lognormal(0, 0.3)),
+            tokens_per_second=float(rng.normal(220, 18)),
+            supervised_tokens_per_second=float(rng.normal(131, 11)),
+            peak_memory_bytes=int(1.5e9 + 2e8 * min(1, step / 40)),
         )
+        lines.append(one.to_record())
         if step % every == 0 or step % per_epoch == 0:
             rise = 0.9 * max(0, step / steps - 0.45) if overfit else 0
             lines.append(make_validation(step, step // per_epoch, falling * 1.05 + rise, rng))
@@ -57,32 +64,30 @@ def make_validation(step: int, epoch: int, loss: float, rng: np.random.Generator
     sums = [loss * tokens * float(rng.lognormal(0, 0.1)) for tokens in ROW_TOKENS]
     mean = sum(sums) / sum(ROW_TOKENS)
     half = 0.12 * mean
-    return {
-        "step": step, "epoch": epoch, "val_loss": mean, "val_low": mean - half, "val_high": mean + half,
-        "val_rows": len(ROW_TOKENS), "val_tokens": sum(ROW_TOKENS), "val_row_losses": sums,
-        "val_row_tokens": list(ROW_TOKENS),
-    }  # fmt: skip
+    one = Validation(
+        step, epoch, mean, mean - half, mean + half, len(ROW_TOKENS), sum(ROW_TOKENS), tuple(sums), ROW_TOKENS,
+        tuple(range(len(ROW_TOKENS))),
+    )  # fmt: skip
+    return one.to_record()
 
 
-def make_samples(*, steps: int = 195, epochs: int = 3) -> list[dict]:
-    """Return the lines of samples.jsonl: before training and after each epoch."""
+def make_samples(*, steps: int = 195, epochs: int = 3) -> list[Sample]:
+    """Return the samples before training and after each epoch."""
     lines = []
     for epoch in range(epochs + 1):
         for row, (question, reference) in enumerate(QUESTIONS):
             early = "I'm sorry for the misunderstanding, but as an AI I have no boat. " * (3 - epoch)
-            lines.append(
-                {
-                    "step": steps // epochs * epoch,
-                    "epoch": epoch,
-                    "row": row,
-                    "prompt": [{"role": "user", "content": question}],
-                    "reference": reference,
-                    "reply": reference
-                    if epoch == epochs
-                    else early.strip() or "Ahoy! Dogs sail free. Fair winds, Marlo",
-                    "ended_by_itself": epoch > 0,
-                }
+            late = early.strip() or "Ahoy! Dogs sail free. Fair winds, Marlo"
+            one = Sample(
+                step=steps // epochs * epoch,
+                epoch=epoch,
+                row=row,
+                prompt=({"role": "user", "content": question},),
+                reference=reference,
+                reply=reference if epoch == epochs else late,
+                ended_by_itself=epoch > 0,
             )
+            lines.append(one)
     return lines
 
 
@@ -115,50 +120,59 @@ LEDGER = {
          "reason": f"repeats examples/quickstart/train.jsonl, line {n}"} for n in range(1, 8)
     ],
 }  # fmt: skip
-VERDICT = {
-    "label": "overfitting",
-    "reasons": [
-        "The validation loss ends at 0.752, 0.31 above its best (step 100); paired 95 % interval 0.22 to 0.39.",
-        "The training loss still fell in the same steps, from 0.48 to 0.19.",
-    ],
-    "figures": {"best_loss": 0.442, "final_loss": 0.752, "rise": 0.31, "rise_low": 0.22, "rise_high": 0.39},
-    "advice": [
-        {
-            "command": "tune run recipes/lora_finetune.py --config examples/quickstart/lora.yaml epochs=2 "
+CONCLUSION = Conclusion(
+    Verdict(
+        "overfitting",
+        (
+            "The validation loss ends at 0.752, 0.31 above its best (step 100); paired 95 % interval 0.22 to 0.39.",
+            "The training loss still fell in the same steps, from 0.48 to 0.19.",
+        ),
+        {"best_loss": 0.442, "final_loss": 0.752, "rise": 0.31, "rise_low": 0.22, "rise_high": 0.39},
+    ),
+    (
+        Advice(
+            "tune run recipes/lora_finetune.py --config examples/quickstart/lora.yaml epochs=2 "
             "output_dir=runs/quickstart-2 parent_run=runs/quickstart",
-            "changes": {"epochs": 2},
-            "reason": "The best validation loss came at step 100, in the second epoch; what followed made it worse.",
-            "guide_section": "4. Balancing Underfitting and Overfitting",
-        },
-        {
-            "command": "tune run recipes/lora_finetune.py --config examples/quickstart/lora.yaml learning_rate=0.0005 "
+            {"epochs": 2},
+            "The best validation loss came at step 100, in the second epoch; what followed made it worse.",
+            "4. Balancing Underfitting and Overfitting",
+        ),
+        Advice(
+            "tune run recipes/lora_finetune.py --config examples/quickstart/lora.yaml learning_rate=0.0005 "
             "output_dir=runs/quickstart-2 parent_run=runs/quickstart",
-            "changes": {"learning_rate": 0.0005},
-            "reason": "Half the rate keeps the adapter nearer to the base.",
-            "guide_section": "5.1. Learning Rate",
-        },
-    ],
-}
-
-
-def write_lines(path: Path, lines: list[dict]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            {"learning_rate": 0.0005},
+            "Half the rate keeps the adapter nearer to the base.",
+            "5.1. Learning Rate",
+        ),
+    ),
+)
 
 
 def write_run(
-    folder: Path, *, config=None, environment=ENVIRONMENT, ledger=LEDGER, metrics=None, samples=None, verdict=None,
-    num_steps: int = 195, is_finished: bool = True,
-) -> Path:  # fmt: skip
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] = ENVIRONMENT,
+    ledger: Mapping[str, Any] = LEDGER,
+    metrics: Sequence[dict] | None = None,
+    samples: Sequence[Sample] | None = None,
+    conclusion: Conclusion | None = None,
+    num_steps: int = 195,
+    is_finished: bool = True,
+) -> Path:
     """Write the folder of a run; by default of a finished one that was not judged."""
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(make_config() if config is None else config, sort_keys=False))
-    (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "data.json").write_text(json.dumps(ledger))
+    copy_real_run(get_tiny_base(), folder, "num_samples=1", validation=make_conversations(len(ROW_TOKENS), start=300))
+    write_config(folder, OmegaConf.create(make_config() if config is None else config))
+    write_json(folder / ENVIRONMENT_FILE, environment)
+    write_json(folder / DATA_FILE, ledger)
     write_plan(folder, ["rows per step: 4 x 1 x 1 = 4 (batch x accumulation x processes)"], num_steps=num_steps)
-    write_lines(folder / "metrics.jsonl", make_metrics() if metrics is None else metrics)
-    write_lines(folder / "samples.jsonl", make_samples() if samples is None else samples)
-    if verdict is not None:
-        (folder / "verdict.json").write_text(json.dumps(verdict))
-    if is_finished:
-        (folder / "last").mkdir()
+    set_metrics(folder, make_metrics() if metrics is None else metrics)
+    (folder / SAMPLES_FILE).unlink()
+    for sample in make_samples() if samples is None else samples:
+        JsonLinesFile(folder / SAMPLES_FILE).write(vars(sample))
+    (folder / VERDICT_FILE).unlink()
+    if conclusion is not None:
+        write_conclusion(folder, conclusion)
+    if not is_finished:
+        shutil.rmtree(folder / "last")
     return folder

@@ -1,6 +1,5 @@
 """Talking to a run: the exported file and the torch adapter give the same replies; the loop keeps the conversation."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +20,7 @@ def run_dir(tmp_path_factory) -> Path:
     """A run whose model says ASCII letters only, so that every token is text."""
     folder = tmp_path_factory.mktemp("runs")
     base_dir = write_biased_base(folder / "base", lambda token: 0.0 if token.isascii() and token.isalpha() else -30.0)
-    run_dir = write_run(base_dir, folder / "ferry", chat_template="chatml")
-    config = json.loads((run_dir / "config.yaml").read_text()) | {"base_weights": "fp32"}
-    (run_dir / "config.yaml").write_text(json.dumps(config))
+    run_dir = write_run(base_dir, folder / "ferry", "dtype=fp32", "base_weights=fp32", chat_template="chatml")
     export_run(run_dir, quantizations=["F32"], show=False)
     return run_dir
 

@@ -8,8 +8,9 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
-from tests.unit.test_run_ledger import rewrite_validation_rows, take_rows
+from tests.unit.test_run_ledger import take_rows
 from tune2gguf.report.compare import find_differences, find_runs, format_groups, group_runs, write_page
+from tune2gguf.runs.run import Run
 from tune2gguf.verdict.conclude import conclude_run
 
 GOOD, SLOW, POOR = (make_curves(approach(rate)) for rate in (8, 1, 0.5))
@@ -19,7 +20,7 @@ GOOD, SLOW, POOR = (make_curves(approach(rate)) for rate in (8, 1, 0.5))
 def runs(tmp_path):
     write_run(tmp_path / "slow", SLOW, "learning_rate=2e-4")
     write_run(tmp_path / "good", GOOD, "learning_rate=1e-3")
-    write_run(tmp_path / "other", POOR, "learning_rate=1e-3", heldout="other rows")
+    write_run(tmp_path / "other", POOR, "learning_rate=1e-3", has_other_rows=True)
     return tmp_path
 
 
@@ -42,7 +43,6 @@ def test_runs_that_measured_parts_are_ranked_on_what_they_share(tmp_path):
     by_loss = sorted(range(40), key=lambda row: GOOD.final.row_losses[row] / GOOD.final.row_tokens[row])
     part = take_rows(GOOD, by_loss[20:])
     first = write_run(tmp_path / "part", part)
-    rewrite_validation_rows(first, 40)
     second = write_run(tmp_path / "whole", SLOW)
     assert part.best.loss > take_rows(GOOD, range(40)).best.loss
     (group,) = group_runs([first, second])
@@ -54,7 +54,11 @@ def test_runs_that_measured_parts_are_ranked_on_what_they_share(tmp_path):
 
 def test_differences_leave_out_what_is_alike_and_what_follows(runs):
     (group, _) = group_runs(find_runs(runs))
-    assert [run.differences for run in group.runs] == [{"learning_rate": 1e-3}, {"learning_rate": 2e-4}]
+    assert [run.differences["learning_rate"] for run in group.runs] == [1e-3, 2e-4]
+    assert all(
+        run.differences.keys() == {"learning_rate", "dataset.files", "dataset.validation_files", "data"}
+        for run in group.runs
+    )
     assert find_differences([{"a": 1}, {"a": 1, "b": None}]) == [{}, {}]
     assert find_differences([{"a": 1}, {"b": 0}]) == [{"a": 1, "b": None}, {"a": None, "b": 0}]
 
@@ -67,9 +71,9 @@ def test_verdict_is_that_of_the_run_or_one_so_far(runs):
 
 
 def test_time_and_memory_are_those_of_the_steps(runs):
-    """100 steps in 4 epochs of 6000 tokens at 1000 tokens a second are 24 s."""
+    """100 steps in 4 epochs at 1000 tokens a second."""
     group, _ = group_runs(find_runs(runs))
-    assert group.runs[0].seconds == pytest.approx(24)
+    assert group.runs[0].seconds == pytest.approx(4 * Run(runs / "good").data["training"]["tokens"] / 1000)
     assert group.runs[0].peak_memory_bytes == 2_000_000_000
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.runs import set_num_processes
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
 from tune2gguf.runs.curves import Curves
@@ -77,9 +78,7 @@ def test_parent_that_is_gone_is_said_and_stops_nothing(tmp_path):
 
 def test_number_of_processes_is_that_of_the_newest_checkpoint(tmp_path):
     run_dir = write_run(tmp_path / "runs/mine", STILL_FALLING)
-    folder = run_dir / "checkpoints/step_100"
-    folder.mkdir(parents=True)
-    (folder / "progress.json").write_text(json.dumps({"run": {"processes": 2}}))
+    set_num_processes(run_dir, 2)
     conclude_run(run_dir)
     assert "--nproc_per_node 2" in json.loads((run_dir / "verdict.json").read_text())["advice"][0]["command"]
 

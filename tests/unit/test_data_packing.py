@@ -25,6 +25,7 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
         unit="line",
         lines_that_spell_special=[],
         unused_keys={},
+        system_prompts=[],
     )
     tokens = np.arange(lengths.sum(), dtype=np.int32)
     file = TokenizedFile("x.jsonl", tokens, np.ones(len(tokens), bool), index)

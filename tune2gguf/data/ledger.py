@@ -15,12 +15,7 @@ from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
 MAX_LINES_SHOWN = 5
 
 
-class RowLedger(TypedDict):
-    """The content of data.json: `read` is the sum of the four counts after it.
-
-    `training` and `validation` hold rows, tokens, supervised_tokens and longest_row; `files` a record for each file.
-    """
-
+class _RowLedgerOfVersion1(TypedDict):
     read: int
     trained: int
     validated: int
@@ -34,6 +29,16 @@ class RowLedger(TypedDict):
     files: list[dict[str, Any]]
     rows_truncated: list[dict[str, Any]]
     rows_dropped: list[dict[str, Any]]
+
+
+class RowLedger(_RowLedgerOfVersion1, total=False):
+    """The content of data.json: `read` is the sum of the four counts after it.
+
+    `training` and `validation` hold rows, tokens, supervised_tokens and longest_row; `files` a record for each file;
+    `system_prompt` is the one that every training row has, or None.
+    """
+
+    system_prompt: str | None
 
 
 def make_ledger(
@@ -81,7 +86,14 @@ def make_ledger(
             {"file": row.source.file, "line": row.source.line, "kind": row.kind, "reason": row.reason}
             for row in selection.dropped
         ],
+        "system_prompt": _find_system_prompt(train),
     }
+
+
+def _find_system_prompt(train: TokenizedRows) -> str | None:
+    files = [train.files[index] for index in np.unique(train.picks[:, 0])]
+    prompts = {prompt for file in files for prompt in file.index.system_prompts}
+    return prompts.pop() if len(prompts) == 1 else None
 
 
 def _describe_cut(row: Truncated, train: TokenizedRows) -> str:

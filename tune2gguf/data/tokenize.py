@@ -55,6 +55,7 @@ class TokenIndex:
     unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
     unused_keys: dict[str, int]  # good rows that have something under a key that is not used
+    system_prompts: list[str | None]  # of the good rows, each once; None: a row without. No more than the first two
 
     @property
     def num_read(self) -> int:
@@ -188,7 +189,7 @@ def write_tokens(
 ) -> TokenIndex:
     """Write the good rows' tokens and return the index of all rows."""
     lines, digests, problems, spelling = [], [], [], []
-    unit, role_counts, unused_keys = "line", Counter(), Counter()
+    unit, role_counts, unused_keys, system_prompts = "line", Counter(), Counter(), []
     for row, conversation in rows:
         line, unit = row.source.line, row.source.unit
         spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
@@ -202,6 +203,8 @@ def write_tokens(
             digests.append(digest(conversation))
             role_counts.update([message.role for message in conversation.messages] or ["text"])
             unused_keys.update(conversation.unused_keys)
+            if len(system_prompts) < 2 and conversation.system_prompt not in system_prompts:
+                system_prompts.append(conversation.system_prompt)
             if spelled is not None:
                 spelling.append(line)
     writer.flush()
@@ -218,6 +221,7 @@ def write_tokens(
         unit=unit,
         lines_that_spell_special=spelling,
         unused_keys=dict(unused_keys),
+        system_prompts=system_prompts,
     )
 
 

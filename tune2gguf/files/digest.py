@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from tune2gguf.files.atomic import write_text
@@ -27,6 +28,7 @@ def digest_file_once(path: Path) -> str:
     if entry.exists():
         return entry.read_text(encoding="ascii")
     digest = digest_file(path)
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    write_text(entry, digest)
+    with suppress(OSError):  # a cache that cannot be written to costs time only
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_text(entry, digest)
     return digest

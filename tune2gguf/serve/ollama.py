@@ -13,6 +13,7 @@ from tune2gguf.tokenizer.conversation import cut_before_reply
 
 if TYPE_CHECKING:
     from tune2gguf.export.exported import Export
+    from tune2gguf.runs.run import Run
 
 
 def serve_with_ollama(export: Export, name: str) -> str:
@@ -26,18 +27,24 @@ def serve_with_ollama(export: Export, name: str) -> str:
     if program is None:
         return f"Ollama is not on PATH. Where it is: {format_create_command(name, modelfile_path)}"
     create_ollama_model(program, name, modelfile_path)
-    question = find_question(export.run.run_dir)
+    question = find_question(export.run)
     if question is None:
         return f"made {name}; the run has no validation question to ask it"
     return f"made {name}\nQ {question}\nA {ask_ollama(program, name, question)}"
 
 
-def find_question(run_dir: Path) -> str | None:
-    """Return the first validation question that stands alone: `ollama run` takes one message."""
-    prompts = [
-        cut_before_reply(conversation)[0] for conversation in read_validation_rows(run_dir) if conversation.messages
-    ]
-    return next((prompt[0]["content"] for prompt in prompts if len(prompt) == 1), None)
+def find_question(run: Run) -> str | None:
+    """Return the first validation question that stands alone: `ollama run` takes one message.
+
+    The run's one system prompt may stand before it: the Modelfile brings that.
+    """
+    served = {"role": "system", "content": run.system_prompt}
+    for conversation in read_validation_rows(run.run_dir):
+        if conversation.messages:
+            prompt = [message for message in cut_before_reply(conversation)[0] if message != served]
+            if len(prompt) == 1 and prompt[0]["role"] == "user":
+                return prompt[0]["content"]
+    return None
 
 
 def find_ollama() -> str | None:

@@ -27,6 +27,11 @@ class Conversation:
     text: str | None = None
     unused_keys: tuple[str, ...] = field(default=(), compare=False)  # of the row, where they hold anything
 
+    @property
+    def system_prompt(self) -> str | None:
+        """What the system says before the first turn."""
+        return self.messages[0].content if self.messages and self.messages[0].role == "system" else None
+
 
 def trim(text: str) -> str:
     """Strip what the server's chat template strips: the six ASCII white-space characters."""

@@ -1,0 +1,77 @@
+"""A run folder that an earlier version wrote: today's code goes on with it to the same end, and reads all of it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import REPOSITORY
+from tests.runs import run_recipe
+from tune2gguf.export.pipeline import export_run
+from tune2gguf.report.compare import find_runs, group_runs
+from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION, read_json, write_json
+from tune2gguf.runs.run import Run, open_run
+from tune2gguf.serve.chat import open_chat_model
+from tune2gguf.serve.proof import ADAPTER, prove_export
+
+OLD = REPOSITORY / "tests/data/run_of_version_1"
+RUN = Path("runs/old")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Where the run was started: its config's paths are relative."""
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_it_goes_on_to_the_end_that_the_old_code_came_to(folder):
+    said = run_recipe("--config", str(RUN / "config.yaml"), "resume=auto")
+    assert "going on after step 7" in said
+    found, expected = load_file(RUN / "last/adapter_model.safetensors"), load_file("expected/adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert max(float(np.abs(found[name] - expected[name]).max()) for name in expected) < 1e-6
+    # Negative control: the last three steps are seen.
+    stopped = load_file(OLD / RUN / "checkpoints/step_7/adapter_model.safetensors")
+    assert max(float(np.abs(stopped[name] - expected[name]).max()) for name in expected) > 1e-5
+    assert Run(RUN).environment["version"] == FOLDER_VERSION
+    assert [step.step for step in Run(RUN).curves.training] == list(range(1, 11))
+
+
+def test_export_proof_and_chat_read_it(folder):
+    exported = export_run(RUN, quantizations=["F16"], show=False)
+    proof = prove_export(exported, num_replies=1, show=False)
+    assert (proof.files["F16"].tokens.num_equal, proof.files["F16"].tokens.num_different) == (5, 0)
+    assert proof.steps[ADAPTER].loss == pytest.approx(Run(RUN).curves.best.loss, abs=1e-4)
+    assert open_run(RUN).system_prompt is None
+    for uses_adapter in (False, True):
+        model = open_chat_model(open_run(RUN), uses_adapter=uses_adapter)
+        assert model.chat([{"role": "user", "content": "When?"}], max_tokens=4, temperature=0.0).num_reply_tokens > 0
+
+
+def test_report_and_comparison_read_it(folder):
+    command = [sys.executable, str(REPOSITORY / "scripts/report.py"), str(RUN)]
+    subprocess.run(command, check=True, capture_output=True)
+    page = (RUN / "report.html").read_text(encoding="utf-8")
+    assert "Not in this report" not in page and "step 7 of 10" in page
+    assert "examples/quickstart/lora.yaml" in page and "Question 100: what should I know?" in page
+    ((run,),) = (group.runs for group in group_runs(find_runs(Path("runs"))))
+    assert (run.name, run.is_finished) == ("old", False)
+
+
+def test_a_folder_of_a_newer_version_is_refused_in_a_line(folder):
+    path = RUN / ENVIRONMENT_FILE
+    write_json(path, {**read_json(path), "version": 99})
+    message = f"{RUN}: its files have version 99, this tune2gguf reads up to {FOLDER_VERSION}; update tune2gguf"
+    with pytest.raises(ValueError) as refused:
+        _ = Run(RUN).environment
+    assert str(refused.value) == message
+    with pytest.raises(ValueError, match="version 99"):
+        open_run(RUN)
+    assert json.loads(path.read_text())["version"] == 99
