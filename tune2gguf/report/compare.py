@@ -10,7 +10,7 @@ from typing import Any
 from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import REFERENCES
 from tune2gguf.pages import render_page
-from tune2gguf.pages.render import format_loss
+from tune2gguf.pages.render import format_interval, format_loss
 from tune2gguf.report.plots import plot_comparison
 from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.runs.files import METRICS_FILE, is_run_folder
@@ -162,9 +162,8 @@ def _format_measures(run: RankedRun) -> list[str]:
     best, behind = run.curves.best, run.behind
     if best is None:
         return ["–"] * 4
-    interval = "–" if best.low is None else f"{format_loss(best.low)} – {format_loss(best.high)}"
     gap = "–" if behind is None else f"{behind.value:+.3f} ({behind.low:+.3f} to {behind.high:+.3f})".replace("-", "−")
-    return [format_loss(best.loss), interval, f"{best.step:,}", gap]
+    return [format_loss(best.loss), format_interval(best.low, best.high), f"{best.step:,}", gap]
 
 
 def _format_seconds(seconds: float | None) -> str:
