@@ -11,12 +11,12 @@ def main() -> None:
     parser.add_argument("--html", type=Path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page")
     arguments = parser.parse_args()
 
-    from tune2gguf.report.compare import find_runs, format_groups, group_runs, write_page
+    from tune2gguf.report.compare import find_runs, format_groups, group_runs, write_comparison
 
     try:
         groups = group_runs(arguments.runs or find_runs(Path("runs")))
         print(format_groups(groups))
-        print(write_page(groups, arguments.html))
+        print(write_comparison(groups, arguments.html))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 from omegaconf import OmegaConf
 
 from tune2gguf.config import check_config, read_config
-from tune2gguf.report.compare import format_groups, group_runs, write_page
+from tune2gguf.report.compare import format_groups, group_runs, write_comparison
 from tune2gguf.runs import config_file
 from tune2gguf.runs.files import METRICS_FILE
 
@@ -139,7 +139,7 @@ def rank_points(points: Sequence[Point]) -> str:
     folder = points[0].run_dir.parent
     if not ranked:
         raise ValueError(f"{folder}: no run has a validation loss; see the logs there")
-    page = write_page(groups, folder / "comparison.html")
+    page = write_comparison(groups, folder / "comparison.html")
     best = min(ranked, key=lambda run: run.curves.best.loss)
     command = f"python scripts/export.py {os.path.relpath(best.run_dir)}"
     return f"{format_groups(groups)}\npage: {page}\nbest: {best.name}\nnext: {command}"

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY, make_conversations
 from tests.runs import copy_real_run, get_tiny_base, set_metrics
+from tune2gguf.files.atomic import write_json
 from tune2gguf.runs.config_file import write_config
 from tune2gguf.runs.curves import TrainingStep, Validation
-from tune2gguf.runs.files import DATA_FILE, ENVIRONMENT_FILE, SAMPLES_FILE, VERDICT_FILE, JsonLinesFile, write_json
+from tune2gguf.runs.files import DATA_FILE, ENVIRONMENT_FILE, SAMPLES_FILE, VERDICT_FILE, JsonLinesFile
 from tune2gguf.runs.plan import write_plan
 from tune2gguf.runs.samples import Sample
 from tune2gguf.runs.verdict_file import Advice, Conclusion, Verdict, write_conclusion

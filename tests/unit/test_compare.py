@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
 from tests.unit.test_run_ledger import take_rows
-from tune2gguf.report.compare import find_differences, find_runs, format_groups, group_runs, write_page
+from tune2gguf.report.compare import find_differences, find_runs, format_groups, group_runs, write_comparison
 from tune2gguf.runs.run import Run
 from tune2gguf.verdict.conclude import conclude_run
 
@@ -78,7 +78,7 @@ def test_time_and_memory_are_those_of_the_steps(runs):
 
 
 def test_page_holds_every_run(runs):
-    page = write_page(group_runs(find_runs(runs)), runs / "comparison.html").read_text()
+    page = write_comparison(group_runs(find_runs(runs)), runs / "comparison.html").read_text()
     assert all(name in page for name in ("good", "slow", "other"))
 
 

@@ -23,7 +23,8 @@ from tests.unit.run_folders import (
     make_samples,
     write_run,
 )
-from tune2gguf.report import ComparedRun, write_comparison, write_report
+from tune2gguf.report import write_comparison, write_report
+from tune2gguf.report.compare import Group, RankedRun
 from tune2gguf.report.plots import plot_losses, smooth, take_series
 from tune2gguf.runs.curves import Curves, TrainingStep, Validation, read_curves
 from tune2gguf.runs.intervals import Estimate
@@ -355,31 +356,32 @@ def test_script_writes_and_refuses_in_a_sentence(tmp_path):
 
 @pytest.fixture
 def make_compared(tmp_path):
-    def make(name: str, *, validation_rows: str = "a", **metrics) -> ComparedRun:
+    def make(name: str, **metrics) -> RankedRun:
         (tmp_path / "metrics.jsonl").touch()
         set_metrics(tmp_path, make_metrics(**metrics))
-        curves = read_curves(tmp_path)
-        return ComparedRun(
-            name,
-            curves,
-            validation_rows,
-            {"learning_rate": "1e-4"},
+        return RankedRun(
+            name=name,
+            run_dir=tmp_path,
+            curves=read_curves(tmp_path),
+            behind=None,
+            differences={"learning_rate": "1e-4"},
             seconds=75.0,
             peak_memory_bytes=10**9,
             verdict="good fit",
+            is_finished=True,
         )
 
     return make
 
 
-def test_comparison_ranks_only_runs_on_the_same_rows(tmp_path, make_compared):
-    runs = [
-        replace(make_compared("worse", floor=0.6), behind=Estimate(0.41, 0.35, 0.47)),
-        make_compared("other rows", validation_rows="b", floor=0.1),
-        make_compared("better", floor=0.2),
-        replace(make_compared("unmeasured"), curves=Curves()),
+def test_comparison_lists_only_runs_on_the_same_rows_together(tmp_path, make_compared):
+    worse = replace(make_compared("worse", floor=0.6), behind=Estimate(0.41, 0.35, 0.47))
+    groups = [
+        Group(12, [make_compared("better", floor=0.2), worse]),
+        Group(12, [make_compared("other rows", floor=0.1)]),
+        Group(0, [replace(make_compared("unmeasured"), curves=Curves())]),
     ]
-    page = Page(write_comparison(runs, tmp_path / "comparison.html"))
+    page = Page(write_comparison(groups, tmp_path / "comparison.html"))
     order = [text for text in page.texts if text in ("worse", "better", "other rows", "unmeasured")]
     # In each part the names stand in the legend, then in the table.
     assert order == ["better", "worse"] * 2 + ["other rows"] * 2 + ["unmeasured"]
@@ -391,15 +393,15 @@ def test_comparison_ranks_only_runs_on_the_same_rows(tmp_path, make_compared):
 
 
 def test_comparison_escapes_names_and_refuses_equal_ones(tmp_path, make_compared):
-    page = Page(write_comparison([make_compared(HOSTILE)], tmp_path / "comparison.html"))
+    page = Page(write_comparison([Group(12, [make_compared(HOSTILE)])], tmp_path / "comparison.html"))
     assert len(page.find("script")) == 1 and " ".join(SPELLED.split()) in page.text
     with pytest.raises(ValueError, match="told apart by their names"):
-        write_comparison([make_compared("a"), make_compared("a")], tmp_path / "x.html")
+        write_comparison([Group(12, [make_compared("a"), make_compared("a")])], tmp_path / "x.html")
     assert "0 runs compared" in Page(write_comparison([], tmp_path / "none.html")).text
 
 
 def test_many_runs_differ_in_colour_or_dashes(tmp_path, make_compared):
     runs = [make_compared(f"run {number}", seed=number, every=65) for number in range(20)]
-    page = Page(write_comparison(runs, tmp_path / "comparison.html"))
+    page = Page(write_comparison([Group(12, runs)], tmp_path / "comparison.html"))
     looks = [(key["class"], key["style"]) for key in page.find("span") if "key" in key.get("class", "")]
     assert len(looks) == 20 and len(set(looks)) >= 16

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.run_folders import CONCLUSION, make_metrics, make_samples, write_run
-from tune2gguf.report import ComparedRun, write_comparison, write_report
+from tune2gguf.report import write_comparison, write_report
+from tune2gguf.report.compare import Group, RankedRun
 from tune2gguf.runs.curves import read_curves
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -61,11 +62,24 @@ def pages(tmp_path_factory) -> dict[str, str]:
     judged = write_run(folder / "judged", conclusion=conclusion, metrics=make_metrics(overfit=True), samples=long_word)
     running = write_run(folder / ("running-" + "n" * 120), metrics=make_metrics(until=50), is_finished=False)
     curves = read_curves(judged)
-    compared = [ComparedRun(f"run {number}", curves, str(number // 3), {"lora_rank": "16"}) for number in range(6)]
+    costs = {"behind": None, "seconds": None, "peak_memory_bytes": None}
+    compared = [
+        RankedRun(
+            name=f"run {number}",
+            run_dir=judged,
+            curves=curves,
+            differences={"lora_rank": "16"},
+            verdict="good fit",
+            is_finished=True,
+            **costs,
+        )
+        for number in range(6)
+    ]
+    groups = [Group(12, compared[:3]), Group(12, compared[3:])]
     paths = {
         "judged": write_report(judged),
         "running": write_report(running),
-        "comparison": write_comparison(compared, folder / "comparison.html"),
+        "comparison": write_comparison(groups, folder / "comparison.html"),
     }
     return {name: path.as_uri() for name, path in paths.items()}
 

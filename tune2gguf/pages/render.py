@@ -58,11 +58,14 @@ def _finalize(value: Any) -> Any:
     return spell_out(value) if type(value) is str else value
 
 
-def format_loss(value: float | None) -> str:
+def format_loss(value: float) -> str:
     """Return a loss to three decimals, or to as many as show a small one's first two digits."""
-    if value is None:
-        return "–"
     return f"{value:.3f}" if not 0 < abs(value) < 0.01 else f"{value:.2g}"
+
+
+def format_interval(low: float | None, high: float | None) -> str:
+    """Return an interval of losses; a dash where there is none."""
+    return "–" if low is None or high is None else f"{format_loss(low)} – {format_loss(high)}"
 
 
 @cache

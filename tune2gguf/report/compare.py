@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import REFERENCES
-from tune2gguf.report.comparison import ComparedRun, write_comparison
+from tune2gguf.pages import render_page
+from tune2gguf.pages.render import format_interval, format_loss
+from tune2gguf.report.plots import plot_comparison
 from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.runs.files import METRICS_FILE, is_run_folder
 from tune2gguf.runs.intervals import Estimate, estimate_ratio
@@ -94,71 +97,81 @@ def find_differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     return [{key: config.get(key) for key in differing} for config in configs]
 
 
-def write_page(groups: Sequence[Group], path: Path) -> Path:
-    """Write the HTML page with the curves over each other."""
-    compared = [
-        ComparedRun(
-            name=run.name,
-            curves=run.curves,
-            validation_rows=str(number),
-            differences={key: str(value) for key, value in run.differences.items()},
-            seconds=run.seconds,
-            peak_memory_bytes=run.peak_memory_bytes,
-            verdict=describe_label(run),
-            behind=run.behind,
-        )
-        for number, group in enumerate(groups)
-        for run in group.runs
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_comparison(compared, path)
-
-
 def format_groups(groups: Sequence[Group]) -> str:
     """Return a table of each group, ranked."""
+    import pandas
+
     parts = []
     for group in groups:
         if group.num_rows:
             parts.append(f"on {group.num_rows} validation rows in common:")
         else:
             parts.append("without validation rows, not ranked:")
-        parts.append(_format_table(group.runs))
+        heads, rows = _make_table(group.runs)
+        parts.append(pandas.DataFrame(rows, columns=heads).to_string(index=False))
     if len(groups) > 1:
         parts.append("runs on other validation rows are listed apart: their losses say nothing of each other")
     return "\n".join(parts)
 
 
-def describe_label(run: RankedRun) -> str:
-    return run.verdict if run.is_finished else f"{run.verdict} (so far)"
+def write_comparison(groups: Sequence[Group], path: Path) -> Path:
+    """Write the page with the curves of each group over each other; runs without a validation loss stand apart.
+
+    Raises:
+        ValueError: if two runs have the same name
+    """
+    runs = [run for group in groups for run in group.runs]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs are told apart by their names, but some are equal: {', '.join(sorted(names))}")
+    measured = [[run for run in group.runs if run.curves.best is not None] for group in groups]
+    sections = [_describe_measured(number, members) for number, members in enumerate(filter(None, measured))]
+    unmeasured = [run for run in runs if run.curves.best is None]
+    if unmeasured:
+        sections.append({"title": "Without a validation loss", "plot": None, "table": _make_table(unmeasured)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, render_page("comparison.html", sections=sections, num_runs=len(runs)))
+    return path
 
 
-def _format_table(runs: Sequence[RankedRun]) -> str:
-    import pandas
-
-    rows = [
-        {
-            "run": run.name,
-            "validation loss (95 %)": _format_loss(run.curves.best),
-            "behind the first (95 %)": _format_behind(run.behind),
-            "verdict": describe_label(run),
-            "minutes": "–" if run.seconds is None else f"{run.seconds / 60:.1f}",
-            "GB": "–" if run.peak_memory_bytes is None else f"{run.peak_memory_bytes / 1e9:.1f}",
-            **{key: str(value) for key, value in run.differences.items()},
-        }
-        for run in runs
-    ]
-    return pandas.DataFrame(rows).to_string(index=False)
+def _describe_measured(number: int, runs: Sequence[RankedRun]) -> dict[str, Any]:
+    rows = runs[0].curves.best.rows
+    return {
+        "title": f"On {'the same' if number == 0 else 'others,'} {f'{rows:,} ' if rows else ''}validation rows",
+        "plot": plot_comparison({run.name: run.curves for run in runs}, name=f"comparison-{number}"),
+        "table": _make_table(runs),
+    }
 
 
-def _format_loss(best: Validation | None) -> str:
+def _make_table(runs: Sequence[RankedRun]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and rows of a group's table, on the page and in the terminal."""
+    keys = list(runs[0].differences)
+    is_measured = runs[0].curves.best is not None
+    measures = ["validation loss", "95 % interval", "at step", "behind the first"] if is_measured else []
+    rows = []
+    for run in runs:
+        verdict = run.verdict if run.is_finished else f"{run.verdict} (so far)"
+        memory = f"{run.peak_memory_bytes / 1e9:.1f} GB" if run.peak_memory_bytes else "–"
+        measured = _format_measures(run) if is_measured else []
+        values = [str(run.differences[key]) for key in keys]
+        rows.append([run.name, *measured, _format_seconds(run.seconds), memory, verdict, *values])
+    return ["run", *measures, "time", "memory", "verdict", *keys], rows
+
+
+def _format_measures(run: RankedRun) -> list[str]:
+    best, behind = run.curves.best, run.behind
     if best is None:
+        return ["–"] * 4
+    gap = "–" if behind is None else f"{behind.value:+.3f} ({behind.low:+.3f} to {behind.high:+.3f})".replace("-", "−")
+    return [format_loss(best.loss), format_interval(best.low, best.high), f"{best.step:,}", gap]
+
+
+def _format_seconds(seconds: float | None) -> str:
+    if seconds is None:
         return "–"
-    interval = "" if best.low is None else f" ({best.low:.4f} … {best.high:.4f})"
-    return f"{best.loss:.4f} at step {best.step}{interval}"
-
-
-def _format_behind(behind: Estimate | None) -> str:
-    return "–" if behind is None else f"{behind.value:+.4f} ({behind.low:+.4f} … {behind.high:+.4f})"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def _name_runs(runs: Sequence[Run]) -> list[str]:
