@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> RunSpec:
-    """Return the shape of a config's run; the base folder is read only where the config names no architecture.
+    """Return the RunSpec of a config; the base folder is read only where the config names no architecture.
 
     Raises:
         ValueError: if the base folder's config.json cannot be read

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 USABLE_SHARE = 0.9
 
 
-def choose_parallel(parallel: str, shape: RunSpec, world: World) -> str:
+def choose_parallel(parallel: str, spec: RunSpec, world: World) -> str:
     """Return replicate or shard: what was asked for, or for `auto` replicate where the run then fits on every GPU.
 
     The GPU's whole memory counts, not what is free, so that a run that is resumed is split as it was. Processes of a
@@ -36,14 +36,14 @@ def choose_parallel(parallel: str, shape: RunSpec, world: World) -> str:
     if parallel != "auto" or world.device.type != "cuda":
         return "shard" if parallel == "shard" else "replicate"
     memory = torch.cuda.get_device_properties(world.device).total_memory
-    is_too_large = estimate_memory(replace(shape, parallel="replicate")).peak > USABLE_SHARE * memory
+    is_too_large = estimate_memory(replace(spec, parallel="replicate")).peak > USABLE_SHARE * memory
     return "shard" if max_over_ranks(int(is_too_large)) else "replicate"
 
 
-def describe_parallel(asked: str, chosen: str, *, device: str) -> str:
+def describe_parallel(requested: str, chosen: str, *, device: str) -> str:
     """Return what a run says of the way its processes share the base, and why where `auto` chose it."""
     part = f"each with {'a part' if chosen == 'shard' else 'all'} of the base"
-    if asked != "auto":
+    if requested != "auto":
         return part
     if device == "cpu":
         return f"{part} (parallel=auto replicates on a CPU)"
