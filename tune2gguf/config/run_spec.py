@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from omegaconf import DictConfig
 
 from tune2gguf.machine.memory import RunSpec
 from tune2gguf.model.architectures import ARCHITECTURES, read_architecture
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> RunSpec:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,10 +15,7 @@ from torchtune.training import shard_model
 
 from tune2gguf.data import make_empty_batch
 from tune2gguf.distributed.world import World, max_over_ranks
-from tune2gguf.machine.memory import estimate_memory
-
-if TYPE_CHECKING:
-    from tune2gguf.machine.memory import RunSpec
+from tune2gguf.machine.memory import RunSpec, estimate_memory
 
 # The allocator's gaps and what others keep on a GPU are not in the estimate.
 USABLE_SHARE = 0.9

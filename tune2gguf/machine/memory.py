@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tune2gguf.base.layout import TensorSpec, list_tensors
+from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.fused import NO_TRITON, why_not_fused
-
-if TYPE_CHECKING:
-    from tune2gguf.model.architectures import Architecture
 
 BYTES = {"bf16": 2, "fp32": 4}
 # Of torchao's tensor: half a byte of code, a byte of scale for 64 weights, a float32 factor for 256 scales.

@@ -6,13 +6,10 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from tune2gguf.export.exported import Export
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.tokenizer.conversation import cut_before_reply
-
-if TYPE_CHECKING:
-    from tune2gguf.export.exported import Export
 
 
 def serve_with_ollama(export: Export, name: str) -> str:
