@@ -196,7 +196,7 @@ def estimate_peak(arguments) -> float:
     from tune2gguf.machine.memory import RunSpec, estimate_memory
     from tune2gguf.model.architectures import ARCHITECTURES
 
-    shape = RunSpec(
+    spec = RunSpec(
         architecture=ARCHITECTURES[MODELS[arguments.model]],
         base_weights="nf4" if arguments.kind == "qlora" else "bf16",
         dtype="bf16",
@@ -213,7 +213,7 @@ def estimate_peak(arguments) -> float:
         parallel=getattr(arguments, "parallel", "replicate"),
         compile=arguments.compile,
     )
-    estimate = estimate_memory(shape)
+    estimate = estimate_memory(spec)
     return round((estimate.training - estimate.program) / 2**30, 2)
 
 

@@ -75,7 +75,7 @@ class LoRAFinetuneRecipe:
             self._setup_data()
         self._plan_memory()
         checkpoint = self._open_checkpoint()
-        with explain_out_of_memory(self.shape, self.device):
+        with explain_out_of_memory(self.spec, self.device):
             self._setup_model()
             self._setup_optimizer()
         self._restore(broadcast_from_main(checkpoint))
@@ -119,12 +119,12 @@ class LoRAFinetuneRecipe:
     def _plan_memory(self) -> None:
         """Say what the run will need before it takes it, and warn where it will not be there."""
         longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
-        shape = get_run_spec(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
-        self.parallel = choose_parallel(self.cfg.parallel, shape, self.world)
-        self.shape = replace(shape, parallel=self.parallel)
+        spec = get_run_spec(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
+        self.parallel = choose_parallel(self.cfg.parallel, spec, self.world)
+        self.spec = replace(spec, parallel=self.parallel)
         self.device = get_device(str(self.world.device))
         if self.world.is_main:
-            announce(self.shape, self.device)
+            announce(self.spec, self.device)
 
     def _setup_model(self) -> None:
         cfg, world = self.cfg, self.world
@@ -323,7 +323,7 @@ def recipe_main() -> None:
             warnings = check_config(cfg)
         recipe = LoRAFinetuneRecipe(cfg, warnings)
         recipe.setup()
-        with explain_out_of_memory(recipe.shape, recipe.device):
+        with explain_out_of_memory(recipe.spec, recipe.device):
             recipe.train()
         recipe.save()
 

@@ -23,17 +23,17 @@ def main() -> None:
     try:
         config = read_config(arguments.config, arguments.overrides)
         check_values(config)
-        shape = get_run_spec(
+        spec = get_run_spec(
             config, longest_row=config.max_seq_len, num_devices=arguments.devices, parallel=config.parallel
         )
     except ValueError as error:
         sys.exit(f"error: {error}")
-    devices = "one device" if shape.num_devices == 1 else f"each of {shape.num_devices} devices"
-    print(f"{shape.batch_size} rows of {shape.longest_row} tokens at a time, on {devices} ({shape.device_type}):")
-    print("\n".join(describe_estimate(estimate_memory(shape))))
+    devices = "one device" if spec.num_devices == 1 else f"each of {spec.num_devices} devices"
+    print(f"{spec.batch_size} rows of {spec.longest_row} tokens at a time, on {devices} ({spec.device_type}):")
+    print("\n".join(describe_estimate(estimate_memory(spec))))
     print("on this machine:")
     for device in list_devices():
-        print(f"  {describe_fit(replace(shape, device_type=device.kind), device)}")
+        print(f"  {describe_fit(replace(spec, device_type=device.kind), device)}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ SMALL = Architecture(
 )
 
 
-def make_shape(architecture: Architecture = SMALL, **changed) -> RunSpec:
+def make_spec(architecture: Architecture = SMALL, **changed) -> RunSpec:
     options = dict(
         base_weights="bf16",
         dtype="bf16",
@@ -51,19 +51,19 @@ def make_shape(architecture: Architecture = SMALL, **changed) -> RunSpec:
     return RunSpec(architecture, **(options | changed))
 
 
-def measure_kept_bytes(shape: RunSpec) -> int:
+def measure_kept_bytes(spec: RunSpec) -> int:
     """Count the distinct storages that autograd keeps of a forward pass, model and inputs not included."""
     default = torch.get_default_dtype()
-    torch.set_default_dtype({"bf16": torch.bfloat16, "fp32": torch.float32}[shape.dtype])
+    torch.set_default_dtype({"bf16": torch.bfloat16, "fp32": torch.float32}[spec.dtype])
     try:
         model = build_lora_llama(
-            shape.architecture,
-            lora_rank=shape.lora_rank,
+            spec.architecture,
+            lora_rank=spec.lora_rank,
             lora_alpha=1.0,
-            lora_dropout=shape.lora_dropout,
-            lora_attn_modules=list(shape.lora_attn_modules),
-            apply_lora_to_mlp=shape.apply_lora_to_mlp,
-            max_seq_len=shape.longest_row,
+            lora_dropout=spec.lora_dropout,
+            lora_attn_modules=list(spec.lora_attn_modules),
+            apply_lora_to_mlp=spec.apply_lora_to_mlp,
+            max_seq_len=spec.longest_row,
         )
     finally:
         torch.set_default_dtype(default)
@@ -72,7 +72,7 @@ def measure_kept_bytes(shape: RunSpec) -> int:
             torch.nn.init.normal_(parameter, std=0.2)
         elif "norm" in name:
             parameter.data = parameter.data.float()
-    tokens = torch.randint(0, shape.architecture.vocab_size, (shape.batch_size, shape.longest_row))
+    tokens = torch.randint(0, spec.architecture.vocab_size, (spec.batch_size, spec.longest_row))
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), tokens]}
     kept = {}
 
@@ -100,15 +100,15 @@ def measure_kept_bytes(shape: RunSpec) -> int:
     ids=str,
 )
 def test_kept_activations_are_what_autograd_saves(changed):
-    shape = make_shape(**changed)
-    assert measure_kept_bytes(shape) == pytest.approx(count_kept_activations(shape), rel=0.005)
+    spec = make_spec(**changed)
+    assert measure_kept_bytes(spec) == pytest.approx(count_kept_activations(spec), rel=0.005)
 
 
 def test_a_further_layer_keeps_exactly_what_the_formula_says():
-    shape = make_shape()
-    deeper = replace(shape, architecture=replace(SMALL, num_layers=4))
-    casts = 2 * (count_adapter_weights(deeper) - count_adapter_weights(shape))
-    assert measure_kept_bytes(deeper) - measure_kept_bytes(shape) == sum(list_layer_activations(shape)) + casts
+    spec = make_spec()
+    deeper = replace(spec, architecture=replace(SMALL, num_layers=4))
+    casts = 2 * (count_adapter_weights(deeper) - count_adapter_weights(spec))
+    assert measure_kept_bytes(deeper) - measure_kept_bytes(spec) == sum(list_layer_activations(spec)) + casts
 
 
 def write_long_rows(path: Path, count: int) -> Path:
@@ -160,27 +160,27 @@ MEDIUM = Architecture(
 def test_estimate_is_within_15_percent_of_the_measured_peak(changed, tmp_path):
     from tune2gguf.base.random_base import write_random_base
 
-    shape = make_shape(MEDIUM, **({"batch_size": 4, "longest_row": 512, "lora_rank": 16} | changed))
+    spec = make_spec(MEDIUM, **({"batch_size": 4, "longest_row": 512, "lora_rank": 16} | changed))
     base = write_random_base(MEDIUM, tmp_path / "base")
     write_tiny_tokenizer(base)
-    rows = write_long_rows(tmp_path / "train.jsonl", 2 * shape.batch_size)
+    rows = write_long_rows(tmp_path / "train.jsonl", 2 * spec.batch_size)
     names = ("base_weights", "dtype", "lora_rank", "lora_dropout", "batch_size", "enable_activation_checkpointing")
     peak = run_and_measure(
         [
             *("--config", "examples/quickstart/lora.yaml", f"base_dir={base}", "base_source=null"),
             *("model.architecture=null", "epochs=1", "warmup_steps=0"),
-            *(f"dataset.files=[{rows}]", "dataset.validation_files=null", f"max_seq_len={shape.longest_row}"),
-            *(f"{name}={getattr(shape, name)}" for name in names),
+            *(f"dataset.files=[{rows}]", "dataset.validation_files=null", f"max_seq_len={spec.longest_row}"),
+            *(f"{name}={getattr(spec, name)}" for name in names),
             # A checkpoint that is written beside a step adds to its peak, or not: that depends on who else is busy.
             "save_every_n_steps=2",
         ],
         tmp_path / "run",
     )
-    assert estimate_memory(shape).peak == pytest.approx(peak, rel=0.15)
+    assert estimate_memory(spec).peak == pytest.approx(peak, rel=0.15)
 
 
 def test_batch_rank_and_base_add_what_they_hold():
-    small, large = make_shape(LLAMA3_1_8B), make_shape(LLAMA3_1_8B, lora_rank=8)
+    small, large = make_spec(LLAMA3_1_8B), make_spec(LLAMA3_1_8B, lora_rank=8)
     # q, o: 4096 + 4096; k, v: 4096 + 1024; gate, up, down: 4096 + 14336.
     assert count_adapter_weights(large) == 32 * 8 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     estimate = estimate_memory(large)
@@ -194,20 +194,20 @@ def test_batch_rank_and_base_add_what_they_hold():
 
 
 def test_offloading_leaves_the_gpu_five_inputs_of_layers():
-    shape = make_shape(LLAMA3_1_8B, device_type="cuda", enable_activation_checkpointing=True)
-    offloaded = replace(shape, enable_activation_offloading=True)
+    spec = make_spec(LLAMA3_1_8B, device_type="cuda", enable_activation_checkpointing=True)
+    offloaded = replace(spec, enable_activation_offloading=True)
     an_input = 2 * 32 * 4096 * 2
-    assert count_kept_activations(shape) - count_kept_activations(offloaded) == (32 - 5) * an_input
+    assert count_kept_activations(spec) - count_kept_activations(offloaded) == (32 - 5) * an_input
 
 
 def test_shards_hold_their_part_and_replicas_all_of_it():
-    shape = make_shape(LLAMA3_1_8B, device_type="cuda", num_devices=4)
-    alone = estimate_memory(replace(shape, num_devices=1))
-    assert estimate_memory(shape) == alone
-    assert estimate_memory(replace(shape, parallel="shard")).weights == alone.weights // 4
+    spec = make_spec(LLAMA3_1_8B, device_type="cuda", num_devices=4)
+    alone = estimate_memory(replace(spec, num_devices=1))
+    assert estimate_memory(spec) == alone
+    assert estimate_memory(replace(spec, parallel="shard")).weights == alone.weights // 4
 
 
-BIG = make_shape(
+BIG = make_spec(
     LLAMA3_2_1B, device_type="cuda", batch_size=4, gradient_accumulation_steps=2, longest_row=2048, lora_rank=16
 )
 
@@ -334,7 +334,7 @@ def test_estimates_for_a_gpu_are_within_a_tenth_of_the_peaks_measured_there():
     for name, peak in measured:
         model, kind, size, *_ = name.split()
         batch, row = map(int, size.split("x"))
-        shape = make_shape(
+        spec = make_spec(
             architectures[model],
             base_weights="nf4" if kind == "qlora" else "bf16",
             lora_rank=16,
@@ -344,6 +344,6 @@ def test_estimates_for_a_gpu_are_within_a_tenth_of_the_peaks_measured_there():
             enable_activation_checkpointing="checkpointing" in name,
             device_type="cuda",
         )
-        estimate = estimate_memory(shape)
+        estimate = estimate_memory(spec)
         # torch counts what it allocates, without the context of CUDA.
         assert (estimate.training - estimate.program) / 2**30 == pytest.approx(peak, rel=0.1), name

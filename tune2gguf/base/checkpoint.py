@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tune2gguf.base.bnb4bit import StoredNf4, group_nf4, read_nf4
 from tune2gguf.base.layout import TensorSpec, list_tensors, to_tune_rows
 from tune2gguf.base.safetensors_file import (
@@ -30,7 +32,6 @@ from tune2gguf.model.architectures import Architecture, read_architecture
 from tune2gguf.model.nf4 import BLOCK_SIZE, Nf4Weight, quantize_nf4
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils.sha import git_hash
 
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.digest import RECORD_FILE
@@ -17,12 +27,11 @@ from tune2gguf.files.atomic import publish, refuse_existing, write_json
 from tune2gguf.files.digest import digest_file, digest_file_once
 from tune2gguf.tokenizer.tokenizer import TOKENIZER_FILES
 
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
-
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 FREE_DISK_MARGIN = 1.01
+# The HTTP library's base error: huggingface_hub 0 uses requests, later ones httpx, whose is no OSError.
+_HTTP_ERRORS = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
 
 # Gated repositories and their ungated 4-bit counterparts, with the config that uses them.
 UNGATED_ALTERNATIVES = {
@@ -68,8 +77,6 @@ def download_from_hub(repo: str, base_dir: str | Path, *, revision: str | None =
         ValueError: if the folder exists, the repository cannot be reached or read with this token, has no safetensors
             weights, does not fit on the disk, or arrives damaged
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     base_dir = Path(base_dir)
     refuse_existing(base_dir)
     partial = base_dir.with_name(base_dir.name + ".partial")
@@ -79,18 +86,13 @@ def download_from_hub(repo: str, base_dir: str | Path, *, revision: str | None =
         # Small files first: a gated repository refuses config.json as well as the weights.
         for file in sorted(found.files, key=lambda file: file.num_bytes):
             _fetch_file(found, file, partial)
-    except (OSError, *_get_http_error_bases(HfHubHTTPError)) as error:
+    except (OSError, *_HTTP_ERRORS) as error:
         raise ValueError(explain_hub_error(error, repo, revision=revision)) from None
     open_base(partial)
     _write_record(found, partial)
     refuse_existing(base_dir)
     publish(partial, base_dir)
     return base_dir
-
-
-def _get_http_error_bases(hub_error: type[Exception]) -> list[type[Exception]]:
-    """Return the HTTP library's base error: huggingface_hub 0 uses requests, later ones httpx, whose is no OSError."""
-    return [base for base in hub_error.__mro__ if base.__name__ == "HTTPError"]
 
 
 def find_revision(repo: str, *, revision: str | None = None) -> HubRevision:
@@ -100,9 +102,7 @@ def find_revision(repo: str, *, revision: str | None = None) -> HubRevision:
         ValueError: if the repository has no safetensors weights
         OSError: and the HTTP library's errors, if the hub refuses or cannot be reached
     """
-    from huggingface_hub import HfApi
-
-    info: ModelInfo = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     files = []
     for name in choose_files(list(siblings), repo=repo):
@@ -154,10 +154,6 @@ def check_free_disk(revision: HubRevision, partial: Path) -> None:
 
 
 def _fetch_file(revision: HubRevision, file: HubFile, partial: Path) -> None:
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
     target = partial / file.name
     if target.is_file() and is_intact(target, file):
         return
@@ -188,10 +184,7 @@ def is_intact(path: Path, file: HubFile) -> bool:
         return False
     if file.sha256 is not None:
         return digest_file_once(path) == file.sha256
-    if file.git_blob is not None:
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == file.git_blob
-    return True
+    return file.git_blob is None or git_hash(path.read_bytes()) == file.git_blob
 
 
 def _write_record(revision: HubRevision, folder: Path) -> None:
@@ -204,14 +197,6 @@ def _write_record(revision: HubRevision, folder: Path) -> None:
 
 def explain_hub_error(error: Exception, repo: str, *, revision: str | None) -> str:
     """Return one sentence that says what is wrong and what to do; never a token, never a signed address."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     page = f"{constants.ENDPOINT}/{repo}"
     ungated, config = UNGATED_ALTERNATIVES.get(repo.lower(), (None, None))
     instead = f", or use the ungated {ungated} ({config})" if ungated else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +11,10 @@ from torchtune.modules.tied_linear import TiedLinear
 from tqdm import tqdm
 
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.model.llama import CausalLM
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
 from tune2gguf.model.sharding import shard_like
-
-if TYPE_CHECKING:
-    from tune2gguf.model.llama import CausalLM
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

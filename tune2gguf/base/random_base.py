@@ -7,9 +7,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tune2gguf.base.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_tensors
 from tune2gguf.base.digest import RECORD_FILE
@@ -18,10 +18,6 @@ from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
 from tune2gguf.files.atomic import write_folder, write_json
 from tune2gguf.model.architectures import Architecture, make_hf_config
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 # Kind of base -> dtype of its weights, except for those in 4 bits.
 KINDS = {"bf16": "BF16", "float32": "F32", "bnb-4bit": "BF16"}

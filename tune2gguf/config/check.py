@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tune2gguf.config.components import COMPONENTS, find_build_problems, find_component_problems
@@ -22,10 +22,6 @@ from tune2gguf.config.places import (
 from tune2gguf.guide import RATIO_ADVICE, RATIO_LIMITS
 
 WAY_OUT = "hold rows out with dataset.validation_split or dataset.validation_files"
-
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 def check_config(config: DictConfig) -> list[str]:

@@ -11,12 +11,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tune2gguf.base.bnb4bit import StoredNf4
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.layout import list_tensors
+from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.base.source import parse_base_source
 from tune2gguf.config.plan import find_plan_problems
 from tune2gguf.data import check_files
@@ -26,10 +27,6 @@ from tune2gguf.model.nf4 import BLOCK_SIZE
 from tune2gguf.runs.files import is_run_folder
 from tune2gguf.runs.folder import find_path_problems
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
-
-if TYPE_CHECKING:
-    from tune2gguf.base.bnb4bit import StoredNf4
-    from tune2gguf.base.safetensors_file import StoredTensor
 
 MAX_COUNTED_BYTES = 20_000_000  # data files beyond hold enough rows for any step
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tune2gguf.base.source import BaseSource, parse_base_source
 from tune2gguf.runs.config_file import rename_components
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 MODELS_FOLDER = "models"
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from omegaconf import DictConfig
 
 from tune2gguf.machine.memory import RunSpec
 from tune2gguf.model.architectures import ARCHITECTURES, read_architecture
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
 
 def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> RunSpec:
-    """Return the shape of a config's run; the base folder is read only where the config names no architecture.
+    """Return the RunSpec of a config; the base folder is read only where the config names no architecture.
 
     Raises:
         ValueError: if the base folder's config.json cannot be read

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch import OutOfMemoryError
@@ -17,9 +17,6 @@ from torch import OutOfMemoryError
 from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.watch import POLL_SECONDS, Watch
 from tune2gguf.distributed.world import AgreedError, describe_error, join_processes, wait_for_all
-
-if TYPE_CHECKING:
-    pass
 
 # What a user can mend, said in one line; anything else is our mistake and shows where it happened.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,16 +15,13 @@ from torchtune.training import shard_model
 
 from tune2gguf.data import make_empty_batch
 from tune2gguf.distributed.world import World, max_over_ranks
-from tune2gguf.machine.memory import estimate_memory
-
-if TYPE_CHECKING:
-    from tune2gguf.machine.memory import RunSpec
+from tune2gguf.machine.memory import RunSpec, estimate_memory
 
 # The allocator's gaps and what others keep on a GPU are not in the estimate.
 USABLE_SHARE = 0.9
 
 
-def choose_parallel(parallel: str, shape: RunSpec, world: World) -> str:
+def choose_parallel(parallel: str, spec: RunSpec, world: World) -> str:
     """Return replicate or shard: what was asked for, or for `auto` replicate where the run then fits on every GPU.
 
     The GPU's whole memory counts, not what is free, so that a run that is resumed is split as it was. Processes of a
@@ -36,14 +32,14 @@ def choose_parallel(parallel: str, shape: RunSpec, world: World) -> str:
     if parallel != "auto" or world.device.type != "cuda":
         return "shard" if parallel == "shard" else "replicate"
     memory = torch.cuda.get_device_properties(world.device).total_memory
-    is_too_large = estimate_memory(replace(shape, parallel="replicate")).peak > USABLE_SHARE * memory
+    is_too_large = estimate_memory(replace(spec, parallel="replicate")).peak > USABLE_SHARE * memory
     return "shard" if max_over_ranks(int(is_too_large)) else "replicate"
 
 
-def describe_parallel(asked: str, chosen: str, *, device: str) -> str:
+def describe_parallel(requested: str, chosen: str, *, device: str) -> str:
     """Return what a run says of the way its processes share the base, and why where `auto` chose it."""
     part = f"each with {'a part' if chosen == 'shard' else 'all'} of the base"
-    if asked != "auto":
+    if requested != "auto":
         return part
     if device == "cpu":
         return f"{part} (parallel=auto replicates on a CPU)"

@@ -32,76 +32,76 @@ def describe_estimate(estimate: Estimate) -> list[str]:
     return [f"  {name:<24}{size / GIGABYTE:8.2f} GB" for name, size in parts.items()]
 
 
-def announce(shape: RunSpec, device: Device) -> None:
+def announce(spec: RunSpec, device: Device) -> None:
     """Say in one line what a run will need before it takes it, and warn where that is not there."""
-    estimate = estimate_memory(shape)
+    estimate = estimate_memory(spec)
     adapter = estimate.adapter + estimate.gradients + estimate.optimizer
     parts = {"base": estimate.weights, "adapter": adapter, "activations": estimate.activations}
     parts |= {"work": estimate.work, "program": estimate.program}
     listed = ", ".join(f"{name} {size / GIGABYTE:.1f}" for name, size in parts.items())
     free = f"{device.free / GIGABYTE:.1f} GB are free on {device.name}"
     print(f"memory: about {estimate.peak / GIGABYTE:.1f} GB ({listed}); {free}")
-    warning = find_warning(shape, device)
+    warning = find_warning(spec, device)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def fits(shape: RunSpec, free: int) -> bool:
+def fits(spec: RunSpec, free: int) -> bool:
     """Say whether the run fits into the bytes of its device; on a CPU all processes share them."""
-    sharing = shape.num_devices if shape.device_type == "cpu" else 1
-    return estimate_memory(shape).peak * sharing <= free
+    sharing = spec.num_devices if spec.device_type == "cpu" else 1
+    return estimate_memory(spec).peak * sharing <= free
 
 
-def find_fitting_change(shape: RunSpec, free: int) -> dict[str, object] | None:
+def find_fitting_change(spec: RunSpec, free: int) -> dict[str, object] | None:
     """Return the first overrides with which the run fits, None where none of them is enough.
 
     Tried in this order, later ones together with the earlier: a smaller batch with more accumulation (the same step),
     activation checkpointing (the same adapter, slower), on a GPU with what it keeps on the CPU, a 4-bit base, sharding
     over devices.
     """
-    return next((change for change in list_changes(shape) if fits(replace(shape, **change), free)), None)
+    return next((change for change in list_changes(spec) if fits(replace(spec, **change), free)), None)
 
 
-def list_changes(shape: RunSpec) -> Iterator[dict[str, object]]:
-    """Yield changes of a shape, each a mapping of its fields."""
-    rows = shape.batch_size * shape.gradient_accumulation_steps
-    batches = [size for size in range(shape.batch_size - 1, 0, -1) if rows % size == 0]
+def list_changes(spec: RunSpec) -> Iterator[dict[str, object]]:
+    """Yield changes of a spec, each a mapping of its fields."""
+    rows = spec.batch_size * spec.gradient_accumulation_steps
+    batches = [size for size in range(spec.batch_size - 1, 0, -1) if rows % size == 0]
     smaller = [{"batch_size": size, "gradient_accumulation_steps": rows // size} for size in batches]
-    recomputing = {} if shape.enable_activation_checkpointing else {"enable_activation_checkpointing": True}
+    recomputing = {} if spec.enable_activation_checkpointing else {"enable_activation_checkpointing": True}
     yield from smaller
     for change in ({}, *smaller):
         if recomputing:
             yield recomputing | change
-    if shape.device_type == "cuda" and not shape.enable_activation_offloading:
+    if spec.device_type == "cuda" and not spec.enable_activation_offloading:
         recomputing |= {"enable_activation_offloading": True}
         for change in ({}, *smaller):
             yield recomputing | change
     least = recomputing | (smaller[-1] if smaller else {})
-    if shape.base_weights != "nf4":
+    if spec.base_weights != "nf4":
         for change in ({}, recomputing, least):
             yield {"base_weights": "nf4"} | change
         least = {"base_weights": "nf4"} | least
-    if shape.device_type == "cuda":
+    if spec.device_type == "cuda":
         # Sharding splits the rows of a step over the devices, too.
         for num_devices in SHARED_BY:
-            if num_devices >= shape.num_devices:
+            if num_devices >= spec.num_devices:
                 yield least | {"parallel": "shard", "num_devices": num_devices}
 
 
-def advise(shape: RunSpec, free: int) -> str:
+def advise(spec: RunSpec, free: int) -> str:
     """Return what to change for a run that does not fit."""
-    change = find_fitting_change(shape, free)
+    change = find_fitting_change(spec, free)
     if change is not None:
         return f"This would make it fit: {_to_command(change)}"
-    least = min((replace(shape, **change) for change in [{}, *list_changes(shape)]), key=_get_peak)
+    least = min((replace(spec, **change) for change in [{}, *list_changes(spec)]), key=_get_peak)
     return (
         f"No setting makes it fit: at the least it needs {_get_peak(least) / GIGABYTE:.1f} GB. "
-        f"Lower max_seq_len (rows have up to {shape.longest_row} tokens), or take a smaller model."
+        f"Lower max_seq_len (rows have up to {spec.longest_row} tokens), or take a smaller model."
     )
 
 
-def _get_peak(shape: RunSpec) -> int:
-    return estimate_memory(shape).peak
+def _get_peak(spec: RunSpec) -> int:
+    return estimate_memory(spec).peak
 
 
 def _to_command(change: dict[str, object]) -> str:
@@ -110,28 +110,28 @@ def _to_command(change: dict[str, object]) -> str:
     return launch + " ".join(overrides)
 
 
-def find_warning(shape: RunSpec, device: Device) -> str | None:
+def find_warning(spec: RunSpec, device: Device) -> str | None:
     """Return the warning for a run that will probably not fit."""
-    if fits(shape, device.free):
+    if fits(spec, device.free):
         return None
-    sharing = f" for each of {shape.num_devices} processes" if shape.num_devices > 1 else ""
+    sharing = f" for each of {spec.num_devices} processes" if spec.num_devices > 1 else ""
     return (
-        f"this run will probably run out of memory: it needs about {_get_peak(shape) / GIGABYTE:.1f} GB{sharing}, "
-        f"and {device.free / GIGABYTE:.1f} GB are free on {device.name}. {advise(shape, device.free)}"
+        f"this run will probably run out of memory: it needs about {_get_peak(spec) / GIGABYTE:.1f} GB{sharing}, "
+        f"and {device.free / GIGABYTE:.1f} GB are free on {device.name}. {advise(spec, device.free)}"
     )
 
 
-def describe_fit(shape: RunSpec, device: Device) -> str:
+def describe_fit(spec: RunSpec, device: Device) -> str:
     """Return in one line whether the run fits on a device of this machine."""
     head = f"{device.name} ({device.title}), {device.free / GIGABYTE:.1f} GB free"
-    head += f": needs {_get_peak(shape) / GIGABYTE:.1f} GB"
-    if shape.num_devices > 1 and shape.device_type == "cpu":
-        head += f" for each of {shape.num_devices} processes"
-    return f"{head}, fits" if fits(shape, device.free) else f"{head}, does not fit. {advise(shape, device.free)}"
+    head += f": needs {_get_peak(spec) / GIGABYTE:.1f} GB"
+    if spec.num_devices > 1 and spec.device_type == "cpu":
+        head += f" for each of {spec.num_devices} processes"
+    return f"{head}, fits" if fits(spec, device.free) else f"{head}, does not fit. {advise(spec, device.free)}"
 
 
 @contextmanager
-def explain_out_of_memory(shape: RunSpec, device: Device) -> Iterator[None]:
+def explain_out_of_memory(spec: RunSpec, device: Device) -> Iterator[None]:
     """Turn running out of memory in the block into one error that says what to change.
 
     Raises:
@@ -143,10 +143,10 @@ def explain_out_of_memory(shape: RunSpec, device: Device) -> Iterator[None]:
         # Python's, CUDA's, and that of torch's CPU allocator.
         if not isinstance(error, (MemoryError, OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
-        needed = f"it needs about {_get_peak(shape) / GIGABYTE:.1f} GB"
+        needed = f"it needs about {_get_peak(spec) / GIGABYTE:.1f} GB"
         # What was free has proved too little, so that advice must need less than the estimate.
-        limit = min(device.free, _get_peak(shape) - 1)
+        limit = min(device.free, _get_peak(spec) - 1)
         raise ValueError(
             f"out of memory on {device.name}: {needed}, {device.free / GIGABYTE:.1f} GB were free at the start. "
-            f"{advise(shape, limit)}\nCheckpoints and adapters that were saved are whole."
+            f"{advise(spec, limit)}\nCheckpoints and adapters that were saved are whole."
         ) from None

@@ -1,4 +1,4 @@
-"""What a run will need in memory, part by part, from its shape alone; and what to change where that is too much.
+"""What a run will need in memory, part by part, from its RunSpec alone.
 
 The parts are counted from what lora.py, loss.py and torchtune's layers keep: d = embed_dim, i = intermediate_dim,
 q = num_heads * head_dim, T = batch_size * longest row, c = bytes of dtype. Tests hold the counts to autograd's saved
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tune2gguf.base.layout import TensorSpec, list_tensors
+from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.fused import NO_TRITON, why_not_fused
-
-if TYPE_CHECKING:
-    from tune2gguf.model.architectures import Architecture
 
 BYTES = {"bf16": 2, "fp32": 4}
 # Of torchao's tensor: half a byte of code, a byte of scale for 64 weights, a float32 factor for 256 scales.
@@ -86,21 +83,21 @@ class Estimate:
         return max(self.training, self.loading)
 
 
-def estimate_memory(shape: RunSpec) -> Estimate:
+def estimate_memory(spec: RunSpec) -> Estimate:
     """Count the bytes that one process of a run needs."""
-    specs = list_tensors(shape.architecture)
-    weights = {spec.tune_name: _count_weight_bytes(spec, shape.base_weights) for spec in specs}
-    is_whole_on_gpu = shape.device_type == "cuda" and shape.parallel != "shard"
-    if shape.base_weights == "nf4" and is_whole_on_gpu and not shape.architecture.tied:
+    tensors = list_tensors(spec.architecture)
+    weights = {tensor.tune_name: _count_weight_bytes(tensor, spec.base_weights) for tensor in tensors}
+    is_whole_on_gpu = spec.device_type == "cuda" and spec.parallel != "shard"
+    if spec.base_weights == "nf4" and is_whole_on_gpu and not spec.architecture.tied:
         weights["tok_embeddings.weight"] = 0  # stays in the host's memory
-    dense = {spec.tune_name: math.prod(spec.shape) * BYTES[shape.dtype] for spec in specs}
-    adapter = 4 * count_adapter_weights(shape)
-    parts = shape.num_devices if shape.parallel == "shard" else 1
+    dense = {tensor.tune_name: math.prod(tensor.shape) * BYTES[spec.dtype] for tensor in tensors}
+    adapter = 4 * count_adapter_weights(spec)
+    parts = spec.num_devices if spec.parallel == "shard" else 1
     # Sharded, the layer at work and the next one are gathered whole, and so is the head.
     gathered = 0 if parts == 1 else 2 * _count_layer(weights) + max(weights.values())
     program = CUDA_BYTES
-    if shape.device_type == "cpu":
-        program = PROGRAM_BYTES + PROGRAM_BYTES_PER_TOKEN * shape.architecture.vocab_size
+    if spec.device_type == "cpu":
+        program = PROGRAM_BYTES + PROGRAM_BYTES_PER_TOKEN * spec.architecture.vocab_size
     resident = sum(weights.values()) // parts
     on_host = 2 * max(size for name, size in dense.items() if name.startswith("layers."))
     return Estimate(
@@ -109,100 +106,100 @@ def estimate_memory(shape: RunSpec) -> Estimate:
         adapter=adapter // parts,
         gradients=adapter // parts,
         optimizer=2 * adapter // parts,
-        activations=count_kept_activations(shape),
-        work=_count_work(shape) + gathered,
-        loading=program + resident + (on_host if shape.device_type == "cpu" else 0),
+        activations=count_kept_activations(spec),
+        work=_count_work(spec) + gathered,
+        loading=program + resident + (on_host if spec.device_type == "cpu" else 0),
     )
 
 
-def count_adapter_weights(shape: RunSpec) -> int:
+def count_adapter_weights(spec: RunSpec) -> int:
     """Return the trainable weights: rank * (in + out) for each linear layer with an adapter."""
-    return sum(shape.lora_rank * sum(spec.shape) for spec in _list_adapted(shape))
+    return sum(spec.lora_rank * sum(tensor.shape) for tensor in _list_adapted(spec))
 
 
-def list_layer_activations(shape: RunSpec) -> list[int]:
+def list_layer_activations(spec: RunSpec) -> list[int]:
     """Return the bytes of each tensor that is kept of one layer until backward, without the adapter's casts."""
-    a, c = shape.architecture, BYTES[shape.dtype]
+    a, c = spec.architecture, BYTES[spec.dtype]
     d, i, q = a.embed_dim, a.intermediate_dim, a.num_heads * a.head_dim
-    if shape.is_fused:
+    if spec.is_fused:
         # Input and middle, q and the attention's result, k and v, gate and up; norms' factors and log of normalizers.
         per_token = (
             2 * [d * c] + 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + 2 * [i * c] + [8, 4 * a.num_heads]
         )
-        return [size * _count_tokens(shape) for size in [*per_token, _count_low_rank(shape)]]
-    adapted = {spec.tune_name.split(".")[-2]: spec.shape[1] for spec in _list_adapted(shape)}
+        return [size * _count_tokens(spec) for size in [*per_token, _count_low_rank(spec)]]
+    adapted = {tensor.tune_name.split(".")[-2]: tensor.shape[1] for tensor in _list_adapted(spec)}
     # q, k, v and output; torchtune expands k and v to all heads, and its kernel keeps the log of the normalizers.
-    if shape.device_type == "cpu":
+    if spec.device_type == "cpu":
         per_token = 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c]
     else:
         per_token = 4 * [q * c] + [4 * a.num_heads]
     # Both norms' inputs and factors; on a GPU torchtune's own norm computes in float32.
-    per_token += 2 * [c * d if shape.device_type == "cpu" else 4 * d, 4]
-    per_token += 2 * [i * c] if shape.device_type == "cpu" else 3 * [i * c]  # gate, up; torchtune: silu of gate, too
+    per_token += 2 * [c * d if spec.device_type == "cpu" else 4 * d, 4]
+    per_token += 2 * [i * c] if spec.device_type == "cpu" else 3 * [i * c]  # gate, up; torchtune: silu of gate, too
     per_token += [i * c] if "w2" in adapted else []
     per_token += [d * c] if adapted.keys() & {"q_proj", "k_proj", "v_proj"} else []
     per_token += [d * c] if adapted.keys() & {"w1", "w3"} else []
-    per_token += len(adapted) * [shape.lora_rank * c]
-    per_token += list(adapted.values()) if shape.lora_dropout > 0 else []  # a byte an element: what is dropped
-    return [size * _count_tokens(shape) for size in per_token]
+    per_token += len(adapted) * [spec.lora_rank * c]
+    per_token += list(adapted.values()) if spec.lora_dropout > 0 else []  # a byte an element: what is dropped
+    return [size * _count_tokens(spec) for size in per_token]
 
 
-def count_kept_activations(shape: RunSpec) -> int:
+def count_kept_activations(spec: RunSpec) -> int:
     """Return the bytes kept until backward: of all layers, or with checkpointing of one layer and all inputs.
 
     With offloading on a GPU only a few of these inputs are there at a time.
     """
-    a, c, tokens = shape.architecture, BYTES[shape.dtype], _count_tokens(shape)
-    layer = sum(list_layer_activations(shape))
-    if shape.enable_activation_checkpointing:
-        is_offloaded = shape.enable_activation_offloading and shape.device_type == "cuda"
+    a, c, tokens = spec.architecture, BYTES[spec.dtype], _count_tokens(spec)
+    layer = sum(list_layer_activations(spec))
+    if spec.enable_activation_checkpointing:
+        is_offloaded = spec.enable_activation_offloading and spec.device_type == "cuda"
         num_inputs = min(OFFLOADING_INPUTS, a.num_layers) if is_offloaded else a.num_layers
         layers = num_inputs * tokens * a.embed_dim * c + layer
-        layers += a.num_layers * tokens * _count_low_rank(shape) if shape.is_fused else 0
+        layers += a.num_layers * tokens * _count_low_rank(spec) if spec.is_fused else 0
     else:
         layers = a.num_layers * layer
     # The adapter in dtype is kept from forward to backward.
-    casts = 0 if shape.dtype == "fp32" else count_adapter_weights(shape) * c
+    casts = 0 if spec.dtype == "fp32" else count_adapter_weights(spec) * c
     return layers + casts + tokens * a.embed_dim * c
 
 
-def _count_work(shape: RunSpec) -> int:
+def _count_work(spec: RunSpec) -> int:
     """Return the temporaries of a chunk of logits or an MLP's backward, whichever is more, and the heap's gaps."""
     from tune2gguf.model.loss import POSITIONS_PER_CHUNK
 
-    a, c, tokens = shape.architecture, BYTES[shape.dtype], _count_tokens(shape)
-    loss = c * min(POSITIONS_PER_CHUNK[shape.device_type], tokens) * a.vocab_size  # the gradient is written over them
+    a, c, tokens = spec.architecture, BYTES[spec.dtype], _count_tokens(spec)
+    loss = c * min(POSITIONS_PER_CHUNK[spec.device_type], tokens) * a.vocab_size  # the gradient is written over them
     loss += 2 * tokens * a.embed_dim * c  # the hidden states that go in, and their gradient
     # torchtune's norm has its input and its result in float32.
-    loss += 2 * tokens * a.embed_dim * 4 if shape.device_type == "cuda" else 0
-    largest = max(math.prod(spec.shape) for spec in list_tensors(a) if spec.is_linear)
-    dense = largest * c if shape.base_weights == "nf4" else 0
+    loss += 2 * tokens * a.embed_dim * 4 if spec.device_type == "cuda" else 0
+    largest = max(math.prod(tensor.shape) for tensor in list_tensors(a) if tensor.is_linear)
+    dense = largest * c if spec.base_weights == "nf4" else 0
     upstream = 2 * tokens * a.embed_dim * c
-    if shape.is_fused:
+    if spec.is_fused:
         # The activation's product beside gate and up, which their gradients overwrite.
         return max(loss, 2 * upstream + tokens * a.intermediate_dim * c + dense)
     mlp = upstream + max(3 * tokens * a.intermediate_dim * c, tokens * a.intermediate_dim * c + dense)
     gaps = 0
-    if shape.device_type == "cpu":
-        gaps = LAYERS_IN_GAPS * sum(size for size in list_layer_activations(shape) if size < RETURNED_BYTES)
+    if spec.device_type == "cpu":
+        gaps = LAYERS_IN_GAPS * sum(size for size in list_layer_activations(spec) if size < RETURNED_BYTES)
     return max(loss, mlp) + round(gaps)
 
 
-def _count_low_rank(shape: RunSpec) -> int:
+def _count_low_rank(spec: RunSpec) -> int:
     """Return the bytes of the adapters' first products, a token and layer."""
-    return len(_list_adapted(shape)) // shape.architecture.num_layers * shape.lora_rank * BYTES[shape.dtype]
+    return len(_list_adapted(spec)) // spec.architecture.num_layers * spec.lora_rank * BYTES[spec.dtype]
 
 
-def _count_tokens(shape: RunSpec) -> int:
-    return shape.batch_size * shape.longest_row
+def _count_tokens(spec: RunSpec) -> int:
+    return spec.batch_size * spec.longest_row
 
 
-def _count_weight_bytes(spec: TensorSpec, base_weights: str) -> int:
-    size = math.prod(spec.shape)
-    if len(spec.shape) == 1:
+def _count_weight_bytes(tensor: TensorSpec, base_weights: str) -> int:
+    size = math.prod(tensor.shape)
+    if len(tensor.shape) == 1:
         return 4 * size  # norms stay in float32
     if base_weights == "nf4":
-        return round(size * (NF4_BYTES_PER_WEIGHT if spec.is_linear else BYTES["bf16"]))
+        return round(size * (NF4_BYTES_PER_WEIGHT if tensor.is_linear else BYTES["bf16"]))
     return size * BYTES[base_weights]
 
 
@@ -210,7 +207,7 @@ def _count_layer(weights: dict[str, int]) -> int:
     return sum(size for name, size in weights.items() if name.startswith("layers.0."))
 
 
-def _list_adapted(shape: RunSpec) -> list[TensorSpec]:
-    mlp = ("w1", "w2", "w3") if shape.apply_lora_to_mlp else ()
-    names = {*shape.lora_attn_modules, *mlp}
-    return [spec for spec in list_tensors(shape.architecture) if spec.tune_name.split(".")[-2] in names]
+def _list_adapted(spec: RunSpec) -> list[TensorSpec]:
+    mlp = ("w1", "w2", "w3") if spec.apply_lora_to_mlp else ()
+    names = {*spec.lora_attn_modules, *mlp}
+    return [tensor for tensor in list_tensors(spec.architecture) if tensor.tune_name.split(".")[-2] in names]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tune2gguf.files.atomic import write_text
 from tune2gguf.runs.files import CONFIG_FILE
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 # Names that the components had in runs of version 1.
 RENAMED_COMPONENTS = {

@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
 
 from tune2gguf.base.digest import digest_base
+from tune2gguf.data import PreparedData
 from tune2gguf.files.atomic import write_folder, write_json, write_text
 from tune2gguf.runs.config_file import write_config
 from tune2gguf.runs.environment import write_environment
 from tune2gguf.runs.files import DATA_FILE, VALIDATION_FILE, is_run_folder
 from tune2gguf.runs.validation_rows import format_validation_rows
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from tune2gguf.data import PreparedData
 
 
 def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: PreparedData, device: str) -> Path:

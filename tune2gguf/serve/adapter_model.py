@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.load import load_base
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.model.generate import AdapterModel
-from tune2gguf.model.llama import LORA_ATTN_MODULES, lora_llama
+from tune2gguf.model.llama import LORA_ATTN_MODULES, CausalLM, lora_llama
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.runs.run import Run
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from tune2gguf.model.llama import CausalLM
 
 
 def load_adapter_model(run: Run, *, show: bool = True) -> AdapterModel:

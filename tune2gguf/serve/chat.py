@@ -89,11 +89,11 @@ def talk(
         if question == "/new":
             messages = start_conversation(system_prompt)
         elif question:
-            asked = [*messages, {"role": "user", "content": question}]
+            conversation = [*messages, {"role": "user", "content": question}]
             try:
-                reply = model.chat(asked, max_tokens=max_tokens, temperature=temperature, on_text=write)
+                reply = model.chat(conversation, max_tokens=max_tokens, temperature=temperature, on_text=write)
             except ValueError as error:
                 write(f"{error}; /new starts over\n")
                 continue
             write("\n")
-            messages = [*asked, {"role": "assistant", "content": reply.text}]
+            messages = [*conversation, {"role": "assistant", "content": reply.text}]

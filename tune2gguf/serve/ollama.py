@@ -6,14 +6,11 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from tune2gguf.export.exported import Export
+from tune2gguf.runs.run import Run
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.tokenizer.conversation import cut_before_reply
-
-if TYPE_CHECKING:
-    from tune2gguf.export.exported import Export
-    from tune2gguf.runs.run import Run
 
 
 def serve_with_ollama(export: Export, name: str) -> str:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig
+
+from tune2gguf.data import PreparedData
 from tune2gguf.data.padding import describe_padding
 from tune2gguf.distributed.parallel import describe_parallel
 from tune2gguf.machine.cpu import describe_cpu
 from tune2gguf.model.fused import describe_layers, why_not_fused
-from tune2gguf.train.samples import describe_prompts
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from tune2gguf.data import PreparedData
-    from tune2gguf.train.samples import Prompt
-    from tune2gguf.train.validation_plan import ValidationPlan
+from tune2gguf.train.samples import Prompt, describe_prompts
+from tune2gguf.train.validation_plan import ValidationPlan
 
 
 def describe_plan(

@@ -6,18 +6,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from tune2gguf.base.digest import digest_base
+from tune2gguf.data import PreparedData
 from tune2gguf.distributed.signals import StopRequested
-from tune2gguf.distributed.world import AgreedError, describe_error, gather_over_ranks
+from tune2gguf.distributed.world import AgreedError, World, describe_error, gather_over_ranks
 from tune2gguf.files.atomic import clear_leftovers
 from tune2gguf.files.digest import digest_file
+from tune2gguf.model.architectures import Architecture
+from tune2gguf.model.llama import CausalLM
 from tune2gguf.runs.adapter import ADAPTER_WEIGHTS, from_peft_layout, restore_adapter, save_adapter
 from tune2gguf.runs.checkpoints import (
     CHECKPOINTS,
+    Checkpoint,
+    CheckpointWriter,
     get_step,
     list_checkpoints,
     read_checkpoint,
@@ -28,22 +35,9 @@ from tune2gguf.runs.environment import record_resume
 from tune2gguf.runs.files import JsonLinesFile
 from tune2gguf.runs.folder import create_run_folder, find_free_folder
 from tune2gguf.train.progress import Progress
-from tune2gguf.train.record import NOTHING_RECORDED
+from tune2gguf.train.record import NOTHING_RECORDED, RunRecord
 from tune2gguf.train.seeds import restore_random_state
 from tune2gguf.train.steps import advance_schedule, restore_optimizer
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-
-    from tune2gguf.data import PreparedData
-    from tune2gguf.distributed.world import World
-    from tune2gguf.model.architectures import Architecture
-    from tune2gguf.model.llama import CausalLM
-    from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
-    from tune2gguf.train.record import RunRecord
-
 
 # Where things are may be another place on each machine of a run; the rest of the config is the same on all.
 OWN_KEYS = {

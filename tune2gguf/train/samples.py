@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+
+import torch
 
 from tune2gguf.model.generate import generate_together, kv_caches, make_reply
+from tune2gguf.model.llama import CausalLM
 from tune2gguf.runs.samples import Sample
 from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply
-
-if TYPE_CHECKING:
-    import torch
-
-    from tune2gguf.model.llama import CausalLM
-    from tune2gguf.tokenizer.tokenizer import ChatTokenizer
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from tune2gguf.guide import SCHEDULERS
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LambdaLR
 
 
 def compute_rate_factor(step: int, *, name: str, num_warmup_steps: int, num_training_steps: int) -> float:

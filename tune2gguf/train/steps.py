@@ -6,25 +6,20 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from tune2gguf.data import collate, make_empty_batch
+from tune2gguf.data import TokenizedRow, collate, make_empty_batch
+from tune2gguf.data.packing import Pack
 from tune2gguf.distributed.parallel import reduce_gradients
+from tune2gguf.distributed.signals import StopSignals
 from tune2gguf.distributed.world import AgreedError, World, gather_over_ranks, max_over_ranks, sum_over_ranks
 from tune2gguf.model.sharding import full_tensor, shard_like
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-
-    from tune2gguf.data import TokenizedRow
-    from tune2gguf.data.packing import Pack
-    from tune2gguf.distributed.signals import StopSignals
-    from tune2gguf.runs.curves import TrainingStep
+from tune2gguf.runs.curves import TrainingStep
 
 MAX_ROWS_NAMED = 20
 

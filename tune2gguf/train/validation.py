@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from tune2gguf.data import collate, make_empty_batch
+from tune2gguf.data import TokenizedRow, collate, make_empty_batch
 from tune2gguf.distributed.world import World, sum_over_ranks
+from tune2gguf.model.llama import CausalLM
 from tune2gguf.runs.curves import Validation
 from tune2gguf.runs.intervals import estimate_ratio
-
-if TYPE_CHECKING:
-    from tune2gguf.data import TokenizedRow
-    from tune2gguf.model.llama import CausalLM
 
 
 @dataclass(frozen=True)

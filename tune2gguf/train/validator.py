@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from tune2gguf.distributed.world import broadcast_from_main
-from tune2gguf.train.samples import answer_prompts
+from omegaconf import DictConfig
+
+from tune2gguf.data import PreparedData
+from tune2gguf.data.tokenize import TokenizedRows
+from tune2gguf.distributed.world import World, broadcast_from_main
+from tune2gguf.model.llama import CausalLM
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer
+from tune2gguf.train.progress import Progress
+from tune2gguf.train.record import RunRecord
+from tune2gguf.train.samples import Prompt, answer_prompts
 from tune2gguf.train.validation import compute_validation_loss
-from tune2gguf.train.validation_plan import plan_validation
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from tune2gguf.data import PreparedData
-    from tune2gguf.data.tokenize import TokenizedRows
-    from tune2gguf.distributed.world import World
-    from tune2gguf.model.llama import CausalLM
-    from tune2gguf.tokenizer.tokenizer import ChatTokenizer
-    from tune2gguf.train.progress import Progress
-    from tune2gguf.train.record import RunRecord
-    from tune2gguf.train.samples import Prompt
-    from tune2gguf.train.validation_plan import ValidationPlan
+from tune2gguf.train.validation_plan import ValidationPlan, plan_validation
 
 
 def plan_run_validation(

@@ -9,7 +9,6 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, Metadata, size_label
@@ -18,9 +17,6 @@ from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name
 from tune2gguf.export.gguf_file.types import Quantization, choose_tensor_type, count_bytes, get_block
 from tune2gguf.export.gguf_file.vocabulary import Vocabulary
 from tune2gguf.model.architectures import Architecture
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 ALIGNMENT = 32  # bytes, GGUF's default: every tensor starts at a multiple
 

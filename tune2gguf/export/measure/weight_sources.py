@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 
 from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.base.layout import get_gguf_name
@@ -17,9 +16,6 @@ from tune2gguf.export.measure.layerwise import WeightSource
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import round_to_bfloat16
 from tune2gguf.export.merge.slabs import read_merged_rows
-
-if TYPE_CHECKING:
-    from gguf import ReaderTensor
 
 
 def open_base_source(base: BaseCheckpoint, *, adapter: Adapter | None) -> WeightSource:
