@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.runs import HOSTILE_NAME, HOSTILE_SYSTEM_PROMPT, HOSTILE_VALIDATION, run_recipe
 from tune2gguf.export.pipeline import export_run
-from tune2gguf.report.compare import find_runs, group_runs, write_page
+from tune2gguf.report.compare import find_runs, group_runs, write_comparison
 from tune2gguf.runs.ledger import read_entries
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.runs.validation_rows import read_validation_rows
@@ -79,7 +79,7 @@ def test_comparison_ranks_it_on_all_its_rows(run_dir, tmp_path):
     shutil.copytree(run_dir, run_dir.with_name(f"{HOSTILE_NAME} <2>"))
     (group,) = group_runs(find_runs(run_dir.parent))
     assert (group.num_rows, len(group.runs)) == (len(HOSTILE_VALIDATION), 2)
-    page = html.unescape(write_page([group], tmp_path / "page.html").read_text(encoding="utf-8"))
+    page = html.unescape(write_comparison([group], tmp_path / "page.html").read_text(encoding="utf-8"))
     assert HOSTILE_NAME in page and f"{HOSTILE_NAME} <2>" in page
 
 
