@@ -41,28 +41,16 @@ class Inspection:
         return "\n\n".join([format_summary(self.summary), *shown])
 
     def write_html(self, path: Path) -> Path:
-        """Write figures and rows as a page.
-
-        Raises:
-            ValueError: if the file exists
-        """
+        """Write figures and rows as a page, to a file that does not exist yet."""
         return _write_new(path, make_html(self.summary, self.rows, self.tokenizer).encode())
 
     def write_png(self, path: Path) -> Path:
-        """Write the histogram of the rows' tokens as a picture.
-
-        Raises:
-            ValueError: if the file exists
-        """
+        """Write the histogram of the rows' tokens as a picture, to a file that does not exist yet."""
         return _write_new(path, draw_png(self.summary))
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """Find out before the data is read whether the files can be written.
-
-    Raises:
-        ValueError: if one exists, or its folder does not
-    """
+    """Raise ValueError, before the data is read, if a file exists or its folder does not."""
     for path in filter(None, paths):
         if path.exists():
             raise ValueError(f"{path} exists and is not overwritten")
@@ -78,10 +66,7 @@ def _write_new(path: Path, content: bytes) -> Path:
 
 
 def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspection:
-    """Look at the data of a run's config.
-
-    Args:
-        overrides: key=value, as for the run
+    """Look at the data of a run's config, with `key=value` overrides as for the run.
 
     Raises:
         ValueError: if config, tokenizer or data cannot be read, or a key or value is wrong

@@ -65,10 +65,6 @@ def summarize_data(
 
     Args:
         dataset: the options of chat_dataset
-        batch_size, accumulation_steps: of the run, for its steps
-
-    Raises:
-        ValueError: if a file cannot be read, or there is no row to train on
     """
     options = {**dataset, "on_bad_row": "drop", "on_long_row": "truncate", "packing": False}
     data = chat_dataset(**options, tokenizer=tokenizer, max_seq_len=max_seq_len, seed=seed)

@@ -56,11 +56,7 @@ class Group:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the run folders in a folder.
-
-    Raises:
-        ValueError: if there is none
-    """
+    """Return the run folders in a folder; there has to be one."""
     found = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}") if is_run_folder(path.parent))
     if not found:
         raise ValueError(f"{folder}: no runs here; give the folders of runs, such as runs/NAME")
@@ -68,11 +64,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
-    """Read runs and rank those that share validation rows, on the rows that they share.
-
-    Raises:
-        ValueError: if a folder is not that of a run
-    """
+    """Read runs and rank those that share validation rows, on the rows that they share."""
     runs = [Run(path) for path in dict.fromkeys(run_dirs)]
     names = _name_runs(runs)
     differences = find_differences([run.flat_config | {"data": run.data["fingerprint"]} for run in runs])
@@ -117,11 +109,7 @@ def format_groups(groups: Sequence[Group]) -> str:
 
 
 def write_comparison(groups: Sequence[Group], path: Path) -> Path:
-    """Write the page with the curves of each group over each other; runs without a validation loss stand apart.
-
-    Raises:
-        ValueError: if two runs have the same name
-    """
+    """Write the page with the curves of each group over each other; runs without a validation loss stand apart."""
     runs = [run for group in groups for run in group.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):

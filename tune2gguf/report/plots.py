@@ -166,11 +166,7 @@ def _plot_small(
 
 
 def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
-    """Draw the validation curves of several runs over each other; None where none was validated.
-
-    Args:
-        name: of the plot, unique on its page
-    """
+    """Draw the validation curves of several runs over each other; None where none was validated."""
     shown = {run: lines for run, curves in runs.items() if (lines := _list_finite(curves))}
     if not shown:
         return None

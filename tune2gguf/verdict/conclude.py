@@ -25,11 +25,7 @@ MAX_ADVICE = 8
 
 
 def conclude_run(run_dir: str | Path) -> list[str]:
-    """Judge and advise; write verdict.json and a line of the ledger; return what to say of it.
-
-    Raises:
-        ValueError: if the folder is not that of a run
-    """
+    """Judge and advise; write verdict.json and a line of the ledger; return what to say of it."""
     run = Run(Path(run_dir))
     outcome = None
     if run.parent_run is not None:
@@ -48,11 +44,7 @@ def conclude_run(run_dir: str | Path) -> list[str]:
 
 
 def recall_verdict(run_dir: str | Path) -> list[str]:
-    """Return what a run said at its end of its verdict and the next command; nothing of one that has not ended.
-
-    Raises:
-        ValueError: if there is no such folder, or verdict.json or config.yaml cannot be read
-    """
+    """Return what a run said at its end of its verdict and the next command; nothing of one that has not ended."""
     run = Run(Path(run_dir))
     return [] if run.conclusion is None else _describe_conclusion(run, run.conclusion)
 
