@@ -41,28 +41,16 @@ class Inspection:
         return "\n\n".join([format_summary(self.summary), *shown])
 
     def write_html(self, path: Path) -> Path:
-        """Write figures and rows as a page.
-
-        Raises:
-            ValueError: if the file exists
-        """
+        """Write figures and rows as a page, to a file that does not exist yet."""
         return _write_new(path, make_html(self.summary, self.rows, self.tokenizer).encode())
 
     def write_png(self, path: Path) -> Path:
-        """Write the histogram of the rows' tokens as a picture.
-
-        Raises:
-            ValueError: if the file exists
-        """
+        """Write the histogram of the rows' tokens as a picture, to a file that does not exist yet."""
         return _write_new(path, draw_png(self.summary))
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """Find out before the data is read whether the files can be written.
-
-    Raises:
-        ValueError: if one exists, or its folder does not
-    """
+    """Raise ValueError, before the data is read, if a file exists or its folder does not."""
     for path in filter(None, paths):
         if path.exists():
             raise ValueError(f"{path} exists and is not overwritten")
@@ -78,29 +66,25 @@ def _write_new(path: Path, content: bytes) -> Path:
 
 
 def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspection:
-    """Look at the data of a run's config.
-
-    Args:
-        overrides: key=value, as for the run
+    """Look at the data of a run's config, with `key=value` overrides as for the run.
 
     Raises:
         ValueError: if config, tokenizer or data cannot be read, or a key or value is wrong
     """
-    _check_at_least(0, num_rows=num_rows)
     config = read_config(path, overrides)
     check_values(config)
     dataset = OmegaConf.to_container(config.dataset, resolve=True)
     dataset.pop("_component_")
-    tokenizer = load_tokenizer(config.base_dir, chat_template=config.chat_template)
-    summary = summarize_data(
+    return _inspect(
         dataset,
-        tokenizer=tokenizer,
+        base_dir=config.base_dir,
+        chat_template=config.chat_template,
+        num_rows=num_rows,
         max_seq_len=config.max_seq_len,
         seed=config.seed,
         batch_size=config.batch_size,
         accumulation_steps=config.gradient_accumulation_steps,
     )
-    return Inspection(summary, _draw_rows(summary, num_rows, seed=config.seed), tokenizer)
 
 
 def inspect_files(
@@ -114,36 +98,24 @@ def inspect_files(
     Raises:
         ValueError: if tokenizer or data cannot be read, or an option is wrong
     """
-    _check_at_least(0, num_rows=num_rows)
-    _check_at_least(2, max_seq_len=max_seq_len)  # one to predict from, one to predict
+    if max_seq_len < 2:  # one to predict from, one to predict
+        raise ValueError(f"max_seq_len={max_seq_len} must be at least 2")
     overrides = [argument for argument in arguments if re.match(r"dataset\.\w+=", argument)]
     files = [argument for argument in arguments if argument not in overrides]
-    dataset = {"files": files, **_read_options(overrides)}
-    problems = check_files(dataset)
-    if problems:
-        raise ValueError("\n".join(problems))
-    tokenizer = load_tokenizer(base_dir, chat_template=chat_template)
-    summary = summarize_data(
-        dataset,
-        tokenizer=tokenizer,
+    return _inspect(
+        {"files": files, **_read_options(overrides)},
+        base_dir=base_dir,
+        chat_template=chat_template,
+        num_rows=num_rows,
         max_seq_len=max_seq_len,
         seed=0,
         batch_size=BATCH_SIZE,
         accumulation_steps=ACCUMULATION_STEPS,
     )
-    return Inspection(summary, _draw_rows(summary, num_rows, seed=0), tokenizer)
-
-
-def _check_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def _read_options(overrides: list[str]) -> dict[str, Any]:
-    if not overrides:
-        return {}
-    options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))["dataset"]
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides)).get("dataset", {})
     known = inspect.signature(chat_dataset).parameters.keys() - {"files", "tokenizer", "max_seq_len", "seed"}
     for key in options:
         if key not in known:
@@ -151,7 +123,16 @@ def _read_options(overrides: list[str]) -> dict[str, Any]:
     return options
 
 
-def _draw_rows(summary: DataSummary, num_rows: int, *, seed: int) -> list[TokenizedRow]:
+def _inspect(
+    dataset: dict[str, Any], *, base_dir: str | Path, chat_template: str, num_rows: int, seed: int, **run: int
+) -> Inspection:
+    if num_rows < 0:
+        raise ValueError(f"num_rows={num_rows} must be at least 0")
+    problems = check_files(dataset)
+    if problems:
+        raise ValueError("\n".join(problems))
+    tokenizer = load_tokenizer(base_dir, chat_template=chat_template)
+    summary = summarize_data(dataset, tokenizer=tokenizer, seed=seed, **run)
     train = summary.data.train
     drawn = random.Random(seed).sample(range(len(train)), min(num_rows, len(train)))
-    return [train[index] for index in sorted(drawn)]
+    return Inspection(summary, [train[index] for index in sorted(drawn)], tokenizer)

@@ -74,7 +74,7 @@ def test_padding_is_what_the_batches_of_an_epoch_hold(tmp_path, tiny_base):
         batches = [[sequences[index] for index in batch] for step in plan for batch in step]
         return sum(collate(batch, pad_id=0).tokens.numel() for batch in batches)
 
-    shuffled, grouped, packed = summary.epochs
+    shuffled, grouped, packed = summary.epochs.values()
     assert shuffled.num_positions == count_positions(rows)
     assert grouped.num_positions == count_positions(rows, lengths)
     assert packed.num_positions == count_positions(pack_rows(rows, seed=0))

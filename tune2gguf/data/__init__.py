@@ -5,22 +5,19 @@ select: which row goes where · ledger: what became of every row · prepare: all
 packing: several rows in one sequence · batches: which rows a step takes, and the tensors they become
 """
 
-from tune2gguf.data.batches import Batch, Step, collate, make_empty_batch, plan_epoch
-from tune2gguf.data.packing import Pack, PackedRows
+from tune2gguf.data.batches import Batch, collate, make_empty_batch, plan_epoch
+from tune2gguf.data.packing import Pack
 from tune2gguf.data.prepare import PreparedData, chat_dataset, check_files
 from tune2gguf.data.rows import Source
 from tune2gguf.data.tokenize import TokenizedRow, TokenizedRows
-from tune2gguf.tokenizer.conversation import Conversation, Message
+from tune2gguf.tokenizer.conversation import Message
 
 __all__ = [
     "Batch",
-    "Conversation",
     "Message",
     "Pack",
-    "PackedRows",
     "PreparedData",
     "Source",
-    "Step",
     "TokenizedRow",
     "TokenizedRows",
     "chat_dataset",

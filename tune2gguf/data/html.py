@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tune2gguf.data.show import Bin, format_summary, make_histogram, split_runs
+from tune2gguf.data.show import Bin, describe_row, format_summary, make_histogram, split_runs
 from tune2gguf.data.summary import DataSummary
 from tune2gguf.data.tokenize import TokenizedRow
 from tune2gguf.pages import Key, Plot, render_figure, render_page
@@ -27,7 +27,7 @@ def make_html(summary: DataSummary, rows: Sequence[TokenizedRow], tokenizer: Cha
         title=", ".join(summary.shapes),
         histogram=plot_lengths(make_histogram(summary.lengths), max_seq_len=summary.max_seq_len),
         figures=format_summary(summary),
-        rows=[_describe_row(row, tokenizer) for row in rows],
+        rows=[(describe_row(row), split_runs(row, tokenizer)) for row in rows],
     )
 
 
@@ -39,8 +39,10 @@ def draw_png(summary: DataSummary) -> bytes:
     axes = figure.subplots()
     colors = {"bar": "tab:blue", "limit": "tab:red", "ink": "black"}
     bins = make_histogram(summary.lengths)
-    if _draw_bins(axes, bins, max_seq_len=summary.max_seq_len, colors=colors):
-        axes.legend([f"max_seq_len = {summary.max_seq_len}"], frameon=False)
+    limit = _find_limit(bins, summary.max_seq_len)
+    _draw_bins(axes, bins, limit=limit, colors=colors)
+    if limit is not None:
+        axes.legend([f"max_seq_len = {limit}"], frameon=False)
     axes.set(xlabel="tokens" if bins[-1].stop else "tokens; the last bar holds all longer rows", ylabel="rows")
     axes.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()
@@ -50,12 +52,12 @@ def draw_png(summary: DataSummary) -> bytes:
 
 def plot_lengths(bins: Sequence[Bin], *, max_seq_len: int) -> Plot:
     """Draw the histogram, with a line at max_seq_len where it is in the range."""
-    has_limit = _reaches(bins, max_seq_len)
+    limit = _find_limit(bins, max_seq_len)
     shown = ", ".join(f"{entry.start} to {entry.stop - 1}: {entry.count}" for entry in bins if entry.stop)
     longer = "" if bins[-1].stop else f"; {bins[-1].start} or more: {bins[-1].count}"
 
     def draw(axes: Axes) -> None:
-        _draw_bins(axes, bins, max_seq_len=max_seq_len, colors=COLORS)
+        _draw_bins(axes, bins, limit=limit, colors=COLORS)
 
     options = {"name": "lengths", "ylabel": "rows", "xlabel": "tokens"}
     return Plot(
@@ -63,22 +65,22 @@ def plot_lengths(bins: Sequence[Bin], *, max_seq_len: int) -> Plot:
         label=f"Rows by tokens, {shown}{longer}",
         wide=render_figure(draw, WIDE, **options),
         narrow=render_figure(draw, NARROW, **options),
-        keys=(Key(f"max_seq_len = {max_seq_len}", "limit"),) if has_limit else (),
+        keys=() if limit is None else (Key(f"max_seq_len = {limit}", "limit"),),
         notes=() if bins[-1].stop else (f"The last bar holds all rows of {bins[-1].start} tokens or more.",),
     )
 
 
-def _reaches(bins: Sequence[Bin], max_seq_len: int) -> bool:
-    return max_seq_len < (bins[0].stop or 1) * len(bins)
+def _find_limit(bins: Sequence[Bin], max_seq_len: int) -> int | None:
+    """Return max_seq_len if it is in the bins' range."""
+    return max_seq_len if max_seq_len < (bins[0].stop or 1) * len(bins) else None
 
 
-def _draw_bins(axes: Axes, bins: Sequence[Bin], *, max_seq_len: int, colors: Mapping[str, str]) -> bool:
-    """Draw the bars and, where it is in their range, the limit; return whether it is. Colours: bar, limit, ink."""
+def _draw_bins(axes: Axes, bins: Sequence[Bin], *, limit: int | None, colors: Mapping[str, str]) -> None:
+    """Draw the bars and the limit, in the colours for bar, limit and ink."""
     width = bins[0].stop or 1
     lefts = [entry.start for entry in bins]
-    has_limit = _reaches(bins, max_seq_len)
-    if has_limit:
-        axes.axvline(max_seq_len, color=colors["limit"], linewidth=1.5)
+    if limit is not None:
+        axes.axvline(limit, color=colors["limit"], linewidth=1.5)
     bars = axes.bar(lefts, [entry.count for entry in bins], width=0.92 * width, align="edge", color=colors["bar"])
     # Over every bar there is room for a figure of four digits only where the page is wide.
     if axes.figure.get_figwidth() * 72 >= WIDE[0]:
@@ -87,11 +89,3 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], *, max_seq_len: int, colors: Map
     labels = [f"{entry.start}{'' if entry.stop else ' +'}" for entry in bins]
     axes.set_xticks(lefts[::every], labels[::every])
     axes.set_xlim(0, width * len(bins))
-    return has_limit
-
-
-def _describe_row(row: TokenizedRow, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    return {
-        "header": f"{row.source}: {len(row.tokens)} tokens, {row.num_supervised} supervised",
-        "runs": split_runs(row, tokenizer),
-    }

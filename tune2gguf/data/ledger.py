@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from tune2gguf.data.select import Selection, Truncated
+from tune2gguf.data.select import Selection
 from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
 
 MAX_LINES_SHOWN = 5
@@ -78,7 +78,7 @@ def make_ledger(
                 "line": row.source.line,
                 "split": row.split,
                 "tokens": row.num_tokens,
-                "reason": _describe_cut(row, train),
+                "reason": f"{row.num_tokens} tokens; the last {row.num_tokens - train.max_seq_len} were cut",
             }
             for row in selection.truncated
         ],
@@ -94,10 +94,6 @@ def _find_system_prompt(train: TokenizedRows) -> str | None:
     files = [train.files[index] for index in np.unique(train.picks[:, 0])]
     prompts = {prompt for file in files for prompt in file.index.system_prompts}
     return prompts.pop() if len(prompts) == 1 else None
-
-
-def _describe_cut(row: Truncated, train: TokenizedRows) -> str:
-    return f"{row.num_tokens} tokens; the last {row.num_tokens - train.max_seq_len} were cut"
 
 
 def _count_tokens(rows: TokenizedRows) -> dict[str, int]:
@@ -120,23 +116,24 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
             f"max_seq_len={longest} would keep every row whole"
         )
     if selection.dropped:
-        reasons = "; ".join(f"{row.source}: {row.reason}" for row in selection.dropped[:MAX_LINES_SHOWN])
-        more = "; …" if len(selection.dropped) > MAX_LINES_SHOWN else ""
-        notes.append(f"rows dropped: {len(selection.dropped)} ({reasons}{more}); data.json lists them")
+        reasons = _list_some([f"{row.source}: {row.reason}" for row in selection.dropped], "; ")
+        notes.append(f"rows dropped: {len(selection.dropped)} ({reasons}); data.json lists them")
     for file in files:
-        unused = file.index.unused_keys
-        if unused:
-            shown = ", ".join(f"{key} ({count} rows)" for key, count in list(unused.items())[:MAX_LINES_SHOWN])
-            notes.append(f"{file.name}: not used: {shown}{', …' if len(unused) > MAX_LINES_SHOWN else ''}")
+        if file.index.unused_keys:
+            unused = [f"{key} ({count} rows)" for key, count in file.index.unused_keys.items()]
+            notes.append(f"{file.name}: not used: {_list_some(unused)}")
         lines = file.index.lines_that_spell_special
         if lines:
-            unit = file.index.unit
-            shown = ", ".join(map(str, lines[:MAX_LINES_SHOWN])) + (", …" if len(lines) > MAX_LINES_SHOWN else "")
             notes.append(
-                f"{file.name}: rows that spell a special token: {len(lines)} ({unit}s {shown}); "
+                f"{file.name}: rows that spell a special token: {len(lines)} ({file.index.unit}s {_list_some(lines)}); "
                 "it is trained as plain text, while a server would read the token"
             )
     return notes
+
+
+def _list_some(values: Sequence[Any], separator: str = ", ") -> str:
+    shown = [*map(str, values[:MAX_LINES_SHOWN]), *["…"] * (len(values) > MAX_LINES_SHOWN)]
+    return separator.join(shown)
 
 
 def compute_fingerprint(train: TokenizedRows, validation: TokenizedRows) -> str:

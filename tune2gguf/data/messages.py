@@ -106,8 +106,7 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
         used = {key, *_OPTIONAL_KEYS[format]}  # the list may go by its other name
         unused_in_turns = _find_unused_in_turns(row[key], shape, key)
     messages = _put_system_first(row, messages)
-    _check_order(messages)
-    _check_content(messages)
+    _check_messages(messages)
     return Conversation(tuple(messages), unused_keys=_find_unused(row, used) + unused_in_turns)
 
 
@@ -206,7 +205,7 @@ def _check_text(text: str, place: str) -> None:
         raise ValueError(f"{place} holds half of a surrogate pair at character {error.start}") from None
 
 
-def _check_order(messages: list[Message]) -> None:
+def _check_messages(messages: list[Message]) -> None:
     turns = messages[1:] if messages[0].role == "system" else messages
     if not any(message.role == "assistant" for message in turns):
         raise ValueError("there is no assistant turn to learn from")
@@ -222,9 +221,6 @@ def _check_order(messages: list[Message]) -> None:
         raise ValueError("the last message is the user's; a row ends with the assistant's reply")
     if not any(message.is_trained for message in turns if message.role == "assistant"):
         raise ValueError("every assistant turn has weight 0; there is nothing to learn from")
-
-
-def _check_content(messages: list[Message]) -> None:
     for index, message in enumerate(messages):
         if message.role != "system" and not message.content.strip():
             raise ValueError(f"message {index + 1}, the {message.role}'s, is empty")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
-from tune2gguf.data.batches import Step, plan_epoch
+from tune2gguf.data.batches import plan_epoch
 from tune2gguf.data.prepare import PreparedData
 
 
 @dataclass(frozen=True)
 class EpochCost:
-    """One way to make batches of the training rows: `positions` are what the model computes, padding included."""
+    """An epoch in one process: `num_positions` are what the model computes, padding included."""
 
-    name: str
     num_steps: int
     num_tokens: int
     num_positions: int
@@ -27,31 +25,34 @@ class EpochCost:
         return 1 - self.num_tokens / self.num_positions
 
 
-def _compute_rows_epochs(data: PreparedData, seed: int, cut: dict[str, int]) -> Iterator[EpochCost]:
-    lengths = data.train.lengths()
-    for name, grouped_by in (("rows in shuffled order", None), ("rows grouped by length", lengths)):
-        plan = [
-            plan_epoch(len(lengths), seed=seed, epoch=0, rank=rank, lengths=grouped_by, **cut)
-            for rank in range(cut["world_size"])
-        ]
-        yield _compute_cost(name, plan, lengths)
-
-
-def _compute_cost(name: str, plan: list[list[Step]], lengths: np.ndarray) -> EpochCost:
-    batches = [batch for steps in plan for step in steps for batch in step]
+def compute_epoch_cost(
+    lengths: np.ndarray, *, seed: int, batch_size: int, accumulation_steps: int = 1, is_grouped: bool = False
+) -> EpochCost:
+    """Return what the first epoch costs with sequences of these lengths, grouped by them or shuffled."""
+    grouped_by = lengths if is_grouped else None
+    steps = plan_epoch(
+        len(lengths),
+        seed=seed,
+        epoch=0,
+        batch_size=batch_size,
+        accumulation_steps=accumulation_steps,
+        lengths=grouped_by,
+    )
+    batches = [batch for step in steps for batch in step]
     sizes = np.array([len(batch) for batch in batches])
     rows = np.fromiter(chain.from_iterable(batches), np.int64)
     longest = np.maximum.reduceat(lengths[rows], np.cumsum(sizes) - sizes)
-    return EpochCost(name, len(plan[0]), int(lengths.sum()), int(sizes @ longest))
+    return EpochCost(len(steps), int(lengths.sum()), int(sizes @ longest))
 
 
 def describe_padding(data: PreparedData, *, seed: int, batch_size: int) -> str:
     """Return the padding of the run's first epoch in one process, and what it would be in the other order."""
-    cut = {"batch_size": batch_size, "accumulation_steps": 1, "world_size": 1}
-    shuffled, grouped = _compute_rows_epochs(data, seed, cut)
+    lengths = data.train.lengths()
+    grouped = compute_epoch_cost(lengths, seed=seed, batch_size=batch_size, is_grouped=True)
     if data.unit == "packs":
         saved = f"{grouped.padding:.1%} for rows grouped by length"
         return f"padding: {1 - data.sequences.fill:.1%} of the positions, {saved}"
+    shuffled = compute_epoch_cost(lengths, seed=seed, batch_size=batch_size)
     return (
         f"padding: {grouped.padding:.1%} of the positions, {shuffled.padding:.1%} if rows were not grouped by length;"
         f" grouping saves {1 - grouped.num_positions / shuffled.num_positions:.0%} of the work"

@@ -64,7 +64,6 @@ class Row:
 
 
 def is_hub(name: str) -> bool:
-    """Say whether a name means a data set on the hub rather than a file."""
     return name.startswith("hub:")
 
 
@@ -146,48 +145,40 @@ def read_rows(name: str, *, lines: Collection[int] | None = None) -> Iterator[Ro
 
 
 def _read_file(name: str, lines: Collection[int] | None) -> Iterator[Row]:
+    suffix = "" if is_hub(name) else _get_suffix(Path(name))
     if is_hub(name):
         yield from _read_hub(name)
-    elif _get_suffix(Path(name)) == ".parquet":
+    elif suffix == ".parquet":
         yield from _read_parquet(name)
     else:
         try:
             with _open(Path(name)) as file:
-                yield from _read_text_file(name, file, lines)
+                if suffix == ".csv":
+                    yield from _read_csv(name, file)
+                elif _is_array(file):
+                    yield from _read_json_array(name, file)
+                else:
+                    yield from _read_json_lines(name, file, lines)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{name}: damaged .gz file ({error})") from None
 
 
-def _read_text_file(name: str, file: BinaryIO, lines: Collection[int] | None) -> Iterator[Row]:
-    suffix = _get_suffix(Path(name))
-    if suffix == ".csv":
-        yield from _read_csv(name, file)
-    elif _is_array(file):
-        yield from _read_json_array(name, file)
-    else:
-        yield from _read_json_lines(name, file, lines)
-
-
 def count_rows(name: str) -> int | None:
     """Return about how many rows a file has, for a progress bar, or None where that is not cheap to know."""
-    if is_hub(name):
-        return None
-    suffixes = Path(name).suffixes[-1:]
-    if suffixes == [".parquet"]:
+    suffix = "" if is_hub(name) else Path(name).suffix
+    if suffix == ".parquet":
         import pyarrow.parquet as pq
 
         return pq.read_metadata(name).num_rows
-    if suffixes[0] not in (".jsonl", ".ndjson"):
-        return None
-    with open(name, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+    if suffix in (".jsonl", ".ndjson"):
+        with open(name, "rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+    return None
 
 
 def compute_content_digest(name: str) -> str:
     """Return a digest of a file's bytes, or the fingerprint that `datasets` gives a hub data set."""
-    if is_hub(name):
-        return _load_hub(name)._fingerprint
-    return digest_file(Path(name))
+    return _load_hub(name)._fingerprint if is_hub(name) else digest_file(Path(name))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -384,8 +375,7 @@ def _load_hub(name: str) -> Dataset:
 
     match = _HUB_NAME.fullmatch(name)
     assert match is not None, "find_files has checked the name"
-    split = "train" if match["split"] is None else match["split"]
     try:
-        return load_dataset(match["path"], match["config"], split=split)
+        return load_dataset(match["path"], match["config"], split=match["split"] or "train")
     except (DatasetsError, OSError, ValueError) as error:
         raise ValueError(f"{name}: cannot be loaded from the hub ({error})") from None

@@ -84,9 +84,9 @@ def _format_lengths(summary: DataSummary) -> Iterator[str]:
 def _format_epochs(summary: DataSummary) -> Iterator[str]:
     yield ""
     yield f"an epoch at {summary.rows_per_step} rows, or packs of {summary.max_seq_len} tokens, per step:"
-    for epoch in summary.epochs:
+    for name, epoch in summary.epochs.items():
         yield (
-            f"  {epoch.name:<23} {epoch.num_steps:>7} steps, {epoch.num_tokens:>11,} tokens,"
+            f"  {name:<23} {epoch.num_steps:>7} steps, {epoch.num_tokens:>11,} tokens,"
             f" {epoch.num_positions:>11,} with padding ({epoch.padding:.1%} wasted)"
         )
     for note in summary.data.ledger["notes"]:
@@ -103,16 +103,15 @@ def split_runs(row: TokenizedRow, tokenizer: ChatTokenizer) -> list[tuple[str, b
     ]
 
 
+def describe_row(row: TokenizedRow) -> str:
+    return f"{row.source}: {len(row.tokens)} tokens, {row.num_supervised} supervised"
+
+
 def format_row(row: TokenizedRow, tokenizer: ChatTokenizer, *, colored: bool) -> str:
     """Return a row's text, supervised tokens in green, or between ⟦ and ⟧ where colours are not wanted."""
-    pieces = []
-    for text, supervised in split_runs(row, tokenizer):
-        if colored:
-            pieces.append((SUPERVISED if supervised else PLAIN) + escape(text) + END)
-        else:
-            pieces.append(escape(text).join(MARKS) if supervised else escape(text))
-    header = f"── {row.source}: {len(row.tokens)} tokens, {row.num_supervised} supervised"
-    return f"{escape(header)}\n{''.join(pieces)}"
+    marks = {True: (SUPERVISED, END), False: (PLAIN, END)} if colored else {True: MARKS, False: ("", "")}
+    pieces = [escape(text).join(marks[supervised]) for text, supervised in split_runs(row, tokenizer)]
+    return f"── {escape(describe_row(row))}\n{''.join(pieces)}"
 
 
 def escape(text: str) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tune2gguf.data.batches import plan_epoch
 from tune2gguf.data.messages import AmbiguousFormatError, detect_format
 from tune2gguf.data.packing import pack_rows
-from tune2gguf.data.padding import EpochCost, _compute_cost, _compute_rows_epochs
+from tune2gguf.data.padding import EpochCost, compute_epoch_cost
 from tune2gguf.data.prepare import PreparedData, chat_dataset
 from tune2gguf.data.rows import read_rows
 
@@ -33,7 +32,7 @@ class DataSummary:
         max_seq_lens: share of the rows -> the max_seq_len that keeps so many whole
         characters_per_token: of all that stands between special tokens
         dropped: kind -> rows
-        epochs: what one costs with rows in shuffled order, rows grouped by length, and packs
+        epochs: way to make batches -> what an epoch costs
     """
 
     data: PreparedData
@@ -45,7 +44,7 @@ class DataSummary:
     max_seq_lens: dict[float, int]
     characters_per_token: float
     dropped: dict[str, int]
-    epochs: list[EpochCost]
+    epochs: dict[str, EpochCost]
 
     @property
     def supervised_share(self) -> float:
@@ -61,26 +60,23 @@ def summarize_data(
     seed: int,
     batch_size: int,
     accumulation_steps: int,
-    world_size: int = 1,
 ) -> DataSummary:
     """Read a data set as a run would, except that bad rows are counted instead of ending it.
 
     Args:
         dataset: the options of chat_dataset
-        batch_size, accumulation_steps, world_size: of the run, for its steps
-
-    Raises:
-        ValueError: if a file cannot be read, or there is no row to train on
     """
     options = {**dataset, "on_bad_row": "drop", "on_long_row": "truncate", "packing": False}
     data = chat_dataset(**options, tokenizer=tokenizer, max_seq_len=max_seq_len, seed=seed)
     indices = [file.index for file in data.train.files]
     lengths = np.concatenate([np.diff(index.offsets) for index in indices])
-    cut = {"batch_size": batch_size, "accumulation_steps": accumulation_steps, "world_size": world_size}
+    cut = {"seed": seed, "batch_size": batch_size, "accumulation_steps": accumulation_steps}
+    row_lengths = data.train.lengths()
+    pack_lengths = np.array([row_lengths[pack].sum() for pack in pack_rows(data.train, seed=seed).packs])
     return DataSummary(
         data=data,
         max_seq_len=max_seq_len,
-        rows_per_step=batch_size * accumulation_steps * world_size,
+        rows_per_step=batch_size * accumulation_steps,
         shapes={file.name: _find_shape(file.name, dataset.get("format", "auto")) for file in data.train.files},
         roles=dict(sum((Counter(index.role_counts) for index in indices), Counter())),
         lengths=lengths,
@@ -88,7 +84,11 @@ def summarize_data(
         characters_per_token=sum(index.num_characters for index in indices)
         / sum(index.num_text_tokens for index in indices),
         dropped=dict(Counter(row["kind"] for row in data.ledger["rows_dropped"])),
-        epochs=list(_compute_epochs(data, seed, cut)),
+        epochs={
+            "rows in shuffled order": compute_epoch_cost(row_lengths, **cut),
+            "rows grouped by length": compute_epoch_cost(row_lengths, **cut, is_grouped=True),
+            "packed": compute_epoch_cost(pack_lengths, **cut),
+        },
     )
 
 
@@ -105,12 +105,3 @@ def _find_shape(name: str, format: str) -> str:
         except ValueError:
             continue
     return ""
-
-
-def _compute_epochs(data: PreparedData, seed: int, cut: dict[str, int]) -> Iterator[EpochCost]:
-    yield from _compute_rows_epochs(data, seed, cut)
-    lengths = data.train.lengths()
-    packed = pack_rows(data.train, seed=seed)
-    pack_lengths = np.array([int(lengths[pack].sum()) for pack in packed.packs])
-    plan = [plan_epoch(len(packed), seed=seed, epoch=0, rank=rank, **cut) for rank in range(cut["world_size"])]
-    yield _compute_cost("packed", plan, pack_lengths)

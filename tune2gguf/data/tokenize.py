@@ -166,12 +166,7 @@ def tokenize_file(name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_p
     """Read and tokenize one file that rows.find_files returned, in memory.
 
     Args:
-        name: file, or hub data set
-        format: one of messages.FORMATS, or "auto"
         stop_at_problem: after the first bad row only look for more of them; the result then lacks rows
-
-    Raises:
-        ValueError: if the file is damaged, or its format is to be detected and a row fits more than one
     """
     tokens, supervised = io.BytesIO(), io.BytesIO()
     writer = TokenWriter(tokenizer, tokens, supervised)

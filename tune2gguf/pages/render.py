@@ -31,11 +31,6 @@ def render_page(template: str, **values: Any) -> str:
     return page.render(style=_read_asset("page.css"), script=script, script_hash=f"sha256-{digest}", **values)
 
 
-def spell_out(text: str) -> str:
-    r"""Return the text with characters that would act on a page, or that a file cannot hold, as \x1b or \u202e."""
-    return _ACTING.sub(lambda found: repr(found[0])[1:-1], text)
-
-
 @cache
 def _make_environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -54,8 +49,9 @@ def _make_environment() -> Environment:
 
 
 def _finalize(value: Any) -> Any:
+    r"""Spell out, as \x1b or \u202e, what would act on a page or what a file cannot hold."""
     # Markup is a str, too, but made by this package.
-    return spell_out(value) if type(value) is str else value
+    return _ACTING.sub(lambda found: repr(found[0])[1:-1], value) if type(value) is str else value
 
 
 def format_loss(value: float) -> str:

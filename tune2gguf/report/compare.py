@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class RankedRun:
 
     Attributes:
         curves: on the rows that the group has in common
-        behind: validation loss of its best adapter over that of the first of the group; None for the first
+        behind: validation loss of its best adapter over that of the first of the group, row by row; None for the first
         differences: config key -> value, of the keys that differ among all runs
         seconds: of its training steps, about
         is_finished: whether it came to its end; its verdict is otherwise one so far
@@ -38,12 +39,12 @@ class RankedRun:
     name: str
     run_dir: Path
     curves: Curves
-    behind: Estimate | None
     differences: dict[str, Any]
     seconds: float | None
     peak_memory_bytes: int | None
     verdict: str
     is_finished: bool
+    behind: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,7 @@ class Group:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the run folders in a folder.
-
-    Raises:
-        ValueError: if there is none
-    """
+    """Return the run folders in a folder; there has to be one."""
     found = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}") if is_run_folder(path.parent))
     if not found:
         raise ValueError(f"{folder}: no runs here; give the folders of runs, such as runs/NAME")
@@ -67,11 +64,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
-    """Read runs and rank those that share validation rows, on the rows that they share.
-
-    Raises:
-        ValueError: if a folder is not that of a run
-    """
+    """Read runs and rank those that share validation rows, on the rows that they share."""
     runs = [Run(path) for path in dict.fromkeys(run_dirs)]
     names = _name_runs(runs)
     differences = find_differences([run.flat_config | {"data": run.data["fingerprint"]} for run in runs])
@@ -84,10 +77,11 @@ def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
                 break
         else:
             groups.append((rows, [index]))
-    return [
-        Group(len(common), _rank([(names[index], runs[index], differences[index]) for index in members], common))
-        for common, members in groups
-    ]
+    ranked = []
+    for common, members in groups:
+        rows = sorted(common)
+        ranked.append(_rank([_describe_run(runs[i], names[i], differences[i], rows) for i in members], len(rows)))
+    return ranked
 
 
 def find_differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -115,11 +109,7 @@ def format_groups(groups: Sequence[Group]) -> str:
 
 
 def write_comparison(groups: Sequence[Group], path: Path) -> Path:
-    """Write the page with the curves of each group over each other; runs without a validation loss stand apart.
-
-    Raises:
-        ValueError: if two runs have the same name
-    """
+    """Write the page with the curves of each group over each other; runs without a validation loss stand apart."""
     runs = [run for group in groups for run in group.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
@@ -194,40 +184,33 @@ def _share_enough(first: set[str], second: set[str]) -> bool:
     return common >= MIN_ROWS and 2 * common >= min(len(first), len(second))
 
 
-def _rank(members: Sequence[tuple[str, Run, dict]], common: set[str]) -> list[RankedRun]:
-    ordered = sorted(common)
-    restricted = [restrict_curves(run, ordered) if common else run.curves for _, run, _ in members]
-    by_loss = sorted(range(len(members)), key=lambda index: _get_best_loss(restricted[index]))
-    first = restricted[by_loss[0]].best
-    return [
-        _describe_run(members[index], restricted[index], first=first if rank > 0 and common else None)
-        for rank, index in enumerate(by_loss)
-    ]
-
-
-def _get_best_loss(curves: Curves) -> float:
-    return curves.best.loss if curves.best is not None else float("inf")
-
-
-def _describe_run(member: tuple[str, Run, dict], curves: Curves, *, first: Validation | None) -> RankedRun:
-    name, run, differences = member
+def _describe_run(run: Run, name: str, differences: dict[str, Any], rows: Sequence[str]) -> RankedRun:
     memory = [step.peak_memory_bytes for step in run.curves.training if step.peak_memory_bytes is not None]
     label, is_finished = _read_label(run)
-    behind = None
-    if first is not None and curves.best is not None:
-        gaps = [mine - other for mine, other in zip(curves.best.row_losses, first.row_losses, strict=True)]
-        behind = estimate_ratio(gaps, first.row_tokens) if len(gaps) > 1 else None
     return RankedRun(
         name=name,
         run_dir=run.run_dir,
-        curves=curves,
-        behind=behind,
+        curves=restrict_curves(run, rows) if rows else run.curves,
         differences=differences,
         seconds=estimate_seconds(run),
         peak_memory_bytes=max(memory, default=None),
         verdict=label,
         is_finished=is_finished,
     )
+
+
+def _rank(runs: Sequence[RankedRun], num_rows: int) -> Group:
+    first, *others = sorted(runs, key=lambda run: run.curves.best.loss if run.curves.best is not None else math.inf)
+    compared = [replace(run, behind=_compare(run.curves.best, first.curves.best)) for run in others]
+    return Group(num_rows, [first, *compared])
+
+
+def _compare(mine: Validation | None, first: Validation | None) -> Estimate | None:
+    """Return how much higher a loss is than the first one's; None unless both have the losses of the same rows."""
+    if mine is None or first is None or len(first.row_losses) < 2:
+        return None
+    gaps = [loss - other for loss, other in zip(mine.row_losses, first.row_losses, strict=True)]
+    return estimate_ratio(gaps, first.row_tokens)
 
 
 def _read_label(run: Run) -> tuple[str, bool]:
@@ -241,10 +224,7 @@ def _read_label(run: Run) -> tuple[str, bool]:
 
 def restrict_curves(run: Run, rows: Sequence[str]) -> Curves:
     """Return the curves of a run on some of its validation rows, in the order given, by their digests."""
-    return Curves(run.curves.training, tuple(_restrict(run, rows)))
-
-
-def _restrict(run: Run, rows: Sequence[str]) -> Iterator[Validation]:
+    validations = []
     for one in run.curves.validations:
         losses = read_row_losses(run.run_dir, one)
         if not set(rows) <= losses.keys():
@@ -253,7 +233,7 @@ def _restrict(run: Run, rows: Sequence[str]) -> Iterator[Validation]:
         row_losses, row_tokens = (tuple(part) for part in zip(*taken, strict=True))
         is_whole = len(rows) == one.rows
         estimate = None if is_whole or len(rows) < 2 else estimate_ratio(row_losses, row_tokens)
-        yield replace(
+        restricted = replace(
             one,
             loss=sum(row_losses) / sum(row_tokens),
             low=one.low if is_whole else estimate and estimate.low,
@@ -264,6 +244,8 @@ def _restrict(run: Run, rows: Sequence[str]) -> Iterator[Validation]:
             row_tokens=row_tokens,
             row_indices=(),
         )
+        validations.append(restricted)
+    return Curves(run.curves.training, tuple(validations))
 
 
 def estimate_seconds(run: Run) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,11 +115,7 @@ def _describe_losses(
 def plot_training(curves: Curves, *, num_steps: int | None, clip_grad_norm: float | None) -> list[Plot]:
     """Draw learning rate, gradient norm, speed and memory by step; what the run did not record is left out."""
 
-    def plot(title: str, unit: str, attributes: Mapping[str, str], **options) -> Plot | None:
-        named = {name: take_series(curves.training, attribute) for name, attribute in attributes.items()}
-        named = {name: series for name, series in named.items() if len(series[0])}
-        return _plot_small(title, unit, named, curves=curves, num_steps=num_steps, **options) if named else None
-
+    plot = partial(_plot_small, curves, num_steps=num_steps)
     speeds = {"all tokens": "tokens_per_second", "supervised ones": "supervised_tokens_per_second"}
     plots = [
         plot("Learning rate", "", {"learning rate": "lr"}),
@@ -130,17 +127,20 @@ def plot_training(curves: Curves, *, num_steps: int | None, clip_grad_norm: floa
 
 
 def _plot_small(
+    curves: Curves,
     title: str,
     unit: str,
-    named: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    attributes: Mapping[str, str],
     *,
-    curves: Curves,
     num_steps: int | None,
     limit: float | None = None,
     from_zero: bool = True,
     scale: float = 1.0,
-) -> Plot:
-    named = {name: (x, y * scale) for name, (x, y) in named.items()}
+) -> Plot | None:
+    series = {name: take_series(curves.training, attribute) for name, attribute in attributes.items()}
+    named = {name: (x, y * scale) for name, (x, y) in series.items() if len(x)}
+    if not named:
+        return None
     is_log = not from_zero and limit is not None and _needs_log(*(y for _, y in named.values()), ratio=20)
     keys = [Key(name, color) for name, color in zip(named, ("training", "validation"), strict=False)]
 
@@ -166,11 +166,7 @@ def _plot_small(
 
 
 def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
-    """Draw the validation curves of several runs over each other; None where none was validated.
-
-    Args:
-        name: of the plot, unique on its page
-    """
+    """Draw the validation curves of several runs over each other; None where none was validated."""
     shown = {run: lines for run, curves in runs.items() if (lines := _list_finite(curves))}
     if not shown:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tune2gguf.guide import GUIDE_PARAMETERS
@@ -100,10 +100,12 @@ def _find_direction(before: Any, after: Any) -> str:
 
 def _loosen(curves: Curves, config: Mapping[str, Any]) -> Iterator[_Step]:
     """Yield the adjustments against overfitting."""
-    per_epoch = _count_steps_per_epoch(curves)
+    per_epoch = max(1, sum(step.epoch == 0 for step in curves.training))
     best_epoch = max(1, math.ceil(curves.best.step / per_epoch))
     if best_epoch < config["epochs"]:
-        changes = {"epochs": best_epoch} | _shorten_warmup(config, best_epoch * per_epoch)
+        changes, num_steps = {"epochs": best_epoch}, best_epoch * per_epoch
+        if config["warmup_steps"] > num_steps:
+            changes["warmup_steps"] = num_steps // 10
         seen = f"the validation loss was lowest at step {curves.best.step}, in epoch {best_epoch} of {config['epochs']}"
         yield _Step(changes, f"{seen}; fewer passes over the rows leave less to memorize", EPOCHS)
     rate = config["learning_rate"]
@@ -201,41 +203,27 @@ def _step_along(key: str, config: Mapping[str, Any], values: Iterable[float], *,
         yield _Step({key: min(beyond) if up else max(beyond)}, why, ADDITIONAL)
 
 
-def _shorten_warmup(config: Mapping[str, Any], num_steps: int) -> dict[str, int]:
-    """Return the warm-up of a run that would end before it; nothing where it fits."""
-    return {"warmup_steps": num_steps // 10} if config["warmup_steps"] > num_steps else {}
-
-
-def _count_steps_per_epoch(curves: Curves) -> int:
-    return max(1, sum(1 for step in curves.training if step.epoch == 0))
-
-
 def _avoid_past(step: _Step, situation: Situation) -> _Step | None:
     """Return the step if it is new; halfway in the rate if its end was run already; None if it was tried in vain."""
-    if _is_in_vain(step, situation):
-        return None
-    if not step.changes or not _was_run(step, situation):
-        return step
-    if set(step.changes) == {"learning_rate"}:
-        now, then = situation.config["learning_rate"], step.changes["learning_rate"]
-        halfway = _Step(
-            {"learning_rate": float(f"{math.sqrt(now * then):.2e}")},
-            f"{step.reason}; {_format(then)} was run already, and this is halfway",
-            step.section,
-        )
-        return None if _was_run(halfway, situation) else halfway
-    return None
-
-
-def _is_in_vain(step: _Step, situation: Situation) -> bool:
     change = describe_change(situation.config, {**situation.config, **step.changes})
-    return bool(change) and change in situation.tried
+    if change and change in situation.tried:
+        return None
+    if not step.changes or not _was_run(step.changes, situation):
+        return step
+    if set(step.changes) != {"learning_rate"}:
+        return None
+    then = step.changes["learning_rate"]
+    halfway = {"learning_rate": float(f"{math.sqrt(situation.config['learning_rate'] * then):.2e}")}
+    if _was_run(halfway, situation):
+        return None
+    reason = f"{step.reason}; {_format(then)} was run already, and this is halfway"
+    return replace(step, changes=halfway, reason=reason)
 
 
-def _was_run(step: _Step, situation: Situation) -> bool:
-    wanted = {key: situation.config.get(key) for key in FIT_KEYS} | step.changes
-    if not set(step.changes) <= set(FIT_KEYS):
+def _was_run(changes: Mapping[str, Any], situation: Situation) -> bool:
+    if not set(changes) <= set(FIT_KEYS):
         return False
+    wanted = {key: situation.config.get(key) for key in FIT_KEYS} | changes
     return any(all(_are_equal(run.get(key), wanted[key]) for key in FIT_KEYS) for run in situation.past)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,7 @@ MAX_ADVICE = 8
 
 
 def conclude_run(run_dir: str | Path) -> list[str]:
-    """Judge and advise; write verdict.json and a line of the ledger; return what to say of it.
-
-    Raises:
-        ValueError: if the folder is not that of a run
-    """
+    """Judge and advise; write verdict.json and a line of the ledger; return what to say of it."""
     run = Run(Path(run_dir))
     outcome = None
     if run.parent_run is not None:
@@ -42,28 +39,21 @@ def conclude_run(run_dir: str | Path) -> list[str]:
     conclusion = Conclusion(verdict, tuple(advice), outcome)
     write_conclusion(run.run_dir, conclusion)
     append_entry(run.runs_dir, entry)
-    lines = describe_conclusion(conclusion, parent_run=run.config.get("parent_run"))
-    lines += [f"note: {problem}" for problem in problems]
-    return [*lines, f"ledger: {os.path.relpath(run.runs_dir / LEDGER_FILE)}"]
+    notes = [f"note: {problem}" for problem in problems]
+    return [*_describe_conclusion(run, conclusion), *notes, f"ledger: {os.path.relpath(run.runs_dir / LEDGER_FILE)}"]
 
 
 def recall_verdict(run_dir: str | Path) -> list[str]:
-    """Return what a run said at its end of its verdict and the next command; nothing of one that has not ended.
-
-    Raises:
-        ValueError: if there is no such folder, or verdict.json or config.yaml cannot be read
-    """
+    """Return what a run said at its end of its verdict and the next command; nothing of one that has not ended."""
     run = Run(Path(run_dir))
-    return (
-        [] if run.conclusion is None else describe_conclusion(run.conclusion, parent_run=run.config.get("parent_run"))
-    )
+    return [] if run.conclusion is None else _describe_conclusion(run, run.conclusion)
 
 
-def describe_conclusion(conclusion: Conclusion, *, parent_run: str | None) -> list[str]:
+def _describe_conclusion(run: Run, conclusion: Conclusion) -> list[str]:
     """Return verdict, how the run came out beside its parent, the reasons and the next command, a line each."""
-    verdict, advice = conclusion.verdict, conclusion.advice
+    verdict, advice, outcome = conclusion.verdict, conclusion.advice, conclusion.outcome
     lines = [f"verdict: {verdict.label}"]
-    lines += [] if conclusion.outcome is None else [describe_outcome(conclusion.outcome, str(parent_run))]
+    lines += [] if outcome is None else [describe_outcome(outcome, str(run.config.get("parent_run")))]
     lines += [f"  {reason}" for reason in verdict.reasons]
     shown = advice if verdict.label == GOOD_FIT else advice[:1]
     for one in shown:
@@ -74,13 +64,13 @@ def describe_conclusion(conclusion: Conclusion, *, parent_run: str | None) -> li
 
 
 def _make_entry(run: Run, verdict: Verdict, outcome: Outcome | None) -> Entry:
-    final = run.curves.final
+    final, base_dir = run.curves.final, Path(run.config["base_dir"])
     return Entry(
         run=run.name,
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         config=run.flat_config,
         data=run.data["fingerprint"],
-        base=_digest_base(run.config["base_dir"]),
+        base=digest_base(base_dir) if base_dir.is_dir() else None,
         heldout=digest_validation_rows(run.run_dir, final) if final is not None and final.row_losses else None,
         verdict=verdict.label,
         best=_describe_validation(run.curves.best),
@@ -88,10 +78,6 @@ def _make_entry(run: Run, verdict: Verdict, outcome: Outcome | None) -> Entry:
         parent_run=run.parent_run,
         outcome=outcome,
     )
-
-
-def _digest_base(base_dir: str) -> str | None:
-    return digest_base(base_dir) if Path(base_dir).is_dir() else None
 
 
 def _describe_validation(validation: Validation | None) -> dict[str, Any] | None:
@@ -116,10 +102,6 @@ def _describe_situation(run: Run, entries: Sequence[Entry]) -> Situation:
 
 def list_free_dirs(run_dir: Path) -> list[str]:
     """Return free folders beside a run's, NAME-2, NAME-3 …, as many as there may be advice."""
-    stem, number, found = re.sub(r"-\d+$", "", run_dir.name), 2, []
-    while len(found) < MAX_ADVICE:
-        candidate = run_dir.with_name(f"{stem}-{number}")
-        if not os.path.lexists(candidate):
-            found.append(str(candidate))
-        number += 1
-    return found
+    stem = re.sub(r"-\d+$", "", run_dir.name)
+    candidates = (run_dir.with_name(f"{stem}-{number}") for number in count(2))
+    return [*islice((str(path) for path in candidates if not os.path.lexists(path)), MAX_ADVICE)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,9 +11,6 @@ from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.runs.intervals import Estimate, estimate_ratio
 from tune2gguf.runs.verdict_file import Verdict
 from tune2gguf.verdict.paired import choose_best_crosswise, count_rows_needed, extrapolate_gain
-
-if TYPE_CHECKING:
-    import numpy as np
 
 OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE = "overfitting", "underfitting", "good fit", "inconclusive"
 LABELS = (OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE)
@@ -40,15 +36,14 @@ def judge(curves: Curves) -> Verdict:
     learning again would bring), the latter two as shares of the gain, each with _low and _high; training_before and
     training_after (mean training loss up to the best and up to the final validation); rows_needed; diverged (1).
     """
-    obstacle = _find_obstacle(curves)
-    if obstacle is not None:
-        return replace(obstacle, figures={**_list_losses(curves), **obstacle.figures})
-    losses = _Losses.read(curves)
-    gain = losses.estimate_gain()
-    figures = _list_losses(curves) | _name("gain", gain)
-    is_notable = gain.low > 0 and gain.high > NOTABLE_GAIN * curves.base.loss
-    decide = _judge_curve if is_notable else _judge_without_gain
-    verdict = decide(curves, losses, gain)
+    figures, verdict = _list_losses(curves), _find_obstacle(curves)
+    if verdict is None:
+        losses = _Losses.read(curves)
+        gain = estimate_ratio(losses.base - losses.best, losses.tokens)
+        figures |= _name("gain", gain)
+        is_notable = gain.low > 0 and gain.high > NOTABLE_GAIN * curves.base.loss
+        decide = _judge_curve if is_notable else _judge_without_gain
+        verdict = decide(curves, losses, gain)
     return replace(verdict, figures=figures | verdict.figures)
 
 
@@ -73,9 +68,6 @@ class _Losses:
             tokens=np.array(curves.final.row_tokens, np.float64),
         )
 
-    def estimate_gain(self) -> Estimate:
-        return estimate_ratio(self.base - self.best, self.tokens)
-
 
 def _find_obstacle(curves: Curves) -> Verdict | None:
     """Return the verdict on curves that cannot be judged for what they lack."""
@@ -83,9 +75,7 @@ def _find_obstacle(curves: Curves) -> Verdict | None:
     if not curves.validations:
         return _leave_open("there are no validation rows, so that nothing tells what is learned from what is memorized")
     if any(not math.isfinite(one.loss) for one in curves.validations):
-        return replace(
-            _leave_open("the validation loss is not a finite number: the run diverged"), figures={"diverged": 1}
-        )
+        return _leave_open("the validation loss is not a finite number: the run diverged", {"diverged": 1})
     if final is None:
         return _leave_open("the run ended before a validation after training; only the base was measured")
     if base is None:
@@ -111,10 +101,10 @@ def _ask_for_rows(curves: Curves) -> Verdict:
             spread = np.array(losses.trained[0] - losses.final)
             needed = max(needed, count_rows_needed(spread, gained, margin=2 * NOTABLE_FURTHER_GAIN))
     reason = (
-        f"{_count(final.rows, 'validation row')}: of fewer than {MIN_ROWS} not even a change that all of them share "
-        f"would be significant; about {needed} would decide it"
+        f"{final.rows} validation row{'s' * (final.rows != 1)}: of fewer than {MIN_ROWS} not even a change that all of "
+        f"them share would be significant; about {needed} would decide it"
     )
-    return replace(_leave_open(reason), figures={"rows_needed": needed})
+    return _leave_open(reason, {"rows_needed": needed})
 
 
 def _judge_curve(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
@@ -122,13 +112,13 @@ def _judge_curve(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     gained = losses.base - losses.best
     rise = estimate_ratio(losses.final - losses.best, gained)
     figures = _name("rise", rise) | _compare_training(curves)
-    if _is_notable(rise, NOTABLE_RISE):
+    if rise.low > 0 and rise.value > NOTABLE_RISE:
         lost = (
             f"the validation loss rose from {curves.best.loss:.3f} (step {curves.best.step}) to "
             f"{curves.final.loss:.3f} (step {curves.final.step}): of the gain over the base, "
             f"{_describe_share(rise)} was lost again"
         )
-        return replace(_judge_rise(lost, figures), figures=figures)
+        return _judge_rise(lost, figures)
     if _is_open(rise, NOTABLE_RISE):
         needed = count_rows_needed(losses.final - losses.best, gained, margin=NOTABLE_RISE)
         reason = (
@@ -145,15 +135,16 @@ def _judge_rise(lost: str, figures: dict[str, float]) -> Verdict:
     if figures.get("diverged"):
         return _leave_open(
             f"{lost}, and the training loss rose with it, from {figures['training_before']:.3f} to "
-            f"{figures['training_after']:.3f}: the run came apart, which is no question of fit; the rate is too high"
+            f"{figures['training_after']:.3f}: the run came apart, which is no question of fit; the rate is too high",
+            figures,
         )
     if "training_before" not in figures:
-        return Verdict(OVERFITTING, (lost,))
+        return Verdict(OVERFITTING, (lost,), figures)
     went_on = (
         f"meanwhile the training loss went from {figures['training_before']:.3f} to {figures['training_after']:.3f}: "
         "the rows themselves are being memorized"
     )
-    return Verdict(OVERFITTING, (lost, went_on))
+    return Verdict(OVERFITTING, (lost, went_on), figures)
 
 
 def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
@@ -199,17 +190,13 @@ def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verd
             f"the validation loss never fell clearly below the base's {curves.base.loss:.3f}, and ended at "
             f"{curves.final.loss:.3f}, worse by {_describe_nats(worse)}"
         )
-        return replace(_judge_rise(lost, figures), figures=figures)
+        return _judge_rise(lost, figures)
     size = "cannot be told from zero" if gain.low <= 0 else f"is less than {_percent(NOTABLE_GAIN)} of it"
     same = f"the gain over the base's {curves.base.loss:.3f} {size}: {_describe_nats(gain)}"
     if gain.high <= scale:
         return Verdict(UNDERFITTING, (same, "the model answers as it did before training"), figures)
     needed = count_rows_needed(losses.base - losses.best, losses.tokens, margin=scale)
     return _ask_for_more(same, needed, curves, figures)
-
-
-def _is_notable(estimate: Estimate, margin: float) -> bool:
-    return estimate.low > 0 and estimate.value > margin
 
 
 def _is_open(estimate: Estimate, margin: float) -> bool:
@@ -266,14 +253,14 @@ def _compare_training(curves: Curves) -> dict[str, float]:
     return means
 
 
-def _leave_open(reason: str) -> Verdict:
-    return Verdict(INCONCLUSIVE, (reason,))
+def _leave_open(reason: str, figures: dict[str, float] | None = None) -> Verdict:
+    return Verdict(INCONCLUSIVE, (reason,), figures or {})
 
 
 def _ask_for_more(reason: str, needed: int, curves: Curves, figures: dict[str, float]) -> Verdict:
     # An interval that straddles although the rows should do was bad luck; twice as many make it unlikely.
     needed = needed if needed > curves.final.rows else 2 * curves.final.rows
-    return Verdict(INCONCLUSIVE, (f"{reason}; about {needed} rows would decide it",), figures | {"rows_needed": needed})
+    return _leave_open(f"{reason}; about {needed} rows would decide it", figures | {"rows_needed": needed})
 
 
 def _list_losses(curves: Curves) -> dict[str, float]:
@@ -298,7 +285,3 @@ def _describe_share(estimate: Estimate) -> str:
 
 def _describe_nats(estimate: Estimate) -> str:
     return f"{estimate.value:.4f} nats a token (95 % interval {estimate.low:.4f} to {estimate.high:.4f})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

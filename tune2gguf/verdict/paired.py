@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tune2gguf.runs.intervals import CONFIDENCE
-
-if TYPE_CHECKING:
-    import numpy as np
 
 POWER = 0.80
 
