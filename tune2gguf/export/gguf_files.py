@@ -30,8 +30,7 @@ from tune2gguf.export.gguf_file.vocabulary import read_json, read_vocabulary
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
-from tune2gguf.export.progress import open_bar
-from tune2gguf.export.results import explain_write_errors
+from tune2gguf.export.results import explain_write_errors, open_bar
 from tune2gguf.files.atomic import write_file
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
