@@ -114,8 +114,8 @@ def _is_kind(value: Any, kind: type) -> bool:
 
 
 def _describe_type(value: Any) -> str:
-    names = {bool: "a truth value", int: "a whole number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "a mapping of keys to values" if isinstance(value, dict) else type(value).__name__)
+    names = _KIND_NAMES | {bool: "a truth value", list: "a list", dict: "a mapping of keys to values"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _is_within(value: float, key: Key) -> bool:
