@@ -74,8 +74,7 @@ def export_run(
 
     Args:
         quantizations: None takes the one in the run's config.yaml
-        adapter: `best` or `last`; None takes best where there is one
-        base_dir: where the base is now, if not where the run's config.yaml says
+        adapter, base_dir: as in open_run
         merge_base: of a run over 4-bit weights, `original` or `dequantized`; None takes the better one
         original_base_dir: the 16-bit weights of a 4-bit base; None looks for them beside it
         num_validation_rows: to measure with which of two bases is better
@@ -139,7 +138,6 @@ def export_base(
     *,
     quantization: str,
     chat_template: str,
-    overwrite: bool = False,
     num_threads: int | None = None,
     show: bool = True,
 ) -> Path:
@@ -152,8 +150,7 @@ def export_base(
     [chosen] = _get_quantizations([quantization])
     if chat_template not in CHAT_TEMPLATES:
         raise ValueError(f"unknown chat_template {chat_template!r}; choose from {', '.join(CHAT_TEMPLATES)}")
-    if not overwrite:
-        _refuse_existing([out_path])
+    _refuse_existing([out_path])
     base = open_base(base_dir)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(out_path.parent, count_file_bytes(base, chosen))
