@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tune2gguf.export.exported import Export
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
-from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, export_run
+from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.serve.ollama import serve_with_ollama
-from tune2gguf.serve.proof import format_table, prove_export
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,6 +82,9 @@ def main() -> None:
 
 def show_proof(export: Export, arguments: argparse.Namespace) -> bool:
     """Prove the export and print the result; return whether it holds."""
+    # torch: files that are not proven are written without it.
+    from tune2gguf.serve.proof import format_table, prove_export
+
     proof = prove_export(
         export,
         num_rows=arguments.proof_rows,

@@ -67,7 +67,7 @@ def test_measured_losses_are_those_of_the_exported_files(run_dir):
     losses = export(run_dir).merge.losses
     for kind in (ORIGINAL, DEQUANTIZED):
         proof = prove_export(export(run_dir, merge_base=kind), num_replies=0, show=False)
-        assert proof.steps["F32"].loss == pytest.approx(losses[kind], rel=1e-6)
+        assert proof.steps["F32"]["loss"] == pytest.approx(losses[kind], rel=1e-6)
 
 
 def test_the_choice_is_told_in_card_and_proof(run_dir):

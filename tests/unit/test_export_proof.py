@@ -13,9 +13,8 @@ import pytest
 from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import ALPHA, RANK, draw_adapter, write_biased_base, write_run
 from tests.runs import set_adapter
-from tune2gguf.export.exported import Export
 from tune2gguf.export.measure.validation_set import make_rows
-from tune2gguf.export.pipeline import export_run
+from tune2gguf.export.pipeline import Export, export_run
 from tune2gguf.model.architectures import read_architecture
 from tune2gguf.serve.llama_cpp import open_model
 from tune2gguf.serve.proof import ADAPTER, BASE, MERGED, format_table, prove_export
@@ -55,16 +54,17 @@ def test_a_faithful_export_is_proven(run_dir):
     proof = prove(export)
     assert proof.failures == []
     assert list(proof.steps) == [BASE, ADAPTER, MERGED, "Q8_0", "F16"]
-    assert proof.steps[ADAPTER].divergence == 0 and proof.steps[ADAPTER].agreement == 1
-    assert 0 < proof.steps[MERGED].divergence < proof.steps["Q8_0"].divergence < proof.steps[BASE].divergence
-    for served in proof.files.values():
-        assert (served.tokens.num_equal, served.tokens.num_different) == (6, 0)
-        assert served.scores.num_tokens == 128
-        assert abs(served.scores.difference) < 0.02
-        assert len(served.replies) == 3 and all(reply.ended_by_itself for reply in served.replies)
+    assert proof.steps[ADAPTER]["kl_to_adapter"] == 0 and proof.steps[ADAPTER]["top1"] == 1
+    divergences = [proof.steps[name]["kl_to_adapter"] for name in (MERGED, "Q8_0", BASE)]
+    assert 0 < divergences[0] < divergences[1] < divergences[2]
+    for served in proof.served_by_llama_cpp.values():
+        assert (served["tokens"]["num_equal"], served["tokens"]["num_different"]) == (6, 0)
+        assert served["scores"]["num_tokens"] == 128
+        assert abs(served["scores"]["loss_by_llama_cpp"] - served["scores"]["loss_by_torch"]) < 0.02
+        assert len(served["replies"]) == 3 and all(reply["ended_by_itself"] for reply in served["replies"])
     content = json.loads((run_dir / "export" / "proof.json").read_text())
     assert content["passed"] is True
-    assert content["steps"]["Q8_0"]["loss"] == proof.steps["Q8_0"].loss
+    assert content["steps"]["Q8_0"]["loss"] == proof.steps["Q8_0"]["loss"]
     assert "proven: ids, losses and replies" in format_table(proof)
 
 
@@ -89,12 +89,12 @@ def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
         hidden = compute_hidden(source, [np.array(tokens)])
         places = torch.tensor([place for place in range(1, len(tokens)) if supervised[place]])
         losses.append(cross_entropy_of_supervised(hidden[places - 1], head, torch.tensor(tokens)[places]))
-    assert proof.steps[ADAPTER].loss == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    assert proof.steps[ADAPTER]["loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
 
 def test_a_lossy_type_fails_and_the_smallest_sufficient_one_is_named(run_dir):
     export = export_run(run_dir, quantizations=["Q2_K"], show=False)
-    increase = prove(export).steps["Q2_K"].increase
+    increase = prove(export).steps["Q2_K"]["increase"]
     limits = [increase * 2, increase / 3] if increase > 0 else [1.0, increase * 2]
     assert prove(export, max_loss_increase=limits[0]).failures == []
     [failure] = prove(export, max_loss_increase=limits[1]).failures

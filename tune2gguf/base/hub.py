@@ -89,7 +89,8 @@ def download_from_hub(repo: str, base_dir: str | Path, *, revision: str | None =
     except (OSError, *_HTTP_ERRORS) as error:
         raise ValueError(explain_hub_error(error, repo, revision=revision)) from None
     open_base(partial)
-    _write_record(found, partial)
+    digests = {file.name: file.sha256 or digest_file(partial / file.name) for file in found.files}
+    write_json(partial / RECORD_FILE, {"source": f"hf://{repo}", "revision": found.commit, "sha256": digests})
     refuse_existing(base_dir)
     publish(partial, base_dir)
     return base_dir
@@ -185,14 +186,6 @@ def is_intact(path: Path, file: HubFile) -> bool:
     if file.sha256 is not None:
         return digest_file_once(path) == file.sha256
     return file.git_blob is None or git_hash(path.read_bytes()) == file.git_blob
-
-
-def _write_record(revision: HubRevision, folder: Path) -> None:
-    digests = {
-        file.name: digest_file(folder / file.name) if file.sha256 is None else file.sha256 for file in revision.files
-    }
-    record = {"source": f"hf://{revision.repo}", "revision": revision.commit, "sha256": digests}
-    write_json(folder / RECORD_FILE, record)
 
 
 def explain_hub_error(error: Exception, repo: str, *, revision: str | None) -> str:

@@ -19,6 +19,7 @@ from tune2gguf.config.places import (
     find_device_problems,
     find_output_problems,
 )
+from tune2gguf.config.plan import raise_problems
 from tune2gguf.guide import RATIO_ADVICE, RATIO_LIMITS
 
 WAY_OUT = "hold rows out with dataset.validation_split or dataset.validation_files"
@@ -30,24 +31,18 @@ def check_config(config: DictConfig) -> list[str]:
     Raises:
         ValueError: with every problem, one a line
     """
-    values = _resolve(config)
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = [*_find_key_problems(values), *find_component_problems(values)]
-    # A rule across keys is asked only where the values that it needs are right by themselves.
+    values, num_processes = _resolve(config), int(os.environ.get("WORLD_SIZE", "1"))
     valid = find_valid(values)
     components = {name: values[name] for name in COMPONENTS if isinstance(values.get(name), dict)}
-    problems += [*_find_precision_problems(valid), *_find_offloading_problems(valid)]
+    problems = _find_own_problems(values)
     problems += find_device_problems(valid, num_processes=num_processes)
     problems += find_output_problems(valid)
     problems += find_base_problems(valid, components.get("model", {}))
     problems += find_data_problems(valid, components.get("dataset"), num_processes=num_processes)
-    problems += find_validation_problems(valid, components.get("dataset"))
-    if not problems:
-        problems += find_build_problems(values)
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+    problems += _find_validation_problems(valid, components.get("dataset"))
+    raise_problems(problems or find_build_problems(values))
     warnings = [*_find_ratio_warnings(valid), *find_base_warnings(valid)]
-    return [*warnings, *find_validation_warnings(valid, components["dataset"])]
+    return [*warnings, *_find_validation_warnings(valid, components["dataset"])]
 
 
 def check_values(config: DictConfig) -> None:
@@ -56,12 +51,18 @@ def check_values(config: DictConfig) -> None:
     Raises:
         ValueError: with every problem, one a line
     """
-    values = _resolve(config)
-    problems = [*_find_key_problems(values), *find_component_problems(values)]
+    raise_problems(_find_own_problems(_resolve(config)))
+
+
+def _find_own_problems(values: Mapping[str, Any]) -> list[str]:
+    # A rule across keys is asked only where the values that it needs are right by themselves.
     valid = find_valid(values)
-    problems += [*_find_precision_problems(valid), *_find_offloading_problems(valid)]
-    if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return [
+        *_find_key_problems(values),
+        *find_component_problems(values),
+        *_find_precision_problems(valid),
+        *_find_offloading_problems(valid),
+    ]
 
 
 def _resolve(config: DictConfig) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _find_ratio_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
         yield f"lora_alpha / lora_rank = {alpha} / {rank} = {alpha / rank:g}. The guide says: {RATIO_ADVICE}"
 
 
-def find_validation_problems(valid: Mapping[str, Any], dataset: Mapping[str, Any] | None) -> Iterator[str]:
+def _find_validation_problems(valid: Mapping[str, Any], dataset: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield why the keys of validation cannot do what they say."""
     patience = valid.get("early_stopping_patience")
     if patience is not None and dataset is not None and not _holds_rows_out(dataset):
@@ -115,7 +116,7 @@ def find_validation_problems(valid: Mapping[str, Any], dataset: Mapping[str, Any
         )
 
 
-def find_validation_warnings(valid: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
+def _find_validation_warnings(valid: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
     """Yield which keys of validation are set for nothing."""
     if _holds_rows_out(dataset):
         return

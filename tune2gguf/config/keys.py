@@ -98,11 +98,11 @@ def find_value_problems(name: str, value: Any, key: Key) -> Iterator[str]:
 
 def find_valid(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flat keys whose values are right by themselves, so that rules across keys can rely on them."""
-    return {name: values[name] for name in KEYS if name in values and not [*_problems_of(name, values)]}
-
-
-def _problems_of(name: str, values: Mapping[str, Any]) -> Iterator[str]:
-    return find_value_problems(name, values[name], KEYS[name])
+    return {
+        name: values[name]
+        for name, key in KEYS.items()
+        if name in values and not any(find_value_problems(name, values[name], key))
+    }
 
 
 def _is_kind(value: Any, kind: type) -> bool:
@@ -114,8 +114,8 @@ def _is_kind(value: Any, kind: type) -> bool:
 
 
 def _describe_type(value: Any) -> str:
-    names = {bool: "a truth value", int: "a whole number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "a mapping of keys to values" if isinstance(value, dict) else type(value).__name__)
+    names = _KIND_NAMES | {bool: "a truth value", list: "a list", dict: "a mapping of keys to values"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _is_within(value: float, key: Key) -> bool:

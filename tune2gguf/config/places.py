@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +89,14 @@ def find_output_problems(valid: Mapping[str, Any]) -> Iterator[str]:
 def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with the base folder, from its config.json and the headers of its weights."""
     if valid.get("base_source") is not None:
-        try:
-            parse_base_source(valid["base_source"])
-        except ValueError as error:
-            yield str(error)
+        yield from _find_error(parse_base_source, valid["base_source"])
     if "base_dir" not in valid:
         return
     base_dir = Path(valid["base_dir"])
     if not base_dir.is_dir():
         yield f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config … (and your overrides)"
         return
-    try:
-        find_tokenizer_file(base_dir)
-    except ValueError as error:
-        yield str(error)
+    yield from _find_error(find_tokenizer_file, base_dir)
     try:
         base = open_base(base_dir)
     except ValueError as error:
@@ -113,16 +107,20 @@ def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> It
     yield from _find_architecture_problems(valid, model.get("architecture"), base_dir, base.architecture)
 
 
+def _find_error(check: Callable, *arguments: Any) -> Iterator[str]:
+    try:
+        check(*arguments)
+    except ValueError as error:
+        yield str(error)
+
+
 def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
     return isinstance(stored, StoredNf4) and not stored.has_whole_rows
 
 
 def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator[str]:
     if isinstance(name, str) and name in ARCHITECTURES:
-        try:
-            check_architecture(name, architecture, base_dir)
-        except ValueError as error:
-            yield str(error)
+        yield from _find_error(check_architecture, name, architecture, base_dir)
     limit = architecture.max_position_embeddings
     if valid.get("max_seq_len", 0) > limit:
         yield f"max_seq_len={valid['max_seq_len']}: {base_dir} was made for at most {limit} tokens"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 def find_plan_problems(
@@ -21,18 +21,17 @@ def find_plan_problems(
         )
 
 
-def check_plan(*, num_rows: int, rows_per_step: int, num_training_steps: int, warmup_steps: int) -> None:
-    """Check what can be known for sure only when the rows are read, split and counted.
+def check_plan(**counts: int) -> None:
+    """Check, by find_plan_problems, what can be known for sure only when the rows are read, split and counted.
 
     Raises:
         ValueError: with every problem, one a line
     """
-    problems = find_plan_problems(
-        num_rows=num_rows,
-        rows_per_step=rows_per_step,
-        num_training_steps=num_training_steps,
-        warmup_steps=warmup_steps,
-    )
-    message = "\n".join(problems)
+    raise_problems(find_plan_problems(**counts))
+
+
+def raise_problems(problems: Iterable[str]) -> None:
+    """Raise one ValueError with every problem, one a line; return where there is none."""
+    message = "\n".join(dict.fromkeys(problems))
     if message:
         raise ValueError(message)

@@ -26,12 +26,11 @@ from tune2gguf.export.gguf_file.llama import (
     write_metadata,
 )
 from tune2gguf.export.gguf_file.types import Quantization, count_bytes
-from tune2gguf.export.gguf_file.vocabulary import read_json, read_vocabulary
+from tune2gguf.export.gguf_file.vocabulary import read_if_there, read_vocabulary
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
-from tune2gguf.export.progress import open_bar
-from tune2gguf.export.results import explain_write_errors
+from tune2gguf.export.results import explain_write_errors, open_bar
 from tune2gguf.files.atomic import write_file
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
@@ -74,8 +73,8 @@ def write_gguf_files(
                 quantization=quantization,
                 vocabulary=vocabulary,
                 jinja_template=chat_template.jinja_template,
-                hf_config=read_json(base.base_dir / "config.json"),
-                generation_config=read_json(base.base_dir / "generation_config.json"),
+                hf_config=read_if_there(base.base_dir / "config.json"),
+                generation_config=read_if_there(base.base_dir / "generation_config.json"),
             )
         label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
         with open_bar(label, total=sum(math.prod(tensor.shape) for tensor in tensors), show=show) as bar:

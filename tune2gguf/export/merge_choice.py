@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
-from tune2gguf.export.measure.step_losses import measure_steps
 from tune2gguf.export.measure.validation_set import ValidationSet
-from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.runs.run import Run
 
@@ -107,6 +105,10 @@ def _open_original(stored: BaseCheckpoint, original_dir: str | Path | None) -> B
 def _measure(
     trained: BaseCheckpoint, candidates: dict[str, BaseCheckpoint], adapter: Adapter, validation: ValidationSet
 ) -> dict[str, float]:
+    # torch: an export with one base to merge into does without.
+    from tune2gguf.export.measure.step_losses import measure_steps
+    from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source
+
     sources = {TRAINED: open_base_source(trained, adapter=adapter)}
     sources |= {kind: open_merged_source(base, adapter) for kind, base in candidates.items()}
     steps = measure_steps(sources, validation.rows, reference=TRAINED)

@@ -21,7 +21,6 @@ def make_modelfile(
     Args:
         context_length: tokens; max_seq_len of the run
         system_prompt: the one system prompt that all rows were trained with, or None
-        licence: text of the licence, or None
 
     Raises:
         ValueError: if the system prompt or the licence cannot be written in a Modelfile

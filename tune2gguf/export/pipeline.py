@@ -4,28 +4,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
-from tune2gguf.export.exported import MODEL_CARD, Export, ExportedModel
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.measure.validation_set import load_validation_rows
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
-from tune2gguf.export.merge_choice import choose_merge_base
+from tune2gguf.export.merge_choice import MergeChoice, choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
-from tune2gguf.export.progress import open_bar
-from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors
+from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors, open_bar
 from tune2gguf.files.atomic import write_file, write_text
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 DEFAULT_VALIDATION_ROWS = 16
+MODEL_CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """One quantization of a run."""
+
+    quantization: str
+    gguf_path: Path
+    modelfile_path: Path
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote."""
+
+    run: Run
+    merge: MergeChoice
+    models: list[ExportedModel]
+    adapter_path: Path | None
+    merged_dir: Path | None
+    model_card_path: Path
+
+    def list_paths(self) -> list[Path]:
+        """Return everything that was written."""
+        files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
+        extras = [path for path in (self.adapter_path, self.merged_dir) if path is not None]
+        return [*files, *extras, self.model_card_path]
 
 
 def export_run(
@@ -47,8 +74,7 @@ def export_run(
 
     Args:
         quantizations: None takes the one in the run's config.yaml
-        adapter: `best` or `last`; None takes best where there is one
-        base_dir: where the base is now, if not where the run's config.yaml says
+        adapter, base_dir: as in open_run
         merge_base: of a run over 4-bit weights, `original` or `dequantized`; None takes the better one
         original_base_dir: the 16-bit weights of a 4-bit base; None looks for them beside it
         num_validation_rows: to measure with which of two bases is better
@@ -80,16 +106,15 @@ def export_run(
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
     export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
-    with claim_folder(run.export_dir):
+    with claim_folder(run.export_dir), explain_write_errors(run.export_dir):
         check_free_space(run.export_dir, _count_bytes(export, lora))
         # The small and the quick first: what fails, fails before the long part.
         _write_extras(export, lora, show=show)
         _write_models(export, lora, num_threads=num_threads, show=show)
-        with explain_write_errors(run.export_dir):
-            for path, text in modelfiles.items():
-                write_text(path, text)
-            card = make_model_card(run, licence=licence, files=list_served(run), merge=merge.describe())
-            write_text(export.model_card_path, card)
+        for path, text in modelfiles.items():
+            write_text(path, text)
+        card = make_model_card(run, licence=licence, files=list_served(run), merge=merge.describe())
+        write_text(export.model_card_path, card)
     return export
 
 
@@ -113,7 +138,6 @@ def export_base(
     *,
     quantization: str,
     chat_template: str,
-    overwrite: bool = False,
     num_threads: int | None = None,
     show: bool = True,
 ) -> Path:
@@ -126,8 +150,7 @@ def export_base(
     [chosen] = _get_quantizations([quantization])
     if chat_template not in CHAT_TEMPLATES:
         raise ValueError(f"unknown chat_template {chat_template!r}; choose from {', '.join(CHAT_TEMPLATES)}")
-    if not overwrite:
-        _refuse_existing([out_path])
+    _refuse_existing([out_path])
     base = open_base(base_dir)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(out_path.parent, count_file_bytes(base, chosen))
@@ -206,11 +229,11 @@ def _count_bytes(export: Export, adapter: Adapter) -> int:
 def _write_extras(export: Export, adapter: Adapter, *, show: bool) -> None:
     run, base = export.run, export.merge.chosen
     if export.adapter_path is not None:
-        with explain_write_errors(run.export_dir), write_file(export.adapter_path) as unfinished:
+        with write_file(export.adapter_path) as unfinished:
             write_adapter_gguf(unfinished, adapter, specs=base.specs, name=run.name)
     if export.merged_dir is not None:
         num_elements = sum(math.prod(spec.shape) for spec in base.specs.values())
-        with open_bar("merging", total=num_elements, show=show) as bar, explain_write_errors(run.export_dir):
+        with open_bar("merging", total=num_elements, show=show) as bar:
             write_merged_hf(
                 export.merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=bar.update
             )

@@ -1,4 +1,4 @@
-"""One export at a time in a folder, on a disk that has room for it."""
+"""One export at a time in a folder, on a disk that has room for it; the bar that it shows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from tune2gguf.files.atomic import clear_leftovers
 
@@ -53,3 +54,8 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"writing to {folder} failed: {reason}; no unfinished file was left there") from None
+
+
+def open_bar(label: str, *, total: int, show: bool, unit: str = "") -> tqdm:
+    """Return a bar that vanishes when it is closed; where standard error is a file, nothing is drawn into it."""
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=not unit, disable=None if show else True, leave=False)

@@ -94,7 +94,8 @@ def estimate_memory(spec: RunSpec) -> Estimate:
     adapter = 4 * count_adapter_weights(spec)
     parts = spec.num_devices if spec.parallel == "shard" else 1
     # Sharded, the layer at work and the next one are gathered whole, and so is the head.
-    gathered = 0 if parts == 1 else 2 * _count_layer(weights) + max(weights.values())
+    layer = sum(size for name, size in weights.items() if name.startswith("layers.0."))
+    gathered = 0 if parts == 1 else 2 * layer + max(weights.values())
     program = CUDA_BYTES
     if spec.device_type == "cpu":
         program = PROGRAM_BYTES + PROGRAM_BYTES_PER_TOKEN * spec.architecture.vocab_size
@@ -201,10 +202,6 @@ def _count_weight_bytes(tensor: TensorSpec, base_weights: str) -> int:
     if base_weights == "nf4":
         return round(size * (NF4_BYTES_PER_WEIGHT if tensor.is_linear else BYTES["bf16"]))
     return size * BYTES[base_weights]
-
-
-def _count_layer(weights: dict[str, int]) -> int:
-    return sum(size for name, size in weights.items() if name.startswith("layers.0."))
 
 
 def _list_adapted(spec: RunSpec) -> list[TensorSpec]:

@@ -61,9 +61,11 @@ def append_entry(folder: Path, entry: Entry) -> None:
     path = folder / LEDGER_FILE
     try:
         with FileLock(folder / f".{LEDGER_FILE}.lock", timeout=_LOCK_SECONDS), path.open("a+b") as file:
-            # A writer that was killed may have left half a line; it must not swallow this one.
-            is_torn = file.tell() > 0 and _read_last_byte(path) != b"\n"
-            file.write(b"\n" * is_torn + json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
+            if file.tell() > 0:
+                # A writer that was killed may have left half a line; it must not swallow this one.
+                file.seek(-1, os.SEEK_END)
+                file.write(b"" if file.read() == b"\n" else b"\n")
+            file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except Timeout:
@@ -98,9 +100,3 @@ def _read_entry(record: dict[str, Any]) -> Entry:
     known = {name: value for name, value in record.items() if name in Entry.__dataclass_fields__}
     config = rename_components(record["config"])
     return Entry(**{**known, "config": config, "outcome": Outcome(**outcome) if outcome else None})
-
-
-def _read_last_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read()

@@ -169,8 +169,7 @@ def open_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
     """Open a run to export or to serve it, with all that this needs checked.
 
     Args:
-        adapter: `best` or `last`; None takes best where there is one
-        base_dir: where the base is now, if not where config.yaml says
+        adapter, base_dir: as Run's adapter and moved_base_dir
 
     Raises:
         ValueError: if the run, its adapter or its base is missing, the base is not the one it was trained on, or

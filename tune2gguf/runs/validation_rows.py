@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tune2gguf.data.messages import detect_format, digest, read_conversation
-from tune2gguf.data.rows import Row, Source, read_rows
+from tune2gguf.data.rows import Row, read_rows
 from tune2gguf.data.tokenize import TokenizedRows
 from tune2gguf.runs.curves import Validation
 from tune2gguf.runs.files import VALIDATION_FILE, read_json_lines
@@ -35,7 +35,11 @@ def format_validation_rows(validation: TokenizedRows, *, format: str) -> str:
     for source, expected in zip(sources, validation.digests(), strict=True):
         if source not in found or found[source] is None or digest(found[source]) != expected:
             raise ValueError(f"{source}: is not what it was a moment ago; leave data files alone while a run begins")
-    return "".join(_format_line(source, found[source]) for source in sources)
+    records = [
+        {"source": str(source), "messages": [vars(one) for one in found[source].messages], "text": found[source].text}
+        for source in sources
+    ]
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _read_again(row: Row, format: str) -> Conversation | None:
@@ -74,9 +78,3 @@ def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[fl
 def digest_validation_rows(run_dir: Path, validation: Validation) -> str:
     """Return one digest of the validation rows that a run measured, whatever their order."""
     return hashlib.sha256("".join(sorted(read_row_losses(run_dir, validation))).encode()).hexdigest()
-
-
-def _format_line(source: Source, conversation: Conversation) -> str:
-    messages = [vars(message) for message in conversation.messages]
-    record = {"source": str(source), "messages": messages, "text": conversation.text}
-    return json.dumps(record, ensure_ascii=False) + "\n"

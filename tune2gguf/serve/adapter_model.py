@@ -14,7 +14,7 @@ from tune2gguf.runs.run import Run
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 
-def load_adapter_model(run: Run, *, show: bool = True) -> AdapterModel:
+def load_adapter_model(run: Run) -> AdapterModel:
     """Load a run's base, in the precision it was trained with, and its adapter.
 
     Raises:
@@ -33,7 +33,7 @@ def load_adapter_model(run: Run, *, show: bool = True) -> AdapterModel:
         apply_lora_to_mlp=any(name.startswith("mlp.") for name in parts),
         max_seq_len=run.max_seq_len,
     )
-    load_base(model, str(run.base_dir), device=device, base_weights=run.config["base_weights"], show=show)
+    load_base(model, str(run.base_dir), device=device, base_weights=run.base_weights, show=True)
     _fill_adapter(model, adapter)
     model.eval()
     with device:

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from tune2gguf.export.pipeline import list_served
-from tune2gguf.model.generate import Reply
+from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.run import Run
-from tune2gguf.serve.llama_cpp import open_model
+from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
 
+ChatModel = AdapterModel | LlamaCppModel
 HELP = "/new starts over, /quit or Ctrl-D ends"
-
-
-class ChatModel(Protocol):
-    """What can be talked to."""
-
-    def chat(
-        self,
-        messages: list[dict[str, str]],
-        *,
-        max_tokens: int,
-        temperature: float,
-        on_text: Callable[[str], None] | None,
-    ) -> Reply: ...
 
 
 def open_chat_model(

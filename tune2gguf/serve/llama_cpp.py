@@ -41,9 +41,7 @@ class LlamaCppModel:
         """Answer a conversation of {"role", "content"} messages.
 
         Args:
-            max_tokens: limit of the reply
             temperature: 0 is greedy
-            seed: of the sampling
             on_text: called with each piece of the reply as it comes
 
         Raises:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from tune2gguf.export.exported import Export
+from tune2gguf.export.pipeline import Export
 from tune2gguf.runs.run import Run
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.tokenizer.conversation import cut_before_reply

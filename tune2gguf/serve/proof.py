@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from tune2gguf.base.checkpoint import BaseCheckpoint
-from tune2gguf.export.exported import Export
 from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
@@ -19,7 +18,9 @@ from tune2gguf.export.measure.weight_sources import (
     open_quantized_source,
 )
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
-from tune2gguf.export.progress import open_bar
+from tune2gguf.export.merge_choice import MergeChoice
+from tune2gguf.export.pipeline import Export
+from tune2gguf.export.results import open_bar
 from tune2gguf.runs.proof import ProofRecord, write_proof
 from tune2gguf.serve.serving import ServedFile, serve_file
 
@@ -30,31 +31,10 @@ MAX_SCORE_DIFFERENCE = 0.1  # nats per token
 
 
 @dataclass(frozen=True)
-class Proof:
-    """The result; it holds if there are no failures.
-
-    Attributes:
-        steps: base, adapter, merged bf16, then each type, in this order
-        merge: which of two possible bases was merged into, or None where there was one
-        lost_most: the step after the adapter that raised the loss most
-        files: by the type's name
-    """
-
-    num_rows: int
-    num_tokens: int
-    steps: dict[str, StepLoss]
-    lost_most: str
-    files: dict[str, ServedFile]
-    failures: list[str]
-    merge: str | None
-
-
-@dataclass(frozen=True)
 class _Subject:
     """What is proven, opened."""
 
-    trained: BaseCheckpoint
-    merged_into: BaseCheckpoint
+    merge: MergeChoice
     adapter: Adapter
     kernels: Kernels
     validation: ValidationSet
@@ -68,7 +48,7 @@ def prove_export(
     max_loss_increase: float = 0.05,
     num_threads: int | None = None,
     show: bool = True,
-) -> Proof | None:
+) -> ProofRecord | None:
     """Prove an export on validation rows and write proof.json; None where the run has no validation rows.
 
     Args:
@@ -83,9 +63,8 @@ def prove_export(
     validation = load_validation_rows(export.run, num_rows=num_rows)
     if validation is None:
         return None
-    merge = export.merge
-    adapter = read_adapter(export.run.adapter_dir, merge.trained.specs)
-    subject = _Subject(merge.trained, merge.chosen, adapter, load_kernels(), validation)
+    adapter = read_adapter(export.run.adapter_dir, export.merge.trained.specs)
+    subject = _Subject(export.merge, adapter, load_kernels(), validation)
     paths = {model.quantization: model.gguf_path for model in export.models}
     steps = _measure_export(subject, paths, show=show)
     files = {
@@ -103,25 +82,35 @@ def prove_export(
     }
     failures = [failure for name, served in files.items() for failure in _find_serving_failures(name, served)]
     failures += _find_loss_failures(subject, steps, max_loss_increase)
-    proof = Proof(
-        num_rows=len(validation.rows),
-        num_tokens=len(steps[BASE].token_losses),
-        steps=steps,
-        lost_most=_find_step_that_lost_most(steps),
-        files=files,
+    proof = ProofRecord(
+        passed=not failures,
         failures=failures,
-        merge=merge.describe(),
+        rows=len(validation.rows),
+        supervised_tokens=len(steps[BASE].token_losses),
+        losses_computed_by=COMPUTED_BY,
+        steps={
+            name: {
+                "loss": step.loss,
+                "increase": step.increase,
+                "kl_to_adapter": step.divergence,
+                "top1": step.agreement,
+            }
+            for name, step in steps.items()
+        },
+        lost_most=_find_step_that_lost_most(steps),
+        merge=export.merge.describe(),
+        served_by_llama_cpp={name: asdict(served) for name, served in files.items()},
     )
-    write_proof(export.run.export_dir, make_record(proof))
+    write_proof(export.run.export_dir, proof)
     return proof
 
 
 def _measure_export(subject: _Subject, paths: dict[str, Path], *, show: bool) -> dict[str, StepLoss]:
-    trained, adapter = subject.trained, subject.adapter
+    trained, adapter = subject.merge.trained, subject.adapter
     sources = {
         BASE: open_base_source(trained, adapter=None),
         ADAPTER: open_base_source(trained, adapter=adapter),
-        MERGED: open_merged_source(subject.merged_into, adapter),
+        MERGED: open_merged_source(subject.merge.chosen, adapter),
     }
     sources |= {name: open_gguf_source(path, trained, subject.kernels) for name, path in paths.items()}
     num_layers = len(sources) * trained.architecture.num_layers
@@ -152,11 +141,11 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
 def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
     """Return a sentence that names the smallest larger type within the limit, without writing files."""
     adapter, rows = subject.adapter, subject.validation.rows
-    sizes = {name: count_file_bytes(subject.merged_into, kind) for name, kind in QUANTIZATIONS.items()}
+    sizes = {name: count_file_bytes(subject.merge.chosen, kind) for name, kind in QUANTIZATIONS.items()}
     larger = sorted((size, name) for name, size in sizes.items() if size > sizes[larger_than])
-    reference = open_base_source(subject.trained, adapter=adapter)
+    reference = open_base_source(subject.merge.trained, adapter=adapter)
     for _, name in larger:
-        source = open_quantized_source(subject.merged_into, adapter, QUANTIZATIONS[name], subject.kernels)
+        source = open_quantized_source(subject.merge.chosen, adapter, QUANTIZATIONS[name], subject.kernels)
         step = measure_steps({ADAPTER: reference, name: source}, rows, reference=ADAPTER)[name]
         if step.increase <= limit:
             return f"The smallest type within it is {name} ({step.increase:+.1%}): --quantization {name}"
@@ -178,40 +167,19 @@ def _find_serving_failures(name: str, served: ServedFile) -> list[str]:
     return failures
 
 
-def make_record(proof: Proof) -> ProofRecord:
-    """Return what proof.json says."""
-    return ProofRecord(
-        passed=not proof.failures,
-        failures=proof.failures,
-        rows=proof.num_rows,
-        supervised_tokens=proof.num_tokens,
-        losses_computed_by=COMPUTED_BY,
-        steps={
-            name: {
-                "loss": step.loss,
-                "increase": step.increase,
-                "kl_to_adapter": step.divergence,
-                "top1": step.agreement,
-            }
-            for name, step in proof.steps.items()
-        },
-        lost_most=proof.lost_most,
-        merge=proof.merge,
-        served_by_llama_cpp={name: asdict(served) for name, served in proof.files.items()},
-    )
-
-
-def format_table(proof: Proof) -> str:
+def format_table(proof: ProofRecord) -> str:
     """Return the result for the terminal."""
-    lines = [f"proof on {proof.num_rows} validation rows, {proof.num_tokens} supervised tokens ({COMPUTED_BY})", ""]
+    lines = [f"proof on {proof.rows} validation rows, {proof.supervised_tokens} supervised tokens ({COMPUTED_BY})", ""]
     lines.append(f"  {'step':<12} {'loss':>7} {'vs adapter':>11} {'KL':>8} {'top-1':>7}")
     for name, step in proof.steps.items():
-        increase = "" if name == ADAPTER else f"{step.increase:+.2%}"
-        lines.append(f"  {name:<12} {step.loss:7.4f} {increase:>11} {step.divergence:8.4f} {step.agreement:7.1%}")
+        increase = "" if name == ADAPTER else f"{step['increase']:+.2%}"
+        lines.append(
+            f"  {name:<12} {step['loss']:7.4f} {increase:>11} {step['kl_to_adapter']:8.4f} {step['top1']:7.1%}"
+        )
     lines += ["", f"the step that lost most: {proof.lost_most}"]
     if proof.merge is not None:
         lines.append(proof.merge)
-    for name, served in proof.files.items():
+    for name, served in proof.served_by_llama_cpp.items():
         lines += ["", *_format_served(name, served)]
     if proof.failures:
         lines += ["", "NOT PROVEN", *(f"  {failure}" for failure in proof.failures)]
@@ -220,19 +188,20 @@ def format_table(proof: Proof) -> str:
     return "\n".join(lines)
 
 
-def _format_served(name: str, served: ServedFile) -> list[str]:
-    tokens, scores = served.tokens, served.scores
-    num_checked = tokens.num_equal + tokens.num_different
-    lines = [f"{name} in llama.cpp: {tokens.num_equal} of {num_checked} conversations have the ids that were trained"]
-    if tokens.num_skipped:
-        lines.append(f"  ({tokens.num_skipped} not compared: their text spells a special token)")
+def _format_served(name: str, served: dict[str, Any]) -> list[str]:
+    tokens, scores = served["tokens"], served["scores"]
+    num_equal, num_skipped = tokens["num_equal"], tokens["num_skipped"]
+    num_checked = num_equal + tokens["num_different"]
+    lines = [f"{name} in llama.cpp: {num_equal} of {num_checked} conversations have the ids that were trained"]
+    if num_skipped:
+        lines.append(f"  ({num_skipped} not compared: their text spells a special token)")
     if scores is not None:
         lines.append(
-            f"  loss of {scores.num_tokens} tokens {scores.loss_by_llama_cpp:.4f}, "
-            f"by the file's weights {scores.loss_by_torch:.4f}"
+            f"  loss of {scores['num_tokens']} tokens {scores['loss_by_llama_cpp']:.4f}, "
+            f"by the file's weights {scores['loss_by_torch']:.4f}"
         )
-    for reply in served.replies:
-        end = "" if reply.ended_by_itself else " [cut]"
-        question, text, reference = (" ".join(part.split()) for part in (reply.question, reply.reply, reply.reference))
+    for reply in served["replies"]:
+        end = "" if reply["ended_by_itself"] else " [cut]"
+        question, text, reference = (" ".join(reply[part].split()) for part in ("question", "reply", "reference"))
         lines += [f"  Q         {question}", f"  reply     {text}{end}", f"  reference {reference}"]
     return lines

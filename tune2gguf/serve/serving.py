@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tune2gguf.export.measure.step_losses import ValidationRow
+from tune2gguf.export.measure.validation_set import ValidationRow
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.tokenizer.conversation import Conversation, cut_before_reply, trim
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer

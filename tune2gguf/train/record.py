@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
 from tune2gguf.distributed.world import describe_error
@@ -14,24 +15,16 @@ from tune2gguf.report import write_report
 from tune2gguf.runs.curves import TrainingStep, Validation
 from tune2gguf.runs.files import METRICS_FILE, SAMPLES_FILE, JsonLinesFile
 from tune2gguf.runs.samples import Sample
-from tune2gguf.train.steps import describe_speed
 from tune2gguf.verdict.conclude import conclude_run
 
 NOTHING_RECORDED = {METRICS_FILE: 0, SAMPLES_FILE: 0}
 MAX_REPORT_SHARE = 0.05  # of the time of a run
 
 
-class MetricLogger(Protocol):
-    """The part of torchtune's MetricLoggerInterface that is used here."""
-
-    def log_dict(self, payload: Mapping[str, float], step: int) -> None: ...
-    def close(self) -> None: ...
-
-
 class RunRecord:
     """metrics.jsonl and samples.jsonl of a run folder, and the metric logger beside them, if there is one."""
 
-    def __init__(self, folder: Path, *, metric_logger: MetricLogger | None = None) -> None:
+    def __init__(self, folder: Path, *, metric_logger: MetricLoggerInterface | None = None) -> None:
         self.folder = folder
         self.files = {name: JsonLinesFile(folder / name) for name in NOTHING_RECORDED}
         self.metric_logger = metric_logger
@@ -42,7 +35,8 @@ class RunRecord:
         self._write(step.to_record())
         if step.skipped is not None:
             bar.write(f"note: {step.skipped}")
-        bar.set_postfix_str(describe_speed(step))
+        loss = "skipped" if step.loss is None else f"loss {step.loss:.3f}"
+        bar.set_postfix_str(f"{loss}, {step.tokens_per_second:.0f} tokens/s")
         bar.update()
 
     def write_validation(self, validation: Validation) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
@@ -29,19 +28,15 @@ def choose_prompts(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, num_samples: int, max_seq_len: int
 ) -> list[Prompt]:
     """Return the first validation prompts after which a token fits into max_seq_len; raw texts have none."""
-    return list(islice(_find_prompts(conversations, tokenizer, max_seq_len), num_samples))
-
-
-def _find_prompts(
-    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, max_seq_len: int
-) -> Iterator[Prompt]:
+    prompts: list[Prompt] = []
     for row, conversation in enumerate(conversations):
-        if not conversation.messages:
+        if not conversation.messages or len(prompts) == num_samples:
             continue
         messages, reference = cut_before_reply(conversation)
         num_tokens = len(_encode(messages, tokenizer))
         if messages and num_tokens < max_seq_len:
-            yield Prompt(row, messages, reference, num_tokens)
+            prompts.append(Prompt(row, messages, reference, num_tokens))
+    return prompts
 
 
 def describe_prompts(
@@ -85,17 +80,10 @@ def answer_prompts(
     samples = []
     for prompt, prompt_ids, reply_ids in zip(prompts, ids, replies, strict=True):
         reply = make_reply(tokenizer, prompt_ids, reply_ids)
-        samples.append(
-            Sample(
-                step=step,
-                epoch=epoch,
-                row=prompt.row,
-                prompt=tuple(prompt.messages),
-                reference=prompt.reference,
-                reply=reply.text,
-                ended_by_itself=reply.ended_by_itself,
-            )
+        sample = Sample(
+            step, epoch, prompt.row, tuple(prompt.messages), prompt.reference, reply.text, reply.ended_by_itself
         )
+        samples.append(sample)
     return samples
 
 

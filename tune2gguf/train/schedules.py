@@ -37,9 +37,5 @@ def compute_rate_factor(step: int, *, name: str, num_warmup_steps: int, num_trai
 
 def get_schedule(optimizer: Optimizer, *, name: str, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
     """Return the schedule that sets the optimizer's learning rate; step it after each optimizer step."""
-    return LambdaLR(
-        optimizer,
-        partial(
-            compute_rate_factor, name=name, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps
-        ),
-    )
+    steps = {"num_warmup_steps": num_warmup_steps, "num_training_steps": num_training_steps}
+    return LambdaLR(optimizer, partial(compute_rate_factor, name=name, **steps))

@@ -19,7 +19,6 @@ from tune2gguf.distributed.parallel import reduce_gradients
 from tune2gguf.distributed.signals import StopSignals
 from tune2gguf.distributed.world import AgreedError, World, gather_over_ranks, max_over_ranks, sum_over_ranks
 from tune2gguf.model.sharding import full_tensor, shard_like
-from tune2gguf.runs.curves import TrainingStep
 
 MAX_ROWS_NAMED = 20
 
@@ -125,12 +124,6 @@ def skip_step(
     if on_nonfinite == "stop":
         raise AgreedError(f"{reason}. To leave such steps out: on_nonfinite=skip")
     return reason
-
-
-def describe_speed(step: TrainingStep) -> str:
-    """Return what the progress bar says of a step."""
-    loss = "skipped" if step.loss is None else f"loss {step.loss:.3f}"
-    return f"{loss}, {step.tokens_per_second:.0f} tokens/s"
 
 
 def restore_optimizer(optimizer: Optimizer, state: dict) -> None:

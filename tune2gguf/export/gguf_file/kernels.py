@@ -50,12 +50,21 @@ class Kernels:
 
 
 def load_kernels() -> Kernels:
-    """Load llama.cpp's kernels.
+    """Load llama.cpp's kernels from the shared library inside the xllamacpp package.
 
     Raises:
-        ValueError: if xllamacpp is not installed, or its library does not offer the kernels
+        ValueError: if the package is not installed, or its library does not offer the kernels
     """
-    library = load_library()
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "xllamacpp is not installed, and it brings llama.cpp's kernels. Get it with:\n  pip install -e ."
+        )
+    folder = Path(spec.origin).parent
+    candidates = sorted(path for path in folder.iterdir() if path.suffix in (".so", ".pyd", ".dylib"))
+    if not candidates:
+        raise ValueError(f"{folder}: holds no shared library; reinstall xllamacpp")
+    library = ctypes.CDLL(str(candidates[0]))
     try:
         quantize_chunk, init = library.ggml_quantize_chunk, library.ggml_quantize_init
     except AttributeError:
@@ -70,21 +79,3 @@ def load_kernels() -> Kernels:
     for ggml_type in ("IQ4_NL", "IQ4_XS"):
         init(GGMLQuantizationType[ggml_type])
     return Kernels(library)
-
-
-def load_library() -> ctypes.CDLL:
-    """Load the shared library inside the xllamacpp package, which holds all of llama.cpp.
-
-    Raises:
-        ValueError: if the package is not installed or holds no library
-    """
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise ValueError(
-            "xllamacpp is not installed, and it brings llama.cpp's kernels. Get it with:\n  pip install -e ."
-        )
-    folder = Path(spec.origin).parent
-    candidates = sorted(path for path in folder.iterdir() if path.suffix in (".so", ".pyd", ".dylib"))
-    if not candidates:
-        raise ValueError(f"{folder}: holds no shared library; reinstall xllamacpp")
-    return ctypes.CDLL(str(candidates[0]))

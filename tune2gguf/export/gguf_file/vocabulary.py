@@ -5,12 +5,12 @@ What is written, and in which order, follows llama.cpp's converter (MIT: convers
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import TokenType
 
+from tune2gguf.runs.files import read_json
 from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
@@ -54,7 +54,7 @@ def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_template: Cha
     base_dir = Path(base_dir)
     source = find_tokenizer_file(base_dir)
     tokenizer = read_json(source) if source.suffix == ".json" else make_llama3_tokenizer_json(source)
-    tokenizer_config, hf_config = (read_json(base_dir / name) for name in ("tokenizer_config.json", "config.json"))
+    tokenizer_config, hf_config = (read_if_there(base_dir / name) for name in ("tokenizer_config.json", "config.json"))
     pre = _identify_pre_tokenizer(tokenizer, source)
     tokens, token_types = _list_tokens(tokenizer, vocab_size, source)
     ids = {token: number for number, token in enumerate(tokens)}
@@ -161,18 +161,6 @@ def _find_flags(tokenizer: dict, tokenizer_config: dict) -> dict[str, bool]:
     return flags
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; {} where there is no such file.
-
-    Raises:
-        ValueError: if it is no JSON object
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__}")
-    return content
+def read_if_there(path: Path) -> dict:
+    """Read a JSON object; {} where there is no such file."""
+    return read_json(path) if path.is_file() else {}

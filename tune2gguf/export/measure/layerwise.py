@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.export.gguf_file.llama import compute_rope_factors
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.model.architectures import Architecture
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # (torchtune's name, begin, end) -> float32 rows [end - begin, in], query and key in torchtune's and GGUF's order.
 ReadRows = Callable[[str, int, int], np.ndarray]
@@ -39,15 +38,11 @@ class WeightSource:
         return {spec.tune_name: spec.shape[0] for spec in list_tensors(self.architecture)}
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
-        import torch
-
         end = self.num_rows[name] if end is None else end
         return torch.from_numpy(np.ascontiguousarray(self.read_rows(name, begin, end)))
 
     def multiply(self, name: str, x: Tensor) -> Tensor:
         """Return x W^T, [n, rows of W], with the adapter's part where the weight has one."""
-        import torch
-
         product = x @ self.read(name).T
         pair = None if self.adapter is None else self.adapter.pairs.get(name)
         if pair is not None:
@@ -57,16 +52,12 @@ class WeightSource:
 
     def embed(self, tokens: np.ndarray) -> Tensor:
         """Return the embeddings of token ids, [n, dim]; only the rows in use are read."""
-        import torch
-
         unique, places = np.unique(tokens, return_inverse=True)
         rows = torch.cat([self.read("tok_embeddings.weight", int(token), int(token) + 1) for token in unique])
         return rows[torch.from_numpy(places)]
 
     def multiply_head(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states [n, dim], [n, vocab]."""
-        import torch
-
         name = "tok_embeddings.weight" if self.architecture.tied else "output.weight"
         vocab_size = self.num_rows[name]
         logits = torch.empty(hidden.shape[0], vocab_size)
@@ -85,14 +76,12 @@ def compute_hidden(
         rows: token ids of each row
         report: called with the number of layers done
     """
-    import torch
-
-    shape = source.architecture
+    architecture = source.architecture
     lengths = [len(row) for row in rows]
     with torch.no_grad():
-        cos, sin = _compute_rope(shape, max(lengths))
+        cos, sin = _compute_rope(architecture, max(lengths))
         hidden = source.embed(np.concatenate(rows))
-        for layer in range(shape.num_layers):
+        for layer in range(architecture.num_layers):
             prefix = f"layers.{layer}."
             normed = _normalize(hidden, source, f"{prefix}sa_norm.scale")
             hidden = hidden + _attend(source, f"{prefix}attn.", normed, lengths, cos, sin)
@@ -108,12 +97,9 @@ def _normalize(hidden: Tensor, source: WeightSource, name: str) -> Tensor:
 
 
 def _attend(source: WeightSource, prefix: str, x: Tensor, lengths: list[int], cos: Tensor, sin: Tensor) -> Tensor:
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-
-    shape = source.architecture
     query, key, value = (
-        source.multiply(f"{prefix}{kind}_proj.weight", x).unflatten(1, (-1, shape.head_dim)) for kind in "qkv"
+        source.multiply(f"{prefix}{kind}_proj.weight", x).unflatten(1, (-1, source.architecture.head_dim))
+        for kind in "qkv"
     )
     attended = []
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
@@ -129,27 +115,22 @@ def _attend(source: WeightSource, prefix: str, x: Tensor, lengths: list[int], co
 
 
 def _feed_forward(source: WeightSource, prefix: str, x: Tensor) -> Tensor:
-    from torch.nn.functional import silu
-
     gate, up = source.multiply(f"{prefix}w1.weight", x), source.multiply(f"{prefix}w3.weight", x)
     return source.multiply(f"{prefix}w2.weight", silu(gate) * up)
 
 
-def _compute_rope(shape: Architecture, num_positions: int) -> tuple[Tensor, Tensor]:
+def _compute_rope(architecture: Architecture, num_positions: int) -> tuple[Tensor, Tensor]:
     """Return cos and sin, [positions, 1, head_dim / 2]."""
-    import torch
-
-    frequencies = shape.rope_base ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
-    if shape.rope_scaling is not None:
-        frequencies = frequencies / torch.from_numpy(compute_rope_factors(shape))
+    head_dim = architecture.head_dim
+    frequencies = architecture.rope_base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if architecture.rope_scaling is not None:
+        frequencies = frequencies / torch.from_numpy(compute_rope_factors(architecture))
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (2 i, 2 i + 1) of [positions, heads, head_dim]."""
-    import torch
-
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos[: x.shape[0]], sin[: x.shape[0]]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

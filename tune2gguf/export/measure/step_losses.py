@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from tune2gguf.export.measure.validation_set import ValidationRow
 
 POSITIONS_PER_CHUNK = 512  # 512 x 128256 logits are 263 MB
-
-
-@dataclass(frozen=True)
-class ValidationRow:
-    """Token ids [seq] and which of them are supervised [seq], as trained."""
-
-    tokens: np.ndarray
-    supervised: np.ndarray
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Positions of the supervised tokens; the first token is never predicted."""
-        return np.flatnonzero(self.supervised[1:]) + 1
 
 
 @dataclass(frozen=True)
@@ -60,8 +46,6 @@ def measure_steps(
     Args:
         report: called with the number of layers done
     """
-    import torch
-
     targets = torch.from_numpy(np.concatenate([row.tokens[row.positions] for row in rows]).astype(np.int64))
     selected = {name: _select_hidden(source, rows, report) for name, source in sources.items()}
     token_losses = {name: torch.empty(len(targets)) for name in sources}
@@ -91,8 +75,6 @@ def measure_steps(
 
 def _select_hidden(source: WeightSource, rows: Sequence[ValidationRow], report: Callable[[int], None]) -> Tensor:
     """Return the states that predict the supervised tokens, [n, dim]."""
-    import torch
-
     starts = np.cumsum([0, *(len(row.tokens) for row in rows[:-1])])
     places = np.concatenate([start + row.positions - 1 for start, row in zip(starts, rows, strict=True)])
     return compute_hidden(source, [row.tokens for row in rows], report=report)[torch.from_numpy(places)].clone()

@@ -7,11 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tune2gguf.export.measure.step_losses import ValidationRow
 from tune2gguf.runs.run import Run
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.tokenizer.conversation import Conversation
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """Token ids [seq] and which of them are supervised [seq], as trained."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions of the supervised tokens; the first token is never predicted."""
+        return np.flatnonzero(self.supervised[1:]) + 1
 
 
 @dataclass(frozen=True)

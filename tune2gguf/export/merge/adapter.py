@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from tune2gguf.base.layout import TensorSpec, to_tune_rows
 from tune2gguf.base.safetensors_file import StoredTensor, read_float32_rows, read_header
 from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tune2gguf.runs.files import read_json
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -61,13 +61,10 @@ def read_adapter(folder: str | Path, specs: dict[str, TensorSpec]) -> Adapter:
 
 
 def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)]
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent}: no adapter here ({path.name} is missing)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: not valid JSON for an adapter ({error})") from None
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: no adapter here ({path.name} is missing)")
+    config = read_json(path)
+    missing = [key for key in ("r", "lora_alpha") if not isinstance(config.get(key), int | float)]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
     changing = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
