@@ -130,8 +130,8 @@ LOAD_AND_MEASURE = """
 import sys
 from pathlib import Path
 import torchao.dtypes.nf4tensor
-from tune2gguf.checkpoints.base import open_base
-from tune2gguf.nf4 import Nf4Weight, quantize_nf4
+from tune2gguf.base.checkpoint import open_base
+from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
 
 def read_peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -59,7 +59,7 @@ def test_the_log_says_threads_cores_and_how_bf16_is_computed():
 def test_a_step_gets_most_of_its_memory_from_the_step_before_it():
     program = """
 import resource, sys, torch
-from tune2gguf.cpu import keep_freed_memory
+from tune2gguf.machine.cpu import keep_freed_memory
 
 assert sys.argv[1] == "default" or keep_freed_memory()
 
