@@ -13,7 +13,6 @@ The other side needs llama-cpp-python and llama.cpp's source (CONTRIBUTING.md).
 
 import argparse
 import filecmp
-import json
 import os
 import platform
 import shlex
@@ -29,14 +28,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import torch
+from omegaconf import OmegaConf
 
 from tests.parity import llama_cpp_oracle as oracle
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.digest import digest_base
 from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
 from tune2gguf.base.random_base import write_random_base
+from tune2gguf.data.ledger import RowLedger
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merged_hf import write_merged_hf
+from tune2gguf.files.atomic import write_json
 from tune2gguf.model.architectures import ARCHITECTURES
+from tune2gguf.runs.adapter import make_peft_config, save_adapter
+from tune2gguf.runs.config_file import write_config
+from tune2gguf.runs.environment import write_environment
+from tune2gguf.runs.files import DATA_FILE, METRICS_FILE, VALIDATION_FILE
 from tune2gguf.runs.run import open_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -87,21 +95,27 @@ def _join_python_path() -> str:
     return os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
 
 
-def write_random_run(base_dir: Path, run_dir: Path, *, modules: tuple[str, ...]) -> Path:
-    from safetensors.numpy import save_file
+def draw(generator: np.random.Generator, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(generator.normal(0, 0.02, shape).astype(np.float32))
 
+
+def write_random_run(base_dir: Path, run_dir: Path, *, modules: tuple[str, ...]) -> Path:
+    """Write a run with random weights: training one on a base of this size would take hours."""
     generator, weights = np.random.default_rng(0), {}
     for spec in open_base(base_dir).specs.values():
         if spec.is_linear and any(module in spec.tune_name for module in modules):
             module = "base_model.model." + spec.hf_name.removesuffix(".weight")
-            weights[f"{module}.lora_A.weight"] = generator.normal(0, 0.02, (RANK, spec.shape[1])).astype(np.float32)
-            weights[f"{module}.lora_B.weight"] = generator.normal(0, 0.02, (spec.shape[0], RANK)).astype(np.float32)
-    (run_dir / "last").mkdir(parents=True)
-    save_file(weights, run_dir / "last" / "adapter_model.safetensors")
-    (run_dir / "last" / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": RANK}))
+            weights[f"{module}.lora_A.weight"] = draw(generator, RANK, spec.shape[1])
+            weights[f"{module}.lora_B.weight"] = draw(generator, spec.shape[0], RANK)
+    run_dir.mkdir(parents=True)
+    peft_config = make_peft_config(weights, rank=RANK, alpha=RANK, dropout=0.0, base_model_name=base_dir.name)
+    save_adapter(run_dir / "last", weights, peft_config)
     config = {"quantization": "Q4_K_M", "max_seq_len": 2048, "base_dir": str(base_dir), "chat_template": "llama3"}
-    config["base_weights"] = "bf16"
-    (run_dir / "config.yaml").write_text(json.dumps(config))
+    write_config(run_dir, OmegaConf.create(config | {"base_weights": "bf16"}))
+    write_environment(run_dir, "cpu", base_digest=digest_base(base_dir))
+    write_json(run_dir / DATA_FILE, dict.fromkeys(RowLedger.__required_keys__, 0) | {"files": []})
+    for name in (VALIDATION_FILE, METRICS_FILE):  # it was never trained
+        (run_dir / name).touch()
     return run_dir
 
 

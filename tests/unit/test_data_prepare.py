@@ -349,3 +349,18 @@ def test_good_options_have_no_problem_as_a_config_node_either(tmp_path):
         {"_component_": "x", "files": [str(path)], "validation_split": 0.1, "validation_files": None}
     )
     assert check_files(node) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "found"),
+    [(["Be brief.\u2028"] * 3, "Be brief.\u2028"), (["Be brief.", "Be long."], None), (["Be brief.", None], None)],
+    ids=["the same", "two", "one row without"],
+)
+def test_ledger_has_the_system_prompt_that_every_training_row_has(tmp_path, tokenizer, prompts, found):
+    rows = make_conversations(len(prompts))
+    for row, prompt in zip(rows, prompts, strict=True):
+        row["messages"][:0] = [] if prompt is None else [{"role": "system", "content": prompt}]
+    validation = write_rows(tmp_path / "heldout.jsonl", make_conversations(2, start=50))
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=200, seed=1, validation_files=str(validation))
+    assert data.ledger["system_prompt"] == found
