@@ -80,7 +80,8 @@ def plan_epoch(
         order = _group_by_length(order, lengths, rows_per_step, generator)
     steps = [order[start : start + rows_per_step].tolist() for start in range(0, num_rows, rows_per_step)]
     # Neighbours in a step are of like length: every world_size-th row gives all ranks about the same work.
-    return [_split_step(rows[rank::world_size], batch_size) for rows in steps]
+    shares = [rows[rank::world_size] for rows in steps]
+    return [[rows[start : start + batch_size] for start in range(0, len(rows), batch_size)] for rows in shares]
 
 
 def _group_by_length(
@@ -95,10 +96,6 @@ def _group_by_length(
         steps = window[np.argsort(lengths[window], kind="stable")].reshape(-1, rows_per_step)
         windows.append(generator.permutation(steps).ravel())
     return np.concatenate([*windows, order[num_steps * rows_per_step :]])
-
-
-def _split_step(rows: list[int], batch_size: int) -> Step:
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def collate(sequences: Sequence[TokenizedRow | Pack], *, pad_id: int) -> Batch:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from tune2gguf.data.show import Bin, describe_row, format_summary, make_histogram, split_runs
 from tune2gguf.data.summary import DataSummary
 from tune2gguf.data.tokenize import TokenizedRow
-from tune2gguf.pages import Key, Plot, render_figure, render_page
-from tune2gguf.pages.figures import COLORS, NARROW, WIDE
+from tune2gguf.pages.figures import COLORS, NARROW, WIDE, Key, Plot, render_figure
+from tune2gguf.pages.render import render_page
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:

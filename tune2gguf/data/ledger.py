@@ -32,10 +32,14 @@ class _RowLedgerOfVersion1(TypedDict):
 
 
 class RowLedger(_RowLedgerOfVersion1, total=False):
-    """The content of data.json: `read` is the sum of the four counts after it.
+    """The content of data.json.
 
-    `training` and `validation` hold rows, tokens, supervised_tokens and longest_row; `files` a record for each file;
-    `system_prompt` is the one that every training row has, or None.
+    `read` counts the rows of all files and is the sum of the four counts after it: `trained` and `validated` are whole
+    rows, `truncated` are rows of either side that were cut to max_seq_len, `dropped` are rows that were not used.
+    `training` and `validation` hold rows, tokens, supervised_tokens and longest_row; `files` a record for each file.
+    Cut and dropped rows are listed with file, line and reason, validation ones with file and line; all others are
+    trained on. In files whose `unit` is row, a line is the number of a row. `system_prompt` is the one that every
+    training row has, or None.
     """
 
     system_prompt: str | None
@@ -44,13 +48,7 @@ class RowLedger(_RowLedgerOfVersion1, total=False):
 def make_ledger(
     files: Sequence[TokenizedFile], selection: Selection, *, train: TokenizedRows, validation: TokenizedRows
 ) -> RowLedger:
-    """Return what data.json holds.
-
-    `read` counts the rows of all files and is the sum of four counts: `trained` and `validated` are whole rows,
-    `truncated` are rows of either side that were cut to max_seq_len, `dropped` are rows that were not used. Cut and
-    dropped rows are listed with file, line and reason, validation ones with file and line; all others are trained on.
-    In files whose `unit` is row, a line is the number of a row.
-    """
+    """Return what data.json holds."""
     cut = Counter(row.split for row in selection.truncated)
     return {
         "read": sum(file.index.num_read for file in files),

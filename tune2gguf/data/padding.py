@@ -25,19 +25,13 @@ class EpochCost:
         return 1 - self.num_tokens / self.num_positions
 
 
-def compute_epoch_cost(
-    lengths: np.ndarray, *, seed: int, batch_size: int, accumulation_steps: int = 1, is_grouped: bool = False
-) -> EpochCost:
-    """Return what the first epoch costs with sequences of these lengths, grouped by them or shuffled."""
-    grouped_by = lengths if is_grouped else None
-    steps = plan_epoch(
-        len(lengths),
-        seed=seed,
-        epoch=0,
-        batch_size=batch_size,
-        accumulation_steps=accumulation_steps,
-        lengths=grouped_by,
-    )
+def compute_epoch_cost(lengths: np.ndarray, *, is_grouped: bool = False, **plan: int) -> EpochCost:
+    """Return what the first epoch costs with sequences of these lengths, grouped by them or shuffled.
+
+    Args:
+        plan: seed, batch_size and accumulation_steps, as plan_epoch takes them
+    """
+    steps = plan_epoch(len(lengths), epoch=0, lengths=lengths if is_grouped else None, **plan)
     batches = [batch for step in steps for batch in step]
     sizes = np.array([len(batch) for batch in batches])
     rows = np.fromiter(chain.from_iterable(batches), np.int64)

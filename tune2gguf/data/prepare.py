@@ -60,7 +60,6 @@ def chat_dataset(
 
     Args:
         files: paths, globs, or hub:OWNER/NAME[/CONFIG][:SPLIT]
-        tokenizer: from tokenizers.load_tokenizer
         max_seq_len: tokens that are kept of a row
         seed: decides which rows validation_split holds out
         validation_files: all their rows are for validation; a row of `files` that also stands in them is a bad row

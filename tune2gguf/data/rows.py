@@ -87,38 +87,30 @@ def find_files(patterns: str | Sequence[str]) -> list[str]:
             problems += [] if found else [f"{pattern}: no such file{hint}"]
             names += found
     names = list(dict.fromkeys(names))
-    problems += [problem for name in names for problem in _find_file_problems(name)]
+    problems += [f"{name}: {problem}" for name in names if (problem := _find_file_problem(name))]
     if problems:
         raise ValueError("\n".join(problems))
     return names
 
 
-def _find_file_problems(name: str) -> Iterator[str]:
+def _find_file_problem(name: str) -> str | None:
     if is_hub(name):
-        if not _HUB_NAME.fullmatch(name):
-            yield f"{name}: a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT"
-        return
+        form = "a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT"
+        return None if _HUB_NAME.fullmatch(name) else form
     path = Path(name)
     if os.path.isdir(path):
-        yield f"{name}: a folder; name files or a glob such as {name.rstrip('/')}/*.jsonl"
-    elif os.path.islink(path) and not os.path.exists(path):
-        yield f"{name}: a link that leads to no file"
-    elif not os.path.isfile(path):
-        yield f"{name}: not a regular file"
-    elif problem := _find_open_problem(path):
-        yield f"{name}: {problem}"
-    elif _get_suffix(path) not in SUFFIXES:
-        yield f"{name}: unknown type; known are {', '.join(SUFFIXES)}, each but .parquet also with .gz"
-    elif path.stat().st_size == 0:
-        yield f"{name}: the file is empty"
-
-
-def _find_open_problem(path: Path) -> str | None:
+        return f"a folder; name files or a glob such as {name.rstrip('/')}/*.jsonl"
+    if os.path.islink(path) and not os.path.exists(path):
+        return "a link that leads to no file"
+    if not os.path.isfile(path):
+        return "not a regular file"
     try:
         path.open("rb").close()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None
+    if _get_suffix(path) not in SUFFIXES:
+        return f"unknown type; known are {', '.join(SUFFIXES)}, each but .parquet also with .gz"
+    return "the file is empty" if path.stat().st_size == 0 else None
 
 
 def _get_suffix(path: Path) -> str:

@@ -170,13 +170,10 @@ def _load(folder: Path, name: str) -> TokenizedFile | None:
         supervised = _map(folder / "supervised.bin", np.dtype(bool))
     except (OSError, ValueError, TypeError, KeyError, EOFError):
         return None
-    return TokenizedFile(name, tokens, supervised, index) if _is_whole(tokens, supervised, index) else None
-
-
-def _is_whole(tokens: np.ndarray, supervised: np.ndarray, index: TokenIndex) -> bool:
     num_tokens, num_rows = index.offsets[-1], len(index.offsets) - 1
     per_row = (index.lines, index.num_supervised, index.first_supervised, index.digests)
-    return len(tokens) == len(supervised) == num_tokens and all(len(values) == num_rows for values in per_row)
+    is_whole = len(tokens) == len(supervised) == num_tokens and all(len(values) == num_rows for values in per_row)
+    return TokenizedFile(name, tokens, supervised, index) if is_whole else None
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

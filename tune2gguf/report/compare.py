@@ -10,8 +10,7 @@ from typing import Any
 
 from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import REFERENCES
-from tune2gguf.pages import render_page
-from tune2gguf.pages.render import format_interval, format_loss
+from tune2gguf.pages.render import format_interval, format_loss, render_page
 from tune2gguf.report.plots import plot_comparison
 from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.runs.files import METRICS_FILE, is_run_folder

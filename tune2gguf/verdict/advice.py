@@ -13,7 +13,6 @@ from tune2gguf.runs.curves import Curves
 from tune2gguf.runs.verdict_file import Advice, Verdict
 from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING
 
-BALANCING = "4. Balancing Underfitting and Overfitting"
 LEARNING_RATE = "5.1. Learning Rate"
 EPOCHS = "5.2. Epochs"
 ADDITIONAL = "5.3. Additional Fine-Tuning Parameters"
