@@ -46,7 +46,7 @@ def data(tiny_base, tmp_path_factory) -> PreparedData:
 def measure(model: CausalLM, batches: list[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return the losses of all supervised positions, and the adapter's gradients of their sum."""
     model.zero_grad()
-    losses = [model(batch.tokens, batch.labels, row_ids=batch.row_ids, input_pos=batch.input_pos) for batch in batches]
+    losses = [model(**vars(batch)) for batch in batches]
     torch.cat(losses).sum().backward()
     gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     return torch.cat(losses).detach(), gradients
@@ -87,6 +87,6 @@ def test_a_step_on_packs_is_the_step_on_their_rows(run_arguments, tmp_path, monk
 def test_a_causal_mask_without_blocks_gives_other_losses(model, data):
     """Negative control: rows that see the rows before them in their pack."""
     packed, alone = make_batches(data)
-    broken = [dataclasses.replace(batch, row_ids=None) for batch in packed]
+    broken = [dataclasses.replace(batch, row_starts=None) for batch in packed]
     expected, _ = measure(model, alone)
     assert (measure(model, broken)[0] - expected).abs().max() > 1e-2

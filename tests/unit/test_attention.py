@@ -32,7 +32,7 @@ def differentiate(compute, dtype: torch.dtype, mask) -> list[torch.Tensor]:
 
 
 def make_packs() -> torch.Tensor:
-    return make_row_mask(torch.tensor([[0] * 5 + [1] * 20 + [2] * 12, [0] * 30 + [1] * 7]))
+    return make_row_mask(torch.tensor([0, 5, 25, 37, 67, 74]), BATCH, SEQ)
 
 
 @pytest.mark.parametrize("num_queries", [1, 5, 16, 64])
@@ -78,7 +78,7 @@ def test_rows_beyond_the_longest_give_the_same_by_torchs_kernel(monkeypatch):
 
 def test_a_mask_of_whole_rows_is_no_mask_and_one_of_packs_is_not():
     q, k, v, _ = draw(torch.float32)
-    whole = make_row_mask(torch.zeros(BATCH, SEQ, dtype=torch.long))
+    whole = make_row_mask(torch.tensor([0, SEQ, 2 * SEQ]), BATCH, SEQ)
     torch.testing.assert_close(attend(q, k, v, mask=whole), attend(q, k, v, mask=None), atol=1e-6, rtol=1e-6)
     assert (attend(q, k, v, mask=make_packs()) - attend(q, k, v, mask=None)).abs().max() > 1e-2
 
@@ -86,7 +86,7 @@ def test_a_mask_of_whole_rows_is_no_mask_and_one_of_packs_is_not():
 def test_keys_before_the_rows_of_a_block_are_not_multiplied(monkeypatch):
     monkeypatch.setattr(attention, "MIN_QUERIES", 8)
     monkeypatch.setattr(attention, "SCORES_AT_A_TIME", 0)
-    rows = make_row_mask(torch.tensor([[0] * 16 + [1] * 16]))
+    rows = make_row_mask(torch.tensor([0, 16, 32]), 1, 32)
     blocks = list(attention._list_blocks(torch.empty(1, 32, HEADS, HEAD_DIM), rows))
     assert blocks == [(slice(start, start + 8), slice(start // 16 * 16, start + 8)) for start in (0, 8, 16, 24)]
 

@@ -124,7 +124,8 @@ def test_batch_is_padded_on_the_right_and_labels_only_supervised_tokens():
     batch = collate([make_row([5, 6, 7], [0, 1, 1]), make_row([8, 9], [0, 1])], pad_id=1)
     assert batch.tokens.tolist() == [[5, 6, 7], [8, 9, 1]]
     assert batch.labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
-    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert batch.supervised.tolist() == [0, 1, 3]
+    assert batch.tokens.dtype == batch.labels.dtype == batch.supervised.dtype == torch.int64
 
 
 def test_first_token_does_not_count_as_supervised_because_nothing_predicts_it():

@@ -78,8 +78,8 @@ def test_pack_is_one_long_row_in_which_no_row_predicts_the_next_ones_first_token
 
 
 def test_attention_is_causal_within_a_row_and_padding_is_a_row_of_its_own():
-    row_ids, input_pos = make_positions([[2, 1], [4]], 4)
-    mask = make_row_mask(torch.from_numpy(row_ids))
+    row_starts, input_pos = make_positions([[2, 1], [4]], 4)
+    mask = make_row_mask(torch.from_numpy(row_starts), 2, 4)
     assert input_pos.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
     assert mask[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
     assert mask[1].int().tolist() == np.tri(4, dtype=int).tolist()
@@ -91,6 +91,7 @@ def test_packs_are_collated_with_mask_and_positions_and_rows_without():
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 9, 9, 9]]
     assert batch.labels.tolist() == [[-100, 2, 3, -100, 5], [-100, 7, -100, -100, -100]]
     assert batch.input_pos.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
-    assert batch.row_ids.shape == (2, 5)
+    assert batch.row_starts.tolist() == [0, 3, 5, 5, 7, 10] and batch.longest_row == 3
+    assert batch.supervised.tolist() == [0, 1, 3, 5]
     alone = collate(rows, pad_id=9)
-    assert alone.row_ids is None and alone.input_pos is None
+    assert alone.row_starts is None and alone.input_pos is None

@@ -8,12 +8,10 @@ import dataclasses
 import pytest
 import torch
 from torch.nn import functional
-from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.conftest import INTERPRETS_TRITON, TINY_TIED
 from tune2gguf.model.architectures import Architecture
-from tune2gguf.model.llama import build_lora_llama, make_block_mask, pad_packs
-from tune2gguf.model.lora import LoRALinear
+from tune2gguf.model.llama import CausalLM, build_lora_llama, make_row_mask, prepare_training
 from tune2gguf.model.nf4 import dequantize_nf4_tensor, quantize_nf4
 
 pytest.importorskip("triton")
@@ -21,9 +19,12 @@ if not INTERPRETS_TRITON:
     pytest.skip("with a CUDA device tests/gpu runs the kernels themselves", allow_module_level=True)
 
 from tune2gguf.model.fused import describe_layers, launch, why_not_fused
-from tune2gguf.model.fused.groups import get_projections
+from tune2gguf.model.fused.attention import Layout
+from tune2gguf.model.fused.graphs import MAX_GRAPHED_TOKENS, pad_length, pad_rows
+from tune2gguf.model.fused.groups import get_projections, list_adapted
 from tune2gguf.model.fused.launch import Adapted, Dropout
 from tune2gguf.model.fused.layer import run_layer
+from tune2gguf.model.fused.stack import lay_out_pass
 
 # Widths that no tile divides, ranks that no tile has.
 SHAPE = Architecture(**{**vars(TINY_TIED), "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 72})
@@ -31,9 +32,9 @@ SHAPE = dataclasses.replace(SHAPE, head_dim=16, intermediate_dim=136)
 ALL = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
-def make_layer(dropout: float, modules: list[str], apply_to_mlp: bool):
+def make_model(dropout: float, modules: list[str], apply_to_mlp: bool, *, num_layers: int = 1) -> CausalLM:
     model = build_lora_llama(
-        SHAPE,
+        dataclasses.replace(SHAPE, num_layers=num_layers),
         lora_rank=5,
         lora_alpha=8.0,
         lora_dropout=dropout,
@@ -44,7 +45,20 @@ def make_layer(dropout: float, modules: list[str], apply_to_mlp: bool):
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.decoder.layers[0].train()
+    return model.train()
+
+
+def make_layer(dropout: float, modules: list[str], apply_to_mlp: bool):
+    return make_model(dropout, modules, apply_to_mlp).decoder.layers[0]
+
+
+def make_seed(seed: int) -> torch.Tensor:
+    return torch.tensor([seed], dtype=torch.int32)
+
+
+def make_layout(*lengths: int) -> Layout:
+    starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return Layout(torch.cat([torch.arange(length) for length in lengths]), starts, max(lengths))
 
 
 def draw_mask(num_rows: int, width: int, dropout: Dropout) -> torch.Tensor:
@@ -53,8 +67,8 @@ def draw_mask(num_rows: int, width: int, dropout: Dropout) -> torch.Tensor:
     return launch.add(torch.zeros(num_rows, width), ones, factor_is_a=True)
 
 
-def compute_reference(layer, x: torch.Tensor, positions: torch.Tensor, dropouts: dict[str, Dropout]) -> torch.Tensor:
-    """Run torchtune's layer, with the masks that the kernels draw."""
+def compute_reference(layer, x: torch.Tensor, layout: Layout, dropouts: dict[str, Dropout]) -> torch.Tensor:
+    """Run torchtune's layer, with the masks that the kernels draw, and a dense mask that keeps rows apart."""
 
     def drop_as_drawn(name: str):
         linear = get_projections(layer)[name]
@@ -68,10 +82,10 @@ def compute_reference(layer, x: torch.Tensor, positions: torch.Tensor, dropouts:
 
         return forward
 
-    adapted = [name for name, linear in get_projections(layer).items() if isinstance(linear, LoRALinear)]
+    adapted = list_adapted(get_projections(layer))
     for name in adapted:
         get_projections(layer)[name].forward = drop_as_drawn(name)
-    out = layer(x, input_pos=positions)
+    out = layer(x[None], mask=make_row_mask(layout.starts, 1, len(x)), input_pos=layout.positions[None])[0]
     for name in adapted:
         del get_projections(layer)[name].forward
     return out
@@ -99,22 +113,92 @@ def measure_worst_error(found: dict[str, torch.Tensor], expected: dict[str, torc
 )
 def test_a_fused_layer_has_the_output_and_gradients_of_torchtunes(dropout, modules, apply_to_mlp, checkpointing):
     layer = make_layer(dropout, modules, apply_to_mlp)
-    x = torch.randn(2, 40, SHAPE.embed_dim, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    positions = torch.stack([torch.arange(40) % 25, torch.arange(40) % 17])
-    torch.manual_seed(5)
-    fused = run_layer(layer, x, mask=None, positions=positions, checkpointing=checkpointing)
+    x = torch.randn(80, SHAPE.embed_dim, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    layout = make_layout(25, 38, 0, 17)
+    seeds = torch.arange(16, dtype=torch.int32).view(4, 4) + 5 if dropout else None
+    fused = run_layer(layer, x, layout=layout, seeds=seeds, checkpointing=checkpointing)
     found = take_gradients(layer, x, fused)
-    adapted = [name for name, linear in get_projections(layer).items() if isinstance(linear, LoRALinear)]
-    torch.manual_seed(5)
-    seeds = torch.randint(2**31 - 1, (len(adapted),)).tolist()
-    dropouts = {name: Dropout(seed, dropout) for name, seed in zip(adapted, seeds, strict=True)} if dropout else {}
-    expected = take_gradients(layer, x, compute_reference(layer, x, positions, dropouts))
+    slots = {"q_proj": (0, 0), "k_proj": (0, 1), "v_proj": (0, 2), "output_proj": (1, 0), "w1": (2, 0), "w3": (2, 1)}
+    slots["w2"] = (3, 0)
+    if modules == ["k_proj"]:
+        slots["k_proj"] = (0, 0)
+    adapted = list_adapted(get_projections(layer))
+    dropouts = {name: Dropout(seeds[slots[name]].view(1), dropout) for name in adapted} if dropout else {}
+    expected = take_gradients(layer, x, compute_reference(layer, x, layout, dropouts))
     assert measure_worst_error(found, expected) < 2e-6
-    # Negative control: other masks, or without dropout other positions.
-    torch.manual_seed(6)
-    other_positions = positions if dropout else positions * 2
-    other = run_layer(layer, x, mask=None, positions=other_positions, checkpointing=checkpointing)
-    assert measure_worst_error(take_gradients(layer, x, other), expected) > 1e-2
+    # Negative control: other masks, or other rows.
+    for other in ({"seeds": seeds + 1},) if dropout else ({"layout": make_layout(26, 37, 17)},):
+        out = run_layer(layer, x, **{"layout": layout, "seeds": seeds, "checkpointing": checkpointing} | other)
+        assert measure_worst_error(take_gradients(layer, x, out), expected) > 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_a_fused_model_has_the_losses_and_gradients_of_torchtunes_for_rows_and_packs(checkpointing):
+    plain, fused = (make_model(0.0, ALL, True, num_layers=2) for _ in range(2))
+    prepare_training(fused, compile=False, enable_activation_checkpointing=checkpointing, fuse=True)
+    tokens = torch.randint(0, SHAPE.vocab_size, (2, 30), generator=torch.Generator().manual_seed(1))
+    packed = {
+        "row_starts": torch.tensor([0, 12, 30, 30, 47, 60], dtype=torch.int32),
+        "longest_row": 18,
+        "input_pos": torch.cat([torch.arange(length) for length in (12, 18, 17, 13)]).view(2, 30),
+    }
+    for rows in ({}, packed):
+        outcomes = []
+        for model in (plain, fused):
+            model.zero_grad()
+            losses = model(tokens, tokens, **rows)
+            losses.sum().backward()
+            gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+            outcomes.append(gradients | {"losses": losses.detach(), "hidden": model.compute_hidden(tokens, **rows)})
+        assert measure_worst_error(outcomes[1], outcomes[0]) < 5e-6
+
+
+def test_seeds_of_a_pass_are_those_that_each_layer_would_draw():
+    model = make_model(0.1, ["q_proj", "v_proj"], True, num_layers=3)
+    prepare_training(model, compile=False, enable_activation_checkpointing=False, fuse=True)
+    torch.manual_seed(5)
+    seeds = model.stack.draw_seeds(torch.device("cpu"))
+    torch.manual_seed(5)
+    for layer in seeds:
+        draws = torch.randint(2**31 - 1, (5,)).tolist()
+        assert [*layer[0, :2], *layer[2, :2], layer[3, 0]] == draws
+    assert torch.count_nonzero(seeds) == 15
+
+
+def test_dropout_of_a_pass_follows_torchs_seed():
+    model = make_model(0.3, ALL, True)
+    prepare_training(model, compile=False, enable_activation_checkpointing=False, fuse=True)
+    tokens = torch.arange(20)[None]
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(model(tokens, tokens).detach())
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    losses = [model.eval()(tokens, tokens).detach() for _ in range(2)]
+    assert torch.equal(*losses), "nothing is dropped where nothing is trained"
+
+
+def test_passes_are_padded_to_few_lengths_and_rows():
+    lengths = [pad_length(number) for number in range(1, MAX_GRAPHED_TOKENS + 1)]
+    assert all(length >= number for number, length in enumerate(lengths, start=1))
+    assert len(set(lengths)) == 16 and max(lengths) == MAX_GRAPHED_TOKENS
+    assert [pad_length(number) for number in (1, 128, 1025, 2049, 4097)] == [128, 128, 1280, 2560, 4224]
+    assert [pad_rows(number) for number in (1, 2, 3, 4, 5, 6, 9, 10)] == [2, 2, 3, 5, 5, 9, 9, 17]
+
+
+def test_padding_of_a_pass_is_a_row_of_its_own_and_further_rows_are_empty():
+    tokens = torch.tensor([[5, 6, 7], [8, 9, 1]])
+    flat, layout = lay_out_pass(tokens, row_starts=None, longest_row=None, input_pos=None)
+    assert flat.tolist() == [5, 6, 7, 8, 9, 1] + [0] * 122
+    assert layout.positions.tolist() == [0, 1, 2, 0, 1, 2] + [0] * 122
+    assert layout.starts.tolist() == [0, 3, 6, 128] and layout.longest == 128
+    starts = torch.tensor([0, 1, 2, 6], dtype=torch.int32)
+    _, layout = lay_out_pass(tokens, row_starts=starts, longest_row=4, input_pos=torch.zeros(2, 3).long())
+    assert layout.starts.tolist() == [0, 1, 2, 6, 128, 128] and layout.starts.dtype == torch.int32
+    long = torch.zeros(1, MAX_GRAPHED_TOKENS + 100, dtype=torch.long)
+    starts = torch.tensor([0, 4000, MAX_GRAPHED_TOKENS + 100], dtype=torch.int32)
+    flat, layout = lay_out_pass(long, row_starts=starts, longest_row=4000, input_pos=long)
+    assert layout.starts.tolist() == [0, 4000, 4196, len(flat)] and layout.longest == 4000
 
 
 def test_an_adapter_below_the_last_bit_breaks_no_ties():
@@ -123,13 +207,13 @@ def test_an_adapter_below_the_last_bit_breaks_no_ties():
     In float16: the interpreter has no products of bf16.
     """
     layer = make_layer(0.0, ALL, True).to(torch.float16)
-    x = torch.randn(1, 40, SHAPE.embed_dim, generator=torch.Generator().manual_seed(1)).half()
+    x = torch.randn(40, SHAPE.embed_dim, generator=torch.Generator().manual_seed(1)).half()
     outputs = []
     for size in (0.0, 1.2e-7, 1e-2):
         for name in ("output_proj", "w2"):
             get_projections(layer)[name].lora_b.weight.data.fill_(size)
         with torch.no_grad():
-            outputs.append(run_layer(layer, x, mask=None, positions=None, checkpointing=False))
+            outputs.append(run_layer(layer, x, layout=make_layout(len(x))))
     without, tiny, small = outputs
     assert (tiny != without).float().mean() < 0.001
     assert (small != without).float().mean() > 0.5, "negative control"
@@ -137,16 +221,16 @@ def test_an_adapter_below_the_last_bit_breaks_no_ties():
 
 def test_a_layer_that_will_not_go_back_keeps_no_graph_and_drops_nothing():
     layer = make_layer(0.3, ALL, True).eval()
-    x = torch.randn(1, 20, SHAPE.embed_dim)
+    x = torch.randn(20, SHAPE.embed_dim)
     with torch.no_grad():
-        out = run_layer(layer, x, mask=None, positions=None, checkpointing=False)
-        expected = layer(x)
+        out = run_layer(layer, x, layout=make_layout(len(x)))
+        expected = layer(x[None])[0]
     assert not out.requires_grad
     assert torch.allclose(out, expected, atol=1e-5)
 
 
 def test_masks_drop_the_share_that_they_are_to_drop_and_differ_by_seed():
-    first, second = (draw_mask(500, 300, Dropout(seed, 0.1)) for seed in (1, 2))
+    first, second = (draw_mask(500, 300, Dropout(make_seed(seed), 0.1)) for seed in (1, 2))
     # Of 150 000 draws the share's standard deviation is 0.0008.
     for mask in (first, second):
         assert (mask == 0).float().mean().item() == pytest.approx(0.1, abs=0.004)
@@ -178,32 +262,6 @@ def test_dequantized_nf4_is_that_of_the_cpu_bit_for_bit():
     assert torch.equal(found.view(64, 320), dequantize_nf4_tensor(weight, torch.float32))
 
 
-@pytest.mark.parametrize("seq", [96, 128, 300, 512])
-@pytest.mark.parametrize("num_rows", [1, 3, 40])
-def test_a_block_mask_from_the_blocks_ends_is_torchs(seq, num_rows):
-    generator = torch.Generator().manual_seed(seq + num_rows)
-    row_ids = torch.randint(0, num_rows, (2, seq), generator=generator).sort(dim=1).values
-    found = make_block_mask(row_ids)
-    expected = create_block_mask(
-        lambda b, h, query, key: (query >= key) & (row_ids[b, query] == row_ids[b, key]),
-        2,
-        None,
-        seq,
-        seq,
-        device="cpu",
-    )
-    for kind in ("kv", "full_kv", "q", "full_q"):
-        counts = getattr(expected, f"{kind}_num_blocks")
-        assert torch.equal(getattr(found, f"{kind}_num_blocks"), counts), kind
-        pairs = zip(
-            getattr(found, f"{kind}_indices").flatten(0, 2),
-            getattr(expected, f"{kind}_indices").flatten(0, 2),
-            strict=True,
-        )
-        for (own, torchs), count in zip(pairs, counts.flatten(), strict=True):
-            assert torch.equal(own[:count], torchs[:count]), kind
-
-
 @pytest.mark.parametrize(
     "changed, reason",
     [
@@ -221,12 +279,3 @@ def test_what_keeps_a_run_from_the_fused_layers_is_said(changed, reason):
     assert describe_layers(obstacle) == "layers: " + (
         "fused kernels" if reason is None else f"torchtune's, not the fused ones ({reason})"
     )
-
-
-def test_packs_are_padded_to_whole_blocks_with_a_row_of_its_own():
-    tokens, row_ids, positions = pad_packs(
-        torch.tensor([[5, 6, 7]]), torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 0]])
-    )
-    assert tokens.tolist() == [[5, 6, 7] + [0] * 125]
-    assert row_ids.tolist() == [[0, 0, 1] + [2] * 125]
-    assert positions.tolist() == [[0, 1, 0] + [0] * 125]

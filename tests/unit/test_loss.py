@@ -4,7 +4,7 @@ import torch.utils._python_dispatch
 from torch.nn import functional
 
 from tune2gguf.model import loss as loss_module
-from tune2gguf.model.loss import IGNORED_LABEL, cross_entropy_of_supervised, select_supervised
+from tune2gguf.model.loss import IGNORED_LABEL, cross_entropy_of_supervised, find_supervised, select_supervised
 
 
 def make_problem(seed: int = 0):
@@ -14,6 +14,32 @@ def make_problem(seed: int = 0):
     labels = torch.randint(0, 97, (3, 11), generator=generator)
     labels[torch.rand(3, 11, generator=generator) < 0.4] = IGNORED_LABEL
     return hidden, weight, labels
+
+
+def select(hidden, labels):
+    return select_supervised(hidden.flatten(0, 1), labels, find_supervised(labels))
+
+
+def test_what_places_select_is_what_a_mask_selects():
+    hidden, _, labels = make_problem()
+    labels[:, 0] = labels[2] = IGNORED_LABEL
+    is_supervised = labels[:, 1:] != IGNORED_LABEL
+    selected, targets = select(hidden, labels)
+    assert torch.equal(selected, hidden[:, :-1][is_supervised])
+    assert torch.equal(targets, labels[:, 1:][is_supervised])
+
+
+def test_the_gradient_of_bf16_is_rounded_once():
+    """1 / N in bf16 would make all of it too large or too small."""
+    hidden, weight, labels = make_problem()
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    selected, targets = select(hidden, labels)
+    losses = cross_entropy_of_supervised(selected, weight.bfloat16(), targets)
+    factor = torch.full_like(losses, 1 / 300)  # 0.2 % from the nearest number of bf16
+    (whole,) = torch.autograd.grad(losses.sum(), selected, retain_graph=True)
+    (scaled,) = torch.autograd.grad((losses * factor).sum(), selected)
+    assert torch.equal(scaled, (whole.float() * factor[:, None]).bfloat16())
+    assert not torch.equal(scaled, whole * factor[:, None].bfloat16()), "negative control"
 
 
 def compute_plainly(hidden, weight, labels):
@@ -27,7 +53,7 @@ def test_loss_and_gradient_equal_the_plain_computation(monkeypatch, positions_pe
     hidden, weight, labels = make_problem()
     expected = compute_plainly(hidden, weight, labels)
     (expected_gradient,) = torch.autograd.grad(expected, hidden)
-    selected, targets = select_supervised(hidden, labels)
+    selected, targets = select(hidden, labels)
     actual = cross_entropy_of_supervised(selected, weight, targets)
     (gradient,) = torch.autograd.grad(actual.sum(), hidden)
     torch.testing.assert_close(actual.sum(), expected, atol=1e-6, rtol=1e-6)
@@ -37,7 +63,7 @@ def test_loss_and_gradient_equal_the_plain_computation(monkeypatch, positions_pe
 def test_unshifted_labels_are_told_apart():
     """Negative control: predicting the position's own token gives another loss."""
     hidden, weight, labels = make_problem()
-    selected, targets = select_supervised(hidden, labels)
+    selected, targets = select(hidden, labels)
     unshifted = labels[:, :-1][labels[:, 1:] != IGNORED_LABEL].clamp(min=0)
     right = cross_entropy_of_supervised(selected, weight, targets).sum()
     wrong = cross_entropy_of_supervised(selected, weight, unshifted).sum()
@@ -46,7 +72,7 @@ def test_unshifted_labels_are_told_apart():
 
 def test_each_position_has_its_own_weight_in_backward():
     hidden, weight, labels = make_problem()
-    selected, targets = select_supervised(hidden, labels)
+    selected, targets = select(hidden, labels)
     upstream = torch.linspace(0, 1, targets.numel())
     (gradient,) = torch.autograd.grad(cross_entropy_of_supervised(selected, weight, targets), selected, upstream)
     plain = functional.cross_entropy(functional.linear(selected, weight), targets, reduction="none")
@@ -56,7 +82,7 @@ def test_each_position_has_its_own_weight_in_backward():
 
 def test_no_supervised_position_gives_no_loss_and_zero_gradient():
     hidden, weight, labels = make_problem()
-    selected, targets = select_supervised(hidden, torch.full_like(labels, IGNORED_LABEL))
+    selected, targets = select(hidden, torch.full_like(labels, IGNORED_LABEL))
     losses = cross_entropy_of_supervised(selected, weight, targets)
     losses.sum().backward()
     assert losses.shape == (0,)

@@ -30,18 +30,30 @@ class Batch:
     Attributes:
         tokens: [batch, seq] int64
         labels: [batch, seq] int64, not shifted: the token where it is supervised, else loss.IGNORED_LABEL
-        row_ids: [batch, seq] int64, which row of its pack a token is of; None where rows are not packed
+        supervised: [n] int64, places of the flat batch whose next token is supervised
+        row_starts: [rows + 1] int32, first token of each row in the flat batch, then its size; None where rows are
+            not packed
+        longest_row: tokens of the longest row; None where rows are not packed
         input_pos: [batch, seq] int64, the position of each token in its own row; None where rows are not packed
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    row_ids: torch.Tensor | None = None
+    supervised: torch.Tensor
+    row_starts: torch.Tensor | None = None
+    longest_row: int | None = None
     input_pos: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        return Batch(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
+        """Return the batch on a device; the program does not wait until it is there."""
+        import torch
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            is_sent = device.type == "cuda" and value.device.type == "cpu"
+            return (value.pin_memory() if is_sent else value).to(device, non_blocking=is_sent)
+
+        parts = vars(self).items()
+        return Batch(**{name: move(part) if isinstance(part, torch.Tensor) else part for name, part in parts})
 
 
 def make_empty_batch() -> Batch:
@@ -50,7 +62,8 @@ def make_empty_batch() -> Batch:
 
     from tune2gguf.model.loss import IGNORED_LABEL
 
-    return Batch(tokens=torch.zeros((1, 2), dtype=torch.long), labels=torch.full((1, 2), IGNORED_LABEL))
+    nothing = torch.zeros(0, dtype=torch.long)
+    return Batch(torch.zeros((1, 2), dtype=torch.long), torch.full((1, 2), IGNORED_LABEL), nothing)
 
 
 def plan_epoch(
@@ -102,7 +115,7 @@ def collate(sequences: Sequence[TokenizedRow | Pack], *, pad_id: int) -> Batch:
     """Return rows, or packs of rows, as one batch, padded to its longest sequence."""
     import torch
 
-    from tune2gguf.model.loss import IGNORED_LABEL
+    from tune2gguf.model.loss import IGNORED_LABEL, find_supervised
 
     longest = max(len(sequence.tokens) for sequence in sequences)
     tokens = np.full((len(sequences), longest), pad_id, np.int64)
@@ -111,8 +124,11 @@ def collate(sequences: Sequence[TokenizedRow | Pack], *, pad_id: int) -> Batch:
         length = len(sequence.tokens)
         tokens[index, :length] = sequence.tokens
         labels[index, :length] = np.where(sequence.supervised, sequence.tokens, IGNORED_LABEL)
+    tokens, labels = torch.from_numpy(tokens), torch.from_numpy(labels)
+    supervised = find_supervised(labels)
     packs = [sequence.row_lengths for sequence in sequences if isinstance(sequence, Pack)]
     if not packs:
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels))
-    positions = make_positions(packs, longest)
-    return Batch(*map(torch.from_numpy, (tokens, labels, *positions)))
+        return Batch(tokens, labels, supervised)
+    row_starts, input_pos = make_positions(packs, longest)
+    longest_row = int(np.diff(row_starts).max())
+    return Batch(tokens, labels, supervised, torch.from_numpy(row_starts), longest_row, torch.from_numpy(input_pos))

@@ -96,15 +96,19 @@ def pack_rows(rows: TokenizedRows, *, seed: int) -> PackedRows:
 
 
 def make_positions(row_lengths: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which row of its pack each token is of, and its position in that row, both [batch, seq] int64.
+    """Return where rows start in the flat batch, and each token's position in its row.
 
     Padding counts as one more row: it attends to itself, as a position that attends to nothing would give NaN.
 
     Args:
         row_lengths: of the rows in each sequence
         seq_len: of the batch
+
+    Returns:
+        [rows + 1] int32, of which the last is the batch's size; [batch, seq] int64
     """
     lengths = [[*lengths, seq_len - sum(lengths)] for lengths in row_lengths]
-    row_ids = np.stack([np.repeat(np.arange(len(rows)), rows) for rows in lengths])
+    # A pack without padding is followed by an empty row.
+    row_starts = np.cumsum([0, *(length for rows in lengths for length in rows)]).astype(np.int32)
     input_pos = np.stack([np.concatenate([np.arange(length) for length in rows]) for rows in lengths])
-    return row_ids, input_pos.astype(np.int64)
+    return row_starts, input_pos.astype(np.int64)

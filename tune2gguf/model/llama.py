@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask
 from torchtune import training
 from torchtune.modules import (
     TransformerDecoder,
@@ -25,9 +24,11 @@ from tune2gguf.model.architectures import ARCHITECTURES, Architecture, check_arc
 from tune2gguf.model.attention import Attention
 from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
 from tune2gguf.model.lora import LoRALinear
-from tune2gguf.model.loss import cross_entropy_of_supervised, select_supervised
+from tune2gguf.model.loss import cross_entropy_of_supervised, find_supervised, select_supervised
 
-BLOCK_SIZE = 128  # queries and keys of a block of flex attention
+if TYPE_CHECKING:
+    from tune2gguf.model.fused.stack import FusedStack
+
 LORA_ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 
 
@@ -51,6 +52,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.offloading: AbstractContextManager = nullcontext()
+        self.stack: FusedStack | None = None  # trains the layers where prepare_training fuses them
 
     @property
     def head_weight(self) -> Tensor:
@@ -58,33 +60,46 @@ class CausalLM(nn.Module):
         output = self.decoder.output
         return output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
 
-    def compute_hidden(
-        self, tokens: Tensor, *, row_ids: Tensor | None = None, input_pos: Tensor | None = None
-    ) -> Tensor:
+    def compute_hidden(self, tokens: Tensor, **rows) -> Tensor:
         """Return the last hidden states after the final norm, [batch, seq, dim]; arguments as in forward."""
-        seq = tokens.shape[1]
-        if row_ids is not None and row_ids.device.type != "cpu":
-            tokens, row_ids, input_pos = pad_packs(tokens, row_ids, input_pos)
-        mask = None if row_ids is None else make_row_mask(row_ids)
+        return self.decoder.norm(self._run_layers(tokens, **rows)[: tokens.numel()]).view(*tokens.shape, -1)
+
+    def _run_layers(
+        self,
+        tokens: Tensor,
+        *,
+        row_starts: Tensor | None = None,
+        longest_row: int | None = None,
+        input_pos: Tensor | None = None,
+    ) -> Tensor:
+        """Return the last layer's output of the flat batch, [tokens, dim]; padding may follow."""
+        if self.stack is not None:
+            from tune2gguf.model.fused.stack import lay_out_pass
+
+            flat, layout = lay_out_pass(tokens, row_starts=row_starts, longest_row=longest_row, input_pos=input_pos)
+            with self.offloading:
+                return self.stack.run(self.decoder.tok_embeddings(flat), layout)
+        mask = None if row_starts is None else make_row_mask(row_starts, *tokens.shape)
         hidden = self.decoder.tok_embeddings(tokens)
         with self.offloading:
             for layer in self.decoder.layers:
                 hidden = layer(hidden, mask=mask, input_pos=input_pos)
-        return self.decoder.norm(hidden[:, :seq])
+        return hidden.flatten(0, 1)
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor, *, row_ids: Tensor | None = None, input_pos: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor, supervised: Tensor | None = None, **rows) -> Tensor:
         """Return the cross entropy of each supervised position, [n] in float32, row by row.
 
         Args:
             tokens: [batch, seq]
             labels: [batch, seq], not shifted; IGNORED_LABEL where a token is not supervised
-            row_ids: which row of its pack a token is of, [batch, seq]; None where a sequence is one row
-            input_pos: position of each token in its own row, [batch, seq]; None where a sequence is one row
+            supervised: places from `find_supervised`; None: looked for here
+            rows: row_starts, longest_row and input_pos of a data.Batch; none where a sequence is one row
         """
-        hidden, targets = select_supervised(self.compute_hidden(tokens, row_ids=row_ids, input_pos=input_pos), labels)
-        return cross_entropy_of_supervised(hidden, self.head_weight, targets)
+        hidden = self._run_layers(tokens, **rows)
+        if supervised is None:
+            supervised = find_supervised(labels)
+        hidden, targets = select_supervised(hidden, labels, supervised)
+        return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
 
     def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
         """Return the logits of the token after each row, [batch, vocab] in float32; the decoder's caches grow.
@@ -99,64 +114,15 @@ class CausalLM(nn.Module):
             return self.decoder(tokens, mask=mask, input_pos=input_pos)[:, -1].float()
 
 
-def make_row_mask(row_ids: Tensor) -> Tensor | BlockMask:
-    """Return the mask that lets a token attend to the tokens before it in its own row.
+def make_row_mask(row_starts: Tensor, batch: int, seq: int) -> Tensor:
+    """Return the mask that lets a token attend to the tokens before it in its own row, bool [batch, seq, seq].
 
     Args:
-        row_ids: which row of its pack a token is of, [batch, seq]
-
-    Returns:
-        on a CPU a bool tensor [batch, seq, seq]; on a GPU a block mask, of which attention skips the empty blocks
+        row_starts: first token of each row in the flat batch, then its size, [rows + 1]
     """
-    seq = row_ids.shape[1]
-    if row_ids.device.type == "cpu":
-        same_row = row_ids[:, :, None] == row_ids[:, None, :]
-        return same_row & torch.ones(seq, seq, dtype=torch.bool).tril()
-
-    return make_block_mask(row_ids)
-
-
-def pad_packs(tokens: Tensor, row_ids: Tensor, input_pos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return packs [batch, seq] with padding up to whole blocks, as a row of its own behind the others.
-
-    Flex attention is compiled for each length that it meets, and after eight of them no longer: packs are of any
-    length up to max_seq_len.
-    """
-    missing = -tokens.shape[1] % BLOCK_SIZE
-    padding_id = row_ids[:, -1:].expand(-1, missing) + 1
-    return (
-        functional.pad(tokens, (0, missing)),
-        torch.cat([row_ids, padding_id], dim=1),
-        functional.pad(input_pos, (0, missing)),
-    )
-
-
-def make_block_mask(row_ids: Tensor) -> BlockMask:
-    """Return what `create_block_mask` does, from the row ids at the blocks' ends instead of all [seq, seq] pairs.
-
-    Args:
-        row_ids: [batch, seq], never falling along a sequence
-    """
-    seq, size = row_ids.shape[1], BLOCK_SIZE
-    num_blocks = -(-seq // size)
-    starts = torch.arange(num_blocks, device=row_ids.device) * size
-    first, last = row_ids[:, starts], row_ids[:, (starts + size - 1).clamp(max=seq - 1)]
-    before = starts[:, None] > starts[None, :]
-    # A block of keys is seen where its last row is the queries' first or a later one; whole, where all is one row.
-    is_seen = (last[:, None, :] >= first[:, :, None]) & (before | (starts[:, None] == starts[None, :]))
-    is_whole = (first[:, None, :] == last[:, :, None]) & before & (starts + size <= seq)[:, None]
-    partial, whole = (is_seen & ~is_whole)[:, None], is_whole[:, None]
-
-    def attends(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (row_ids[b, query] == row_ids[b, key])
-
-    def list_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
-        order = chosen.int().argsort(dim=-1, descending=True, stable=True)
-        return chosen.sum(dim=-1, dtype=torch.int32), order.int()
-
-    return BlockMask.from_kv_blocks(
-        *list_blocks(partial), *list_blocks(whole), BLOCK_SIZE=size, mask_mod=attends, seq_lengths=(seq, seq)
-    )
+    places = torch.arange(batch * seq, dtype=row_starts.dtype, device=row_starts.device)
+    row_ids = torch.searchsorted(row_starts, places, right=True).view(batch, seq)
+    return (row_ids[:, :, None] == row_ids[:, None, :]).tril()
 
 
 def prepare_training(
@@ -182,6 +148,11 @@ def prepare_training(
     if enable_activation_offloading:
         model.offloading = training.OffloadActivations()
     if fuse:
+        from tune2gguf.model.fused.stack import FusedStack
+
+        model.stack = FusedStack(
+            layers, checkpointing=enable_activation_checkpointing, is_graphed=not enable_activation_offloading
+        )
         for layer in layers:
             layer.forward = partial(_run_fused, layer, layer.forward, checkpointing=enable_activation_checkpointing)
         return
@@ -199,15 +170,14 @@ def _run_fused(
     plain_forward: Callable[..., Tensor],
     x: Tensor,
     *,
-    mask: Tensor | BlockMask | None = None,
-    input_pos: Tensor | None = None,
     checkpointing: bool,
+    **rest,
 ) -> Tensor:
     from tune2gguf.model.fused.layer import run_layer
 
-    if isinstance(mask, Tensor):  # a reply is generated token by token, with caches
-        return plain_forward(x, mask=mask, input_pos=input_pos)
-    return run_layer(layer, x, mask=mask, positions=input_pos, checkpointing=checkpointing)
+    if "layout" not in rest:  # a reply is generated token by token, with caches
+        return plain_forward(x, **rest)
+    return run_layer(layer, x, checkpointing=checkpointing, **rest)
 
 
 def build_lora_llama(

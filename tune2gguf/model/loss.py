@@ -16,19 +16,27 @@ POSITIONS_PER_CHUNK = {"cpu": 256, "cuda": 512}
 CACHED_LOGITS = 1 << 19
 
 
-def select_supervised(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hidden states that predict a supervised token, and those tokens.
+def find_supervised(labels: Tensor) -> Tensor:
+    """Return the places whose next token is supervised, row by row, as indices of labels.flatten(), [n] int64.
+
+    Whoever asks on a GPU waits for it: batches are made with their places.
 
     Args:
-        hidden: last hidden states after the final norm, [batch, seq, dim]
         labels: [batch, seq], not shifted; IGNORED_LABEL where a token is not supervised
-
-    Returns:
-        [n, dim] and [n], row by row; the first token of a row is never predicted
     """
-    targets = labels[:, 1:]
-    is_supervised = targets != IGNORED_LABEL
-    return hidden[:, :-1][is_supervised], targets[is_supervised]
+    rows, places = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + places
+
+
+def select_supervised(hidden: Tensor, labels: Tensor, supervised: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hidden states that predict a supervised token, [n, dim], and those tokens, [n].
+
+    Args:
+        hidden: [tokens or more, dim]
+        labels: [batch, seq], not shifted
+        supervised: places from `find_supervised`
+    """
+    return hidden.index_select(0, supervised), labels.flatten().index_select(0, supervised + 1)
 
 
 def cross_entropy_of_supervised(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
@@ -65,7 +73,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None
+        # The factors are 1 / N: rounded to bf16 they would be off by up to 0.4 %, all alike.
+        return torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient)), None, None
 
 
 def _compute_plainly(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -75,7 +75,7 @@ def compute_validation_loss(
         before_batch()
         indices = batches[start + world.rank] if start + world.rank < len(batches) else []
         batch = collate([rows[index] for index in indices], pad_id=pad_id) if indices else make_empty_batch()
-        losses = model(batch.tokens.to(world.device), batch.labels.to(world.device)).double().cpu()
+        losses = model(**vars(batch.to(world.device))).double().cpu()
         parts = losses.split([rows[index].num_supervised for index in indices])
         for index, part in zip(indices, parts, strict=True):
             row_sums[index] = part.sum()

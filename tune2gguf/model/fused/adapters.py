@@ -20,11 +20,6 @@ def _keep(seed, index, threshold):
 
 
 @triton.jit
-def _select_seed(adapter: tl.constexpr, seed_0, seed_1, seed_2):
-    return seed_0 if adapter == 0 else (seed_1 if adapter == 1 else seed_2)
-
-
-@triton.jit
 def _low_rank_tile(
     low_rank, low_rank_stride, rows, row_mask, factor, column_stride, rank_stride, columns, column_mask,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
@@ -44,9 +39,9 @@ def _low_rank_tile(
     return tl.dot(left, right, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["seed_0", "seed_1", "seed_2", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def _reduce_dropped_kernel(
-    x, factor, out, seed_0, seed_1, seed_2, threshold, keep_scale, num_rows,
+    x, factor, out, seeds, threshold, keep_scale, num_rows,
     WIDTH: tl.constexpr, NUM_ADAPTERS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -63,8 +58,7 @@ def _reduce_dropped_kernel(
         at = rows[:, None] * WIDTH + columns[None, :]
         tile = tl.load(x + at, mask=row_mask[:, None] & column_mask[None, :], other=0.0).to(tl.float32) * keep_scale
         for adapter in tl.static_range(NUM_ADAPTERS):
-            seed = _select_seed(adapter, seed_0, seed_1, seed_2)
-            dropped = tl.where(_keep(seed, at, threshold), tile, 0.0).to(x.dtype.element_ty)
+            dropped = tl.where(_keep(tl.load(seeds + adapter), at, threshold), tile, 0.0).to(x.dtype.element_ty)
             right = tl.load(
                 factor + (adapter * RANK + r)[None, :] * WIDTH + columns[:, None],
                 mask=(r < RANK)[None, :] & column_mask[:, None],
@@ -86,9 +80,9 @@ def _reduce_dropped_kernel(
         tl.store(out + at + 2 * RANK, sums_2.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_0", "seed_1", "seed_2", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def _dropped_gradient_kernel(
-    low_rank, x, rstd, weight, out, seed_0, seed_1, seed_2, threshold, keep_scale, num_rows,
+    low_rank, x, rstd, weight, out, seeds, threshold, keep_scale, num_rows,
     WIDTH: tl.constexpr, ROWS_PER_PART: tl.constexpr, NORMS: tl.constexpr, NUM_ADAPTERS: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -111,8 +105,7 @@ def _dropped_gradient_kernel(
             tile = (tile * scale[:, None] * gains[None, :]).to(x.dtype.element_ty).to(tl.float32)
         tile *= keep_scale
         for adapter in tl.static_range(NUM_ADAPTERS):
-            seed = _select_seed(adapter, seed_0, seed_1, seed_2)
-            dropped = tl.where(_keep(seed, at, threshold), tile, 0.0).to(x.dtype.element_ty)
+            dropped = tl.where(_keep(tl.load(seeds + adapter), at, threshold), tile, 0.0).to(x.dtype.element_ty)
             left = tl.load(
                 low_rank + rows[None, :] * (NUM_ADAPTERS * RANK) + (adapter * RANK + r)[:, None],
                 mask=(r < RANK)[:, None] & row_mask[None, :],

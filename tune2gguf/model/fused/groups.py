@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tune2gguf.model.fused import launch
 from tune2gguf.model.fused.launch import Adapted, Dropout
+from tune2gguf.model.lora import LoRALinear
 
 if TYPE_CHECKING:
     from torchtune.modules import TransformerSelfAttentionLayer
@@ -17,12 +18,25 @@ if TYPE_CHECKING:
 # Projections that take the same input, in the order in which their adapters lie side by side.
 QKV, OUTPUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("output_proj",), ("w1", "w3"), ("w2",)
 GROUPS = (QKV, OUTPUT, GATE_UP, DOWN)
+# A group's seeds begin at a multiple of 16 bytes: Triton compiles a kernel again for pointers that do not.
+SEEDS_PER_GROUP = 4
 
 
 def get_projections(layer: TransformerSelfAttentionLayer) -> dict[str, nn.Module]:
     """Return a layer's linear modules by name, in the order of GROUPS."""
     attention = {name: getattr(layer.attn, name) for name in (*QKV, *OUTPUT)}
     return attention | {name: getattr(layer.mlp, name) for name in (*GATE_UP, *DOWN)}
+
+
+def list_adapted(linears: dict[str, nn.Module]) -> list[str]:
+    """Return the names of the projections with an adapter, in the order of GROUPS."""
+    return [name for name, linear in linears.items() if isinstance(linear, LoRALinear)]
+
+
+def list_weights(linears: dict[str, nn.Module]) -> list[Tensor]:
+    """Return A and B of each adapter of a layer, in the order of GROUPS."""
+    adapted = [linears[name] for name in list_adapted(linears)]
+    return [weight for linear in adapted for weight in (linear.lora_a.weight, linear.lora_b.weight)]
 
 
 @dataclass
@@ -32,10 +46,10 @@ class Group:
     names: list[str]
     stacked_a: Tensor | None  # [n * rank, in]
     b: dict[str, Tensor]  # [out, rank]
-    dropouts: dict[str, Dropout]
     scaling: float
     rank: int
-    low_rank: Tensor | None = None  # [rows, n * rank], the first product of a forward pass
+    dropout: Dropout | None = None  # of this pass, with a seed for each name
+    low_rank: Tensor | None = None  # [rows, n * rank], the first product of this pass
 
     def get_slice(self, low_rank: Tensor, name: str) -> Tensor:
         """Return one adapter's columns of [rows, n * rank]."""
@@ -48,17 +62,12 @@ class Group:
             return None
         return Adapted(self.get_slice(self.low_rank, name), self.b[name])
 
-    @property
-    def draws(self) -> tuple[Dropout, ...]:
-        """What each adapter drops, in the order of names; none where nothing is dropped."""
-        return tuple(self.dropouts[name] for name in self.names if name in self.dropouts)
-
     def reduce(self, x: Tensor) -> None:
         """Compute the first products from what the projections take, [rows, in]."""
         if not self.names:
             return
-        if self.dropouts:
-            self.low_rank = launch.reduce_dropped(x, self.stacked_a, self.draws)
+        if self.dropout is not None:
+            self.low_rank = launch.reduce_dropped(x, self.stacked_a, self.dropout, rank=self.rank)
         else:
             self.low_rank = x @ self.stacked_a.T
         if self.scaling != 1.0:
@@ -93,8 +102,8 @@ class Group:
         """
         if not self.names:
             return
-        if self.dropouts and not is_dropped:
-            whole = launch.compute_dropped_gradient(low_rank, x, self.draws, rstd=rstd, weight=weight)
+        if self.dropout is not None and not is_dropped:
+            whole = launch.compute_dropped_gradient(low_rank, x, self.dropout, rank=self.rank, rstd=rstd, weight=weight)
         else:
             taken = x if rstd is None else launch.apply_norm(x, rstd, weight)
             whole = multiply_in_float32(low_rank.T, taken)
@@ -109,28 +118,43 @@ def multiply_in_float32(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32)
 
 
-def collect_groups(
-    linears: dict[str, nn.Module], adapters: dict[str, tuple[Tensor, Tensor]], *, dtype: torch.dtype, drops: bool
-) -> dict[tuple[str, ...], Group]:
-    """Return a layer's adapters by group, cast to dtype in one kernel, with fresh seeds where inputs are dropped."""
-    order = [adapters[name][0] for name in adapters] + [adapters[name][1] for name in adapters]
+Groups = dict[tuple[str, ...], Group]
+
+
+def lay_out_groups(
+    linears: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device
+) -> tuple[Groups, list[Tensor]]:
+    """Return a layer's adapters by group, without values, and the parts of them that take those of list_weights."""
+    names, weights = list_adapted(linears), list_weights(linears)
+    order = [*weights[::2], *weights[1::2]]
     sizes = [weight.numel() for weight in order]
-    flat = torch.empty(sum(sizes), dtype=dtype, device=order[0].device)
+    flat = torch.empty(sum(sizes), dtype=dtype, device=device)
     views = [part.view(weight.shape) for part, weight in zip(flat.split(sizes), order, strict=True)]
-    torch._foreach_copy_(views, [weight.detach() for weight in order])
-    num, names, groups, start = len(adapters), list(adapters), {}, 0
-    seeds = torch.randint(2**31 - 1, (num,)).tolist() if drops else []
+    a, b = (dict(zip(names, half, strict=True)) for half in (views[: len(names)], views[len(names) :]))
+    groups, start = {}, 0
     for members in GROUPS:
-        own = [name for name in members if name in adapters]
+        own = [name for name in members if name in names]
         rank = linears[own[0]].rank if own else 0
-        numel = sum(adapters[name][0].numel() for name in own)
+        numel = sum(a[name].numel() for name in own)
         groups[members] = Group(
             names=own,
             stacked_a=flat[start : start + numel].view(len(own) * rank, -1) if own else None,
-            b={name: views[num + names.index(name)] for name in own},
-            dropouts={name: Dropout(seeds[names.index(name)], linears[name].dropout) for name in own} if drops else {},
+            b={name: b[name] for name in own},
             scaling=linears[own[0]].scaling if own else 1.0,
             rank=rank,
         )
         start += numel
-    return groups
+    return groups, [part for name in names for part in (a[name], b[name])]
+
+
+def begin_pass(groups: Groups, seeds: Tensor | None, *, share: float) -> Groups:
+    """Return a layer's groups for one pass.
+
+    Args:
+        seeds: of the layer, [groups, adapters] int32; None: nothing is dropped
+        share: of the inputs that is dropped
+    """
+    return {
+        members: replace(group, dropout=None if seeds is None else Dropout(seeds[number], share))
+        for number, (members, group) in enumerate(groups.items())
+    }

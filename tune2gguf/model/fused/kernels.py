@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tune2gguf.model.fused.adapters import _keep, _low_rank_tile, _select_seed
+from tune2gguf.model.fused.adapters import _keep, _low_rank_tile
 
 
 @triton.jit
@@ -59,9 +59,9 @@ def _norm_kernel(
         tl.store(out + at, (tile * scale[:, None] * gains[None, :]).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_0", "seed_1", "seed_2", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def _norm_backward_kernel(
-    gradient, x, rstd, weight, residual, out, low_rank, factor, seed_0, seed_1, seed_2, threshold, keep_scale,
+    gradient, x, rstd, weight, residual, out, low_rank, factor, seeds, threshold, keep_scale,
     num_rows, low_rank_stride, DIM: tl.constexpr, NUM_ADAPTERS: tl.constexpr, DROPS: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -81,8 +81,7 @@ def _norm_backward_kernel(
                 factor + adapter * RANK * DIM, 1, DIM, columns, column_mask, RANK, RANK_BLOCK,
             )  # fmt: skip
             if DROPS:
-                seed = _select_seed(adapter, seed_0, seed_1, seed_2)
-                part = tl.where(_keep(seed, at, threshold), part * keep_scale, 0.0)
+                part = tl.where(_keep(tl.load(seeds + adapter), at, threshold), part * keep_scale, 0.0)
             tile += part
         if NUM_ADAPTERS > 0:
             rounded = tile.to(gradient.dtype.element_ty)
@@ -130,7 +129,7 @@ def _rotate_heads(
 @triton.jit
 def _rotate_kernel(
     q, k, v, low_rank_q, low_rank_k, low_rank_v, factor_q, factor_k, factor_v, rope, positions,
-    num_rows, seq, low_rank_stride, HAS_POSITIONS: tl.constexpr,
+    num_rows, low_rank_stride,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     RANK_Q: tl.constexpr, RANK_K: tl.constexpr, RANK_V: tl.constexpr, RANK_BLOCK: tl.constexpr,
     INVERSE: tl.constexpr, ROWS: tl.constexpr,
@@ -138,10 +137,7 @@ def _rotate_kernel(
     """A program turns KV_HEADS heads: a part of q's, or all of k's; or adds to v's."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     row_mask = rows < num_rows
-    if HAS_POSITIONS:  # noqa: SIM108, the compiler takes branches of constants away
-        places = tl.load(positions + rows, mask=row_mask, other=0)
-    else:
-        places = rows % seq
+    places = tl.load(positions + rows, mask=row_mask, other=0)
     # torchtune's layout: neighbours are a pair, and a table of [places, HEAD_DIM / 2, (cos, sin)].
     angles = tl.load(rope + places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], mask=row_mask[:, None])
     cos, sin = tl.split(tl.reshape(angles, (ROWS, HEAD_DIM // 2, 2)))
@@ -201,10 +197,10 @@ def _swiglu_kernel(
     tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def _swiglu_backward_kernel(
     gradient, gate, up, low_rank_gate, low_rank_up, factor_gate, factor_up, low_rank_down, factor_down,
-    seed, threshold, keep_scale, num_rows, width, low_rank_stride, DROPS: tl.constexpr,
+    seeds, threshold, keep_scale, num_rows, width, low_rank_stride, DROPS: tl.constexpr,
     RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_DOWN: tl.constexpr, RANK_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +226,7 @@ def _swiglu_backward_kernel(
             low_rank_down, RANK_DOWN, rows, row_mask, factor_down, 1, width, columns, column_mask, RANK_DOWN, RANK_BLOCK
         )
         if DROPS:
-            keep = _keep(seed, at, threshold)
+            keep = _keep(tl.load(seeds), at, threshold)
             part = tl.where(keep, part * keep_scale, 0.0)
             product = tl.where(keep, product * keep_scale, 0.0)
         upstream += part
@@ -239,9 +235,9 @@ def _swiglu_backward_kernel(
     tl.store(up + at, (upstream * silu).to(up.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def _add_kernel(
-    base, residual, low_rank, factor, out, seed, threshold, keep_scale, num_rows, width, column_stride, rank_stride,
+    base, residual, low_rank, factor, out, seeds, threshold, keep_scale, num_rows, width, column_stride, rank_stride,
     HAS_RESIDUAL: tl.constexpr, DROPS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +252,7 @@ def _add_kernel(
             low_rank, RANK, rows, row_mask, factor, column_stride, rank_stride, columns, column_mask, RANK, RANK_BLOCK
         )
         if DROPS:
-            part = tl.where(_keep(seed, at, threshold), part * keep_scale, 0.0)
+            part = tl.where(_keep(tl.load(seeds), at, threshold), part * keep_scale, 0.0)
         tile += part
         tile = tile.to(base.dtype.element_ty).to(tl.float32)
     if HAS_RESIDUAL:

@@ -6,7 +6,6 @@ Tensors are contiguous unless it says otherwise; rows are tokens, [rows, width].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +28,15 @@ CODES_PER_PROGRAM = 2048
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which elements of an adapter's input are dropped; the same seed drops the same ones again."""
+    """Which elements of their input adapters drop; the same seed drops the same ones again.
 
-    seed: int
+    Seeds lie on the device, where a captured graph finds others each time.
+
+    Attributes:
+        seeds: int32 [n or more], one for each adapter that takes the input
+    """
+
+    seeds: Tensor
     share: float
 
     @property
@@ -66,15 +71,9 @@ def pad_rank(*ranks: int) -> int:
     return max(16, triton.next_power_of_2(max(ranks)))
 
 
-def _draw(dropout: Dropout | None) -> tuple[int, int, float]:
-    return (0, 0, 1.0) if dropout is None else (dropout.seed, dropout.threshold, dropout.keep_scale)
-
-
-def _draw_each(dropouts: Sequence[Dropout]) -> tuple[int, int, int, int, float]:
-    """Return three seeds, and what all dropouts share."""
-    seeds = [dropout.seed for dropout in dropouts]
-    _, threshold, keep_scale = _draw(dropouts[0] if dropouts else None)
-    return (*seeds, *[0] * (3 - len(seeds)), threshold, keep_scale)
+def _draw(dropout: Dropout | None, stand_in: Tensor) -> tuple[Tensor, int, float]:
+    """Return what kernels take of a dropout; of none a tensor that they do not read."""
+    return (stand_in, 0, 1.0) if dropout is None else (dropout.seeds, dropout.threshold, dropout.keep_scale)
 
 
 def _cover(num_rows: int, width: int, tile: dict[str, int]) -> tuple[int, int]:
@@ -111,7 +110,7 @@ def norm_backward(
     *,
     low_rank: Tensor | None = None,
     factor: Tensor | None = None,
-    dropouts: tuple[Dropout, ...] = (),
+    dropout: Dropout | None = None,
     rank: int = 0,
 ) -> Tensor:
     """Return residual + the gradient through the norm; `gradient` is overwritten.
@@ -126,8 +125,8 @@ def norm_backward(
     num_adapters = 0 if low_rank is None else low_rank.shape[1] // rank
     kernels._norm_backward_kernel[(triton.cdiv(num_rows, NORM_TILE["ROWS"]),)](
         gradient, x, rstd, weight, residual, out, x if low_rank is None else low_rank, x if factor is None else factor,
-        *_draw_each(dropouts), num_rows, 0 if low_rank is None else low_rank.stride(0),
-        DIM=dim, NUM_ADAPTERS=num_adapters, DROPS=bool(dropouts), RANK=rank, RANK_BLOCK=pad_rank(rank),
+        *_draw(dropout, x), num_rows, 0 if low_rank is None else low_rank.stride(0),
+        DIM=dim, NUM_ADAPTERS=num_adapters, DROPS=dropout is not None, RANK=rank, RANK_BLOCK=pad_rank(rank),
         **NORM_TILE,
     )  # fmt: skip
     return out
@@ -138,9 +137,8 @@ def rotate(
     k: Tensor,
     v: Tensor,
     rope: Tensor,
-    positions: Tensor | None,
+    positions: Tensor,
     *,
-    seq: int,
     head_dim: int,
     adapted: tuple[Adapted | None, Adapted | None, Adapted | None] = (None, None, None),
     inverse: bool = False,
@@ -151,7 +149,7 @@ def rotate(
         q: [rows, heads * head_dim]
         k, v: [rows, kv heads * head_dim]
         rope: float32 [places, head_dim / 2, 2], cosines and sines
-        positions: int64 [rows]; None where row i of every seq rows is at i
+        positions: int64 [rows]
     """
     num_rows = q.shape[0]
     q_heads, kv_heads = q.shape[1] // head_dim, k.shape[1] // head_dim
@@ -162,8 +160,8 @@ def rotate(
     num_parts = q_heads // kv_heads + 1 + (adapted[2] is not None)
     kernels._rotate_kernel[(triton.cdiv(num_rows, HEAD_ROWS), num_parts)](
         q, k, v, *(q if one is None else one.low_rank for one in adapted),
-        *(q if one is None else one.factor for one in adapted), rope, rope if positions is None else positions,
-        num_rows, seq, stride, HAS_POSITIONS=positions is not None, Q_HEADS=q_heads, KV_HEADS=kv_heads,
+        *(q if one is None else one.factor for one in adapted), rope, positions,
+        num_rows, stride, Q_HEADS=q_heads, KV_HEADS=kv_heads,
         HEAD_DIM=head_dim, RANK_Q=ranks[0], RANK_K=ranks[1], RANK_V=ranks[2], RANK_BLOCK=pad_rank(*ranks),
         INVERSE=inverse, ROWS=HEAD_ROWS, num_warps=4,
     )  # fmt: skip
@@ -211,7 +209,7 @@ def swiglu_backward(
         gradient, gate, up, *(gate if one is None else one.low_rank for one in pair),
         *(gate if one is None else one.factor for one in pair),
         gate if adapted_down is None else adapted_down.low_rank, gate if adapted_down is None else adapted_down.factor,
-        *_draw(dropout), num_rows, width, stride, DROPS=dropout is not None,
+        *_draw(dropout, gate), num_rows, width, stride, DROPS=dropout is not None,
         RANK_GATE=ranks[0], RANK_UP=ranks[1], RANK_DOWN=down_rank, RANK_BLOCK=pad_rank(*ranks, down_rank),
         **SWIGLU_BACKWARD_TILE,
     )  # fmt: skip
@@ -229,7 +227,7 @@ def add(base: Tensor, adapted: Adapted | None, *, residual: Tensor | None = None
     dropout = None if adapted is None else adapted.dropout
     kernels._add_kernel[_cover(num_rows, width, TILE)](
         base, base if residual is None else residual, base if adapted is None else adapted.low_rank,
-        base if adapted is None else adapted.factor, base, *_draw(dropout), num_rows, width, *strides,
+        base if adapted is None else adapted.factor, base, *_draw(dropout, base), num_rows, width, *strides,
         HAS_RESIDUAL=residual is not None, DROPS=dropout is not None, RANK=rank, RANK_BLOCK=pad_rank(rank),
         **TILE,
     )  # fmt: skip
@@ -244,18 +242,17 @@ def apply_norm(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def reduce_dropped(x: Tensor, factor: Tensor, dropouts: Sequence[Dropout]) -> Tensor:
+def reduce_dropped(x: Tensor, factor: Tensor, dropout: Dropout, *, rank: int) -> Tensor:
     """Return the first products of up to three adapters, side by side, [rows, n * rank]; each drops elements of x.
 
     Args:
         factor: their A below each other, [n * rank, width]
     """
     num_rows, width = x.shape
-    rank = factor.shape[0] // len(dropouts)
     out = torch.empty(num_rows, factor.shape[0], dtype=x.dtype, device=x.device)
     adapters._reduce_dropped_kernel[(triton.cdiv(num_rows, REDUCE_TILE["ROWS"]),)](
-        x, factor, out, *_draw_each(dropouts), num_rows,
-        WIDTH=width, NUM_ADAPTERS=len(dropouts), RANK=rank, RANK_BLOCK=pad_rank(rank), **REDUCE_TILE,
+        x, factor, out, *_draw(dropout, x), num_rows,
+        WIDTH=width, NUM_ADAPTERS=factor.shape[0] // rank, RANK=rank, RANK_BLOCK=pad_rank(rank), **REDUCE_TILE,
     )  # fmt: skip
     return out
 
@@ -263,8 +260,9 @@ def reduce_dropped(x: Tensor, factor: Tensor, dropouts: Sequence[Dropout]) -> Te
 def compute_dropped_gradient(
     low_rank: Tensor,
     x: Tensor,
-    dropouts: Sequence[Dropout],
+    dropout: Dropout,
     *,
+    rank: int,
     rstd: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -278,11 +276,10 @@ def compute_dropped_gradient(
     """
     num_rows, width = x.shape
     num_parts, total_rank = triton.cdiv(num_rows, ROWS_PER_PART), low_rank.shape[1]
-    rank = total_rank // len(dropouts)
     parts = torch.empty(num_parts, total_rank, width, dtype=torch.float32, device=x.device)
     adapters._dropped_gradient_kernel[(triton.cdiv(width, GRADIENT_TILE["COLUMNS"]), num_parts)](
-        low_rank, x, x if rstd is None else rstd, x if weight is None else weight, parts, *_draw_each(dropouts),
-        num_rows, WIDTH=width, ROWS_PER_PART=ROWS_PER_PART, NORMS=rstd is not None, NUM_ADAPTERS=len(dropouts),
+        low_rank, x, x if rstd is None else rstd, x if weight is None else weight, parts, *_draw(dropout, x),
+        num_rows, WIDTH=width, ROWS_PER_PART=ROWS_PER_PART, NORMS=rstd is not None, NUM_ADAPTERS=total_rank // rank,
         RANK=rank, RANK_BLOCK=pad_rank(rank), **GRADIENT_TILE,
     )  # fmt: skip
     return parts.sum(dim=0)

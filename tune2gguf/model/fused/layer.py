@@ -8,21 +8,29 @@ second forward pass needs neither those products nor the down projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask
 
 from tune2gguf.model.fused import launch
-from tune2gguf.model.fused.groups import DOWN, GATE_UP, OUTPUT, QKV, Group, collect_groups, get_projections
+from tune2gguf.model.fused.attention import Layout, attend, attend_back
+from tune2gguf.model.fused.groups import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
+    Group,
+    Groups,
+    begin_pass,
+    get_projections,
+    lay_out_groups,
+    list_adapted,
+    list_weights,
+)
 from tune2gguf.model.fused.launch import Adapted
-from tune2gguf.model.lora import LoRALinear, to_dense
+from tune2gguf.model.lora import to_dense
 
 if TYPE_CHECKING:
     from torchtune.modules import TransformerSelfAttentionLayer
@@ -39,59 +47,38 @@ def multiply_back(gradient: Tensor, linear: nn.Module, add_to: Tensor | None = N
     return gradient @ weight if add_to is None else add_to.addmm_(gradient, weight)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> Tensor:
-    """Return causal attention, [batch, heads, seq, head_dim]; k and v may have fewer heads, mask keeps rows apart."""
-    if mask is None:
-        # cuDNN's kernel is faster, but its backward gives other bits each time.
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if q.is_cuda else nullcontext():
-            return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    from torchtune.modules.attention_utils import flex_attention_compiled
-
-    return flex_attention_compiled(q, k, v, block_mask=mask, enable_gqa=True)
-
-
-@contextmanager
-def choose_exact_kernels() -> Iterator[None]:
-    """Let flash attention's backward add in a fixed order, so that a run that is resumed ends as it would have."""
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    # With warn_only it would warn, and add in any order.
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
-
-
 @dataclass
 class Pass:
     """What one forward pass of a layer computes, as far as backward has a use for it."""
 
     layer: TransformerSelfAttentionLayer
-    batch: int
-    seq: int
-    mask: BlockMask | None
-    positions: Tensor | None  # [rows]
-    groups: dict[tuple[str, ...], Group]
-    needs_gradient: bool
-    linears: dict[str, nn.Module] = field(default_factory=dict)
+    linears: dict[str, nn.Module]
+    layout: Layout
+    groups: Groups
+    checkpointing: bool
     first_rstd: Tensor | None = None
-    heads: list[Tensor] = field(default_factory=list)  # q, k, v: leaves of the attention's own graph
-    attended: Tensor | None = None  # [batch, heads, seq, head_dim]
-    middle: Tensor | None = None  # after attention, [rows, dim]
+    heads: tuple[Tensor, ...] = ()  # q, k, v: [tokens, heads, head_dim]
+    attended: Tensor | None = None  # [tokens, heads, head_dim]
+    kept: tuple[Tensor, ...] = ()  # of attention
+    middle: Tensor | None = None  # after attention, [tokens, dim]
     second_rstd: Tensor | None = None
     gate: Tensor | None = None
     up: Tensor | None = None
 
-    @property
-    def head_dim(self) -> int:
-        return self.layer.attn.head_dim
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, [tokens, dim]; with checkpointing little else is kept."""
+        self.run_attention(x, again=False)
+        out = self.finish()
+        if self.checkpointing:
+            self.first_rstd = self.attended = self.middle = self.second_rstd = self.gate = self.up = None
+            self.heads = self.kept = ()
+        return out
 
-    def split_heads(self, flat: Tensor) -> Tensor:
-        """Return [rows, heads * head_dim] as [batch, heads, seq, head_dim]."""
-        return flat.view(self.batch, self.seq, -1, self.head_dim).transpose(1, 2)
-
-    def join_heads(self, split: Tensor) -> Tensor:
-        return split.transpose(1, 2).reshape(self.batch * self.seq, -1)
+    def rotate(self, q: Tensor, k: Tensor, v: Tensor, **how) -> None:
+        attention = self.layer.attn
+        launch.rotate(
+            q, k, v, attention.pos_embeddings.cache, self.layout.positions, head_dim=attention.head_dim, **how
+        )
 
     def run_attention(self, x: Tensor, *, again: bool) -> None:
         """Compute what is kept up to the middle of the layer; the low-rank products only the first time."""
@@ -101,13 +88,10 @@ class Pass:
         if not again:
             qkv.reduce(normed)
         q, k, v = (multiply(normed, linears[name]) for name in QKV)
-        rope = self.layer.attn.pos_embeddings.cache
-        adapted = tuple(qkv.add_to(name) for name in QKV)
-        launch.rotate(q, k, v, rope, self.positions, seq=self.seq, head_dim=self.head_dim, adapted=adapted)
-        self.heads = [self.split_heads(flat).detach().requires_grad_(self.needs_gradient) for flat in (q, k, v)]
-        with torch.set_grad_enabled(self.needs_gradient):
-            self.attended = attend(*self.heads, self.mask)
-        flat = self.join_heads(self.attended.detach())
+        self.rotate(q, k, v, adapted=tuple(qkv.add_to(name) for name in QKV))
+        self.heads = tuple(flat.unflatten(1, (-1, self.layer.attn.head_dim)) for flat in (q, k, v))
+        self.attended, self.kept = attend(*self.heads, self.layout)
+        flat = self.attended.flatten(1)
         if not again:
             output.reduce(flat)
         delta = multiply(flat, linears["output_proj"])
@@ -127,13 +111,10 @@ class Pass:
         down.reduce(product)
         return launch.add(multiply(product, self.linears["w2"]), down.add_to("w2"), residual=self.middle)
 
-    def forget(self) -> None:
-        """Keep what checkpointing keeps."""
-        self.first_rstd = self.attended = self.middle = self.second_rstd = self.gate = self.up = None
-        self.heads = []
-
     def backward(self, x: Tensor, upstream: Tensor, *, needs_input: bool) -> tuple[Tensor | None, dict]:
         """Return the gradient of the layer's input and those of every [A, B], float32, by the projection's name."""
+        if self.checkpointing:
+            self.run_attention(x, again=True)
         gradients = {name: [None, None] for group in self.groups.values() for name in group.names}
         middle_gradient = self._backward_mlp(upstream, gradients)
         heads = self._backward_attention(middle_gradient, gradients)
@@ -170,26 +151,22 @@ class Pass:
             self.up,
             adapted_gate=gate_up.add_to("w1"),
             adapted_up=gate_up.add_to("w3"),
-            adapted_down=Adapted(low_rank, down.stacked_a, down.dropouts.get("w2")) if down.names else None,
+            adapted_down=Adapted(low_rank, down.stacked_a, down.dropout) if down.names else None,
         )
         down.finish_gradients(low_rank, gradients, product, is_dropped=True)
 
     def _backward_attention(self, middle_gradient: Tensor, gradients: dict) -> dict[str, Tensor]:
         output = self.groups[OUTPUT]
-        flat = self.join_heads(self.attended.detach())
         low_rank = output.reduce_gradients({"output_proj": middle_gradient}, gradients)
-        output.finish_gradients(low_rank, gradients, flat)
+        output.finish_gradients(low_rank, gradients, self.attended.flatten(1))
         gradient = multiply_back(middle_gradient, self.linears["output_proj"])
         if output.names:
-            adapted = Adapted(low_rank, output.stacked_a, output.dropouts.get("output_proj"))
-            gradient = launch.add(gradient, adapted, factor_is_a=True)
-        # Flex attention is exact as it is.
-        with choose_exact_kernels() if self.mask is None else nullcontext():
-            heads = torch.autograd.grad(self.attended, self.heads, self.split_heads(gradient))
-        self.heads, self.attended = [], None
-        q, k, v = (self.join_heads(head) for head in heads)
-        rope = self.layer.attn.pos_embeddings.cache
-        launch.rotate(q, k, v, rope, self.positions, seq=self.seq, head_dim=self.head_dim, inverse=True)
+            gradient = launch.add(gradient, Adapted(low_rank, output.stacked_a, output.dropout), factor_is_a=True)
+        gradient = gradient.view(self.attended.shape)
+        heads = attend_back(gradient, *self.heads, self.attended, self.kept, self.layout)
+        self.heads, self.attended, self.kept = (), None, ()
+        q, k, v = (head.flatten(1) for head in heads)
+        self.rotate(q, k, v, inverse=True)
         return {"q_proj": q, "k_proj": k, "v_proj": v}
 
     @staticmethod
@@ -210,79 +187,51 @@ class Pass:
             residual,
             low_rank=low_rank,
             factor=group.stacked_a,
-            dropouts=group.draws,
+            dropout=group.dropout,
             rank=group.rank,
         )
 
 
 class _FusedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        layer: TransformerSelfAttentionLayer,
-        mask: BlockMask | None,
-        positions: Tensor | None,
-        checkpointing: bool,
-        needs_gradient: bool,
-        names: tuple[str, ...],
-        *adapters: Tensor,
-    ) -> Tensor:
-        batch, seq, dim = x.shape
-        linears = get_projections(layer)
-        pairs = {name: (adapters[2 * number], adapters[2 * number + 1]) for number, name in enumerate(names)}
-        drops = layer.training and any(linears[name].dropout > 0 for name in names)
-        run = Pass(
-            layer=layer,
-            batch=batch,
-            seq=seq,
-            mask=mask,
-            positions=None if positions is None else positions.flatten(),
-            groups=collect_groups(linears, pairs, dtype=x.dtype, drops=drops),
-            needs_gradient=needs_gradient and not checkpointing,
-            linears=linears,
-        )
-        flat = x.reshape(-1, dim)
-        run.run_attention(flat, again=False)
-        out = run.finish()
-        if checkpointing:
-            run.forget()
-        ctx.save_for_backward(flat)
-        ctx.run, ctx.names, ctx.checkpointing = run, names, checkpointing
-        return out.view(batch, seq, dim)
+    def forward(ctx, x: Tensor, one: Pass, *weights: Tensor) -> Tensor:
+        out = one.forward(x)
+        ctx.save_for_backward(x)
+        ctx.one = one
+        return out
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple:
-        (x,), run = ctx.saved_tensors, ctx.run
-        assert run is not None, "a fused layer goes back once"
-        ctx.run = None
-        if ctx.checkpointing:
-            run.needs_gradient = True
-            run.run_attention(x, again=True)
-        upstream = upstream.reshape(x.shape)
-        out, gradients = run.backward(x, upstream, needs_input=ctx.needs_input_grad[0])
-        out = None if out is None else out.view(run.batch, run.seq, -1)
-        return out, None, None, None, None, None, None, *(one for name in ctx.names for one in gradients[name])
+        (x,), one = ctx.saved_tensors, ctx.one
+        assert one is not None, "a fused layer goes back once"
+        ctx.one = None
+        out, gradients = one.backward(x, upstream, needs_input=ctx.needs_input_grad[0])
+        return out, None, *(part for name in list_adapted(one.linears) for part in gradients[name])
 
 
 def run_layer(
     layer: TransformerSelfAttentionLayer,
     x: Tensor,
     *,
-    mask: BlockMask | None,
-    positions: Tensor | None,
-    checkpointing: bool,
+    layout: Layout,
+    groups: Groups | None = None,
+    seeds: Tensor | None = None,
+    checkpointing: bool = False,
 ) -> Tensor:
-    """Return a layer's output, [batch, seq, dim].
+    """Return a layer's output, [tokens, dim].
 
     Args:
-        x: [batch, seq, dim] in bf16
-        mask: which keeps the rows of a pack apart; None: every sequence is one row
-        positions: of each token in its own row, [batch, seq]; None where a sequence is one row
+        x: [tokens, dim] in bf16
+        groups: the layer's adapters in x's dtype; None: cast here, as where they are whole only while it computes
+        seeds: what the adapters drop, [groups, adapters] int32; None for nothing
         checkpointing: keep little, and compute the layer again in backward
     """
-    adapted = {name: linear for name, linear in get_projections(layer).items() if isinstance(linear, LoRALinear)}
-    weights = [weight for linear in adapted.values() for weight in (linear.lora_a.weight, linear.lora_b.weight)]
-    # Inside the function autograd is off, whether or not there will be a backward.
-    needs_gradient = torch.is_grad_enabled()
-    return _FusedLayer.apply(x, layer, mask, positions, checkpointing, needs_gradient, tuple(adapted), *weights)
+    linears = get_projections(layer)
+    weights = list_weights(linears)
+    if groups is None:
+        groups, parts = lay_out_groups(linears, dtype=x.dtype, device=x.device)
+        with torch.no_grad():
+            torch._foreach_copy_(parts, weights)
+    share = linears[list_adapted(linears)[0]].dropout
+    one = Pass(layer, linears, layout, begin_pass(groups, seeds, share=share), checkpointing)
+    return _FusedLayer.apply(x, one, *weights)

@@ -1,0 +1,88 @@
+"""Attention over rows that lie one behind the other, each of which sees itself only.
+
+FlashAttention takes the places where rows start, and skips what lies between rows; nothing is compiled, and no mask is
+made. A row may be empty: its blocks end before they touch anything, so that the list of starts can be padded to a
+length that passes share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils import deterministic
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of a pass lie.
+
+    Attributes:
+        positions: of each token in its own row, [tokens] int64
+        starts: first token of each row, then the number of tokens, [rows + 1] int32
+        longest: no row has more tokens
+    """
+
+    positions: Tensor
+    starts: Tensor
+    longest: int
+
+
+@contextmanager
+def choose_exact_kernels() -> Iterator[None]:
+    """Let flash attention's backward add in a fixed order, so that a run that is resumed ends as it would have."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = deterministic.fill_uninitialized_memory
+    # With warn_only it would warn, and add in any order. Its temporaries need not be filled with NaN first.
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return causal attention within each row, [tokens, heads, head_dim], and what backward takes besides.
+
+    Args:
+        q: [tokens, heads, head_dim]
+        k, v: [tokens, kv heads, head_dim]
+    """
+    if not q.is_cuda:
+        return _attend_densely(q, k, v, layout), ()
+    out, normalizers, random_state, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, layout.starts, layout.starts, layout.longest, layout.longest, 0.0, True, False
+    )
+    return out, (normalizers, random_state, unused)
+
+
+def attend_back(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: tuple[Tensor, ...], layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, from that of `attend`'s result and what it returned."""
+    if not q.is_cuda:
+        leaves = [part.detach().requires_grad_() for part in (q, k, v)]
+        with torch.enable_grad():
+            again = _attend_densely(*leaves, layout)
+        return torch.autograd.grad(again, leaves, gradient)
+    normalizers, random_state, unused = kept
+    starts, longest = layout.starts, layout.longest
+    with choose_exact_kernels():
+        return torch.ops.aten._flash_attention_backward(
+            gradient, q, k, v, out, normalizers, starts, starts, longest, longest, 0.0, True, random_state, unused
+        )
+
+
+def _attend_densely(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The same on a CPU, which only tests ask for."""
+    places = torch.arange(len(q), dtype=layout.starts.dtype, device=q.device)
+    row_ids = torch.searchsorted(layout.starts, places, right=True)
+    mask = (row_ids[:, None] == row_ids[None, :]).tril()
+    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)

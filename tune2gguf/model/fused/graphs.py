@@ -1,0 +1,200 @@
+"""CUDA graphs of all layers of a pass: one launch forward and one back, instead of thousands with Python in between.
+
+A graph computes at fixed addresses for one length. Passes are therefore padded to few lengths, and to few numbers of
+rows; the first pass of a kind runs as ever, which compiles and loads its kernels, the second one is captured. Kernels,
+their order and their inputs are those of a pass without graphs, so that the bits are the same.
+
+Memory: all graphs share one pool, in which each finds what another has left, as a forward pass goes back before the
+next one comes. The pool takes what a pass of the longest captured length takes, and stays. As a block is reused by
+what is not larger, a longer pass than any before starts the pool anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+
+from tune2gguf.model.fused.attention import Layout
+from tune2gguf.model.fused.groups import GROUPS, SEEDS_PER_GROUP
+
+if TYPE_CHECKING:
+    from tune2gguf.model.fused.layer import Pass
+    from tune2gguf.model.fused.stack import FusedStack
+
+MAX_GRAPHED_TOKENS = 4096  # beyond, a GPU computes for longer than its kernels take to launch
+MAX_GRAPHED_ROWS = 257
+MAX_GRAPHS = 32  # kinds of passes; each takes some MB of a GPU for the list of its kernels
+
+
+def pad_length(num_tokens: int) -> int:
+    """Return the length that a pass is padded to: 16 different ones up to MAX_GRAPHED_TOKENS."""
+    step = 128 if num_tokens <= 1024 or num_tokens > MAX_GRAPHED_TOKENS else 256 if num_tokens <= 2048 else 512
+    return max(1, -(-num_tokens // step)) * step
+
+
+def pad_rows(num_rows: int) -> int:
+    """Return the number of rows that a pass is padded to: a power of two, and one for the padding's tokens."""
+    return 1 + (1 << max(0, num_rows - 2).bit_length())
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What passes have in common that share a graph."""
+
+    length: int
+    num_starts: int
+    trains: bool
+    drops: bool
+
+
+@dataclass
+class Captured:
+    """The graphs of a kind; none for backward where nothing is trained."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph | None
+
+
+class LayerGraphs:
+    """Graphs of a stack's layers by kind of pass, and the tensors that they read and write, which all kinds share."""
+
+    def __init__(self, stack: FusedStack) -> None:
+        self.stack = stack
+        self.captured: dict[Kind, Captured] = {}
+        self._met: set[Kind] = set()
+        self._pool = None
+        self._pool_bytes = 0
+        self._longest = 0
+        self._passes: list[tuple[Tensor, Pass]] = []
+        self.number_of_passes = 0  # a pass that is not the last one cannot go back any more
+
+    def run(self, hidden: Tensor, layout: Layout, seeds: Tensor | None, weights: list[Tensor]) -> Tensor | None:
+        """Return the last layer's output, or None where the pass is to run without a graph.
+
+        Args:
+            hidden: [tokens, dim], the first layer's input
+            weights: the adapters', which get gradients
+        """
+        if len(hidden) > MAX_GRAPHED_TOKENS:
+            self._leave_room(len(hidden))
+            return None
+        kind = Kind(len(hidden), len(layout.starts), torch.is_grad_enabled(), seeds is not None)
+        if kind not in self._met or hidden.requires_grad or kind.num_starts > MAX_GRAPHED_ROWS + 1:
+            self._met.add(kind)
+            return None
+        if kind not in self.captured:
+            self._capture(kind, hidden, weights)
+        self._hidden[: kind.length].copy_(hidden.detach())
+        self._positions[: kind.length].copy_(layout.positions)
+        self._starts[: kind.num_starts].copy_(layout.starts)
+        if seeds is not None:
+            self._seeds.copy_(seeds)
+        return _GraphedLayers.apply(self, self.captured[kind], kind.length, *weights)
+
+    def replay_forward(self, captured: Captured, length: int) -> Tensor:
+        """Return the last layer's output for what the shared tensors hold."""
+        self.number_of_passes += 1
+        captured.forward.replay()
+        return self._out[:length].clone()
+
+    def replay_backward(self, captured: Captured, upstream: Tensor) -> list[Tensor]:
+        """Return the gradients of the weights, float32, from that of the output."""
+        self.number_of_passes += 1
+        self._out[: len(upstream)].copy_(upstream)
+        captured.backward.replay()
+        # A copy: autograd makes what it gets a parameter's own gradient.
+        return list(_unflatten_dense_tensors(self._gradient.clone(), self._gradients))
+
+    @torch.no_grad()
+    def _capture(self, kind: Kind, hidden: Tensor, weights: list[Tensor]) -> None:
+        if self._pool is None:
+            self._allocate(hidden, weights)
+        if kind.length > self._longest or len(self.captured) >= MAX_GRAPHS:
+            self.drop()
+        self._longest = max(self._longest, kind.length)
+        layout = Layout(self._positions[: kind.length], self._starts[: kind.num_starts], kind.length)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        try:
+            forward = self._record(lambda: self._run_forward(layout, kind))
+            backward = self._record(lambda: self._run_backward(kind.length)) if kind.trains else None
+        finally:
+            self._passes.clear()
+        self.captured[kind] = Captured(forward, backward)
+        self._pool_bytes += torch.cuda.memory_reserved() - before
+
+    def _allocate(self, hidden: Tensor, weights: list[Tensor]) -> None:
+        """Make what graphs read and write. What backward takes lies where forward has left its result."""
+        device, dim = hidden.device, hidden.shape[1]
+        self._hidden, self._out = (
+            torch.zeros(MAX_GRAPHED_TOKENS, dim, dtype=hidden.dtype, device=device) for _ in range(2)
+        )
+        self._positions = torch.zeros(MAX_GRAPHED_TOKENS, dtype=torch.int64, device=device)
+        self._starts = torch.zeros(MAX_GRAPHED_ROWS + 1, dtype=torch.int32, device=device)
+        shape = (len(self.stack.layers), len(GROUPS), SEEDS_PER_GROUP)
+        self._seeds = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._gradient = torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.float32, device=device)
+        self._gradients = _unflatten_dense_tensors(self._gradient, weights)
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def _record(self, work) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile: NCCL's asks whether its work is done, a checkpoint is written.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        return graph
+
+    def _run_forward(self, layout: Layout, kind: Kind) -> None:
+        x = self._hidden[: kind.length]
+        for number in range(len(self.stack.layers)):
+            one = self.stack.make_pass(number, layout, self._seeds if kind.drops else None)
+            out = one.forward(x)
+            if kind.trains:
+                self._passes.append((x, one))
+            x = out
+        self._out[: kind.length].copy_(x)
+
+    def _run_backward(self, length: int) -> None:
+        upstream, names = self._out[:length], self.stack.names
+        while self._passes:
+            x, one = self._passes.pop()
+            number = len(self._passes)
+            upstream, gradients = one.backward(x, upstream, needs_input=number > 0)
+            found = [part for name in names for part in gradients[name]]
+            torch._foreach_copy_(self._gradients[number * len(found) : (number + 1) * len(found)], found)
+
+    def _leave_room(self, num_tokens: int) -> None:
+        """Give the pool back where a pass without graphs might not fit beside it."""
+        if not self.captured:
+            return
+        free = torch.cuda.mem_get_info()[0] - self._pool_bytes  # which the next line counts as free, too
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if free < 1.2 * self._pool_bytes * num_tokens / self._longest:
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget all graphs and give their memory back; kinds that come again are captured again."""
+        torch.cuda.synchronize()
+        self.captured.clear()
+        self._pool, self._pool_bytes, self._longest = torch.cuda.graph_pool_handle(), 0, 0
+        torch.cuda.empty_cache()
+
+
+class _GraphedLayers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graphs: LayerGraphs, captured: Captured, length: int, *weights: Tensor) -> Tensor:
+        out = graphs.replay_forward(captured, length)
+        ctx.graphs, ctx.captured, ctx.number = graphs, captured, graphs.number_of_passes
+        return out
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple:
+        assert ctx.number == ctx.graphs.number_of_passes, "a graphed pass goes back once, before the next one comes"
+        captured, ctx.captured = ctx.captured, None  # or a loss that is still around would keep its memory
+        return None, None, None, *ctx.graphs.replay_backward(captured, upstream)

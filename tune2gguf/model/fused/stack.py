@@ -1,0 +1,139 @@
+"""All layers of a decoder as one: a pass of rows without padding, seeds and casts of all adapters at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from tune2gguf.model.fused.attention import Layout
+from tune2gguf.model.fused.graphs import MAX_GRAPHED_TOKENS, LayerGraphs, pad_length, pad_rows
+from tune2gguf.model.fused.groups import (
+    GROUPS,
+    SEEDS_PER_GROUP,
+    Groups,
+    begin_pass,
+    get_projections,
+    lay_out_groups,
+    list_adapted,
+    list_weights,
+)
+from tune2gguf.model.fused.layer import Pass
+
+if TYPE_CHECKING:
+    from torchtune.modules import TransformerSelfAttentionLayer
+
+
+def lay_out_pass(
+    tokens: Tensor, *, row_starts: Tensor | None, longest_row: int | None, input_pos: Tensor | None
+) -> tuple[Tensor, Layout]:
+    """Return a batch's tokens one behind the other, padded at the end to a length that passes share, and its layout.
+
+    The padding is a row of its own, which no label supervises, and further rows are empty.
+
+    Args:
+        tokens: [batch, seq]
+        row_starts: first token of each row in the flat batch, then its size, [rows + 1] int32; None: a row a sequence
+        longest_row: tokens of the longest row; None where row_starts is
+        input_pos: position of each token in its own row, [batch, seq]; None where a sequence is one row
+    """
+    batch, seq = tokens.shape
+    num_tokens, device = tokens.numel(), tokens.device
+    if row_starts is None:
+        row_starts = torch.arange(0, num_tokens + 1, seq, dtype=torch.int32, device=device)
+        longest_row = seq
+    if input_pos is None:
+        input_pos = torch.arange(seq, device=device).expand(batch, seq)
+    length, num_rows = pad_length(num_tokens), len(row_starts) - 1
+    missing = length - num_tokens
+    if length <= MAX_GRAPHED_TOKENS:
+        missing_rows, longest = pad_rows(num_rows + (missing > 0)) - num_rows, length
+    else:
+        missing_rows, longest = int(missing > 0), max(longest_row, missing)
+    layout = Layout(
+        positions=functional.pad(input_pos.flatten(), (0, missing)),
+        starts=functional.pad(row_starts, (0, missing_rows), value=length),
+        longest=longest,
+    )
+    return functional.pad(tokens.flatten(), (0, missing)), layout
+
+
+class FusedStack:
+    """The layers of a decoder, trained with the kernels of this package."""
+
+    def __init__(
+        self, layers: Sequence[TransformerSelfAttentionLayer], *, checkpointing: bool, is_graphed: bool
+    ) -> None:
+        """Take layers that may yet be without weights.
+
+        Args:
+            checkpointing: keep a layer's input only and compute the layer again in backward
+            is_graphed: capture short passes on a GPU as CUDA graphs
+        """
+        self.layers = list(layers)
+        self.checkpointing = checkpointing
+        self.linears = [get_projections(layer) for layer in self.layers]
+        self.names = list_adapted(self.linears[0])
+        self.share = self.linears[0][self.names[0]].dropout
+        self.slots = [
+            number * SEEDS_PER_GROUP + [name for name in members if name in self.names].index(name)
+            for number, members in enumerate(GROUPS)
+            for name in members
+            if name in self.names
+        ]
+        self.groups: list[Groups] = []  # in the activations' dtype
+        self.parts: list[Tensor] = []  # of them, in the order of the weights
+        self.graphs = LayerGraphs(self) if is_graphed else None
+
+    def list_weights(self) -> list[Tensor]:
+        """Return the adapters' weights, layer by layer: parameters may be replaced until training begins."""
+        return [weight for linears in self.linears for weight in list_weights(linears)]
+
+    def make_pass(self, number: int, layout: Layout, seeds: Tensor | None) -> Pass:
+        """Return a pass of one layer that is to come; seeds as `draw_seeds` returns them."""
+        groups = begin_pass(self.groups[number], None if seeds is None else seeds[number], share=self.share)
+        return Pass(self.layers[number], self.linears[number], layout, groups, self.checkpointing)
+
+    def run(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """Return the last layer's output, [tokens, dim], from the first one's input."""
+        seeds = self.draw_seeds(hidden.device) if self.layers[0].training and self.share > 0 else None
+        weights = self.list_weights()
+        is_sharded = isinstance(weights[0], DTensor)
+        if not is_sharded:
+            self._cast(weights, hidden)
+        if self.graphs is not None and hidden.is_cuda and not is_sharded:
+            out = self.graphs.run(hidden, layout, seeds, weights)
+            if out is not None:
+                return out
+        for number, layer in enumerate(self.layers):
+            # Through the module, whose hooks gather a sharded layer's weights.
+            hidden = layer(
+                hidden,
+                layout=layout,
+                groups=None if is_sharded else self.groups[number],
+                seeds=None if seeds is None else seeds[number],
+            )
+        return hidden
+
+    def draw_seeds(self, device: torch.device) -> Tensor:
+        """Draw a seed for each adapter from torch's generator on the CPU, layer by layer, [layers, groups, n] int32."""
+        draws = torch.randint(2**31 - 1, (len(self.layers), len(self.names)))
+        seeds = torch.zeros(len(self.layers), len(GROUPS) * SEEDS_PER_GROUP, dtype=torch.int32)
+        seeds[:, self.slots] = draws.int()
+        seeds = seeds.view(len(self.layers), len(GROUPS), SEEDS_PER_GROUP)
+        # From pinned memory the copy waits for nothing, and nothing waits for it.
+        return seeds.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else seeds
+
+    @torch.no_grad()
+    def _cast(self, weights: list[Tensor], hidden: Tensor) -> None:
+        """Bring the adapters in the activations' dtype up to date, where graphs find them."""
+        if not self.groups:
+            for linears in self.linears:
+                groups, parts = lay_out_groups(linears, dtype=hidden.dtype, device=hidden.device)
+                self.groups.append(groups)
+                self.parts.extend(parts)
+        torch._foreach_copy_(self.parts, weights)
