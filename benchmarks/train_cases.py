@@ -167,10 +167,8 @@ def plan_batches(case: Case, arguments: list[str]) -> list[list[dict]]:
     tokenizer = build_component(cfg.tokenizer)
     data: PreparedData = build_component(cfg.dataset, tokenizer=tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
     batches = []
-    order = plan_epoch(
-        len(data.sequences), seed=cfg.seed, epoch=0, batch_size=case.batch, lengths=data.lengths_to_group
-    )
-    for (indices,) in order[: case.steps]:
+    order = plan_epoch(data.sequence_lengths, seed=cfg.seed, epoch=0, rows_per_step=case.batch)
+    for indices in order[: case.steps]:
         rows = [data.sequences[index] for index in indices]
         if case.seq is not None:
             assert {len(row.tokens) for row in rows} == {case.seq}, [len(row.tokens) for row in rows]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tune2gguf.base.load import load_base
 from tune2gguf.base.source import name_base
 from tune2gguf.config import build_component, build_metric_logger, check_config, check_plan, get_run_spec, load_config
-from tune2gguf.data import plan_epoch
+from tune2gguf.data import lay_out_passes, plan_epoch
 from tune2gguf.distributed.failures import end_together
 from tune2gguf.distributed.parallel import choose_parallel, replicate, shard
 from tune2gguf.distributed.signals import StopSignals
@@ -35,6 +35,7 @@ from tune2gguf.distributed.world import (
 )
 from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
+from tune2gguf.machine.passes import choose_passes
 from tune2gguf.model.architectures import read_architecture
 from tune2gguf.model.fused import why_not_fused
 from tune2gguf.model.llama import prepare_training
@@ -43,7 +44,7 @@ from tune2gguf.model.sharding import copy_to_cpu
 from tune2gguf.runs.adapter import collect_peft_adapter, save_adapter
 from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
 from tune2gguf.runs.curves import TrainingStep
-from tune2gguf.runs.plan import write_plan
+from tune2gguf.runs.plan import LAYOUT_KEYS, Plan, write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.train.plan import describe_plan
 from tune2gguf.train.record import RunRecord
@@ -52,6 +53,7 @@ from tune2gguf.train.resume import (
     describe_run,
     enter_run_folder,
     open_checkpoint,
+    read_layout,
     restore_run,
     save_when_stopped,
 )
@@ -88,15 +90,14 @@ class LoRAFinetuneRecipe:
         self.tokenizer = build_component(cfg.tokenizer)
         self.data = build_component(cfg.dataset, tokenizer=self.tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
         self.rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * self.world.size
+        self.lengths = self.data.sequence_lengths
         self.plan_epoch = lambda epoch: plan_epoch(
-            len(self.data.sequences),
+            self.lengths,
             seed=cfg.seed,
             epoch=epoch,
-            batch_size=cfg.batch_size,
-            accumulation_steps=cfg.gradient_accumulation_steps,
+            rows_per_step=self.rows_per_step,
             world_size=self.world.size,
             rank=self.world.rank,
-            lengths=self.data.lengths_to_group,
         )[: cfg.max_steps_per_epoch]
         self.steps_per_epoch = len(self.plan_epoch(0))
         self.num_steps = cfg.epochs * self.steps_per_epoch
@@ -118,11 +119,19 @@ class LoRAFinetuneRecipe:
 
     def _plan_memory(self) -> None:
         """Say what the run will need before it takes it, and warn where it will not be there."""
-        longest = int(self.data.train.lengths().max()) if self.data.unit == "rows" else self.cfg.max_seq_len
-        spec = get_run_spec(self.cfg, longest_row=longest, num_devices=self.world.size, parallel="replicate")
-        self.parallel = choose_parallel(self.cfg.parallel, spec, self.world)
-        self.spec = replace(spec, parallel=self.parallel)
+        cfg = self.cfg
         self.device = get_device(str(self.world.device))
+        spec = get_run_spec(cfg, longest_row=int(self.lengths.max()), num_devices=self.world.size, parallel="replicate")
+        self.parallel = choose_parallel(cfg.parallel, spec, self.world)
+        spec = choose_passes(
+            replace(spec, parallel=self.parallel),
+            self.device.free,
+            tokens_per_pass=cfg.tokens_per_pass,
+            checkpointing=cfg.enable_activation_checkpointing,
+            tokens_per_step=max(int(self.lengths[rows].sum()) for rows in self.plan_epoch(0)),
+        )
+        # One layout for all: the main process's, or that with which the run began.
+        self.spec = broadcast_from_main(replace(spec, **read_layout(cfg.resume, Path(cfg.output_dir))))
         if self.world.is_main:
             announce(self.spec, self.device)
 
@@ -133,11 +142,10 @@ class LoRAFinetuneRecipe:
         prepare_training(
             self.model,
             compile=cfg.compile,
-            enable_activation_checkpointing=cfg.enable_activation_checkpointing,
+            enable_activation_checkpointing=self.spec.enable_activation_checkpointing,
             enable_activation_offloading=cfg.enable_activation_offloading,
             fuse=why_not_fused(world.device.type, dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
             is None,
-            lengths_vary=self.data.unit == "rows",
         )
         if self.parallel == "shard":
             shard(self.model, world)
@@ -203,8 +211,10 @@ class LoRAFinetuneRecipe:
             validation=self.validation,
             prompts=self.prompts,
             num_steps=self.num_steps,
+            spec=self.spec,
         )
-        write_plan(self.folder, lines, num_steps=self.num_steps)
+        layout = {key: getattr(self.spec, key) for key in LAYOUT_KEYS}
+        write_plan(self.folder, Plan(num_steps=self.num_steps, lines=lines, **layout))
         notes = [f"note: {note}" for note in [*self.warnings, *self.data.ledger["notes"]]]
         print("\n".join([*lines, *notes]))
 
@@ -215,7 +225,7 @@ class LoRAFinetuneRecipe:
             validation=self.validation,
             rows=self.data.validation.take(self.validation.rows),
             prompts=broadcast_from_main(self.prompts),
-            batch_size=self.cfg.batch_size,
+            tokens_per_pass=self.spec.tokens_per_pass,
             max_seq_len=self.cfg.max_seq_len,
             world=self.world,
             is_sharded=self.parallel == "shard",
@@ -236,8 +246,8 @@ class LoRAFinetuneRecipe:
         with tqdm(total=num_steps, initial=at.step, unit="step", disable=is_quiet, dynamic_ncols=True) as bar:
             self.validate()  # before training, or what the run that goes on had still to do
             while not self._is_over():
-                for micro_batches in self.plan_epoch(at.epoch)[at.step_in_epoch :]:
-                    record = self._train_step(micro_batches)
+                for indices in self.plan_epoch(at.epoch)[at.step_in_epoch :]:
+                    record = self._train_step(indices)
                     if self.world.is_main:
                         self.writer.raise_if_failed()
                         self.record.write_step(record, bar)
@@ -252,13 +262,15 @@ class LoRAFinetuneRecipe:
     def _is_over(self) -> bool:
         return self.progress.is_over(self.cfg.epochs, patience=self.cfg.early_stopping_patience)
 
-    def _train_step(self, micro_batches: list[list[int]]) -> TrainingStep:
+    def _train_step(self, indices: list[int]) -> TrainingStep:
         """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
         started = time.perf_counter()
-        rows = [[self.data.sequences[index] for index in indices] for indices in micro_batches]
-        counts = count_step(rows)
-        loss, batch_losses = accumulate_gradients(
-            self.trained_model, rows, counts, pad_id=self.tokenizer.pad_id, world=self.world, stop=self.stop
+        rows = [self.data.sequences[index] for index in indices]
+        layout = lay_out_passes(self.lengths[indices].tolist(), tokens_per_pass=self.spec.tokens_per_pass)
+        passes = [[rows[index] for index in one] for one in layout]
+        counts = count_step(passes)
+        loss, position_losses = accumulate_gradients(
+            self.trained_model, passes, counts, world=self.world, stop=self.stop
         )
         grad_norm = compute_grad_norm(self.adapter_params, clip_to=self.cfg.clip_grad_norm)
         record = {"step": self.progress.step + 1, "epoch": self.progress.epoch}
@@ -268,7 +280,7 @@ class LoRAFinetuneRecipe:
             self.optimizer.step()
         else:
             record["skipped"] = skip_step(
-                record["step"], problem, rows, batch_losses, on_nonfinite=self.cfg.on_nonfinite
+                record["step"], problem, passes, position_losses, on_nonfinite=self.cfg.on_nonfinite
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -283,7 +295,7 @@ class LoRAFinetuneRecipe:
         if not self.validation.is_due(at.step, is_epoch_end=is_epoch_end):
             return
         if at.validated_step != at.step:
-            loss = self.validator.measure(at, before_batch=self.stop.raise_if_requested)
+            loss = self.validator.measure(at, before_pass=self.stop.raise_if_requested)
             if loss is not None and at.step > 0 and at.take_loss(loss):
                 at.best_sha256 = self._save_adapter("best")
             at.validated_step = at.step

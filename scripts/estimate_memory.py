@@ -19,6 +19,7 @@ def main() -> None:
     from tune2gguf.machine.devices import list_devices
     from tune2gguf.machine.fit import describe_estimate, describe_fit
     from tune2gguf.machine.memory import estimate_memory
+    from tune2gguf.machine.passes import choose_passes
 
     try:
         config = read_config(arguments.config, arguments.overrides)
@@ -29,11 +30,22 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     devices = "one device" if spec.num_devices == 1 else f"each of {spec.num_devices} devices"
-    print(f"{spec.batch_size} rows of {spec.longest_row} tokens at a time, on {devices} ({spec.device_type}):")
+    kept = "computed again" if spec.enable_activation_checkpointing else "kept"
+    print(
+        f"rows of up to {spec.longest_row} tokens, on {devices} ({spec.device_type}); what the config leaves to the run is"
+    )
+    print(f"counted as the least: {spec.tokens_per_pass} tokens a pass, activations {kept}:")
     print("\n".join(describe_estimate(estimate_memory(spec))))
-    print("on this machine:")
+    print("on this machine, with the layout that a run would choose:")
     for device in list_devices():
-        print(f"  {describe_fit(replace(spec, device_type=device.kind), device)}")
+        chosen = choose_passes(
+            replace(spec, device_type=device.kind),
+            device.free,
+            tokens_per_pass=config.tokens_per_pass,
+            checkpointing=config.enable_activation_checkpointing,
+            tokens_per_step=config.batch_size * config.gradient_accumulation_steps * spec.longest_row,
+        )
+        print(f"  {describe_fit(chosen, device)}")
 
 
 if __name__ == "__main__":

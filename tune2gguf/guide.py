@@ -59,7 +59,7 @@ GUIDE_PARAMETERS = (
         "SchedulerType", "scheduler", "cosine", "lr_scheduler.name", "after the peak: cosine, linear, constant"
     ),
     GuideParameter("Seed", "seed", 42, "recipe, dataset", "adapter, row order, split and dropout follow from it"),
-    GuideParameter("BatchSize", "batch_size", 2, "recipe", "rows per device and forward pass"),
+    GuideParameter("BatchSize", "batch_size", 2, "recipe", "rows of a step, times accumulation and devices"),
     GuideParameter("Quantization", "quantization", "Q4_K_M", "scripts/export.py", "type of the GGUF, nothing else"),
     GuideParameter(
         "WeightDecay", "weight_decay", 0.01, "optimizer.weight_decay", "decoupled, adapter only; also try 0.1, 0.001, 0"

@@ -55,8 +55,8 @@ def measure(model: CausalLM, batches: list[Batch]) -> tuple[torch.Tensor, dict[s
 def make_batches(data: PreparedData) -> tuple[list[Batch], list[Batch]]:
     """Return the packs in batches of two, and the same rows in the same order one by one."""
     packs = [data.sequences[index] for index in range(len(data.sequences))]
-    packed = [collate(packs[start : start + 2], pad_id=0) for start in range(0, len(packs), 2)]
-    return packed, [collate([row], pad_id=0) for pack in packs for row in pack.rows]
+    packed = [collate(packs[start : start + 2]) for start in range(0, len(packs), 2)]
+    return packed, [collate([row]) for pack in packs for row in pack.rows]
 
 
 def test_packed_losses_and_gradients_equal_those_of_the_rows_alone(model, data):

@@ -112,11 +112,9 @@ def measure_first_step(base_dir: Path, train: Path) -> list[torch.Tensor]:
     )
     load_base(model, str(base_dir), device=torch.device("cpu"), base_weights="fp32", show=False)
     initialize_adapters(model, SEED)
-    (step, *_) = plan_epoch(len(data.sequences), seed=SEED, epoch=0, batch_size=8, lengths=data.lengths_to_group)
+    (step, *_) = plan_epoch(data.sequence_lengths, seed=SEED, epoch=0, rows_per_step=8)
     with torch.no_grad():
-        return [
-            model(**vars(collate([data.sequences[row]], pad_id=tokenizer.pad_id))) for batch in step for row in batch
-        ]
+        return [model(**vars(collate([data.sequences[row]]))) for row in step]
 
 
 @pytest.mark.parametrize("parallel", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])

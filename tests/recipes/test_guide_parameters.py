@@ -23,15 +23,15 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 @dataclass
 class Watched:
-    """A finished run and what went through it: the rows of every forward pass, step by step."""
+    """A finished run and the rows of each of its steps."""
 
     recipe: LoRAFinetuneRecipe
     folder: Path
-    steps: list[list[list]] = field(default_factory=list)
+    steps: list[list] = field(default_factory=list)
 
     @property
     def rows(self) -> list:
-        return [row for step in self.steps for batch in step for row in batch]
+        return [row for step in self.steps for row in step]
 
     @property
     def adapter(self) -> dict[str, np.ndarray]:
@@ -45,9 +45,9 @@ def run_watched(arguments: list[str], folder: Path, *changed: str) -> Watched:
     watched = Watched(recipe, folder)
     train_step = recipe._train_step
 
-    def note_rows(micro_batches):
-        watched.steps.append([[recipe.data.sequences[index] for index in batch] for batch in micro_batches])
-        return train_step(micro_batches)
+    def note_rows(indices):
+        watched.steps.append([recipe.data.sequences[index] for index in indices])
+        return train_step(indices)
 
     recipe._train_step = note_rows
     recipe.setup()
@@ -75,7 +75,7 @@ def test_learning_rate_is_how_far_a_step_goes(rate, run_arguments, tmp_path):
 
 
 def test_epochs_is_how_often_every_row_is_seen(run_arguments, tmp_path):
-    """20 rows in steps of 2 batches of 3: three full steps and a tail of 2, three times, each in another order."""
+    """20 rows in steps of 2 x 3: three full steps and a tail of 2, three times, each in another order."""
     run = run_watched(run_arguments, tmp_path / "run", "epochs=3", "batch_size=3", "gradient_accumulation_steps=2")
     counts = Counter(row.source.line for row in run.rows)
     assert counts == dict.fromkeys(range(1, 21), 3)
@@ -214,11 +214,10 @@ def test_seed_decides_adapter_order_and_dropout(run_arguments, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_batch_size_is_the_rows_of_a_forward_pass(size, run_arguments, tmp_path):
+def test_batch_size_times_accumulation_is_the_rows_of_a_step(size, run_arguments, tmp_path):
     run = run_watched(run_arguments, tmp_path / "run", f"batch_size={size}", "gradient_accumulation_steps=2")
-    passes = [len(batch) for step in run.steps for batch in step]
-    full, rest = divmod(20, size)
-    assert sorted(passes, reverse=True) == [size] * full + [rest] * (rest > 0)
+    full, rest = divmod(20, 2 * size)
+    assert [len(step) for step in run.steps] == [2 * size] * full + [rest] * (rest > 0)
 
 
 def test_quantization_changes_what_export_writes_and_nothing_else(run_arguments, tmp_path):

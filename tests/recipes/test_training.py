@@ -65,6 +65,26 @@ def test_a_step_is_the_same_however_its_rows_are_cut(run_arguments, tmp_path, mo
     assert measure_difference(tmp_path / "1x8", tmp_path / "uneven") > 1e-5
 
 
+def test_a_step_is_the_same_however_its_rows_are_laid_out(run_arguments, tmp_path, monkeypatch):
+    """A row at a time, as the micro-batches of batch_size were, or all rows of the step in one pass."""
+    arguments = [*run_arguments, "batch_size=4", "gradient_accumulation_steps=2"]
+    for name, tokens in (("alone", "1"), ("few", "120"), ("all", "auto")):
+        run_recipe([*arguments, f"tokens_per_pass={tokens}", f"output_dir={tmp_path / name}"], monkeypatch)
+    plans = [json.loads((tmp_path / name / "plan.json").read_text()) for name in ("alone", "few", "all")]
+    assert plans[0]["tokens_per_pass"] < plans[1]["tokens_per_pass"] < plans[2]["tokens_per_pass"]
+    for name in ("few", "all"):
+        assert measure_difference(tmp_path / "alone", tmp_path / name) < 1e-6
+        for key in ("loss", "val_loss"):
+            values, expected = (
+                [record[key] for record in read_records(tmp_path / one, key)] for one in (name, "alone")
+            )
+            assert values == pytest.approx(expected, abs=1e-6)
+    # Negative control: rows that see each other.
+    monkeypatch.setattr("tune2gguf.model.llama.make_row_mask", lambda row_starts, batch, seq: None)
+    run_recipe([*arguments, f"output_dir={tmp_path / 'mixed'}"], monkeypatch)
+    assert measure_difference(tmp_path / "alone", tmp_path / "mixed") > 1e-5
+
+
 def test_same_seed_gives_identical_bytes_and_another_seed_another_adapter(run_arguments, tmp_path, monkeypatch):
     for name, seed in (("first", 7), ("again", 7), ("other", 8)):
         run_recipe([*run_arguments, "lora_dropout=0.1", f"seed={seed}", f"output_dir={tmp_path / name}"], monkeypatch)

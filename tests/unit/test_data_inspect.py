@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from tests.conftest import REPOSITORY, make_conversations, write_rows
-from tune2gguf.data import collate, plan_epoch
+from tune2gguf.data import plan_epoch
 from tune2gguf.data.html import plot_lengths
 from tune2gguf.data.packing import pack_rows
 from tune2gguf.data.show import MARKS, Bin, escape, format_row, make_histogram
@@ -64,24 +64,13 @@ def test_characters_per_token_and_supervised_share_are_measured(tmp_path, tiny_b
     assert summary.supervised_share == pytest.approx(supervised / (num_tokens + 4))
 
 
-def test_padding_is_what_the_batches_of_an_epoch_hold(tmp_path, tiny_base):
+def test_steps_are_those_of_an_epoch_of_rows_or_of_packs(tmp_path, tiny_base):
     path = write_rows(tmp_path / "a.jsonl", make_conversations(40))
     summary = inspect(path, tiny_base, max_seq_len=256).summary
-    rows, lengths = summary.data.train, summary.data.train.lengths()
-
-    def count_positions(sequences, grouped_by=None) -> int:
-        plan = plan_epoch(len(sequences), seed=0, epoch=0, batch_size=2, accumulation_steps=4, lengths=grouped_by)
-        batches = [[sequences[index] for index in batch] for step in plan for batch in step]
-        return sum(collate(batch, pad_id=0).tokens.numel() for batch in batches)
-
-    shuffled, grouped, packed = summary.epochs.values()
-    assert shuffled.num_positions == count_positions(rows)
-    assert grouped.num_positions == count_positions(rows, lengths)
-    assert packed.num_positions == count_positions(pack_rows(rows, seed=0))
-    assert shuffled.num_tokens == grouped.num_tokens == packed.num_tokens == lengths.sum()
-    assert (shuffled.num_steps, grouped.num_steps) == (5, 5)
-    assert shuffled.padding == pytest.approx(1 - lengths.sum() / shuffled.num_positions)
-    assert shuffled.padding > grouped.padding
+    rows, packed = summary.data.train, pack_rows(summary.data.train, seed=0)
+    assert summary.num_steps["rows"] == len(plan_epoch(rows.lengths(), seed=0, epoch=0, rows_per_step=8)) == 5
+    assert summary.num_steps["packs"] == -(-len(packed) // 8) < 5
+    assert summary.fill == packed.fill
 
 
 def test_histogram_counts_every_row_once():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tune2gguf.data import Pack, Source, TokenizedRow, TokenizedRows, collate
-from tune2gguf.data.packing import make_positions, pack_rows
+from tune2gguf.data.packing import pack_rows
 from tune2gguf.data.tokenize import TokenIndex, TokenizedFile
 from tune2gguf.model.llama import make_row_mask
 
@@ -77,21 +77,14 @@ def test_pack_is_one_long_row_in_which_no_row_predicts_the_next_ones_first_token
     assert pack.source == "x.jsonl, line 1 + x.jsonl, line 4"
 
 
-def test_attention_is_causal_within_a_row_and_padding_is_a_row_of_its_own():
-    row_starts, input_pos = make_positions([[2, 1], [4]], 4)
-    mask = make_row_mask(torch.from_numpy(row_starts), 2, 4)
-    assert input_pos.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
-    assert mask[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
-    assert mask[1].int().tolist() == np.tri(4, dtype=int).tolist()
+def test_attention_is_causal_within_a_row():
+    mask = make_row_mask(torch.tensor([0, 2, 3], dtype=torch.int32), 1, 3)
+    assert mask[0].int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
-def test_packs_are_collated_with_mask_and_positions_and_rows_without():
+def test_packs_and_rows_are_collated_alike():
     rows = [make_row([1, 2, 3], [0, 1, 1]), make_row([4, 5], [0, 1]), make_row([6, 7], [0, 1])]
-    batch = collate([Pack((rows[0], rows[1])), Pack((rows[2],))], pad_id=9)
-    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 9, 9, 9]]
-    assert batch.labels.tolist() == [[-100, 2, 3, -100, 5], [-100, 7, -100, -100, -100]]
-    assert batch.input_pos.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
-    assert batch.row_starts.tolist() == [0, 3, 5, 5, 7, 10] and batch.longest_row == 3
-    assert batch.supervised.tolist() == [0, 1, 3, 5]
-    alone = collate(rows, pad_id=9)
-    assert alone.row_starts is None and alone.input_pos is None
+    packed, alone = collate([Pack((rows[0], rows[1])), Pack((rows[2],))]), collate(rows)
+    assert packed.tokens.tolist() == alone.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert packed.row_starts.tolist() == alone.row_starts.tolist() == [0, 3, 5, 7]
+    assert packed.labels.tolist() == alone.labels.tolist() == [[-100, 2, 3, -100, 5, -100, 7]]

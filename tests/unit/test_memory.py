@@ -18,6 +18,7 @@ from tune2gguf.machine.memory import (
     estimate_memory,
     list_layer_activations,
 )
+from tune2gguf.machine.passes import USABLE_SHARE, choose_passes
 from tune2gguf.model.architectures import LLAMA3_1_8B, LLAMA3_2_1B, LLAMA3_2_3B, Architecture
 from tune2gguf.model.llama import build_lora_llama
 
@@ -43,9 +44,8 @@ def make_spec(architecture: Architecture = SMALL, **changed) -> RunSpec:
         lora_dropout=0.1,
         lora_attn_modules=ATTENTION,
         apply_lora_to_mlp=True,
-        batch_size=2,
-        gradient_accumulation_steps=1,
         longest_row=32,
+        tokens_per_pass=64,
         enable_activation_checkpointing=False,
     )
     return RunSpec(architecture, **(options | changed))
@@ -63,7 +63,7 @@ def measure_kept_bytes(spec: RunSpec) -> int:
             lora_dropout=spec.lora_dropout,
             lora_attn_modules=list(spec.lora_attn_modules),
             apply_lora_to_mlp=spec.apply_lora_to_mlp,
-            max_seq_len=spec.longest_row,
+            max_seq_len=spec.tokens_per_pass,
         )
     finally:
         torch.set_default_dtype(default)
@@ -72,7 +72,7 @@ def measure_kept_bytes(spec: RunSpec) -> int:
             torch.nn.init.normal_(parameter, std=0.2)
         elif "norm" in name:
             parameter.data = parameter.data.float()
-    tokens = torch.randint(0, spec.architecture.vocab_size, (spec.batch_size, spec.longest_row))
+    tokens = torch.randint(0, spec.architecture.vocab_size, (1, spec.tokens_per_pass))
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), tokens]}
     kept = {}
 
@@ -95,7 +95,7 @@ def measure_kept_bytes(spec: RunSpec) -> int:
         {"lora_dropout": 0.0},
         {"dtype": "fp32", "base_weights": "fp32"},
         {"dtype": "fp32", "base_weights": "fp32", "lora_dropout": 0.0},
-        {"lora_rank": 16, "batch_size": 4, "longest_row": 48},
+        {"lora_rank": 16, "tokens_per_pass": 192, "longest_row": 48},
     ],
     ids=str,
 )
@@ -150,8 +150,8 @@ MEDIUM = Architecture(
     "changed",
     [
         {},
-        {"batch_size": 8},
-        {"batch_size": 8, "enable_activation_checkpointing": True},
+        {"tokens_per_pass": 4096},
+        {"tokens_per_pass": 4096, "enable_activation_checkpointing": True},
         {"dtype": "fp32", "base_weights": "fp32", "lora_dropout": 0.0},
         {"base_weights": "nf4", "lora_rank": 64},
     ],
@@ -160,15 +160,16 @@ MEDIUM = Architecture(
 def test_estimate_is_within_15_percent_of_the_measured_peak(changed, tmp_path):
     from tune2gguf.base.random_base import write_random_base
 
-    spec = make_spec(MEDIUM, **({"batch_size": 4, "longest_row": 512, "lora_rank": 16} | changed))
+    spec = make_spec(MEDIUM, **({"tokens_per_pass": 2048, "longest_row": 512, "lora_rank": 16} | changed))
     base = write_random_base(MEDIUM, tmp_path / "base")
     write_tiny_tokenizer(base)
-    rows = write_long_rows(tmp_path / "train.jsonl", 2 * spec.batch_size)
-    names = ("base_weights", "dtype", "lora_rank", "lora_dropout", "batch_size", "enable_activation_checkpointing")
+    rows_per_step = spec.tokens_per_pass // spec.longest_row
+    rows = write_long_rows(tmp_path / "train.jsonl", 2 * rows_per_step)
+    names = ("base_weights", "dtype", "lora_rank", "lora_dropout", "tokens_per_pass", "enable_activation_checkpointing")
     peak = run_and_measure(
         [
             *("--config", "examples/quickstart/lora.yaml", f"base_dir={base}", "base_source=null"),
-            *("model.architecture=null", "epochs=1", "warmup_steps=0"),
+            *("model.architecture=null", "epochs=1", "warmup_steps=0", f"batch_size={rows_per_step}"),
             *(f"dataset.files=[{rows}]", "dataset.validation_files=null", f"max_seq_len={spec.longest_row}"),
             *(f"{name}={getattr(spec, name)}" for name in names),
             # A checkpoint that is written beside a step adds to its peak, or not: that depends on who else is busy.
@@ -207,9 +208,7 @@ def test_shards_hold_their_part_and_replicas_all_of_it():
     assert estimate_memory(replace(spec, parallel="shard")).weights == alone.weights // 4
 
 
-BIG = make_spec(
-    LLAMA3_2_1B, device_type="cuda", batch_size=4, gradient_accumulation_steps=2, longest_row=2048, lora_rank=16
-)
+BIG = make_spec(LLAMA3_2_1B, device_type="cuda", tokens_per_pass=8192, longest_row=2048, lora_rank=16)
 
 
 def need(**changed) -> int:
@@ -219,39 +218,60 @@ def need(**changed) -> int:
 @pytest.mark.parametrize(
     ("free", "change"),
     [
-        (need(batch_size=2), {"batch_size": 2, "gradient_accumulation_steps": 4}),
-        (need(batch_size=1), {"batch_size": 1, "gradient_accumulation_steps": 8}),
+        (need(tokens_per_pass=4096), {"tokens_per_pass": 4096}),
+        (need(tokens_per_pass=2048), {"tokens_per_pass": 2048}),
         (need(enable_activation_checkpointing=True), {"enable_activation_checkpointing": True}),
         (
-            need(enable_activation_checkpointing=True, batch_size=1),
-            {"enable_activation_checkpointing": True, "batch_size": 1, "gradient_accumulation_steps": 8},
+            need(enable_activation_checkpointing=True, tokens_per_pass=2048),
+            {"enable_activation_checkpointing": True, "tokens_per_pass": 2048},
         ),
         (
-            need(enable_activation_checkpointing=True, batch_size=1) - 1,
-            {"enable_activation_checkpointing": True, "enable_activation_offloading": True, "batch_size": 1}
-            | {"gradient_accumulation_steps": 8},
+            need(enable_activation_checkpointing=True, tokens_per_pass=2048) - 1,
+            {"enable_activation_checkpointing": True, "enable_activation_offloading": True, "tokens_per_pass": 2048},
         ),
         (need(enable_activation_checkpointing=True, base_weights="nf4"), None),
         (10**9, None),
     ],
 )
-def test_first_change_that_fits_is_found_and_keeps_the_rows_of_a_step(free, change):
+def test_first_change_that_fits_is_found(free, change):
     found = find_fitting_change(BIG, free)
     if change is not None:
         assert found == change
     for option in list_changes(BIG):
-        assert option.get("batch_size", 4) * option.get("gradient_accumulation_steps", 2) == 8
         if option == found:
             break
         assert not fits(replace(BIG, **option), free)
 
 
 def test_advice_is_overrides_or_says_that_none_helps():
-    assert advise(BIG, need(batch_size=1)).endswith("batch_size=1 gradient_accumulation_steps=8")
+    assert advise(BIG, need(tokens_per_pass=2048)).endswith("tokens_per_pass=2048")
     assert advise(BIG, 10**9).startswith("No setting makes it fit: at the least it needs ")
     assert find_warning(BIG, Device("cuda:0", "a GPU", need())) is None
     warning = find_warning(BIG, Device("cuda:0", "a GPU", need() - 1))
-    assert "will probably run out of memory" in warning and "batch_size=2" in warning
+    assert "will probably run out of memory" in warning and "tokens_per_pass=4096" in warning
+
+
+def choose(free: int, *, tokens_per_pass="auto", checkpointing="auto", tokens_per_step=16_384) -> tuple[int, bool]:
+    layout = {"tokens_per_pass": tokens_per_pass, "checkpointing": checkpointing}
+    spec = choose_passes(BIG, free, **layout, tokens_per_step=tokens_per_step)
+    return spec.tokens_per_pass, spec.enable_activation_checkpointing
+
+
+def test_passes_are_as_long_as_the_memory_allows_and_recompute_only_where_they_must():
+    usable = 1.001 / USABLE_SHARE
+    assert choose(10**12) == (8192, False)
+    assert choose(10**12, tokens_per_step=3000) == (3000, False)
+    assert choose(int(need(tokens_per_pass=4096) * usable)) == (4096, False)
+    assert choose(int(need(tokens_per_pass=2048) * usable)) == (2048, False)
+    least = need(tokens_per_pass=2048, enable_activation_checkpointing=True)
+    assert choose(int(least * usable)) == (2048, True)
+    assert choose(10**9) == (2048, True), "where nothing fits, the smallest"
+
+
+def test_what_the_user_says_of_the_layout_stays():
+    assert choose(10**9, tokens_per_pass=5000, checkpointing=False) == (5000, False)
+    assert choose(10**12, checkpointing=True) == (8192, True)
+    assert choose(10**12, tokens_per_pass=100) == (2048, False), "the longest row is a pass by itself"
 
 
 def test_other_errors_are_not_called_out_of_memory():
@@ -270,7 +290,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_script_prints_the_estimate_of_a_config_without_its_base():
-    done = run_script("--config", "configs/llama3_1_8b/lora.yaml", "--devices", "2", "batch_size=1")
+    done = run_script("--config", "configs/llama3_1_8b/lora.yaml", "--devices", "2")
     assert done.returncode == 0, done.stderr
     assert "weights of the base        16.06 GB" in done.stdout
     assert "  cpu (this machine's memory), " in done.stdout and "for each of 2 processes" in done.stdout
@@ -339,7 +359,7 @@ def test_estimates_for_a_gpu_are_within_a_tenth_of_the_peaks_measured_there():
             base_weights="nf4" if kind == "qlora" else "bf16",
             lora_rank=16,
             lora_dropout=0.0,
-            batch_size=batch,
+            tokens_per_pass=batch * row,
             longest_row=row,
             enable_activation_checkpointing="checkpointing" in name,
             device_type="cuda",

@@ -25,6 +25,7 @@ class Key:
     choices: Sequence[str] = ()  # of the value, or of each element of a list
     optional: bool = False  # null is a value
     or_false: bool = False  # false is a value, too
+    or_auto: bool = False  # auto likewise
     why_not: str = ""  # why a value outside the limits makes no sense
 
 
@@ -38,7 +39,7 @@ KEYS = {
     "warmup_steps": Key(int, minimum=0, why_not="0 turns warm-up off"),
     "scheduler": Key(str, choices=SCHEDULERS),
     "seed": Key(int, minimum=0, maximum=2**32 - 1),
-    "batch_size": Key(int, minimum=1, why_not="a forward pass needs a row"),
+    "batch_size": Key(int, minimum=1, why_not="a step needs a row"),
     "quantization": Key(str, choices=tuple(QUANTIZATIONS)),
     "weight_decay": Key(float, minimum=0, why_not="a negative decay would make weights grow"),
     "gradient_accumulation_steps": Key(int, minimum=1, why_not="1 accumulates nothing"),
@@ -51,7 +52,8 @@ KEYS = {
     "output_dir": Key(str),
     "device": Key(str),
     "dtype": Key(str, choices=("bf16", "fp32")),
-    "enable_activation_checkpointing": Key(bool),
+    "tokens_per_pass": Key(int, minimum=1, or_auto=True, why_not="auto takes what the memory allows"),
+    "enable_activation_checkpointing": Key(bool, or_auto=True),
     "enable_activation_offloading": Key(bool),
     "compile": Key(bool),
     "save_every_n_steps": Key(int, minimum=1, optional=True, why_not="null is about every 5 % of the run"),
@@ -80,10 +82,11 @@ def find_value_problems(name: str, value: Any, key: Key) -> Iterator[str]:
     if value is None:
         if not key.optional:
             yield f"{name} is empty; it needs a value"
-    elif value is False and key.or_false:
+    elif (value is False and key.or_false) or (value == "auto" and key.or_auto):
         return
     elif not _is_kind(value, key.kind):
-        yield f"{name}={value!r} is {_describe_type(value)}; it must be {_KIND_NAMES[key.kind]}"
+        expected = _KIND_NAMES[key.kind] + (", or auto" if key.or_auto else "")
+        yield f"{name}={value!r} is {_describe_type(value)}; it must be {expected}"
     elif key.kind in (int, float):
         if not _is_within(value, key):
             reason = f" ({key.why_not})" if key.why_not else ""

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tune2gguf.base.source import BaseSource, parse_base_source
-from tune2gguf.runs.config_file import rename_components
+from tune2gguf.runs.config_file import ADDED_KEYS, rename_components
 
 MODELS_FOLDER = "models"
 
@@ -48,7 +48,7 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
         if not OmegaConf.is_dict(config):
             raise ValueError(f"{path}: a config is a mapping of keys to values")
         # The config.yaml of an old run is a config, too.
-        config = OmegaConf.create(rename_components(OmegaConf.to_container(config)))
+        config = OmegaConf.create(ADDED_KEYS | rename_components(OmegaConf.to_container(config)))
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
         base_dir = derive_base_dir(config.get("base_source"))
         if config.get("base_dir", "") is None and base_dir is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from tune2gguf.machine.memory import RunSpec
+from tune2gguf.machine.passes import AUTO
 from tune2gguf.model.architectures import ARCHITECTURES, read_architecture
 
 
 def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> RunSpec:
     """Return the RunSpec of a config; the base folder is read only where the config names no architecture.
+
+    What the config leaves to the memory estimate is as small as can be: a row a pass, with activation checkpointing.
 
     Raises:
         ValueError: if the base folder's config.json cannot be read
@@ -23,10 +26,9 @@ def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, para
         lora_dropout=config.lora_dropout,
         lora_attn_modules=tuple(config.model.lora_attn_modules),
         apply_lora_to_mlp=config.model.apply_lora_to_mlp,
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         longest_row=longest_row,
-        enable_activation_checkpointing=config.enable_activation_checkpointing,
+        tokens_per_pass=longest_row if config.tokens_per_pass == AUTO else config.tokens_per_pass,
+        enable_activation_checkpointing=config.enable_activation_checkpointing in (AUTO, True),
         enable_activation_offloading=config.enable_activation_offloading,
         device_type=config.device.partition(":")[0],
         num_devices=num_devices,

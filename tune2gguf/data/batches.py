@@ -1,4 +1,4 @@
-"""Rows to batches: which rows each step takes on each rank, and the tensors they become."""
+"""Rows to passes: which rows each step takes on each rank, which of them go together, and the tensors they become."""
 
 from __future__ import annotations
 
@@ -8,33 +8,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.data.packing import Pack, make_positions
+from tune2gguf.data.packing import Pack, list_rows
 
 if TYPE_CHECKING:
     import torch
 
     from tune2gguf.data.tokenize import TokenizedRow
 
-# Rows are grouped by length within so many steps. On the lengths of benchmarks/make_rows.py 2 to 17 % of padding is
-# left at batch sizes of 2 to 8, against 42 to 147 % in a shuffled order; longer windows are less random.
-WINDOW_STEPS = 16
-
-# A step of one rank: its micro-batches, each a list of row indices.
-Step = list[list[int]]
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one forward pass, padded on the right; under causal attention no row sees its padding.
+    """The rows of one pass, one behind the other without padding; no row sees another.
 
     Attributes:
-        tokens: [batch, seq] int64
-        labels: [batch, seq] int64, not shifted: the token where it is supervised, else loss.IGNORED_LABEL
-        supervised: [n] int64, places of the flat batch whose next token is supervised
-        row_starts: [rows + 1] int32, first token of each row in the flat batch, then its size; None where rows are
-            not packed
-        longest_row: tokens of the longest row; None where rows are not packed
-        input_pos: [batch, seq] int64, the position of each token in its own row; None where rows are not packed
+        tokens: [1, tokens] int64
+        labels: [1, tokens] int64, not shifted: the token where it is supervised, else loss.IGNORED_LABEL
+        supervised: [n] int64, places whose next token is supervised, row by row
+        row_starts: [rows + 1] int32, first token of each row, then the number of tokens; None for a single row
+        longest_row: tokens of the longest row; None for a single row
+        input_pos: [1, tokens] int64, the position of each token in its own row; None for a single row
     """
 
     tokens: torch.Tensor
@@ -67,68 +59,63 @@ def make_empty_batch() -> Batch:
 
 
 def plan_epoch(
-    num_rows: int,
-    *,
-    seed: int,
-    epoch: int,
-    batch_size: int,
-    accumulation_steps: int = 1,
-    world_size: int = 1,
-    rank: int = 0,
-    lengths: np.ndarray | None = None,
-) -> list[Step]:
-    """Return this rank's share of every step of an epoch. Every row stands in exactly one step, on one rank.
+    lengths: np.ndarray, *, seed: int, epoch: int, rows_per_step: int, world_size: int = 1, rank: int = 0
+) -> list[list[int]]:
+    """Return this rank's rows of every step of an epoch. Every row stands in exactly one step, on one rank.
 
-    The order depends on seed and epoch only, and step i takes the same rows however batch_size * accumulation_steps *
-    world_size is split. The last step takes what is left; ranks then differ by at most one row, and some may have none.
+    The order depends on seed and epoch only, and step i takes the same rows on any number of ranks. The last step takes
+    what is left. Within a step the ranks' numbers of rows differ by at most one, and their tokens by little.
 
     Args:
-        num_rows: rows, or packs of rows
-        lengths: tokens of each row, [num_rows]; rows of like length then share a step, so that little is padded
+        lengths: tokens of each row, or pack of rows, [num_rows]
     """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(num_rows)
-    rows_per_step = batch_size * accumulation_steps * world_size
-    if lengths is not None:
-        order = _group_by_length(order, lengths, rows_per_step, generator)
-    steps = [order[start : start + rows_per_step].tolist() for start in range(0, num_rows, rows_per_step)]
-    # Neighbours in a step are of like length: every world_size-th row gives all ranks about the same work.
-    shares = [rows[rank::world_size] for rows in steps]
-    return [[rows[start : start + batch_size] for start in range(0, len(rows), batch_size)] for rows in shares]
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    steps = [order[start : start + rows_per_step] for start in range(0, len(order), rows_per_step)]
+    return [_take_share(rows, lengths[rows], world_size=world_size, rank=rank) for rows in steps]
 
 
-def _group_by_length(
-    order: np.ndarray, lengths: np.ndarray, rows_per_step: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Sort each window of steps by length and shuffle its steps; what does not fill a step stays last, as it came."""
-    num_steps = len(order) // rows_per_step
-    full = order[: num_steps * rows_per_step].reshape(num_steps, rows_per_step)
-    windows = []
-    for start in range(0, num_steps, WINDOW_STEPS):
-        window = full[start : start + WINDOW_STEPS].ravel()
-        steps = window[np.argsort(lengths[window], kind="stable")].reshape(-1, rows_per_step)
-        windows.append(generator.permutation(steps).ravel())
-    return np.concatenate([*windows, order[num_steps * rows_per_step :]])
+def _take_share(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, rank: int) -> list[int]:
+    """Return one rank's rows: dealt out the longest first, to and fro, so that all ranks get about the same work."""
+    if world_size == 1:
+        return rows.tolist()
+    ranks = np.arange(len(rows)) % (2 * world_size)
+    dealt = np.empty(len(rows), np.int64)
+    dealt[np.argsort(-lengths, kind="stable")] = np.minimum(ranks, 2 * world_size - 1 - ranks)
+    return rows[dealt == rank].tolist()
 
 
-def collate(sequences: Sequence[TokenizedRow | Pack], *, pad_id: int) -> Batch:
-    """Return rows, or packs of rows, as one batch, padded to its longest sequence."""
+def lay_out_passes(lengths: Sequence[int], *, tokens_per_pass: int) -> list[list[int]]:
+    """Return which rows go through the model together, by their place in `lengths`; each list in that order.
+
+    The longest first, each into the first pass that has room for it. A row longer than `tokens_per_pass` is a pass by
+    itself.
+    """
+    passes: list[list[int]] = []
+    rooms: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        number = next((number for number, room in enumerate(rooms) if lengths[row] <= room), len(passes))
+        if number == len(passes):
+            passes.append([])
+            rooms.append(tokens_per_pass)
+        passes[number].append(row)
+        rooms[number] -= lengths[row]
+    return [sorted(rows) for rows in passes]
+
+
+def collate(sequences: Sequence[TokenizedRow | Pack]) -> Batch:
+    """Return rows, or packs of rows, as one batch."""
     import torch
 
     from tune2gguf.model.loss import IGNORED_LABEL, find_supervised
 
-    longest = max(len(sequence.tokens) for sequence in sequences)
-    tokens = np.full((len(sequences), longest), pad_id, np.int64)
-    labels = np.full((len(sequences), longest), IGNORED_LABEL, np.int64)
-    for index, sequence in enumerate(sequences):
-        length = len(sequence.tokens)
-        tokens[index, :length] = sequence.tokens
-        labels[index, :length] = np.where(sequence.supervised, sequence.tokens, IGNORED_LABEL)
-    tokens, labels = torch.from_numpy(tokens), torch.from_numpy(labels)
+    whole = Pack(tuple(row for sequence in sequences for row in list_rows(sequence)))
+    tokens = torch.from_numpy(whole.tokens.astype(np.int64))[None]
+    labels = torch.where(torch.from_numpy(whole.supervised)[None], tokens, IGNORED_LABEL)
     supervised = find_supervised(labels)
-    packs = [sequence.row_lengths for sequence in sequences if isinstance(sequence, Pack)]
-    if not packs:
+    if len(whole.rows) == 1:
         return Batch(tokens, labels, supervised)
-    row_starts, input_pos = make_positions(packs, longest)
-    longest_row = int(np.diff(row_starts).max())
-    return Batch(tokens, labels, supervised, torch.from_numpy(row_starts), longest_row, torch.from_numpy(input_pos))
+    lengths = np.array(whole.row_lengths)
+    row_starts = np.cumsum([0, *lengths], dtype=np.int32)
+    input_pos = np.arange(lengths.sum()) - np.repeat(row_starts[:-1], lengths)
+    parts = torch.from_numpy(row_starts), int(lengths.max()), torch.from_numpy(input_pos.astype(np.int64))[None]
+    return Batch(tokens, labels, supervised, *parts)

@@ -95,20 +95,6 @@ def pack_rows(rows: TokenizedRows, *, seed: int) -> PackedRows:
     return PackedRows(rows, packs)
 
 
-def make_positions(row_lengths: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where rows start in the flat batch, and each token's position in its row.
-
-    Padding counts as one more row: it attends to itself, as a position that attends to nothing would give NaN.
-
-    Args:
-        row_lengths: of the rows in each sequence
-        seq_len: of the batch
-
-    Returns:
-        [rows + 1] int32, of which the last is the batch's size; [batch, seq] int64
-    """
-    lengths = [[*lengths, seq_len - sum(lengths)] for lengths in row_lengths]
-    # A pack without padding is followed by an empty row.
-    row_starts = np.cumsum([0, *(length for rows in lengths for length in rows)]).astype(np.int32)
-    input_pos = np.stack([np.concatenate([np.arange(length) for length in rows]) for rows in lengths])
-    return row_starts, input_pos.astype(np.int64)
+def list_rows(sequence: TokenizedRow | Pack) -> Sequence[TokenizedRow]:
+    """Return the rows of a pack, or the row itself."""
+    return sequence.rows if isinstance(sequence, Pack) else (sequence,)

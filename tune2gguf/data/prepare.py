@@ -38,9 +38,12 @@ class PreparedData:
         return "rows" if self.sequences is self.train else "packs"
 
     @property
-    def lengths_to_group(self) -> np.ndarray | None:
-        """The lengths by which plan_epoch groups the sequences, [sequences]; None for packs, which are all full."""
-        return self.train.lengths() if self.sequences is self.train else None
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence, [sequences]."""
+        lengths = self.train.lengths()
+        if self.sequences is self.train:
+            return lengths
+        return np.array([lengths[pack].sum() for pack in self.sequences.packs])
 
 
 def chat_dataset(

@@ -84,11 +84,8 @@ def _format_lengths(summary: DataSummary) -> Iterator[str]:
 def _format_epochs(summary: DataSummary) -> Iterator[str]:
     yield ""
     yield f"an epoch at {summary.rows_per_step} rows, or packs of {summary.max_seq_len} tokens, per step:"
-    for name, epoch in summary.epochs.items():
-        yield (
-            f"  {name:<23} {epoch.num_steps:>7} steps, {epoch.num_tokens:>11,} tokens,"
-            f" {epoch.num_positions:>11,} with padding ({epoch.padding:.1%} wasted)"
-        )
+    steps = summary.num_steps
+    yield f"  rows {steps['rows']} steps, packs {steps['packs']} steps, {summary.fill:.1%} full; nothing is padded"
     for note in summary.data.ledger["notes"]:
         yield f"note: {escape(note)}"
 

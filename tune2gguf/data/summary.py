@@ -11,7 +11,6 @@ import numpy as np
 
 from tune2gguf.data.messages import AmbiguousFormatError, detect_format
 from tune2gguf.data.packing import pack_rows
-from tune2gguf.data.padding import EpochCost, compute_epoch_cost
 from tune2gguf.data.prepare import PreparedData, chat_dataset
 from tune2gguf.data.rows import read_rows
 
@@ -32,7 +31,8 @@ class DataSummary:
         max_seq_lens: share of the rows -> the max_seq_len that keeps so many whole
         characters_per_token: of all that stands between special tokens
         dropped: kind -> rows
-        epochs: way to make batches -> what an epoch costs
+        num_steps: of an epoch, by what a step takes: rows, or packs
+        fill: share of the packs' places that are tokens
     """
 
     data: PreparedData
@@ -44,7 +44,8 @@ class DataSummary:
     max_seq_lens: dict[float, int]
     characters_per_token: float
     dropped: dict[str, int]
-    epochs: dict[str, EpochCost]
+    num_steps: dict[str, int]
+    fill: float
 
     @property
     def supervised_share(self) -> float:
@@ -70,13 +71,11 @@ def summarize_data(
     data = chat_dataset(**options, tokenizer=tokenizer, max_seq_len=max_seq_len, seed=seed)
     indices = [file.index for file in data.train.files]
     lengths = np.concatenate([np.diff(index.offsets) for index in indices])
-    cut = {"seed": seed, "batch_size": batch_size, "accumulation_steps": accumulation_steps}
-    row_lengths = data.train.lengths()
-    pack_lengths = np.array([row_lengths[pack].sum() for pack in pack_rows(data.train, seed=seed).packs])
+    packed, rows_per_step = pack_rows(data.train, seed=seed), batch_size * accumulation_steps
     return DataSummary(
         data=data,
         max_seq_len=max_seq_len,
-        rows_per_step=batch_size * accumulation_steps,
+        rows_per_step=rows_per_step,
         shapes={file.name: _find_shape(file.name, dataset.get("format", "auto")) for file in data.train.files},
         roles=dict(sum((Counter(index.role_counts) for index in indices), Counter())),
         lengths=lengths,
@@ -84,11 +83,11 @@ def summarize_data(
         characters_per_token=sum(index.num_characters for index in indices)
         / sum(index.num_text_tokens for index in indices),
         dropped=dict(Counter(row["kind"] for row in data.ledger["rows_dropped"])),
-        epochs={
-            "rows in shuffled order": compute_epoch_cost(row_lengths, **cut),
-            "rows grouped by length": compute_epoch_cost(row_lengths, **cut, is_grouped=True),
-            "packed": compute_epoch_cost(pack_lengths, **cut),
+        num_steps={
+            "rows": -(-len(data.train) // rows_per_step),
+            "packs": -(-len(packed) // rows_per_step),
         },
+        fill=packed.fill,
     )
 
 

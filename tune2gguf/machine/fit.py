@@ -55,37 +55,39 @@ def fits(spec: RunSpec, free: int) -> bool:
 def find_fitting_change(spec: RunSpec, free: int) -> dict[str, object] | None:
     """Return the first overrides with which the run fits, None where none of them is enough.
 
-    Tried in this order, later ones together with the earlier: a smaller batch with more accumulation (the same step),
-    activation checkpointing (the same adapter, slower), on a GPU with what it keeps on the CPU, a 4-bit base, sharding
-    over devices.
+    Tried in this order, later ones together with the earlier: shorter passes (the same step), activation checkpointing
+    (the same adapter, slower), on a GPU with what it keeps on the CPU, a 4-bit base, sharding over devices.
     """
     return next((change for change in list_changes(spec) if fits(replace(spec, **change), free)), None)
 
 
 def list_changes(spec: RunSpec) -> Iterator[dict[str, object]]:
     """Yield changes of a spec, each a mapping of its fields."""
-    rows = spec.batch_size * spec.gradient_accumulation_steps
-    batches = [size for size in range(spec.batch_size - 1, 0, -1) if rows % size == 0]
-    smaller = [{"batch_size": size, "gradient_accumulation_steps": rows // size} for size in batches]
+    shorter = [{"tokens_per_pass": tokens} for tokens in _halve(spec.tokens_per_pass, spec.longest_row)]
     recomputing = {} if spec.enable_activation_checkpointing else {"enable_activation_checkpointing": True}
-    yield from smaller
-    for change in ({}, *smaller):
+    yield from shorter
+    for change in ({}, *shorter):
         if recomputing:
             yield recomputing | change
     if spec.device_type == "cuda" and not spec.enable_activation_offloading:
         recomputing |= {"enable_activation_offloading": True}
-        for change in ({}, *smaller):
+        for change in ({}, *shorter):
             yield recomputing | change
-    least = recomputing | (smaller[-1] if smaller else {})
+    least = recomputing | (shorter[-1] if shorter else {})
     if spec.base_weights != "nf4":
         for change in ({}, recomputing, least):
             yield {"base_weights": "nf4"} | change
         least = {"base_weights": "nf4"} | least
     if spec.device_type == "cuda":
-        # Sharding splits the rows of a step over the devices, too.
         for num_devices in SHARED_BY:
             if num_devices >= spec.num_devices:
                 yield least | {"parallel": "shard", "num_devices": num_devices}
+
+
+def _halve(tokens: int, least: int) -> Iterator[int]:
+    while tokens > least:
+        tokens = max(least, tokens // 2)
+        yield tokens
 
 
 def advise(spec: RunSpec, free: int) -> str:
@@ -124,7 +126,8 @@ def find_warning(spec: RunSpec, device: Device) -> str | None:
 def describe_fit(spec: RunSpec, device: Device) -> str:
     """Return in one line whether the run fits on a device of this machine."""
     head = f"{device.name} ({device.title}), {device.free / GIGABYTE:.1f} GB free"
-    head += f": needs {_get_peak(spec) / GIGABYTE:.1f} GB"
+    kept = "computed again" if spec.enable_activation_checkpointing else "kept"
+    head += f": {spec.tokens_per_pass} tokens a pass, activations {kept}, needs {_get_peak(spec) / GIGABYTE:.1f} GB"
     if spec.num_devices > 1 and spec.device_type == "cpu":
         head += f" for each of {spec.num_devices} processes"
     return f"{head}, fits" if fits(spec, device.free) else f"{head}, does not fit. {advise(spec, device.free)}"

@@ -1,7 +1,7 @@
 """What a run will need in memory, part by part, from its RunSpec alone.
 
 The parts are counted from what lora.py, loss.py and torchtune's layers keep: d = embed_dim, i = intermediate_dim,
-q = num_heads * head_dim, T = batch_size * longest row, c = bytes of dtype. Tests hold the counts to autograd's saved
+q = num_heads * head_dim, T = tokens of a pass, c = bytes of dtype. Tests hold the counts to autograd's saved
 tensors, and the sum to the peak of real runs.
 """
 
@@ -31,7 +31,7 @@ OFFLOADING_INPUTS = 5
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What the memory of a run depends on. `longest_row` in tokens; `parallel` is replicate or shard."""
+    """What the memory of a run depends on; `parallel` is replicate or shard."""
 
     architecture: Architecture
     base_weights: str  # bf16 | fp32 | nf4
@@ -40,9 +40,8 @@ class RunSpec:
     lora_dropout: float
     lora_attn_modules: tuple[str, ...]
     apply_lora_to_mlp: bool
-    batch_size: int
-    gradient_accumulation_steps: int
-    longest_row: int
+    longest_row: int  # tokens
+    tokens_per_pass: int  # that go through the model together; a longer row is a pass by itself
     enable_activation_checkpointing: bool
     enable_activation_offloading: bool = False
     device_type: str = "cpu"
@@ -192,7 +191,7 @@ def _count_low_rank(spec: RunSpec) -> int:
 
 
 def _count_tokens(spec: RunSpec) -> int:
-    return spec.batch_size * spec.longest_row
+    return max(spec.tokens_per_pass, spec.longest_row)
 
 
 def _count_weight_bytes(tensor: TensorSpec, base_weights: str) -> int:

@@ -132,14 +132,12 @@ def prepare_training(
     enable_activation_checkpointing: bool,
     enable_activation_offloading: bool = False,
     fuse: bool = False,
-    lengths_vary: bool = False,
 ) -> None:
     """Wrap, compile or fuse the layers of a model, in place.
 
     Args:
-        compile: compile each layer; they share one compiled graph
-        lengths_vary: whether batches differ in shape; compiled for any shape from the start, as torch gives up, and
-            says so nowhere, after eight recompilations
+        compile: compile each layer; they share one compiled graph, for passes of any length from the start: torch
+            gives up after eight recompilations, and says so nowhere
         enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
         enable_activation_offloading: keep these inputs in the CPU's memory until then; the model is on a GPU
         fuse: train each layer with the kernels of tune2gguf.model.fused, where it finds no obstacle
@@ -160,7 +158,7 @@ def prepare_training(
     if compile:
         for layer in layers:
             # Rounded where uncompiled layers round: else ties of bf16 sums follow the sign of the least adapter.
-            layer.compile(dynamic=True if lengths_vary else None, options={"emulate_precision_casts": True})
+            layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if enable_activation_checkpointing:
         training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
 

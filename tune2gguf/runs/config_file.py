@@ -19,6 +19,8 @@ RENAMED_COMPONENTS = {
     "tune2gguf.tokenizers.load_tokenizer": "tune2gguf.tokenizer.load_tokenizer",
     "tune2gguf.schedules.get_schedule": "tune2gguf.train.schedules.get_schedule",
 }
+# Keys that a run of an earlier version does not have, with what they do not change about it.
+ADDED_KEYS = {"tokens_per_pass": "auto"}
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:
@@ -48,7 +50,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: a reference leads nowhere ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no keys")
-    return rename_components(content)
+    return ADDED_KEYS | rename_components(content)
 
 
 def rename_components(config: dict[str, Any]) -> dict[str, Any]:

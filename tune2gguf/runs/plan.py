@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
 from tune2gguf.files.atomic import write_json
 from tune2gguf.runs.files import PLAN_FILE, read_json
 
+# Of a run that goes on: another layout would round otherwise.
+LAYOUT_KEYS = ("tokens_per_pass", "enable_activation_checkpointing")
 
-class Plan(TypedDict):
-    """`num_steps` counts the optimizer steps of all epochs; `lines` is what the run printed."""
 
+class _PlanOfVersion1(TypedDict):
     num_steps: int
     lines: list[str]
 
 
-def write_plan(run_dir: Path, lines: Sequence[str], *, num_steps: int) -> None:
+class Plan(_PlanOfVersion1, total=False):
+    """`num_steps` counts the optimizer steps of all epochs; `lines` is what the run printed.
+
+    LAYOUT_KEYS are how the rows of a step go through the model.
+    """
+
+    tokens_per_pass: int
+    enable_activation_checkpointing: bool
+
+
+def write_plan(run_dir: Path, plan: Plan) -> None:
     """Write plan.json."""
-    write_json(run_dir / PLAN_FILE, Plan(num_steps=num_steps, lines=[*lines]))
+    write_json(run_dir / PLAN_FILE, plan)
 
 
 def read_plan(run_dir: Path) -> Plan:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from tune2gguf.data import PreparedData
-from tune2gguf.data.padding import describe_padding
 from tune2gguf.distributed.parallel import describe_parallel
 from tune2gguf.machine.cpu import describe_cpu
+from tune2gguf.machine.memory import RunSpec
 from tune2gguf.model.fused import describe_layers, why_not_fused
 from tune2gguf.train.samples import Prompt, describe_prompts
 from tune2gguf.train.validation_plan import ValidationPlan
@@ -26,6 +26,7 @@ def describe_plan(
     validation: ValidationPlan,
     prompts: Sequence[Prompt],
     num_steps: int,
+    spec: RunSpec,
 ) -> list[str]:
     """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
@@ -48,9 +49,10 @@ def describe_plan(
     if data.unit == "packs":
         lines.append(f"packs: {len(data.sequences)} of {cfg.max_seq_len} tokens, {data.sequences.fill:.1%} full")
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
-    lines.append(describe_padding(data, seed=cfg.seed, batch_size=batch))
     lines.append(
         f"{data.unit} per step: {batch} x {accumulation} x {world_size} = {batch * accumulation * world_size}"
         " (batch x accumulation x processes)"
     )
+    kept = "computed again in backward" if spec.enable_activation_checkpointing else "kept"
+    lines.append(f"passes: rows without padding, up to {spec.tokens_per_pass} tokens at a time; activations are {kept}")
     return [*lines, f"{num_steps} steps in {cfg.epochs} epochs"]

@@ -30,10 +30,11 @@ from tune2gguf.runs.checkpoints import (
     read_checkpoint,
     remove_checkpoint,
 )
-from tune2gguf.runs.config_file import flatten_config, rename_components, write_config
+from tune2gguf.runs.config_file import ADDED_KEYS, flatten_config, rename_components, write_config
 from tune2gguf.runs.environment import record_resume
-from tune2gguf.runs.files import JsonLinesFile
+from tune2gguf.runs.files import PLAN_FILE, JsonLinesFile
 from tune2gguf.runs.folder import create_run_folder, find_free_folder
+from tune2gguf.runs.plan import LAYOUT_KEYS, read_plan
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED, RunRecord
 from tune2gguf.train.seeds import restore_random_state
@@ -114,7 +115,7 @@ def _flatten_without(left_out: set[str], cfg: DictConfig) -> dict[str, Any]:
 
 def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return why the run of a checkpoint is not this one; more epochs are no reason."""
-    differences, config = [], rename_components(saved["config"])
+    differences, config = [], ADDED_KEYS | rename_components(saved["config"])
     for key in sorted(config.keys() | now["config"].keys()):
         before, after = config.get(key), now["config"].get(key)
         if key == "epochs" and after > before:
@@ -160,6 +161,14 @@ def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]
             + f"\nStart a run of its own: resume=false output_dir={find_free_folder(output_dir)}"
         )
     return checkpoint
+
+
+def read_layout(resume: str | bool, output_dir: Path) -> dict[str, Any]:
+    """Return how the rows of a run's steps went through the model before it goes on; empty where it begins."""
+    if resume is False or not (output_dir / PLAN_FILE).is_file():
+        return {}
+    plan = read_plan(output_dir)
+    return {key: plan[key] for key in LAYOUT_KEYS if key in plan}
 
 
 def restore_run(

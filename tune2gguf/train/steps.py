@@ -25,11 +25,11 @@ MAX_ROWS_NAMED = 20
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What all ranks take together in one step; padding is not counted."""
+    """What all ranks take together in one step."""
 
     tokens: int
     supervised_tokens: int
-    micro_batches: int  # of the rank with the most
+    passes: int  # of the rank with the most
 
     def measure_speed(self, seconds: float) -> dict[str, float]:
         """Return what metrics.jsonl says of a step that took so long."""
@@ -39,47 +39,46 @@ class StepCounts:
         }
 
 
-def count_step(micro_batches: list[list[TokenizedRow | Pack]]) -> StepCounts:
-    """Return the counts of a step, of which this rank has these micro-batches."""
-    rows = [row for batch in micro_batches for row in batch]
+def count_step(passes: list[list[TokenizedRow | Pack]]) -> StepCounts:
+    """Return the counts of a step, of which this rank has these passes."""
+    rows = [row for one in passes for row in one]
     own = [sum(len(row.tokens) for row in rows), sum(row.num_supervised for row in rows)]
     tokens, supervised_tokens = sum_over_ranks(torch.tensor(own)).tolist()
-    return StepCounts(tokens, supervised_tokens, max_over_ranks(len(micro_batches)))
+    return StepCounts(tokens, supervised_tokens, max_over_ranks(len(passes)))
 
 
 def accumulate_gradients(
     model: nn.Module,
-    rows: list[list[TokenizedRow | Pack]],
+    passes: list[list[TokenizedRow | Pack]],
     counts: StepCounts,
     *,
-    pad_id: int,
     world: World,
     stop: StopSignals,
 ) -> tuple[float, list[Tensor]]:
-    """Add up the gradients of the step's micro-batches, reduced over ranks once.
+    """Add up the gradients of the step's passes, reduced over ranks once.
 
     Args:
-        rows: this rank's, by micro-batch
-        stop: asked before every micro-batch
+        passes: this rank's rows, by pass
+        stop: asked before every pass
 
     Raises:
         StopRequested: in every process, if one of them was asked to stop
 
     Returns:
-        the step's mean loss over all ranks, and this rank's summed loss of each micro-batch
+        the step's mean loss over all ranks, and the loss of each supervised position, by pass
     """
-    batch_losses = []
-    for number in range(counts.micro_batches):
+    position_losses = []
+    for number in range(counts.passes):
         stop.raise_if_requested()
-        # In the last group a rank may have fewer rows than others, or none; all compute equally often.
-        batch = make_empty_batch() if number >= len(rows) else collate(rows[number], pad_id=pad_id)
-        with reduce_gradients(model, is_last=number == counts.micro_batches - 1):
+        # A rank may have fewer passes than others, or none; all compute equally often.
+        batch = make_empty_batch() if number >= len(passes) else collate(passes[number])
+        with reduce_gradients(model, is_last=number == counts.passes - 1):
             losses = model(**vars(batch.to(world.device)))
             # Divide by the count over all ranks, so that 2 x 4 rows equal 1 x 8; torch then averages over ranks.
             (losses.sum() * (world.size / counts.supervised_tokens)).backward()
-        batch_losses.append(losses.detach().double().sum())
-    summed_loss = sum_over_ranks(torch.stack(batch_losses).sum())
-    return summed_loss.item() / counts.supervised_tokens, batch_losses
+        position_losses.append(losses.detach())
+    own = torch.stack([losses.double().sum() for losses in position_losses]).sum()
+    return sum_over_ranks(own).item() / counts.supervised_tokens, position_losses
 
 
 def compute_grad_norm(parameters: list[Tensor], *, clip_to: float | None) -> float:
@@ -96,29 +95,33 @@ def find_nonfinite(loss: float, grad_norm: float) -> str | None:
     return None if math.isfinite(grad_norm) else f"the gradient's norm is {grad_norm}"
 
 
-def name_rows(micro_batches: list[list[TokenizedRow | Pack]], batch_losses: Iterable[Tensor]) -> list[str]:
-    """Return file and line of the rows, of all ranks, in micro-batches whose own loss is not finite; if none is, all.
+def name_rows(passes: list[list[TokenizedRow | Pack]], position_losses: Iterable[Tensor]) -> list[str]:
+    """Return file and line of the rows, of all ranks, whose own loss is not finite; if none is, of all rows.
 
     Every rank has to ask.
     """
-    own = [
-        (str(row.source), bool(loss.isfinite()))
-        for batch, loss in zip(micro_batches, batch_losses, strict=False)  # behind the rows' batches come empty ones
-        for row in batch
-    ]
+    own = []
+    for rows, losses in zip(passes, position_losses, strict=False):  # behind the rows' passes come empty ones
+        parts = losses.split([row.num_supervised for row in rows])
+        own += [(str(row.source), bool(part.isfinite().all())) for row, part in zip(rows, parts, strict=True)]
     rows = [row for rows in gather_over_ranks(own) for row in rows]
     return [source for source, is_finite in rows if not is_finite] or [source for source, _ in rows]
 
 
 def skip_step(
-    step: int, problem: str, micro_batches: list[list], batch_losses: Iterable[Tensor], *, on_nonfinite: str
+    step: int,
+    problem: str,
+    passes: list[list[TokenizedRow | Pack]],
+    position_losses: Iterable[Tensor],
+    *,
+    on_nonfinite: str,
 ) -> str:
     """Return why a step is not applied and which rows it has; every rank has to ask.
 
     Raises:
         AgreedError: with that reason, if on_nonfinite is stop
     """
-    sources = name_rows(micro_batches, batch_losses)
+    sources = name_rows(passes, position_losses)
     more = f" and {len(sources) - MAX_ROWS_NAMED} more" if len(sources) > MAX_ROWS_NAMED else ""
     reason = f"step {step}: {problem}, so it is not applied; its rows: {', '.join(sources[:MAX_ROWS_NAMED])}{more}"
     if on_nonfinite == "stop":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tune2gguf.data import TokenizedRow, collate, make_empty_batch
+from tune2gguf.data import TokenizedRow, collate, lay_out_passes, make_empty_batch
 from tune2gguf.distributed.world import World, sum_over_ranks
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.runs.curves import Validation
@@ -52,29 +52,25 @@ def compute_validation_loss(
     model: CausalLM,
     rows: Sequence[TokenizedRow],
     *,
-    batch_size: int,
-    pad_id: int,
+    tokens_per_pass: int,
     world: World,
-    before_batch: Callable[[], None] = lambda: None,
+    before_pass: Callable[[], None] = lambda: None,
 ) -> ValidationLoss:
-    """Return the loss of each row without dropout; each process takes every world.size-th batch.
-
-    Rows of similar length share a batch, so that little is padded; a row's loss does not depend on its batch.
+    """Return the loss of each row without dropout; each process takes every world.size-th pass.
 
     Args:
-        before_batch: called by all processes equally often; may raise to give up
+        before_pass: called by all processes equally often; may raise to give up
     """
     was_training = model.training
     model.eval()
     rows = list(rows)
     row_sums = torch.zeros(len(rows), dtype=torch.float64)
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
-    batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    passes = lay_out_passes([len(row.tokens) for row in rows], tokens_per_pass=tokens_per_pass)
     # A sharded model computes in all processes or in none: one without rows left takes an empty batch.
-    for start in range(0, len(batches), world.size):
-        before_batch()
-        indices = batches[start + world.rank] if start + world.rank < len(batches) else []
-        batch = collate([rows[index] for index in indices], pad_id=pad_id) if indices else make_empty_batch()
+    for start in range(0, len(passes), world.size):
+        before_pass()
+        indices = passes[start + world.rank] if start + world.rank < len(passes) else []
+        batch = collate([rows[index] for index in indices]) if indices else make_empty_batch()
         losses = model(**vars(batch.to(world.device))).double().cpu()
         parts = losses.split([rows[index].num_supervised for index in indices])
         for index, part in zip(indices, parts, strict=True):

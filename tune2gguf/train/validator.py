@@ -59,27 +59,26 @@ class Validator:
     validation: ValidationPlan
     rows: TokenizedRows  # of the validation
     prompts: list[Prompt]
-    batch_size: int
+    tokens_per_pass: int
     max_seq_len: int
     world: World
     is_sharded: bool
     record: RunRecord | None
 
-    def measure(self, at: Progress, *, before_batch: Callable[[], None]) -> float | None:
+    def measure(self, at: Progress, *, before_pass: Callable[[], None]) -> float | None:
         """Return the validation loss, in nats per supervised token; None without rows. All processes take part.
 
         Args:
-            before_batch: called by all processes equally often; may raise to give up
+            before_pass: called by all processes equally often; may raise to give up
         """
         if not self.rows:
             return None
         loss = compute_validation_loss(
             self.model,
             self.rows,
-            batch_size=self.batch_size,
-            pad_id=self.tokenizer.pad_id,
+            tokens_per_pass=self.tokens_per_pass,
             world=self.world,
-            before_batch=before_batch,
+            before_pass=before_pass,
         )
         if self.record is not None:
             self.record.write_validation(loss.at(at.step, at.epoch, row_indices=self.validation.rows))
