@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tune2gguf.base.layout import TensorSpec, list_tensors
-from tune2gguf.model.fused import NO_TRITON, why_not_fused
+from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, NO_TRITON, pad_length, why_not_fused
 
 if TYPE_CHECKING:
     from tune2gguf.model.architectures import Architecture
@@ -96,6 +96,9 @@ def estimate_memory(shape: RunSpec) -> Estimate:
     dense = {spec.tune_name: math.prod(spec.shape) * BYTES[shape.dtype] for spec in specs}
     adapter = 4 * count_adapter_weights(shape)
     parts = shape.num_devices if shape.parallel == "shard" else 1
+    # Where passes are graphed their gradients have a place of their own, and leave it as a copy.
+    is_graphed = shape.is_fused and parts == 1 and not shape.enable_activation_offloading
+    num_gradients = 3 if is_graphed and _count_tokens(shape) <= MAX_GRAPHED_TOKENS else 1
     # Sharded, the layer at work and the next one are gathered whole, and so is the head.
     gathered = 0 if parts == 1 else 2 * _count_layer(weights) + max(weights.values())
     program = CUDA_BYTES
@@ -107,7 +110,7 @@ def estimate_memory(shape: RunSpec) -> Estimate:
         program=program,
         weights=resident,
         adapter=adapter // parts,
-        gradients=adapter // parts,
+        gradients=num_gradients * adapter // parts,
         optimizer=2 * adapter // parts,
         activations=count_kept_activations(shape),
         work=_count_work(shape) + gathered,
@@ -194,7 +197,8 @@ def _count_low_rank(shape: RunSpec) -> int:
 
 
 def _count_tokens(shape: RunSpec) -> int:
-    return shape.batch_size * shape.longest_row
+    tokens = shape.batch_size * shape.longest_row
+    return pad_length(tokens) if shape.is_fused else tokens
 
 
 def _count_weight_bytes(spec: TensorSpec, base_weights: str) -> int:
