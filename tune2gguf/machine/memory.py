@@ -96,9 +96,9 @@ def estimate_memory(shape: RunSpec) -> Estimate:
     dense = {spec.tune_name: math.prod(spec.shape) * BYTES[shape.dtype] for spec in specs}
     adapter = 4 * count_adapter_weights(shape)
     parts = shape.num_devices if shape.parallel == "shard" else 1
-    # Where passes are graphed their gradients have a place of their own, and leave it as a copy.
+    # Graphs write gradients to a place of their own, from which the parameters get a copy.
     is_graphed = shape.is_fused and parts == 1 and not shape.enable_activation_offloading
-    num_gradients = 3 if is_graphed and _count_tokens(shape) <= MAX_GRAPHED_TOKENS else 1
+    num_gradients = 2 if is_graphed and _count_tokens(shape) <= MAX_GRAPHED_TOKENS else 1
     # Sharded, the layer at work and the next one are gathered whole, and so is the head.
     gathered = 0 if parts == 1 else 2 * _count_layer(weights) + max(weights.values())
     program = CUDA_BYTES
