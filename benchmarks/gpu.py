@@ -84,12 +84,14 @@ def make_ours(arguments, device: str, world=None):
     fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
     initialize_adapters(model, 0)
     trained = replicate(model, world) if world is not None and arguments.parallel == "replicate" else model
-    tokens, labels, input_pos, row_lengths = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
-    row_ids = torch.repeat_interleave(torch.arange(ROWS_PER_PACK, device=device), row_lengths[0].to(device))
-    row_ids = row_ids.expand(arguments.batch, -1).contiguous()
+    tokens, labels, input_pos, _ = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
+    row = arguments.seq // ROWS_PER_PACK
+    row_starts = torch.arange(0, tokens.numel() + 1, row, dtype=torch.int32, device=device)
+    places = torch.arange(tokens.numel(), device=device).view(tokens.shape)
+    rows = {"row_starts": row_starts, "longest_row": row, "input_pos": input_pos}
 
     def compute_loss():
-        return trained(tokens, labels, row_ids=row_ids, input_pos=input_pos).mean()
+        return trained(tokens, labels, places[:, :-1].flatten(), **rows).mean()
 
     return model, compute_loss, architecture.vocab_size
 

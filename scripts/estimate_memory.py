@@ -31,10 +31,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     devices = "one device" if spec.num_devices == 1 else f"each of {spec.num_devices} devices"
     kept = "computed again" if spec.enable_activation_checkpointing else "kept"
-    print(
-        f"rows of up to {spec.longest_row} tokens, on {devices} ({spec.device_type}); what the config leaves to the run is"
-    )
-    print(f"counted as the least: {spec.tokens_per_pass} tokens a pass, activations {kept}:")
+    print(f"rows of up to {spec.longest_row} tokens, on {devices} ({spec.device_type});")
+    print(f"what is left to the run is counted as the least: {spec.tokens_per_pass} tokens a pass, activations {kept}:")
     print("\n".join(describe_estimate(estimate_memory(spec))))
     print("on this machine, with the layout that a run would choose:")
     for device in list_devices():

@@ -11,7 +11,7 @@ from tune2gguf.base.load import load_base
 from tune2gguf.data import Batch
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
-from tune2gguf.model.loss import IGNORED_LABEL
+from tune2gguf.model.loss import IGNORED_LABEL, find_supervised
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MARKS = [
@@ -20,7 +20,7 @@ MARKS = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Flex attention wants head dimensions of 16 and more, NF4 rows of whole blocks.
+# The kernels want head dimensions that are powers of two, NF4 rows of whole blocks.
 SMALL = Architecture(
     **{
         **vars(TINY_TIED),
@@ -84,15 +84,17 @@ def supervise_second_half(row: torch.Tensor) -> torch.Tensor:
 
 def make_batch(rows: list[torch.Tensor]) -> Batch:
     """Return rows of one length as a batch."""
-    return Batch(torch.stack(rows), torch.stack([supervise_second_half(row) for row in rows]))
+    labels = torch.stack([supervise_second_half(row) for row in rows])
+    return Batch(torch.stack(rows), labels, find_supervised(labels))
 
 
 def pack(rows: list[torch.Tensor]) -> Batch:
     """Return the rows, one behind the other, as a batch of one pack."""
-    row_ids = torch.cat([torch.full_like(row, number) for number, row in enumerate(rows)])
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
-    labels = torch.cat([supervise_second_half(row) for row in rows])
-    return Batch(torch.cat(rows)[None], labels[None], row_ids[None], positions[None])
+    lengths = [len(row) for row in rows]
+    starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    labels = torch.cat([supervise_second_half(row) for row in rows])[None]
+    return Batch(torch.cat(rows)[None], labels, find_supervised(labels), starts, max(lengths), positions)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
     bf16 = ["dtype=bf16", "base_weights=bf16", "device=cuda", "lora_dropout=0.1", f"dataset.packing={packing}"]
     arguments = [*arguments, *bf16, "save_every_n_steps=1"]
     whole = read_outcome(run_to_end(arguments, tmp_path / "whole"))
-    # Packs go through flex attention, whose backward is exact from run to run; if this fails, resuming is not at fault.
+    # Attention has a backward that is exact from run to run; if this fails, resuming is not at fault.
     assert read_outcome(run_to_end(arguments, tmp_path / "again")) == whole, "the same run twice is not the same"
     folder = tmp_path / "killed"
     resuming = [*arguments, "resume=auto"]

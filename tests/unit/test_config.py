@@ -103,7 +103,7 @@ WRONG = [
     (["max_seq_len=0"], "max_seq_len=0 is out of range: it must be at least 2 (a row needs a token to predict from"),
     (["warmup_steps=-1"], "warmup_steps=-1 is out of range: it must be at least 0"),
     (["seed=-1"], "seed=-1 is out of range: it must be at least 0 and at most 4294967295"),
-    (["batch_size=0"], "batch_size=0 is out of range: it must be at least 1 (a forward pass needs a row)"),
+    (["batch_size=0"], "batch_size=0 is out of range: it must be at least 1 (a step needs a row)"),
     (["weight_decay=-0.1"], "weight_decay=-0.1 is out of range: it must be at least 0"),
     (["gradient_accumulation_steps=0"], "gradient_accumulation_steps=0 is out of range"),
     (["max_steps_per_epoch=0"], "max_steps_per_epoch=0 is out of range: it must be at least 1 (null runs every row)"),

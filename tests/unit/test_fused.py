@@ -18,9 +18,9 @@ pytest.importorskip("triton")
 if not INTERPRETS_TRITON:
     pytest.skip("with a CUDA device tests/gpu runs the kernels themselves", allow_module_level=True)
 
-from tune2gguf.model.fused import describe_layers, launch, why_not_fused
+from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, describe_layers, launch, pad_length, why_not_fused
 from tune2gguf.model.fused.attention import Layout
-from tune2gguf.model.fused.graphs import MAX_GRAPHED_TOKENS, pad_length, pad_rows
+from tune2gguf.model.fused.graphs import pad_rows
 from tune2gguf.model.fused.groups import get_projections, list_adapted
 from tune2gguf.model.fused.launch import Adapted, Dropout
 from tune2gguf.model.fused.layer import run_layer

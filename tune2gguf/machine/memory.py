@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tune2gguf.base.layout import TensorSpec, list_tensors
 from tune2gguf.model.architectures import Architecture
-from tune2gguf.model.fused import NO_TRITON, why_not_fused
+from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, NO_TRITON, pad_length, why_not_fused
 
 BYTES = {"bf16": 2, "fp32": 4}
 # Of torchao's tensor: half a byte of code, a byte of scale for 64 weights, a float32 factor for 256 scales.
@@ -92,6 +92,9 @@ def estimate_memory(spec: RunSpec) -> Estimate:
     dense = {tensor.tune_name: math.prod(tensor.shape) * BYTES[spec.dtype] for tensor in tensors}
     adapter = 4 * count_adapter_weights(spec)
     parts = spec.num_devices if spec.parallel == "shard" else 1
+    # Graphs write gradients to a place of their own, from which the parameters get a copy.
+    is_graphed = spec.is_fused and parts == 1 and not spec.enable_activation_offloading
+    num_gradients = 2 if is_graphed and _count_tokens(spec) <= MAX_GRAPHED_TOKENS else 1
     # Sharded, the layer at work and the next one are gathered whole, and so is the head.
     layer = sum(size for name, size in weights.items() if name.startswith("layers.0."))
     gathered = 0 if parts == 1 else 2 * layer + max(weights.values())
@@ -104,7 +107,7 @@ def estimate_memory(spec: RunSpec) -> Estimate:
         program=program,
         weights=resident,
         adapter=adapter // parts,
-        gradients=adapter // parts,
+        gradients=num_gradients * adapter // parts,
         optimizer=2 * adapter // parts,
         activations=count_kept_activations(spec),
         work=_count_work(spec) + gathered,
@@ -191,7 +194,8 @@ def _count_low_rank(spec: RunSpec) -> int:
 
 
 def _count_tokens(spec: RunSpec) -> int:
-    return max(spec.tokens_per_pass, spec.longest_row)
+    tokens = max(spec.tokens_per_pass, spec.longest_row)
+    return pad_length(tokens) if spec.is_fused else tokens
 
 
 def _count_weight_bytes(tensor: TensorSpec, base_weights: str) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
+from tune2gguf.model.fused import MAX_GRAPHED_TOKENS
 from tune2gguf.model.fused.attention import Layout
 from tune2gguf.model.fused.groups import GROUPS, SEEDS_PER_GROUP
 
@@ -25,15 +26,8 @@ if TYPE_CHECKING:
     from tune2gguf.model.fused.layer import Pass
     from tune2gguf.model.fused.stack import FusedStack
 
-MAX_GRAPHED_TOKENS = 4096  # beyond, a GPU computes for longer than its kernels take to launch
 MAX_GRAPHED_ROWS = 257
 MAX_GRAPHS = 32  # kinds of passes; each takes some MB of a GPU for the list of its kernels
-
-
-def pad_length(num_tokens: int) -> int:
-    """Return the length that a pass is padded to: 16 different ones up to MAX_GRAPHED_TOKENS."""
-    step = 128 if num_tokens <= 1024 or num_tokens > MAX_GRAPHED_TOKENS else 256 if num_tokens <= 2048 else 512
-    return max(1, -(-num_tokens // step)) * step
 
 
 def pad_rows(num_rows: int) -> int:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, pad_length
 from tune2gguf.model.fused.attention import Layout
-from tune2gguf.model.fused.graphs import MAX_GRAPHED_TOKENS, LayerGraphs, pad_length, pad_rows
+from tune2gguf.model.fused.graphs import LayerGraphs, pad_rows
 from tune2gguf.model.fused.groups import (
     GROUPS,
     SEEDS_PER_GROUP,
