@@ -48,8 +48,9 @@ def test_it_goes_on_to_the_end_that_the_old_code_came_to(folder):
 def test_export_proof_and_chat_read_it(folder):
     exported = export_run(RUN, quantizations=["F16"], show=False)
     proof = prove_export(exported, num_replies=1, show=False)
-    assert (proof.files["F16"].tokens.num_equal, proof.files["F16"].tokens.num_different) == (5, 0)
-    assert proof.steps[ADAPTER].loss == pytest.approx(Run(RUN).curves.best.loss, abs=1e-4)
+    tokens = proof.served_by_llama_cpp["F16"]["tokens"]
+    assert (tokens["num_equal"], tokens["num_different"]) == (5, 0)
+    assert proof.steps[ADAPTER]["loss"] == pytest.approx(Run(RUN).curves.best.loss, abs=1e-4)
     assert open_run(RUN).system_prompt is None
     for uses_adapter in (False, True):
         model = open_chat_model(open_run(RUN), uses_adapter=uses_adapter)
