@@ -189,7 +189,7 @@ def test_compiled_layers_give_the_plain_loss_and_two_graphs_serve_rows_of_every_
     torch._dynamo.reset()
     counters.clear()
     model = build(tiny_base)
-    prepare_training(model, compile=True, enable_activation_checkpointing=False, lengths_vary=True)
+    prepare_training(model, compile=True, enable_activation_checkpointing=False)
     assert_equal(compute(model), compute_plainly(build(tiny_base)))
     for batch, seq in [(2, 9), (3, 30), (2, 17), (5, 40)]:
         tokens = torch.randint(0, TINY_TIED.vocab_size, (batch, seq))

@@ -82,7 +82,7 @@ WRONG = [
         "enable_activation_offloading=true with device=cpu: activations are in the CPU's memory already",
     ),
     (
-        ["enable_activation_offloading=true", "device=cuda"],
+        ["enable_activation_offloading=true", "enable_activation_checkpointing=false", "device=cuda"],
         "enable_activation_offloading=true without enable_activation_checkpointing=true: moving all",
     ),
     (["scheduler=off"], "scheduler=False is a truth value; it must be text"),
