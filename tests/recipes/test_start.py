@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# What exports, reports, verdicts and benchmarks need; datasets and pandas come with torchtune itself. The config's check
+# What exports, reports, verdicts and benchmarks need; datasets and pandas come with torchtune itself. The config check
 # asks the export for its types, and so imports gguf, which takes 20 ms.
 LATE = (
     "xllamacpp",
