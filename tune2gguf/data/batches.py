@@ -75,13 +75,18 @@ def plan_epoch(
 
 
 def _take_share(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, rank: int) -> list[int]:
-    """Return one rank's rows: dealt out the longest first, to and fro, so that all ranks get about the same work."""
+    """Return one rank's rows: the longest are dealt out first, each to the rank with the least work so far."""
     if world_size == 1:
         return rows.tolist()
-    ranks = np.arange(len(rows)) % (2 * world_size)
-    dealt = np.empty(len(rows), np.int64)
-    dealt[np.argsort(-lengths, kind="stable")] = np.minimum(ranks, 2 * world_size - 1 - ranks)
-    return rows[dealt == rank].tolist()
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    work, least, num_larger = [0] * world_size, len(rows) // world_size, len(rows) % world_size
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        most = least + (num_larger > 0)
+        taker = min((r for r in range(world_size) if len(shares[r]) < most), key=lambda r: work[r])
+        num_larger -= len(shares[taker]) == least
+        shares[taker].append(place)
+        work[taker] += int(lengths[place])
+    return rows[sorted(shares[rank])].tolist()
 
 
 def lay_out_passes(lengths: Sequence[int], *, tokens_per_pass: int) -> list[list[int]]:
