@@ -23,7 +23,7 @@ def write_run(run_dir: Path, curves: Curves, *overrides: str, has_other_rows: bo
         get_tiny_base(), run_dir, training=make_conversations(100), validation=validation if curves.final else ()
     )
     edit_config(run_dir, "epochs=3", *overrides)
-    write_plan(run_dir, ["100 steps"], num_steps=len(curves.training))
+    write_plan(run_dir, {"num_steps": len(curves.training), "lines": ["100 steps"]})
     records = [*map(_complete_validation, curves.validations), *map(_complete_step, curves.training)]
     records.sort(key=lambda record: record.step)
     set_metrics(run_dir, [record.to_record() for record in records])

@@ -166,7 +166,8 @@ def write_run(
     write_config(folder, OmegaConf.create(make_config() if config is None else config))
     write_json(folder / ENVIRONMENT_FILE, environment)
     write_json(folder / DATA_FILE, ledger)
-    write_plan(folder, ["rows per step: 4 x 1 x 1 = 4 (batch x accumulation x processes)"], num_steps=num_steps)
+    lines = ["rows per step: 4 x 1 x 1 = 4 (batch x accumulation x processes)"]
+    write_plan(folder, {"num_steps": num_steps, "lines": lines})
     set_metrics(folder, make_metrics() if metrics is None else metrics)
     (folder / SAMPLES_FILE).unlink()
     for sample in make_samples() if samples is None else samples:
