@@ -44,12 +44,13 @@ def write_text(generator: random.Random, num_words: int) -> str:
     return text[0].upper() + text[1:]
 
 
-def make_row(generator: random.Random) -> dict:
+def make_row(generator: random.Random, *, max_exchanges: int = 4) -> dict:
     """Return a conversation of 1 to 4 exchanges; lengths are log-normal, as those of chat data sets are."""
     messages = []
     if generator.random() < 0.2:
         messages.append({"role": "system", "content": write_text(generator, generator.randrange(5, 40))})
-    for _ in range(generator.choices([1, 2, 3, 4], weights=[6, 2, 1, 1])[0]):
+    num_exchanges = generator.choices([1, 2, 3, 4], weights=[6, 2, 1, 1])[0]
+    for _ in range(min(num_exchanges, max_exchanges)):
         messages.append({"role": "user", "content": write_text(generator, 1 + int(generator.lognormvariate(2.8, 0.8)))})
         reply = write_text(generator, 1 + int(generator.lognormvariate(4.2, 0.9)))
         messages.append({"role": "assistant", "content": reply})

@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--kind", default="bf16", choices=KINDS)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what draws the weights")
     parser.add_argument(
         "--tokenizer-json", action="store_true", help="tokenizer.json instead of Meta's tokenizer.model"
     )
@@ -30,6 +31,7 @@ def main() -> None:
             arguments.out,
             kind=arguments.kind,
             seed=arguments.seed,
+            device=arguments.device,
             tokenizer_model=fetch_pypi_file(LLAMA3_TOKENIZER),
             as_tokenizer_json=arguments.tokenizer_json,
         )

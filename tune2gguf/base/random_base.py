@@ -36,6 +36,7 @@ def write_random_base(
     tokenizer_model: Path | None = None,
     as_tokenizer_json: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    device: str = "cpu",
 ) -> Path:
     """Write a base folder with normal weights (standard deviation 0.02), norms of 1; its loss is near ln(vocab_size).
 
@@ -45,6 +46,7 @@ def write_random_base(
         kind: `bf16`, `float32`, or `bnb-4bit`: NF4 as bitsandbytes stores it in the layers' matrices, else bf16
         tokenizer_model: Llama 3's tokenizer.model, copied to where Meta's repositories have it, `original/`
         as_tokenizer_json: write it as the tokenizer.json of the hub's repositories instead
+        device: what draws the weights; a GPU is faster, and draws others
 
     Raises:
         ValueError: if the folder exists or the kind is unknown
@@ -53,7 +55,7 @@ def write_random_base(
         raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
     base_dir = Path(base_dir)
     with write_folder(base_dir) as folder:
-        _write_weights(folder, architecture, kind=kind, seed=seed, max_shard_bytes=max_shard_bytes)
+        _write_weights(folder, architecture, kind=kind, seed=seed, max_shard_bytes=max_shard_bytes, device=device)
         write_json(folder / RECORD_FILE, {"source": "random weights", "kind": kind, "seed": seed})
         _write_configs(folder, architecture, kind)
         if tokenizer_model is not None:
@@ -61,12 +63,14 @@ def write_random_base(
     return base_dir
 
 
-def _write_weights(folder: Path, architecture: Architecture, *, kind: str, seed: int, max_shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path, architecture: Architecture, *, kind: str, seed: int, max_shard_bytes: int, device: str
+) -> None:
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     tensors, chunks = [], []
     for spec in list_tensors(architecture):
-        rows = (chunk.to(dtype) for chunk in _draw_rows(spec, generator))
+        rows = (chunk.to(dtype).cpu() for chunk in _draw_rows(spec, generator))
         if kind == "bnb-4bit" and spec.is_linear:
             tensors += list_nf4_tensors(spec.hf_name, spec.shape)
             rows = encode_nf4(rows, spec.shape, dtype="bfloat16")
@@ -94,7 +98,7 @@ def _draw_rows(spec: TensorSpec, generator: torch.Generator) -> Iterator[Tensor]
     # Whole blocks of 64 in every chunk, whatever the number of columns.
     rows_per_chunk = max(64, MAX_CHUNK_ELEMENTS // num_columns // 64 * 64)
     for begin in range(0, num_rows, rows_per_chunk):
-        chunk = torch.empty(min(rows_per_chunk, num_rows - begin), num_columns)
+        chunk = torch.empty(min(rows_per_chunk, num_rows - begin), num_columns, device=generator.device)
         yield chunk.normal_(std=INIT_STD, generator=generator)
 
 
