@@ -88,10 +88,10 @@ def make_stock_command(
     return [*command, *(f"{key}={value}" for key, value in options.items())], out / "logs/log.txt"
 
 
-def watch(command: list[str], log: Path, cwd: Path) -> tuple[float, list[float], str]:
+def watch(command: list[str], log: Path, out: Path, cwd: Path) -> tuple[float, list[float], str]:
     """Run the command; return its seconds, the moments at which steps were logged, and what it printed."""
     started, moments, seen = time.perf_counter(), [], 0
-    output = log.parent.with_suffix(".output.txt")
+    output = out.with_suffix(".output.txt")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])}
     with output.open("w") as file:
         process = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -113,7 +113,7 @@ def measure(side: str, model: str, kind: str, base_dir: Path, rows: Path, tokens
     else:  # Not from the repository's root, where `tune` would find our recipes first.
         command, log = make_stock_command(model, kind, base_dir, rows, out, best=side == "stock best")
         cwd = folder
-    seconds, moments, _ = watch(command, log, cwd)
+    seconds, moments, _ = watch(command, log, out, cwd)
     steps = [after - before for before, after in itertools.pairwise(moments)]
     median = statistics.median(steps[len(steps) // 3 :])
     loss, peak = read_last(log)
