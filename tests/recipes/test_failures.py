@@ -78,7 +78,7 @@ def poisoned_base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def poisoned(run_arguments, poisoned_base, tmp_path) -> list[str]:
-    """Arguments of a run whose row 8 alone has the token, in micro-batches of one row."""
+    """Arguments of a run whose row 8 alone has the token; others share its pass."""
     rows = make_conversations(20)
     rows[7]["messages"][0]["content"] += " ~"
     path = write_rows(tmp_path / "poisoned.jsonl", rows)

@@ -10,7 +10,14 @@ from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_training import read_records, run_recipe
 
 # 20 rows in steps of 4: 5 steps an epoch. The rate is so high that the validation loss goes up and down.
-UNSTEADY = ["epochs=4", "learning_rate=0.1", "scheduler=constant", "eval_every_n_steps=2", "early_stopping_patience=2"]
+UNSTEADY = [
+    "seed=4",
+    "epochs=4",
+    "learning_rate=0.3",
+    "scheduler=constant",
+    "eval_every_n_steps=2",
+    "early_stopping_patience=2",
+]
 
 
 def read_samples(folder: Path) -> list[dict]:

@@ -18,7 +18,7 @@ from tune2gguf.runs.ledger import read_entries
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.serve.chat import open_chat_model
-from tune2gguf.serve.proof import prove_export
+from tune2gguf.serve.proof import ADAPTER, prove_export
 
 # As the first of two turns each stands in a prompt, and the last reply is the reference.
 QUESTIONS = [row["messages"][-2]["content"] for row in HOSTILE_VALIDATION]
@@ -87,7 +87,7 @@ def test_export_serves_what_was_trained(exported):
     proof = prove_export(exported, num_replies=1, show=False)
     tokens = proof.served_by_llama_cpp["F32"]["tokens"]
     assert (tokens["num_equal"], tokens["num_different"], tokens["num_skipped"]) == (len(HOSTILE_VALIDATION), 0, 0)
-    assert proof.steps["F32"]["loss"] == pytest.approx(Run(exported.run.run_dir).curves.best.loss, abs=1e-3)
+    assert proof.steps[ADAPTER]["loss"] == pytest.approx(Run(exported.run.run_dir).curves.best.loss, abs=1e-5)
     modelfile = exported.models[0].modelfile_path.read_bytes().decode()
     assert f'SYSTEM """{HOSTILE_SYSTEM_PROMPT}"""' in modelfile
     assert f"# {HOSTILE_NAME}\n" in exported.model_card_path.read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ length, and skip the keys of other rows in a pack.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -89,13 +90,18 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 def _list_blocks(q: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice]]:
-    """Yield the queries of each block and the keys that they see, from the first that one of them attends to."""
+    """Yield the queries of each block and the keys that they see, from the first that one of them attends to.
+
+    A block ends where a row does: what is not finite in one must not reach another.
+    """
     batch, seq, heads, _ = q.shape
-    size = max(MIN_QUERIES, SCORES_AT_A_TIME // (batch * heads * seq))
-    for start in range(0, seq, size):
-        stop = min(start + size, seq)
-        first = 0 if mask is None else int(mask[:, start:stop].any(dim=1).any(dim=0).nonzero()[0])
-        yield slice(start, stop), slice(first, stop)
+    first_keys = torch.zeros(1, seq, dtype=torch.int64) if mask is None else mask.byte().argmax(dim=-1)
+    row_starts = (first_keys == torch.arange(seq)).any(dim=0).nonzero().flatten().tolist()
+    for row_start, row_stop in itertools.pairwise([*row_starts, seq]):
+        size = max(MIN_QUERIES, SCORES_AT_A_TIME // (batch * heads * (row_stop - row_start)))
+        for start in range(row_start, row_stop, size):
+            stop = min(start + size, row_stop)
+            yield slice(start, stop), slice(int(first_keys[:, start].min()), stop)
 
 
 def _compute_weights(

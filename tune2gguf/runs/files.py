@@ -19,8 +19,9 @@ VERDICT_FILE = "verdict.json"
 PROOF_FILE = "proof.json"  # in the export folder
 LEDGER_FILE = "ledger.jsonl"  # beside the run folders
 
-# Stands in environment.json. 1 had none; 2 has the components' new names and `system_prompt` in data.json.
-FOLDER_VERSION = 2
+# Stands in environment.json. 1 had none; 2 has the components' new names and `system_prompt` in
+# data.json. In 3 a step's rows are drawn at random, and plan.json has how they went through the model.
+FOLDER_VERSION = 3
 
 
 def is_run_folder(path: Path) -> bool:

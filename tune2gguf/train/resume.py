@@ -154,6 +154,10 @@ def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]
         folder = Path(resume)
     checkpoint = read_checkpoint(folder)
     differences = find_differences(checkpoint.progress["run"], run)
+    if "tokens_per_pass" not in checkpoint.progress["run"]["config"] and checkpoint.progress["step_in_epoch"]:
+        differences.append(
+            "the order of the rows: an earlier tune2gguf chose it; its runs can go on from an epoch's end only"
+        )
     if differences:
         raise ValueError(
             f"{folder} is a checkpoint of another run than this one; what differs:\n  "
