@@ -172,9 +172,47 @@ def test_the_proof_of_replaced_files_goes_with_them(run_dir):
     assert not (run_dir / "export" / "proof.json").exists()
 
 
-def test_a_run_without_validation_rows_is_said_to_be_unproven(ending_base, tmp_path):
+def test_a_run_without_validation_rows_is_unproven_and_handed_to_ollama_on_demand_only(
+    ending_base, tmp_path, fake_ollama
+):
     run_dir = write_proven_run(ending_base, tmp_path / "run", num_rows=0)
     finished = run_script(run_dir)
     assert finished.returncode == 0
     assert "not proven: the run has no validation rows" in finished.stdout
     assert not (run_dir / "export" / "proof.json").exists()
+    finished = run_script(run_dir, "--force", "--ollama", "marlo")
+    assert finished.returncode == 1
+    assert finished.stdout.endswith("not handed to Ollama as marlo, because it is not proven\n")
+    assert not fake_ollama.exists()
+    assert run_script(run_dir, "--force", "--ollama", "marlo", "--proof-rows", "0").returncode == 0
+    assert fake_ollama.exists()
+
+
+def make_row(question: str, reply: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
+def test_conversations_that_all_spell_special_tokens_are_not_proven(ending_base, tmp_path):
+    rows = [make_row(f"What is <|im_end|>, {number}?", "It ends a turn.") for number in range(3)]
+    run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)
+    proof = prove(export_run(run_dir, quantizations=["F16"], show=False))
+    assert "F16: nothing to compare: each of the 3 conversations spells a special token" in proof.failures
+    assert not proof.passed and "NOT PROVEN" in format_table(proof)
+
+
+def test_no_scored_token_is_not_proven(ending_base, tmp_path, monkeypatch):
+    """llama.cpp gives no loss of the first byte of a character that has several tokens."""
+    monkeypatch.setattr("tune2gguf.serve.serving.MAX_SCORED_TOKENS", 1)
+    rows = [make_row("Which boat?", "\U0001f6a2")]
+    run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)
+    proof = prove(export_run(run_dir, quantizations=["F16"], show=False))
+    assert "F16: nothing to compare: llama.cpp reports no loss of any supervised token" in proof.failures
+
+
+def test_ids_of_raw_texts_are_compared_though_no_reply_is_asked_for(ending_base, tmp_path):
+    rows = [{"text": "The ferry leaves at 7:10, \U0001f6a2."}, {"text": "  Dogs sail free. "}]
+    run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)
+    proof = prove(export_run(run_dir, quantizations=["F16"], show=False))
+    assert proof.served_by_llama_cpp["F16"]["tokens"]["num_equal"] == 2
+    assert proof.failures == []
+    assert format_table(proof).endswith("proven: ids and losses are within the limits; no reply was asked for")

@@ -59,7 +59,7 @@ class ServedReply:
 
 @dataclass(frozen=True)
 class ServedFile:
-    """All of it for one file; `scores` is None where no token could be scored."""
+    """All of it for one file; `scores` is None where no token could be scored, raw texts ask for no replies."""
 
     tokens: TokenCheck
     scores: ScoreCheck | None
@@ -90,22 +90,27 @@ def serve_file(
     model = open_model(path, num_threads=num_threads, context_length=context_length + MAX_REPLY_TOKENS)
     chats = [conversation for conversation in conversations if conversation.messages]
     return ServedFile(
-        tokens=check_tokens(model, tokenizer, chats),
+        tokens=check_tokens(model, tokenizer, conversations),
         scores=check_scores(model, rows, token_losses, max_tokens=MAX_SCORED_TOKENS),
         replies=ask_validation(model, chats[:num_replies], max_tokens=MAX_REPLY_TOKENS),
     )
 
 
-def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, chats: Sequence[Conversation]) -> TokenCheck:
-    """Compare the ids that llama.cpp serves of each conversation, up to its last reply, with the trained ones."""
+def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> TokenCheck:
+    """Compare the ids that llama.cpp serves of each conversation, up to its last reply, or of its raw text."""
     num_equal = num_different = num_skipped = 0
     first_difference = None
-    for number, chat in enumerate(chats, start=1):
-        if any(tokenizer.find_spelled_special(message.content) for message in chat.messages):
+    for number, conversation in enumerate(conversations, start=1):
+        texts = [message.content for message in conversation.messages] or [conversation.text]
+        if any(tokenizer.find_spelled_special(text) for text in texts):
             num_skipped += 1
             continue
-        trained, _ = tokenizer.encode_conversation(chat.messages)
-        served = _serve(model, tokenizer, chat)
+        if conversation.messages:
+            trained, _ = tokenizer.encode_conversation(conversation.messages)
+            served = _serve(model, tokenizer, conversation)
+        else:
+            trained, _ = tokenizer.encode_document(conversation.text)
+            served = model.tokenize(conversation.text, adds_bos=True)
         difference = _describe_difference(trained[: len(served)], served, tokenizer)
         num_equal += difference is None
         num_different += difference is not None
