@@ -23,6 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quantization",
         nargs="+",
+        action="extend",
         metavar="TYPE",
         help=f"one or more of {', '.join(QUANTIZATIONS)}; default: the run's own",
     )
@@ -61,6 +62,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     try:
+        if not arguments.max_loss_increase >= 0:  # nor NaN
+            raise ValueError(
+                f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more"
+            )
         export = export_run(
             arguments.run,
             quantizations=arguments.quantization,

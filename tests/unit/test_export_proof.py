@@ -149,9 +149,23 @@ def test_the_script_proves_and_fails_with_exit_code_1(run_dir):
     finished = run_script(run_dir, "--quantization", "Q8_0")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.endswith("proven: ids, losses and replies are within the limits\n")
-    failed = run_script(run_dir, "--quantization", "Q8_0", "--force", "--max-loss-increase", "-1")
+    failed = run_script(run_dir, "--quantization", "Q2_K", "--force", "--max-loss-increase", "0")
     assert failed.returncode == 1
     assert "NOT PROVEN" in failed.stdout and "proven: ids" not in failed.stdout
+
+
+@pytest.mark.parametrize("limit", ["nan", "-1"])
+def test_a_limit_that_makes_no_sense_is_refused_before_the_export(run_dir, limit):
+    finished = run_script(run_dir, f"--max-loss-increase={limit}")
+    assert finished.returncode == 1
+    assert finished.stderr == f"error: a loss increase of at most {limit} makes no sense; give 0 or more\n"
+    assert not (run_dir / "export").exists()
+
+
+def test_types_of_an_option_that_is_given_twice_are_all_exported(run_dir):
+    finished = run_script(run_dir, "--quantization", "Q8_0", "--quantization", "f16", "--proof-rows", "0")
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.name for path in (run_dir / "export").glob("*.gguf")) == ["run-F16.gguf", "run-Q8_0.gguf"]
 
 
 def test_what_is_not_proven_is_not_handed_to_ollama(run_dir, tmp_path, monkeypatch):
@@ -159,7 +173,7 @@ def test_what_is_not_proven_is_not_handed_to_ollama(run_dir, tmp_path, monkeypat
     (tmp_path / "ollama").write_text(f"#!/bin/sh\ntouch {called}\n")
     (tmp_path / "ollama").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    finished = run_script(run_dir, "--quantization", "Q8_0", "--max-loss-increase", "-1", "--ollama", "marlo")
+    finished = run_script(run_dir, "--quantization", "Q2_K", "--max-loss-increase", "0", "--ollama", "marlo")
     assert finished.returncode == 1
     assert finished.stdout.endswith("not handed to Ollama as marlo, because it is not proven\n")
     assert not called.exists()

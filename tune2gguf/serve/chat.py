@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tune2gguf.export.pipeline import list_served
+from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.run import Run
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
@@ -40,8 +41,7 @@ def check_options(*, max_tokens: int, temperature: float, num_threads: int | Non
         raise ValueError(f"a reply of {max_tokens} tokens is none; give 1 or more")
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature:g} makes no sense; give 0, which is greedy, or more")
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
+    check_num_threads(num_threads)
 
 
 def start_conversation(system_prompt: str | None) -> list[dict[str, str]]:
