@@ -10,7 +10,7 @@ from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.proof import ProofRecord
-from tune2gguf.serve.ollama import serve_with_ollama
+from tune2gguf.serve.ollama import check_ollama_name, serve_with_ollama
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,6 +66,8 @@ def main() -> None:
             raise ValueError(
                 f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more"
             )
+        if arguments.ollama is not None:
+            check_ollama_name(arguments.ollama)
         export = export_run(
             arguments.run,
             quantizations=arguments.quantization,
