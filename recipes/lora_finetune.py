@@ -33,6 +33,7 @@ from tune2gguf.distributed.world import (
     stop_world,
     wait_for_all,
 )
+from tune2gguf.files.output import accept_any_text
 from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.model.architectures import read_architecture
@@ -316,6 +317,7 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
+    accept_any_text()
     with end_together():
         with agree_on_errors():
             cfg = load_config(sys.argv[1:])

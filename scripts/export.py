@@ -8,6 +8,7 @@ import sys
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
+from tune2gguf.files.output import accept_any_text
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.proof import ProofRecord
 from tune2gguf.serve.ollama import check_ollama_name, serve_with_ollama
@@ -60,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    accept_any_text()
     arguments = parse_arguments()
     try:
         if not arguments.max_loss_increase >= 0:  # nor NaN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,19 @@ def list_served(run: Run) -> list[tuple[Path, str]]:
     modelfiles = sorted(filter(Path.is_file, run.export_dir.glob("Modelfile*")))
     served = [(run.export_dir / _read_served_name(modelfile), modelfile.name) for modelfile in modelfiles]
     return [(path, name) for path, name in served if path.is_file()]
+
+
+def find_newest_gguf(run: Run) -> Path:
+    """Return the GGUF of the whole model that was exported last.
+
+    Raises:
+        ValueError: if there is none
+    """
+    served = [path for path, _ in list_served(run)]
+    if not served:
+        command = shlex.join(["python", "scripts/export.py", str(run.run_dir)])
+        raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  {command}")
+    return max(served, key=lambda path: path.stat().st_mtime)
 
 
 def _refuse_existing(paths: list[Path]) -> None:

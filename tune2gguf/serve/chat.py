@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tune2gguf.export.pipeline import list_served
+from tune2gguf.export.pipeline import find_newest_gguf
 from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.run import Run
@@ -27,11 +27,7 @@ def open_chat_model(
         from tune2gguf.serve.adapter_model import load_adapter_model
 
         return load_adapter_model(run)
-    if gguf_path is None:
-        served = [path for path, _ in list_served(run)]
-        if not served:
-            raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  python scripts/export.py {run.run_dir}")
-        gguf_path = max(served, key=lambda path: path.stat().st_mtime)
+    gguf_path = find_newest_gguf(run) if gguf_path is None else gguf_path
     return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len)
 
 
