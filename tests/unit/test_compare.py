@@ -1,6 +1,8 @@
 """Runs are ranked on the validation rows that they share, and only those that share some."""
 
+import html
 import json
+import re
 import subprocess
 import sys
 
@@ -105,6 +107,17 @@ def test_a_run_that_recorded_no_seconds_has_no_time():
 def test_page_holds_every_run(runs):
     page = write_comparison(group_runs(find_runs(runs)), runs / "comparison.html").read_text()
     assert all(name in page for name in ("good", "slow", "other"))
+
+
+def test_names_of_runs_stand_on_the_page_as_they_are(tmp_path):
+    names = ["a\\b", 'c"d', "<e>", "$f$", "$\\frac{x}", "g'h", "_i", "j&amp;k", "%s{x}", "two words"]
+    for name in names:
+        write_run(tmp_path / name, GOOD)
+    groups = group_runs(find_runs(tmp_path))
+    page = write_comparison(groups, tmp_path / "page.html").read_text()
+    shown = [html.unescape(text) for text in re.findall("<bdi>([^<]*)</bdi>", page)]
+    assert all(shown.count(name) == 2 for name in names), "in the legend and in the table"
+    assert all(name in format_groups(groups) for name in names)
 
 
 def test_script_prints_the_table_and_where_the_page_is(runs):

@@ -223,6 +223,19 @@ def test_no_scored_token_is_not_proven(ending_base, tmp_path, monkeypatch):
     assert "F16: nothing to compare: llama.cpp reports no loss of any supervised token" in proof.failures
 
 
+def test_a_question_beyond_max_seq_len_is_not_asked(ending_base, tmp_path):
+    """Its first reply is what was trained of it."""
+    turns = [("user", "Boats?"), ("assistant", "Ferries."), ("user", "more " * 800), ("assistant", "No.")]
+    long_row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    rows = [long_row, *make_conversations(1)]
+    run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)
+    proof = prove(export_run(run_dir, quantizations=["F16"], show=False))
+    assert proof.rows == 2 and proof.served_by_llama_cpp["F16"]["tokens"]["num_equal"] == 2
+    assert [reply["question"] for reply in proof.served_by_llama_cpp["F16"]["replies"]] == [
+        "Question 0: what should I know?"
+    ]
+
+
 def test_ids_of_raw_texts_are_compared_though_no_reply_is_asked_for(ending_base, tmp_path):
     rows = [{"text": "The ferry leaves at 7:10, \U0001f6a2."}, {"text": "  Dogs sail free. "}]
     run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)

@@ -10,7 +10,7 @@ import numpy as np
 
 from tune2gguf.export.measure.validation_set import ValidationRow
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
-from tune2gguf.tokenizer.conversation import Conversation, cut_before_reply, trim
+from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply, trim
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 MAX_SCORED_TOKENS = 128  # each costs a request
@@ -88,12 +88,21 @@ def serve_file(
         ValueError: if the file cannot be loaded
     """
     model = open_model(path, num_threads=num_threads, context_length=context_length + MAX_REPLY_TOKENS)
-    chats = [conversation for conversation in conversations if conversation.messages]
+    chats = [
+        conversation
+        for conversation in conversations
+        # Of several turns the last question may lie beyond what was trained, and llama.cpp would refuse it.
+        if conversation.messages and len(tokenizer.encode_prompt(_cut(conversation))) <= context_length
+    ]
     return ServedFile(
         tokens=check_tokens(model, tokenizer, conversations),
         scores=check_scores(model, rows, token_losses, max_tokens=MAX_SCORED_TOKENS),
         replies=ask_validation(model, chats[:num_replies], max_tokens=MAX_REPLY_TOKENS),
     )
+
+
+def _cut(conversation: Conversation) -> list[Message]:
+    return [Message(**message) for message in cut_before_reply(conversation)[0]]
 
 
 def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> TokenCheck:
