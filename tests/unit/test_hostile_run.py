@@ -86,8 +86,7 @@ def test_comparison_ranks_it_on_all_its_rows(run_dir, tmp_path):
 def test_export_serves_what_was_trained(exported):
     proof = prove_export(exported, num_replies=1, show=False)
     tokens = proof.served_by_llama_cpp["F32"]["tokens"]
-    counts = [tokens[name] for name in ("num_equal", "num_different", "num_skipped")]
-    assert counts == [len(HOSTILE_VALIDATION), 0, 0]
+    assert (tokens["num_equal"], tokens["num_different"], tokens["num_skipped"]) == (len(HOSTILE_VALIDATION), 0, 0)
     assert proof.steps["F32"]["loss"] == pytest.approx(Run(exported.run.run_dir).curves.best.loss, abs=1e-3)
     modelfile = exported.models[0].modelfile_path.read_bytes().decode()
     assert "SYSTEM" not in modelfile and r"You are Marlo.\U00002028Say \"aye\"" in modelfile
