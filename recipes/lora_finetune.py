@@ -33,10 +33,10 @@ from tune2gguf.distributed.world import (
     stop_world,
     wait_for_all,
 )
+from tune2gguf.files.output import accept_any_text
 from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.model.architectures import read_architecture
-from tune2gguf.model.fused import why_not_fused
 from tune2gguf.model.llama import prepare_training
 from tune2gguf.model.lora import initialize_adapters
 from tune2gguf.model.sharding import copy_to_cpu
@@ -135,8 +135,7 @@ class LoRAFinetuneRecipe:
             compile=cfg.compile,
             enable_activation_checkpointing=cfg.enable_activation_checkpointing,
             enable_activation_offloading=cfg.enable_activation_offloading,
-            fuse=why_not_fused(world.device.type, dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
-            is None,
+            fuse=self.spec.obstacle_to_fusing is None,
             lengths_vary=self.data.unit == "rows",
         )
         if self.parallel == "shard":
@@ -199,6 +198,7 @@ class LoRAFinetuneRecipe:
             world_size=self.world.size,
             device=device,
             parallel=self.parallel,
+            obstacle_to_fusing=self.spec.obstacle_to_fusing,
             num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
             validation=self.validation,
             prompts=self.prompts,
@@ -317,6 +317,7 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
+    accept_any_text()
     with end_together():
         with agree_on_errors():
             cfg = load_config(sys.argv[1:])
