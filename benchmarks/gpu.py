@@ -70,7 +70,9 @@ def make_ours(arguments, device: str, world=None):
         return weight(spec.shape, device=device, dtype=torch.bfloat16) * (1.0 if len(spec.shape) == 1 else 0.02)
 
     device_type = torch.device(device).type
-    obstacle = why_not_fused(device_type, dtype="bf16", compile=arguments.compile, lora_rank=RANK)
+    obstacle = why_not_fused(
+        device_type, architecture=architecture, dtype="bf16", compile=arguments.compile, lora_rank=RANK
+    )
     prepare_training(
         model,
         compile=arguments.compile,

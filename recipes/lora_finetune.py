@@ -33,11 +33,11 @@ from tune2gguf.distributed.world import (
     stop_world,
     wait_for_all,
 )
+from tune2gguf.files.output import accept_any_text
 from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.machine.passes import choose_passes
 from tune2gguf.model.architectures import read_architecture
-from tune2gguf.model.fused import why_not_fused
 from tune2gguf.model.llama import prepare_training
 from tune2gguf.model.lora import initialize_adapters
 from tune2gguf.model.sharding import copy_to_cpu
@@ -144,8 +144,7 @@ class LoRAFinetuneRecipe:
             compile=cfg.compile,
             enable_activation_checkpointing=self.spec.enable_activation_checkpointing,
             enable_activation_offloading=cfg.enable_activation_offloading,
-            fuse=why_not_fused(world.device.type, dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
-            is None,
+            fuse=self.spec.obstacle_to_fusing is None,
         )
         if self.parallel == "shard":
             shard(self.model, world)
@@ -329,6 +328,7 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
+    accept_any_text()
     with end_together():
         with agree_on_errors():
             cfg = load_config(sys.argv[1:])

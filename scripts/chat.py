@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.files.output import accept_any_text
 from tune2gguf.runs.run import open_run
 from tune2gguf.serve.chat import check_options, open_chat_model, start_conversation, talk
 
@@ -27,10 +28,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    accept_any_text()
     arguments = parse_arguments()
     options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
     try:
         check_options(**options, num_threads=arguments.threads)
+        if arguments.once is not None and not arguments.once.strip():
+            raise ValueError("--once has no question in it")
         run = open_run(arguments.run, base_dir=arguments.base_dir)
         model = open_chat_model(
             run, gguf_path=arguments.gguf, uses_adapter=arguments.adapter, num_threads=arguments.threads

@@ -4,8 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.files.output import accept_any_text
+
 
 def main() -> None:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; default: all in runs/")
     parser.add_argument("--html", type=Path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page")

@@ -8,16 +8,23 @@ import sys
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
+from tune2gguf.files.output import accept_any_text
 from tune2gguf.runs.files import PROOF_FILE
-from tune2gguf.serve.ollama import serve_with_ollama
+from tune2gguf.runs.proof import ProofRecord
+from tune2gguf.serve.ollama import check_ollama_name, serve_with_ollama
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Exit code 1 where the proof fails. A run without validation rows is exported, said to be not proven, "
+        "and not handed to Ollama.",
+    )
     parser.add_argument("run", help="folder of a finished run, such as runs/quickstart")
     parser.add_argument(
         "--quantization",
         nargs="+",
+        action="extend",
         metavar="TYPE",
         help=f"one or more of {', '.join(QUANTIZATIONS)}; default: the run's own",
     )
@@ -31,12 +38,16 @@ def parse_arguments() -> argparse.Namespace:
         help="after 4-bit training; default: the one with the lower validation loss",
     )
     parser.add_argument("--original-base", metavar="DIR", help="the 16-bit weights of a 4-bit base; default: beside it")
-    parser.add_argument("--ollama", metavar="NAME", help="make the model in Ollama, and ask it a validation question")
+    parser.add_argument(
+        "--ollama",
+        metavar="NAME",
+        help="make the model in Ollama, and ask it a validation question; only if it is proven, or with --proof-rows 0",
+    )
     parser.add_argument(
         "--proof-rows",
         type=int,
         default=DEFAULT_VALIDATION_ROWS,
-        help="validation rows to prove the files on; 0 skips it",
+        help="validation rows to prove the files on; 0: no proof is wanted",
     )
     parser.add_argument(
         "--max-loss-increase",
@@ -50,8 +61,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    accept_any_text()
     arguments = parse_arguments()
     try:
+        if not arguments.max_loss_increase >= 0:  # nor NaN
+            raise ValueError(
+                f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more"
+            )
+        if arguments.ollama is not None:
+            check_ollama_name(arguments.ollama)
         export = export_run(
             arguments.run,
             quantizations=arguments.quantization,
@@ -67,21 +85,23 @@ def main() -> None:
         )
         for path in export.list_paths():
             print(path)
-        is_proven = arguments.proof_rows == 0 or show_proof(export, arguments)
-        if arguments.ollama is not None and is_proven:
-            print(serve_with_ollama(export, arguments.ollama))
-        elif arguments.ollama is not None:
+        proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
+        is_refused = proof is not None and not proof.passed
+        if arguments.ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
             print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
+            is_refused = True
+        elif arguments.ollama is not None:
+            print(serve_with_ollama(export, arguments.ollama))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    if not is_proven:
+    if is_refused:
         sys.exit(1)
 
 
-def show_proof(export: Export, arguments: argparse.Namespace) -> bool:
-    """Prove the export and print the result; return whether it holds."""
+def show_proof(export: Export, arguments: argparse.Namespace) -> ProofRecord | None:
+    """Prove the export, print the result and return it; None without validation rows."""
     # torch: files that are not proven are written without it.
     from tune2gguf.serve.proof import format_table, prove_export
 
@@ -93,9 +113,9 @@ def show_proof(export: Export, arguments: argparse.Namespace) -> bool:
     )
     if proof is None:
         print("not proven: the run has no validation rows (dataset.validation_files or dataset.validation_split)")
-        return True
-    print(f"{export.run.export_dir / PROOF_FILE}\n\n{format_table(proof)}")
-    return not proof.failures
+    else:
+        print(f"{export.run.export_dir / PROOF_FILE}\n\n{format_table(proof)}")
+    return proof
 
 
 if __name__ == "__main__":

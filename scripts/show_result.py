@@ -6,22 +6,20 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.files.output import accept_any_text
 from tune2gguf.serve.before_after import answer_before_and_after, read_validation_losses
 
 
 def main() -> None:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of an exported run, such as runs/quickstart")
     parser.add_argument("--gguf", type=Path, help="default: the newest in the run's export folder")
     parser.add_argument("--questions", type=int, default=3, help="validation questions to ask")
     arguments = parser.parse_args()
-    files = sorted(arguments.run.glob("export/*.gguf"), key=lambda path: path.stat().st_mtime)
-    if arguments.gguf is None and not files:
-        sys.exit(f"error: {arguments.run}/export has no GGUF yet. First: python scripts/export.py {arguments.run}")
-    gguf_path = arguments.gguf or files[-1]
     try:
         before, after = read_validation_losses(arguments.run)
-        answers = answer_before_and_after(arguments.run, gguf_path, num_questions=arguments.questions)
+        answers = answer_before_and_after(arguments.run, gguf_path=arguments.gguf, num_questions=arguments.questions)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"validation loss: {before:.3f} → {after:.3f} ({after / before - 1:+.0%})")

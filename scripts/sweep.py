@@ -7,8 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.files.output import accept_any_text
+
 
 def main() -> None:
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="the sweep's folder")

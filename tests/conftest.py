@@ -186,14 +186,15 @@ def make_run_arguments(folder: Path, base_dir: Path) -> list[str]:
 
 @pytest.fixture
 def fake_ollama(tmp_path, monkeypatch) -> Path:
-    """A program on PATH that writes down how it was called, and answers `run`."""
+    """A program on PATH that writes down how it was called and what it was asked, and answers `run`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     log = tmp_path / "calls.jsonl"
     program = folder / "ollama"
     program.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
-        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        "asked = [sys.stdin.buffer.read().decode()] if sys.argv[1] == 'run' else []\n"
+        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:] + asked) + '\\n')\n"
         "if sys.argv[1] == 'create': assert 'FROM ./' in open(sys.argv[4]).read()\n"
         "if sys.argv[1] == 'run': print('Ahoy!')\n"
         "sys.exit(int(os.environ.get('OLLAMA_EXIT', '0')))\n"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_export_metadata import NOT_HELD, parse_modelfile
 from tune2gguf.export.modelfile import make_modelfile
+from tune2gguf.tokenizer.conversation import trim
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, LLAMA3, ChatTemplate
 
 # What Ollama gives its templates of what ours use: .Messages with .Role and .Content, .System with all system messages.
@@ -123,6 +125,22 @@ def test_go_renders_the_trained_format(go_renderer, name):
     chat_template = CHAT_TEMPLATES[name]
     template = read_template(make_modelfile("x.gguf", chat_template=chat_template, context_length=64))
     assert render(go_renderer, template) == [render_trained(chat_template, turns) for turns in CONVERSATIONS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system_prompt", NOT_HELD)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_system_prompt_that_system_cannot_hold_is_served_by_the_template(go_renderer, name, system_prompt):
+    """Where the request brings one of its own, that is served."""
+    chat_template = CHAT_TEMPLATES[name]
+    modelfile = make_modelfile("x.gguf", chat_template=chat_template, context_length=64, system_prompt=system_prompt)
+    commands = dict(parse_modelfile(modelfile))
+    assert "SYSTEM" not in commands
+    with_it = [
+        turns if turns[0][0] == "system" else [("system", trim(system_prompt)), *turns] for turns in CONVERSATIONS
+    ]
+    expected = [render_trained(chat_template, turns) for turns in with_it]
+    assert render(go_renderer, commands["TEMPLATE"]) == expected
 
 
 @pytest.mark.slow

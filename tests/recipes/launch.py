@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(
         "matplotlib.backends.backend_svg",
     ]
 )
-MEASURED = ("tokens_per_second", "supervised_tokens_per_second", "peak_memory_bytes")
+MEASURED = ("seconds", "tokens_per_second", "supervised_tokens_per_second", "peak_memory_bytes")
 
 
 class Launch:

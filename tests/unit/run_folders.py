@@ -49,6 +49,8 @@ def make_metrics(
             loss=falling * float(rng.lognormal(0, 0.12)) * (0.6 if overfit and step > steps / 2 else 1),
             lr=1e-3 * min(step / 10, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
             grad_norm=float(rng.lognormal(0, 0.3)),
+            tokens=79,
+            seconds=79 / 220,
             tokens_per_second=float(rng.normal(220, 18)),
             supervised_tokens_per_second=float(rng.normal(131, 11)),
             peak_memory_bytes=int(1.5e9 + 2e8 * min(1, step / 40)),

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -14,21 +15,23 @@ def list_names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """A limit on the size of files makes writing fail as a full disk does."""
+    """A limit on the size of files makes writing fail as a full disk does; pytest, too, may be writing to one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_full_disk_leaves_the_old_file_and_names_it(tmp_path, full_disk):
+def test_full_disk_leaves_the_old_file_and_names_it(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError) as caught, full_disk():
         write_text(path, "x" * 2000)
     assert caught.value.filename == str(path)
     assert list_names(tmp_path) == ["a.txt"] and path.read_text() == "old"

@@ -1,5 +1,6 @@
 """Talking to a run: the exported file and the torch adapter give the same replies; the loop keeps the conversation."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,9 +104,31 @@ def test_the_system_prompt_is_asked_with(run_dir):
     assert written.endswith(model.chat(messages, max_tokens=6).text + "\n")
 
 
-def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_script(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, REPOSITORY / "scripts/chat.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.parametrize("arguments", [("--once", "à bientôt →"), ()], ids=["once", "lines"])
+def test_a_terminal_that_is_not_utf_8_shows_what_it_can(tmp_path, arguments):
+    """A model that says one letter outside of ASCII."""
+    base_dir = write_biased_base(tmp_path / "base", lambda token: 9.0 if token in ("Ã", "©") else -30.0)
+    run_dir = write_run(base_dir, tmp_path / "fährë", chat_template="chatml")
+    export_run(run_dir, quantizations=["F32"], show=False)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    finished = run_script(run_dir, *arguments, "--max-tokens", "6", input="à →\n", env=environment)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "\\x" in finished.stdout or "\\u" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("question", "said"), [("", "error: --once has no question"), (" \n", "error: --once has"), ("\udcff", "error: ll")]
+)
+def test_a_question_that_is_none_is_one_line(run_dir, question, said):
+    finished = run_script(run_dir, "--once", question, "--max-tokens", "2")
+    assert finished.returncode == 1
+    [line] = finished.stderr.splitlines()
+    assert line.startswith(said)
 
 
 def test_the_script_answers_once(run_dir):

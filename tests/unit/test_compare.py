@@ -1,15 +1,20 @@
 """Runs are ranked on the validation rows that they share, and only those that share some."""
 
+import html
+import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, make_conversations
+from tests.runs import copy_real_run, get_tiny_base
 from tests.unit.judged_runs import write_run
 from tests.unit.synthetic_curves import approach, make_curves
 from tests.unit.test_run_ledger import take_rows
 from tune2gguf.report.compare import find_differences, find_runs, format_groups, group_runs, write_comparison
+from tune2gguf.runs.files import METRICS_FILE
 from tune2gguf.runs.run import Run
 from tune2gguf.verdict.conclude import conclude_run
 
@@ -71,15 +76,48 @@ def test_verdict_is_that_of_the_run_or_one_so_far(runs):
 
 
 def test_time_and_memory_are_those_of_the_steps(runs):
-    """100 steps in 4 epochs at 1000 tokens a second."""
+    """100 steps of half a second."""
     group, _ = group_runs(find_runs(runs))
-    assert group.runs[0].seconds == pytest.approx(4 * Run(runs / "good").data["training"]["tokens"] / 1000)
+    assert group.runs[0].seconds == pytest.approx(50)
     assert group.runs[0].peak_memory_bytes == 2_000_000_000
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("epochs=2",), ("batch_size=2", "max_steps_per_epoch=1"), ("dataset.packing=true", "batch_size=1")],
+    ids=["epochs", "max_steps_per_epoch", "packs"],
+)
+def test_time_of_a_real_run_is_that_of_its_steps(tmp_path, overrides):
+    """Whatever a step has: the last one of an epoch, a few rows of an epoch, packs."""
+    run_dir = copy_real_run(get_tiny_base(), tmp_path / "run", *overrides, training=make_conversations(7))
+    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    seconds = sum(line["tokens"] / line["tokens_per_second"] for line in lines)
+    assert group_runs([run_dir])[0].runs[0].seconds == pytest.approx(seconds)
+
+
+def test_tokens_of_the_steps_are_those_of_the_data(tmp_path):
+    run_dir = copy_real_run(get_tiny_base(), tmp_path / "run", "epochs=2", training=make_conversations(7))
+    assert sum(step.tokens for step in Run(run_dir).curves.training) == 2 * Run(run_dir).data["training"]["tokens"]
+
+
+def test_a_run_that_recorded_no_seconds_has_no_time():
+    assert group_runs([REPOSITORY / "tests/data/run_of_version_1/runs/old"])[0].runs[0].seconds is None
 
 
 def test_page_holds_every_run(runs):
     page = write_comparison(group_runs(find_runs(runs)), runs / "comparison.html").read_text()
     assert all(name in page for name in ("good", "slow", "other"))
+
+
+def test_names_of_runs_stand_on_the_page_as_they_are(tmp_path):
+    names = ["a\\b", 'c"d', "<e>", "$f$", "$\\frac{x}", "g'h", "_i", "j&amp;k", "%s{x}", "two words"]
+    for name in names:
+        write_run(tmp_path / name, GOOD)
+    groups = group_runs(find_runs(tmp_path))
+    page = write_comparison(groups, tmp_path / "page.html").read_text()
+    shown = [html.unescape(text) for text in re.findall("<bdi>([^<]*)</bdi>", page)]
+    assert all(shown.count(name) == 2 for name in names), "in the legend and in the table"
+    assert all(name in format_groups(groups) for name in names)
 
 
 def test_script_prints_the_table_and_where_the_page_is(runs):

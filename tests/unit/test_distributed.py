@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from tests.recipes.launch import CONTEXT
 from tune2gguf.distributed import world as distributed
+from tune2gguf.distributed.failures import describe_unexpected
 from tune2gguf.distributed.world import agree_on_start, join_processes, max_over_ranks
 
 
@@ -86,6 +87,50 @@ def test_missing_process_is_named(monkeypatch):
     store.set("tune2gguf/word/1", "asked in a start before this one")
     with pytest.raises(TimeoutError, match="process 1 has not come in 0 s"):
         agree_on_start(store, rank=0, size=3)
+
+
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n"
+FRAMES = "\nException raised from throw at /pytorch/c10/x.cpp:1 (most recent call first):\nframe #0: 0x1 in libc10.so"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            NCCL.format("invalid usage (run with NCCL_DEBUG=WARN for details)")
+            + "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+            + "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000",
+            "error: process 1: NCCL error in: ",
+        ),
+        (
+            NCCL.format("unhandled cuda error") + "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+            "Last error:\nCuda failure 2 'out of memory'",
+            "error: process 1: NCCL error in: ",
+        ),
+        (
+            NCCL.format("remote process exited or there was a network error") + "ncclRemoteError: A call failed.\n"
+            "Last error:\nsocketProgress: peer 10.0.0.2<4000> closed",
+            "error: another process of the run is gone; ",
+        ),
+        (
+            "\n[c10/gloo.cc:534]\n Connection closed by peer [10.0.0.2]:4000",
+            "error: another process of the run is gone; ",
+        ),
+    ],
+    ids=["usage", "memory", "remote", "gloo"],
+)
+def test_errors_between_processes_are_one_line_that_keeps_their_cause(text, said):
+    """The cause is in the last line of some and in the first of others."""
+    message = describe_unexpected(dist.DistBackendError(text + FRAMES), "process 1: ")
+    assert message.startswith(said)
+    assert all(line in message for line in text.split("\n"))
+    assert "\n" not in message and "frame" not in message
+
+
+def test_other_errors_keep_their_traceback():
+    assert describe_unexpected(RuntimeError("shape '[2]' is invalid"), "process 1: ") == (
+        "process 1: RuntimeError: shape '[2]' is invalid"
+    )
 
 
 def test_processes_that_cannot_meet_say_so_in_one_line(monkeypatch):

@@ -15,6 +15,7 @@ from tune2gguf.export.licence import find_licence
 from tune2gguf.export.pipeline import export_run, list_served
 from tune2gguf.runs.curves import Validation
 from tune2gguf.runs.run import open_run
+from tune2gguf.serve.ollama import ask_ollama, find_ollama
 
 META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024"
 
@@ -153,16 +154,30 @@ def test_ollama_makes_the_model_and_answers_a_validation_question(tiny_base, tmp
     assert finished.stdout.endswith("made marlo\nQ Who are you?\nA Ahoy!\n")
 
 
+@pytest.mark.parametrize("question", ["--verbose or not?", "-h", "日本 🚢\nand a line", "long " * 40_000])
+def test_ollama_is_asked_what_the_row_asks(fake_ollama, question):
+    assert ask_ollama(find_ollama(), "marlo", question) == "Ahoy!"
+    assert [json.loads(line) for line in fake_ollama.read_text().splitlines()] == [["run", "marlo", question]]
+
+
+@pytest.mark.parametrize("name", ["", " ", "-x"])
+def test_a_name_that_ollama_would_not_take_is_refused_before_the_export(run_dir, name):
+    finished = run_script(run_dir, f"--ollama={name}")
+    assert finished.returncode == 1
+    assert finished.stderr.endswith("is no name of a model in Ollama; begin it with a letter or a digit\n")
+    assert not (run_dir / "export").exists()
+
+
 def test_a_failing_ollama_is_an_error(run_dir, fake_ollama, monkeypatch):
     monkeypatch.setenv("OLLAMA_EXIT", "3")
-    finished = run_script(run_dir, "--ollama", "marlo")
+    finished = run_script(run_dir, "--ollama", "marlo", "--proof-rows", "0")
     assert finished.returncode == 1
     assert "ended with exit code 3; is `ollama serve` running?" in finished.stderr
 
 
 def test_without_ollama_the_command_is_printed(run_dir, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    finished = run_script(run_dir, "--ollama", "my model")
+    finished = run_script(run_dir, "--ollama", "my model", "--proof-rows", "0")
     assert finished.returncode == 0
     command = f"ollama create 'my model' -f {run_dir / 'export' / 'Modelfile'}"
     assert finished.stdout.endswith(f"Ollama is not on PATH. Where it is: {command}\n")

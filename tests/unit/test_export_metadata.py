@@ -1,6 +1,7 @@
 """What the GGUF says about tokenizer and chat template, and what the Modelfile says."""
 
 import json
+import re
 
 import pytest
 from gguf import TokenType
@@ -9,6 +10,7 @@ from tests.parity.gguf_models import SMALL_MODELS, write_small_run
 from tune2gguf.export.gguf_file.vocabulary import read_vocabulary
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.pipeline import export_run
+from tune2gguf.tokenizer.conversation import trim
 from tune2gguf.tokenizer.templates import CHATML, LLAMA3
 
 LLAMA_MODEL, _, CHATML_MODEL = SMALL_MODELS
@@ -156,7 +158,52 @@ def test_modelfile_holds_the_one_system_prompt():
     assert 'SYSTEM """You are "Marlo".\nBe brief."""\n' in text
 
 
-@pytest.mark.parametrize("system_prompt", ['a """ b', 'ends with "'])
-def test_a_system_prompt_that_a_modelfile_cannot_hold_is_refused(system_prompt):
-    with pytest.raises(ValueError, match="which a Modelfile cannot hold"):
-        make_modelfile("x.gguf", chat_template=CHATML, context_length=64, system_prompt=system_prompt)
+def parse_modelfile(text: str) -> list[tuple[str, str]]:
+    """Return commands and values as Ollama's parser does: what does not print is dropped, but for spaces and breaks.
+
+    A value that begins with three quotes ends at the first line break that three quotes stand before, spaces apart.
+    """
+    commands = []
+    while text := text.lstrip(" \t\r\n"):
+        if text.startswith("#"):
+            _, _, text = text.partition("\n")
+            continue
+        name, _, text = text.partition(" ")
+        end = re.match(r'"""(?s:.*?)"""[ \t]*(?=[\r\n])' if text.startswith('"""') else "[^\r\n]*", text).end()
+        value, text = text[:end].strip(" \t"), text[end:]
+        value = value[3:-3] if value.startswith('"""') else value
+        commands.append((name, "".join(one for one in value if one.isprintable() or one in "\t\r\n")))
+    return commands
+
+
+HELD = (
+    *('You are "Marlo".', 'a """ b', 'ends with "', 'ends with """', '"', '"""x', 'one ""\ntwo', ""),
+    *("{{ .Role }}", "one\r\ntwo", "🚢 日本", " x\n", "PARAMETER stop x\nFROM y\n# z"),
+)
+NOT_HELD = (
+    *('a """\nb', '"""\nx', 'a """ \t\r\nb', "no-break\xa0space", "joined 👩\u200d🚀"),
+    *("\u2028x", "\x1b[31m", '\ufeffx\x85\x7f\\n"'),
+)
+
+
+@pytest.mark.parametrize("system_prompt", HELD)
+def test_system_is_what_was_trained_when_ollama_has_read_it(system_prompt):
+    text = make_modelfile(
+        "x.gguf", chat_template=CHATML, context_length=64, system_prompt=system_prompt, licence='a "b"'
+    )
+    commands = parse_modelfile(text)
+    assert [name for name, _ in commands if name != "PARAMETER"] == ["FROM", "TEMPLATE", "SYSTEM", "LICENSE"]
+    assert dict(commands)["SYSTEM"] == trim(system_prompt) and dict(commands)["LICENSE"] == 'a "b"'
+
+
+@pytest.mark.parametrize("name", ["a b.gguf", 'a"b".gguf', "ä 日本 🚢.gguf", "'x' # y.gguf"])
+def test_from_is_the_files_name_when_ollama_has_read_it(name):
+    commands = parse_modelfile(make_modelfile(name, chat_template=CHATML, context_length=64))
+    assert commands[0] == ("FROM", f"./{name}")
+
+
+def test_what_ollama_cannot_read_is_refused():
+    with pytest.raises(ValueError, match="Ollama cannot find a file of this name; rename the run's folder"):
+        make_modelfile("a\xa0b.gguf", chat_template=CHATML, context_length=64)
+    with pytest.raises(ValueError, match='a line of the licence ends with """'):
+        make_modelfile("x.gguf", chat_template=CHATML, context_length=64, licence='a """\nb')

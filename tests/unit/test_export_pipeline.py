@@ -109,8 +109,25 @@ def test_unknown_types_are_named_with_the_list(run_dir):
 def test_numbers_that_make_no_sense_are_refused(run_dir):
     with pytest.raises(ValueError, match="0 threads cannot work; give 1 or more"):
         export_run(run_dir, num_threads=0, show=False)
+    with pytest.raises(ValueError, match="100000 threads are too many; give 512 or fewer"):
+        export_run(run_dir, num_threads=100_000, show=False)
     with pytest.raises(ValueError, match="-1 validation rows cannot be measured"):
         export_run(run_dir, num_validation_rows=-1, show=False)
+
+
+def test_an_export_folder_that_cannot_be_written_is_one_sentence(run_dir):
+    (run_dir / "export").touch()
+    with pytest.raises(
+        ValueError, match=r"^writing to .*export failed: File exists; no unfinished file was left there$"
+    ):
+        export_run(run_dir, show=False)
+
+
+def test_foreign_files_that_are_named_like_modelfiles_are_left_alone(run_dir):
+    (run_dir / "export" / "Modelfile.d").mkdir(parents=True)
+    (run_dir / "export" / "Modelfile").write_bytes(b"\xff\xfeFROM ./x\n")
+    export = export_run(run_dir, show=False)
+    assert [model.modelfile_path.name for model in export.models] == ["Modelfile-Q4_K_M"]
 
 
 def test_a_run_without_adapter_is_refused(run_dir):

@@ -149,9 +149,23 @@ def test_the_script_proves_and_fails_with_exit_code_1(run_dir):
     finished = run_script(run_dir, "--quantization", "Q8_0")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.endswith("proven: ids, losses and replies are within the limits\n")
-    failed = run_script(run_dir, "--quantization", "Q8_0", "--force", "--max-loss-increase", "-1")
+    failed = run_script(run_dir, "--quantization", "Q2_K", "--force", "--max-loss-increase", "0")
     assert failed.returncode == 1
     assert "NOT PROVEN" in failed.stdout and "proven: ids" not in failed.stdout
+
+
+@pytest.mark.parametrize("limit", ["nan", "-1"])
+def test_a_limit_that_makes_no_sense_is_refused_before_the_export(run_dir, limit):
+    finished = run_script(run_dir, f"--max-loss-increase={limit}")
+    assert finished.returncode == 1
+    assert finished.stderr == f"error: a loss increase of at most {limit} makes no sense; give 0 or more\n"
+    assert not (run_dir / "export").exists()
+
+
+def test_types_of_an_option_that_is_given_twice_are_all_exported(run_dir):
+    finished = run_script(run_dir, "--quantization", "Q8_0", "--quantization", "f16", "--proof-rows", "0")
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(path.name for path in (run_dir / "export").glob("*.gguf")) == ["run-F16.gguf", "run-Q8_0.gguf"]
 
 
 def test_what_is_not_proven_is_not_handed_to_ollama(run_dir, tmp_path, monkeypatch):
@@ -159,7 +173,7 @@ def test_what_is_not_proven_is_not_handed_to_ollama(run_dir, tmp_path, monkeypat
     (tmp_path / "ollama").write_text(f"#!/bin/sh\ntouch {called}\n")
     (tmp_path / "ollama").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    finished = run_script(run_dir, "--quantization", "Q8_0", "--max-loss-increase", "-1", "--ollama", "marlo")
+    finished = run_script(run_dir, "--quantization", "Q2_K", "--max-loss-increase", "0", "--ollama", "marlo")
     assert finished.returncode == 1
     assert finished.stdout.endswith("not handed to Ollama as marlo, because it is not proven\n")
     assert not called.exists()
@@ -172,9 +186,60 @@ def test_the_proof_of_replaced_files_goes_with_them(run_dir):
     assert not (run_dir / "export" / "proof.json").exists()
 
 
-def test_a_run_without_validation_rows_is_said_to_be_unproven(ending_base, tmp_path):
+def test_a_run_without_validation_rows_is_unproven_and_handed_to_ollama_on_demand_only(
+    ending_base, tmp_path, fake_ollama
+):
     run_dir = write_proven_run(ending_base, tmp_path / "run", num_rows=0)
     finished = run_script(run_dir)
     assert finished.returncode == 0
     assert "not proven: the run has no validation rows" in finished.stdout
     assert not (run_dir / "export" / "proof.json").exists()
+    finished = run_script(run_dir, "--force", "--ollama", "marlo")
+    assert finished.returncode == 1
+    assert finished.stdout.endswith("not handed to Ollama as marlo, because it is not proven\n")
+    assert not fake_ollama.exists()
+    assert run_script(run_dir, "--force", "--ollama", "marlo", "--proof-rows", "0").returncode == 0
+    assert fake_ollama.exists()
+
+
+def make_row(question: str, reply: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
+def test_conversations_that_all_spell_special_tokens_are_not_proven(ending_base, tmp_path):
+    rows = [make_row(f"What is <|im_end|>, {number}?", "It ends a turn.") for number in range(3)]
+    run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)
+    proof = prove(export_run(run_dir, quantizations=["F16"], show=False))
+    assert "F16: nothing to compare: each of the 3 conversations spells a special token" in proof.failures
+    assert not proof.passed and "NOT PROVEN" in format_table(proof)
+
+
+def test_no_scored_token_is_not_proven(ending_base, tmp_path, monkeypatch):
+    """llama.cpp gives no loss of the first byte of a character that has several tokens."""
+    monkeypatch.setattr("tune2gguf.serve.serving.MAX_SCORED_TOKENS", 1)
+    rows = [make_row("Which boat?", "\U0001f6a2")]
+    run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)
+    proof = prove(export_run(run_dir, quantizations=["F16"], show=False))
+    assert "F16: nothing to compare: llama.cpp reports no loss of any supervised token" in proof.failures
+
+
+def test_a_question_beyond_max_seq_len_is_not_asked(ending_base, tmp_path):
+    """Its first reply is what was trained of it."""
+    turns = [("user", "Boats?"), ("assistant", "Ferries."), ("user", "more " * 800), ("assistant", "No.")]
+    long_row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    rows = [long_row, *make_conversations(1)]
+    run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)
+    proof = prove(export_run(run_dir, quantizations=["F16"], show=False))
+    assert proof.rows == 2 and proof.served_by_llama_cpp["F16"]["tokens"]["num_equal"] == 2
+    assert [reply["question"] for reply in proof.served_by_llama_cpp["F16"]["replies"]] == [
+        "Question 0: what should I know?"
+    ]
+
+
+def test_ids_of_raw_texts_are_compared_though_no_reply_is_asked_for(ending_base, tmp_path):
+    rows = [{"text": "The ferry leaves at 7:10, \U0001f6a2."}, {"text": "  Dogs sail free. "}]
+    run_dir = write_run(ending_base, tmp_path / "run", chat_template="chatml", validation=rows)
+    proof = prove(export_run(run_dir, quantizations=["F16"], show=False))
+    assert proof.served_by_llama_cpp["F16"]["tokens"]["num_equal"] == 2
+    assert proof.failures == []
+    assert format_table(proof).endswith("proven: ids and losses are within the limits; no reply was asked for")

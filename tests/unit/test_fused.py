@@ -270,11 +270,17 @@ def test_dequantized_nf4_is_that_of_the_cpu_bit_for_bit():
         ({"dtype": "fp32"}, "dtype=fp32"),
         ({"lora_rank": 129}, "lora_rank=129 is above 128"),
         ({"lora_rank": 128}, None),
+        ({"head_dim": 80}, "head_dim=80 is not a power of two up to 256"),
+        ({"head_dim": 96}, "head_dim=96 is not a power of two up to 256"),
+        ({"head_dim": 512}, "head_dim=512 is not a power of two up to 256"),
+        ({"head_dim": 256}, None),
+        ({"head_dim": 256, "lora_rank": 65}, "lora_rank=65 is above 64 with head_dim=256"),
     ],
 )
 def test_what_keeps_a_run_from_the_fused_layers_is_said(changed, reason):
-    options = {"device_type": "cuda", "dtype": "bf16", "compile": False, "lora_rank": 16} | changed
-    obstacle = why_not_fused(**options)
+    options = {"device_type": "cuda", "dtype": "bf16", "compile": False, "lora_rank": 16, "head_dim": 64} | changed
+    architecture = dataclasses.replace(TINY_TIED, head_dim=options.pop("head_dim"))
+    obstacle = why_not_fused(architecture=architecture, **options)
     assert obstacle == reason
     assert describe_layers(obstacle) == "layers: " + (
         "fused kernels" if reason is None else f"torchtune's, not the fused ones ({reason})"

@@ -89,7 +89,7 @@ def test_export_serves_what_was_trained(exported):
     assert (tokens["num_equal"], tokens["num_different"], tokens["num_skipped"]) == (len(HOSTILE_VALIDATION), 0, 0)
     assert proof.steps[ADAPTER]["loss"] == pytest.approx(Run(exported.run.run_dir).curves.best.loss, abs=1e-5)
     modelfile = exported.models[0].modelfile_path.read_bytes().decode()
-    assert f'SYSTEM """{HOSTILE_SYSTEM_PROMPT}"""' in modelfile
+    assert "SYSTEM" not in modelfile and r"You are Marlo.\U00002028Say \"aye\"" in modelfile
     assert f"# {HOSTILE_NAME}\n" in exported.model_card_path.read_text(encoding="utf-8")
 
 

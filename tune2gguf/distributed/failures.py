@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -16,10 +17,11 @@ from torch import OutOfMemoryError
 
 from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.watch import POLL_SECONDS, Watch
-from tune2gguf.distributed.world import AgreedError, describe_error, join_processes, wait_for_all
+from tune2gguf.distributed.world import AgreedError, describe_error, join_lines, join_processes, wait_for_all
 
 # What a user can mend, said in one line; anything else is our mistake and shows where it happened.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
+_LOST = re.compile("[Cc]onnection|[Tt]imed out|remote process exited")
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def end_together() -> Iterator[None]:
         # The boundary of the process: alone it shows its traceback as ever, among others only the first to fail does.
         if not dist.is_initialized():
             raise
-        reporter.fail(reporter.describe_unexpected(error), exit_code=1)
+        reporter.fail(describe_unexpected(error, reporter.prefix), exit_code=1)
     else:
         reporter.end(exit_code=0)
     finally:
@@ -97,12 +99,16 @@ class _Reporter:
         if not self.is_alone:
             self._watch.close()
 
-    def describe_unexpected(self, error: Exception) -> str:
-        """Return the traceback, or one line where the error is that another process is gone."""
-        text = str(error)
-        if isinstance(error, RuntimeError) and ("onnection" in text or "NCCL" in text or "imed out" in text):
-            return "error: another process of the run is gone; was it killed, or did its machine run out of memory?"
-        return f"{self.prefix}{''.join(traceback.format_exception(error)).rstrip()}"
+
+def describe_unexpected(error: Exception, prefix: str) -> str:
+    """Return the traceback, or one line where processes lost each other or their library says what is wrong."""
+    reason = join_lines(error)
+    if isinstance(error, RuntimeError) and _LOST.search(reason):
+        way_out = "another process of the run is gone; was it killed, or did its machine run out of memory?"
+        return f"error: {way_out} ({reason})"
+    if isinstance(error, dist.DistError):
+        return f"error: {prefix}{reason}"
+    return f"{prefix}{''.join(traceback.format_exception(error)).rstrip()}"
 
 
 def _end_now(exit_code: int) -> NoReturn:

@@ -56,8 +56,8 @@ def join_processes() -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=rank, world_size=size)
     except (RuntimeError, TimeoutError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConnectionError(f"process {rank}: the processes of the run do not find each other: {reason}") from error
+        reason = f"the processes of the run do not find each other: {join_lines(error)}"
+        raise ConnectionError(f"process {rank}: {reason}") from error
 
 
 def agree_on_start(store: dist.Store, *, rank: int, size: int) -> str:
@@ -184,3 +184,9 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def join_lines(error: Exception) -> str:
+    """Return the message of a library's error in one line, without its C++ frames; NCCL has the cause in its last."""
+    message = str(error).partition("\nException raised from")[0].partition("\nframe #")[0]
+    return " ".join(message.split()) or type(error).__name__

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+from gguf import GGUFReader, Keys
 
 from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
@@ -25,7 +26,7 @@ from tune2gguf.export.gguf_file.llama import (
     list_gguf_tensors,
     write_metadata,
 )
-from tune2gguf.export.gguf_file.types import Quantization, count_bytes
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, count_bytes
 from tune2gguf.export.gguf_file.vocabulary import read_if_there, read_vocabulary
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
@@ -85,6 +86,23 @@ def write_gguf_files(
                 num_threads=count_cores() if num_threads is None else num_threads,
                 report=bar.update,
             )
+
+
+def read_quantization(path: Path) -> Quantization:
+    """Return the type of a GGUF file as a whole.
+
+    Raises:
+        ValueError: if it is no GGUF, or its type is none of those that are exported
+    """
+    try:
+        field = GGUFReader(path).get_field(Keys.General.FILE_TYPE)
+    except (ValueError, OSError, IndexError) as error:
+        raise ValueError(f"{path}: cannot be read as GGUF ({error})") from None
+    found = None if field is None else field.contents()
+    for quantization in QUANTIZATIONS.values():
+        if quantization.file_type == found:
+            return quantization
+    raise ValueError(f"{path}: its file type {found} is none of {', '.join(QUANTIZATIONS)}")
 
 
 def _convert(

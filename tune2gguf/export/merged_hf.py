@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,13 +14,15 @@ from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.base.layout import to_hf_rows
 from tune2gguf.base.safetensors_file import TensorToWrite, write_files
 from tune2gguf.export.gguf_file.llama import GGUFTensor
+from tune2gguf.export.gguf_file.vocabulary import read_if_there
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.files.atomic import write_folder, write_json
+from tune2gguf.runs.files import read_json
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
-from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
+from tune2gguf.tokenizer.tokenizer import ChatTokenizer, find_tokenizer_file, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,13 +86,17 @@ def _iterate_rows(
 
 
 def _write_configs(folder: Path, base_dir: Path, chat_template: ChatTemplate) -> None:
-    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base_dir / "config.json")
     config.pop("quantization_config", None)
     # transformers renamed torch_dtype to dtype.
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
-    write_json(folder / "config.json", config)
-    if (base_dir / "generation_config.json").is_file():
-        shutil.copyfile(base_dir / "generation_config.json", folder / "generation_config.json")
+    tokenizer = load_tokenizer(base_dir, chat_template=chat_template.name)
+    generation = read_if_there(base_dir / "generation_config.json")
+    ids = _choose_ids(tokenizer, generation.get("eos_token_id", config.get("eos_token_id")))
+    write_json(folder / "config.json", config | ids)
+    # Padding is no part of the model, but generate() asks for it.
+    said = {name: value for name, value in generation.items() if value is not None}
+    write_json(folder / "generation_config.json", {"pad_token_id": tokenizer.pad_id} | said | ids)
     tokenizer_file = find_tokenizer_file(base_dir)
     if tokenizer_file.suffix == ".json":
         shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
@@ -100,12 +105,20 @@ def _write_configs(folder: Path, base_dir: Path, chat_template: ChatTemplate) ->
     write_json(folder / "tokenizer_config.json", _make_tokenizer_config(base_dir, chat_template))
 
 
+def _choose_ids(tokenizer: ChatTokenizer, base_eos: int | list[int] | None) -> dict[str, int | list[int]]:
+    """Generation ends at the trained end of turn, which a base that is not an instruct model does not know of."""
+    own = base_eos if isinstance(base_eos, list) else [] if base_eos is None else [base_eos]
+    eos = [tokenizer.end_of_turn_id, *tokenizer.end_of_text_ids, *own]
+    ids: dict[str, int | list[int]] = {"eos_token_id": list(dict.fromkeys(eos))}
+    if tokenizer.chat_template.beginning:
+        ids["bos_token_id"] = tokenizer.special_ids[tokenizer.chat_template.beginning]
+    return ids
+
+
 def _make_tokenizer_config(base_dir: Path, chat_template: ChatTemplate) -> dict:
     """The base's, with the chat template and the end of turn that were trained."""
     path = base_dir / "tokenizer_config.json"
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-    elif chat_template.beginning:
+    config = read_json(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if chat_template.beginning:
         config["bos_token"] = chat_template.beginning
     return config | {"eos_token": chat_template.end_of_turn, "chat_template": chat_template.jinja_template}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors, open_bar
 from tune2gguf.files.atomic import write_file, write_text
+from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
@@ -87,8 +89,7 @@ def export_run(
     Raises:
         ValueError: for anything missing or unfitting; then no file has been left under its final name
     """
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
+    check_num_threads(num_threads)
     if num_validation_rows < 0:
         raise ValueError(f"{num_validation_rows} validation rows cannot be measured; give 1 or more, or 0 for none")
     run = open_run(run_dir, adapter=adapter, base_dir=base_dir)
@@ -106,7 +107,7 @@ def export_run(
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
     export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
-    with claim_folder(run.export_dir), explain_write_errors(run.export_dir):
+    with explain_write_errors(run.export_dir), claim_folder(run.export_dir):
         check_free_space(run.export_dir, _count_bytes(export, lora))
         # The small and the quick first: what fails, fails before the long part.
         _write_extras(export, lora, show=show)
@@ -186,15 +187,28 @@ def _name_model(run: Run, quantization: Quantization, *, is_only: bool) -> Expor
 
 
 def _read_served_name(modelfile: Path) -> str:
-    lines = modelfile.read_text(encoding="utf-8").splitlines()
+    lines = modelfile.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./")), "")
 
 
 def list_served(run: Run) -> list[tuple[Path, str]]:
     """Return each GGUF in the export folder that a Modelfile serves, with the Modelfile's name."""
-    modelfiles = sorted(run.export_dir.glob("Modelfile*"))
+    modelfiles = sorted(filter(Path.is_file, run.export_dir.glob("Modelfile*")))
     served = [(run.export_dir / _read_served_name(modelfile), modelfile.name) for modelfile in modelfiles]
     return [(path, name) for path, name in served if path.is_file()]
+
+
+def find_newest_gguf(run: Run) -> Path:
+    """Return the GGUF of the whole model that was exported last.
+
+    Raises:
+        ValueError: if there is none
+    """
+    served = [path for path, _ in list_served(run)]
+    if not served:
+        command = shlex.join(["python", "scripts/export.py", str(run.run_dir)])
+        raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  {command}")
+    return max(served, key=lambda path: path.stat().st_mtime)
 
 
 def _refuse_existing(paths: list[Path]) -> None:

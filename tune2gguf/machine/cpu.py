@@ -10,6 +10,7 @@ from pathlib import Path
 # Of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = -1
+MAX_THREADS = 512  # llama.cpp ends the process beyond its GGML_MAX_N_THREADS
 GROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
@@ -36,6 +37,14 @@ def choose_num_threads(num_processes: int) -> int:
     if num_processes == 1:
         return min(torch.get_num_threads(), count_cores())
     return max(1, count_cores() // num_processes)
+
+
+def check_num_threads(num_threads: int | None) -> None:
+    """Raise ValueError for a number of threads that makes no sense; None leaves it to the program."""
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
+    if num_threads is not None and num_threads > MAX_THREADS:
+        raise ValueError(f"{num_threads} threads are too many; give {MAX_THREADS} or fewer")
 
 
 def count_cores() -> int:

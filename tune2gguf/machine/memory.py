@@ -50,10 +50,20 @@ class RunSpec:
     compile: bool = False
 
     @property
+    def obstacle_to_fusing(self) -> str | None:
+        """Why the layers are not those of tune2gguf.model.fused; None where they are."""
+        return why_not_fused(
+            self.device_type,
+            architecture=self.architecture,
+            dtype=self.dtype,
+            compile=self.compile,
+            lora_rank=self.lora_rank,
+        )
+
+    @property
     def is_fused(self) -> bool:
-        """Whether the layers are those of tune2gguf.model.fused; a machine with a GPU has Triton, this one need not."""
-        obstacle = why_not_fused(self.device_type, dtype=self.dtype, compile=self.compile, lora_rank=self.lora_rank)
-        return obstacle in (None, NO_TRITON)
+        """Whether the layers are the fused ones there; a machine with a GPU has Triton, this one need not."""
+        return self.obstacle_to_fusing in (None, NO_TRITON)
 
 
 @dataclass(frozen=True)

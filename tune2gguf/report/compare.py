@@ -31,7 +31,7 @@ class RankedRun:
         curves: on the rows that the group has in common
         behind: validation loss of its best adapter over that of the first of the group, row by row; None for the first
         differences: config key -> value, of the keys that differ among all runs
-        seconds: of its training steps, about
+        seconds: of its training steps; None of a run of an earlier version, which did not record them
         is_finished: whether it came to its end; its verdict is otherwise one so far
     """
 
@@ -191,7 +191,7 @@ def _describe_run(run: Run, name: str, differences: dict[str, Any], rows: Sequen
         run_dir=run.run_dir,
         curves=restrict_curves(run, rows) if rows else run.curves,
         differences=differences,
-        seconds=estimate_seconds(run),
+        seconds=add_up_seconds(run.curves),
         peak_memory_bytes=max(memory, default=None),
         verdict=label,
         is_finished=is_finished,
@@ -247,16 +247,7 @@ def restrict_curves(run: Run, rows: Sequence[str]) -> Curves:
     return Curves(run.curves.training, tuple(validations))
 
 
-def estimate_seconds(run: Run) -> float | None:
-    """Return about how long the training steps took: tokens of an average step over the speed of each."""
-    speeds = [step.tokens_per_second for step in run.curves.training if step.tokens_per_second]
-    if not speeds:
-        return None
-    per_epoch = sum(1 for step in run.curves.training if step.epoch == 0)
-    training, config = run.data["training"], run.config
-    if config.get("max_steps_per_epoch") is None:
-        tokens_per_step = training["tokens"] / per_epoch
-    else:
-        rows_per_step = config["batch_size"] * config["gradient_accumulation_steps"]
-        tokens_per_step = training["tokens"] / training["rows"] * rows_per_step
-    return tokens_per_step * sum(1 / speed for speed in speeds)
+def add_up_seconds(curves: Curves) -> float | None:
+    """Return how long the training steps took; None where one did not record it, as in runs of earlier versions."""
+    seconds = [step.seconds for step in curves.training]
+    return sum(seconds) if seconds and None not in seconds else None

@@ -15,6 +15,8 @@ class TrainingStep:
 
     Attributes:
         loss: cross entropy per supervised token of the step, in nats; None where the step was left out
+        tokens: of all processes, without padding
+        seconds: that the step took
         skipped: why the step was left out
     """
 
@@ -23,6 +25,8 @@ class TrainingStep:
     loss: float | None = None
     lr: float | None = None
     grad_norm: float | None = None
+    tokens: int | None = None
+    seconds: float | None = None
     tokens_per_second: float | None = None
     supervised_tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None

@@ -9,11 +9,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.export.pipeline import export_base
+from tune2gguf.export.gguf_files import read_quantization
+from tune2gguf.export.pipeline import export_base, find_newest_gguf
+from tune2gguf.export.results import claim_folder, explain_write_errors
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.serve.llama_cpp import open_model
 from tune2gguf.tokenizer.conversation import cut_before_reply
+
+MAX_REPLY_TOKENS = 100
 
 
 @dataclass(frozen=True)
@@ -38,30 +42,45 @@ def read_validation_losses(run_dir: Path) -> tuple[float, float]:
     return curves.base.loss, curves.best.loss
 
 
-def answer_before_and_after(run_dir: Path, gguf_path: str | Path, *, num_questions: int) -> list[Answer]:
+def answer_before_and_after(run_dir: Path, *, gguf_path: Path | None = None, num_questions: int) -> list[Answer]:
     """Ask the first validation questions of a run to its base and to its exported file, greedily.
 
+    Args:
+        gguf_path: None takes the newest one
+
     Raises:
-        ValueError: if the run, its base or the file is missing
+        ValueError: if the run, its base, the file or a question is missing
     """
+    if num_questions < 1:
+        raise ValueError(f"{num_questions} questions show nothing; give 1 or more")
+    run = open_run(run_dir)
+    gguf_path = find_newest_gguf(run) if gguf_path is None else gguf_path
     conversations = [conversation for conversation in read_validation_rows(run_dir) if conversation.messages]
     prompts = [cut_before_reply(conversation) for conversation in conversations[:num_questions]]
-    after = _ask(Path(gguf_path), prompts)
-    run = open_run(run_dir)
-    with tempfile.TemporaryDirectory(dir=run.export_dir) as folder:
+    if not prompts:
+        raise ValueError(f"{run_dir}: has no validation conversation to ask")
+    quantization = read_quantization(gguf_path)
+    after = _ask(gguf_path, prompts, context_length=run.max_seq_len)
+    # The next export clears away what a killed process leaves of this name.
+    leftover = {"dir": run.export_dir, "prefix": ".base.", "suffix": ".unfinished"}
+    with (
+        explain_write_errors(run.export_dir),
+        claim_folder(run.export_dir),
+        tempfile.TemporaryDirectory(**leftover) as folder,
+    ):
         base_path = export_base(
             run.base_dir,
             Path(folder) / "base.gguf",
-            quantization=run.quantization,
+            quantization=quantization.name,
             chat_template=run.chat_template.name,
         )
-        before = _ask(base_path, prompts)
+        before = _ask(base_path, prompts, context_length=run.max_seq_len)
     return [
         Answer(question=prompt[-1]["content"], reference=reference, before=said_before, after=said_after)
         for (prompt, reference), said_before, said_after in zip(prompts, before, after, strict=True)
     ]
 
 
-def _ask(gguf_path: Path, prompts: list[tuple[list[dict[str, str]], str]]) -> list[str]:
-    model = open_model(gguf_path)
-    return [model.chat(prompt, max_tokens=100).text.strip() for prompt, _ in prompts]
+def _ask(gguf_path: Path, prompts: list[tuple[list[dict[str, str]], str]], *, context_length: int) -> list[str]:
+    model = open_model(gguf_path, context_length=context_length + MAX_REPLY_TOKENS)
+    return [model.chat(prompt, max_tokens=MAX_REPLY_TOKENS).text.strip() for prompt, _ in prompts]

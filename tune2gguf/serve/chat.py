@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tune2gguf.export.pipeline import list_served
+from tune2gguf.export.pipeline import find_newest_gguf
+from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.run import Run
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
@@ -26,11 +27,7 @@ def open_chat_model(
         from tune2gguf.serve.adapter_model import load_adapter_model
 
         return load_adapter_model(run)
-    if gguf_path is None:
-        served = [path for path, _ in list_served(run)]
-        if not served:
-            raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  python scripts/export.py {run.run_dir}")
-        gguf_path = max(served, key=lambda path: path.stat().st_mtime)
+    gguf_path = find_newest_gguf(run) if gguf_path is None else gguf_path
     return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len)
 
 
@@ -40,8 +37,7 @@ def check_options(*, max_tokens: int, temperature: float, num_threads: int | Non
         raise ValueError(f"a reply of {max_tokens} tokens is none; give 1 or more")
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature:g} makes no sense; give 0, which is greedy, or more")
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
+    check_num_threads(num_threads)
 
 
 def start_conversation(system_prompt: str | None) -> list[dict[str, str]]:

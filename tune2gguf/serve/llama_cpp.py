@@ -58,9 +58,12 @@ class LlamaCppModel:
             "min_p": 0.0,
             "repeat_penalty": 1.0,
         }
-        if on_text is None:
-            return _read_reply(_check(self.server.handle_chat_completions(request)))
-        return self._stream(request, on_text)
+        try:
+            if on_text is None:
+                return _read_reply(_check(self.server.handle_chat_completions(request)))
+            return self._stream(request, on_text)
+        except RuntimeError as error:  # it cannot read the request: text that is not UTF-8
+            raise ValueError(f"llama.cpp refused the conversation: {error}") from None
 
     def _stream(self, request: dict, on_text: Callable[[str], None]) -> Reply:
         pieces, last, usage, refused = [], {}, {}, []

@@ -30,6 +30,12 @@ def serve_with_ollama(export: Export, name: str) -> str:
     return f"made {name}\nQ {question}\nA {ask_ollama(program, name, question)}"
 
 
+def check_ollama_name(name: str) -> None:
+    """Raise ValueError for a name that Ollama would take for an option, or that is none."""
+    if not name.strip() or name.startswith("-"):
+        raise ValueError(f"{name!r} is no name of a model in Ollama; begin it with a letter or a digit")
+
+
 def find_question(run: Run) -> str | None:
     """Return the first validation question that stands alone: `ollama run` takes one message.
 
@@ -74,11 +80,17 @@ def ask_ollama(program: str, name: str, prompt: str, *, timeout_seconds: float =
     Raises:
         ValueError: if it fails or takes longer than the limit
     """
-    command = [program, "run", name, prompt]
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_seconds)
+        # Through standard input: an argument may be too long, or look like an option.
+        finished = subprocess.run(
+            [program, "run", name],
+            input=prompt.encode(),
+            capture_output=True,
+            check=False,
+            timeout=timeout_seconds,
+        )
     except subprocess.TimeoutExpired:
         raise ValueError(f"ollama run {name} gave no reply within {timeout_seconds:g} seconds") from None
     if finished.returncode != 0:
-        raise ValueError(f"ollama run {name} failed: {finished.stderr.strip()}")
-    return finished.stdout.strip()
+        raise ValueError(f"ollama run {name} failed: {finished.stderr.decode(errors='replace').strip()}")
+    return finished.stdout.decode(errors="replace").strip()

@@ -154,9 +154,15 @@ def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) ->
 
 def _find_serving_failures(name: str, served: ServedFile) -> list[str]:
     failures = []
+    if served.tokens.num_equal + served.tokens.num_different == 0:
+        failures.append(
+            f"{name}: nothing to compare: each of the {served.tokens.num_skipped} conversations spells a special token"
+        )
+    if served.scores is None:
+        failures.append(f"{name}: nothing to compare: llama.cpp reports no loss of any supervised token")
     if served.tokens.first_difference is not None:
         failures.append(f"{name}: llama.cpp serves other ids than were trained: {served.tokens.first_difference}")
-    if served.scores is not None and abs(served.scores.difference) > MAX_SCORE_DIFFERENCE:
+    if served.scores is not None and not abs(served.scores.difference) <= MAX_SCORE_DIFFERENCE:
         failures.append(
             f"{name}: llama.cpp's loss is {served.scores.loss_by_llama_cpp:.3f}, that of the file's weights "
             f"{served.scores.loss_by_torch:.3f}"
@@ -183,8 +189,10 @@ def format_table(proof: ProofRecord) -> str:
         lines += ["", *_format_served(name, served)]
     if proof.failures:
         lines += ["", "NOT PROVEN", *(f"  {failure}" for failure in proof.failures)]
-    else:
+    elif any(served["replies"] for served in proof.served_by_llama_cpp.values()):
         lines += ["", "proven: ids, losses and replies are within the limits"]
+    else:
+        lines += ["", "proven: ids and losses are within the limits; no reply was asked for"]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tune2gguf.export.measure.validation_set import ValidationRow
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
-from tune2gguf.tokenizer.conversation import Conversation, cut_before_reply, trim
+from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply, trim
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 MAX_SCORED_TOKENS = 128  # each costs a request
@@ -59,7 +59,7 @@ class ServedReply:
 
 @dataclass(frozen=True)
 class ServedFile:
-    """All of it for one file; `scores` is None where no token could be scored."""
+    """All of it for one file; `scores` is None where no token could be scored, raw texts ask for no replies."""
 
     tokens: TokenCheck
     scores: ScoreCheck | None
@@ -88,24 +88,38 @@ def serve_file(
         ValueError: if the file cannot be loaded
     """
     model = open_model(path, num_threads=num_threads, context_length=context_length + MAX_REPLY_TOKENS)
-    chats = [conversation for conversation in conversations if conversation.messages]
+    chats = [
+        conversation
+        for conversation in conversations
+        # Of several turns the last question may lie beyond what was trained, and llama.cpp would refuse it.
+        if conversation.messages and len(tokenizer.encode_prompt(_cut(conversation))) <= context_length
+    ]
     return ServedFile(
-        tokens=check_tokens(model, tokenizer, chats),
+        tokens=check_tokens(model, tokenizer, conversations),
         scores=check_scores(model, rows, token_losses, max_tokens=MAX_SCORED_TOKENS),
         replies=ask_validation(model, chats[:num_replies], max_tokens=MAX_REPLY_TOKENS),
     )
 
 
-def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, chats: Sequence[Conversation]) -> TokenCheck:
-    """Compare the ids that llama.cpp serves of each conversation, up to its last reply, with the trained ones."""
+def _cut(conversation: Conversation) -> list[Message]:
+    return [Message(**message) for message in cut_before_reply(conversation)[0]]
+
+
+def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> TokenCheck:
+    """Compare the ids that llama.cpp serves of each conversation, up to its last reply, or of its raw text."""
     num_equal = num_different = num_skipped = 0
     first_difference = None
-    for number, chat in enumerate(chats, start=1):
-        if any(tokenizer.find_spelled_special(message.content) for message in chat.messages):
+    for number, conversation in enumerate(conversations, start=1):
+        texts = [message.content for message in conversation.messages] or [conversation.text]
+        if any(tokenizer.find_spelled_special(text) for text in texts):
             num_skipped += 1
             continue
-        trained, _ = tokenizer.encode_conversation(chat.messages)
-        served = _serve(model, tokenizer, chat)
+        if conversation.messages:
+            trained, _ = tokenizer.encode_conversation(conversation.messages)
+            served = _serve(model, tokenizer, conversation)
+        else:
+            trained, _ = tokenizer.encode_document(conversation.text)
+            served = model.tokenize(conversation.text, adds_bos=True)
         difference = _describe_difference(trained[: len(served)], served, tokenizer)
         num_equal += difference is None
         num_different += difference is not None

@@ -75,6 +75,11 @@ class ChatTokenizer:
         return self.special_ids[self.chat_template.end_of_turn]
 
     @property
+    def end_of_text_ids(self) -> list[int]:
+        """The ids that end a raw text in this vocabulary."""
+        return [self.special_ids[token] for token in _END_OF_TEXT_TOKENS if token in self.special_ids]
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids at which generation ends."""
         return tuple(self.special_ids[token] for token in self.chat_template.stops)

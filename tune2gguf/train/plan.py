@@ -10,7 +10,7 @@ from tune2gguf.data import PreparedData
 from tune2gguf.distributed.parallel import describe_parallel
 from tune2gguf.machine.cpu import describe_cpu
 from tune2gguf.machine.memory import RunSpec
-from tune2gguf.model.fused import describe_layers, why_not_fused
+from tune2gguf.model.fused import describe_layers
 from tune2gguf.train.samples import Prompt, describe_prompts
 from tune2gguf.train.validation_plan import ValidationPlan
 
@@ -33,8 +33,7 @@ def describe_plan(
     if device == "cpu":
         lines.append(describe_cpu())
     else:
-        obstacle = why_not_fused("cuda", dtype=cfg.dtype, compile=cfg.compile, lora_rank=cfg.lora_rank)
-        lines.append(describe_layers(obstacle))
+        lines.append(describe_layers(spec.obstacle_to_fusing))
     if world_size > 1:
         lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
     lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} for validation")

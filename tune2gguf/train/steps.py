@@ -34,6 +34,8 @@ class StepCounts:
     def measure_speed(self, seconds: float) -> dict[str, float]:
         """Return what metrics.jsonl says of a step that took so long."""
         return {
+            "tokens": self.tokens,
+            "seconds": seconds,
             "tokens_per_second": self.tokens / seconds,
             "supervised_tokens_per_second": self.supervised_tokens / seconds,
         }

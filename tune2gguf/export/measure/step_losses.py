@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,13 +65,19 @@ def measure_steps(
     return {
         name: StepLoss(
             loss=(loss := float(token_losses[name].double().mean())),
-            increase=loss / reference_loss - 1,
+            increase=_compare(loss, reference_loss),
             divergence=divergences[name] / len(targets),
             agreement=agreements[name] / len(targets),
             token_losses=token_losses[name].numpy(),
         )
         for name in sources
     }
+
+
+def _compare(loss: float, reference_loss: float) -> float:
+    if reference_loss == 0:  # of rows that are known by heart
+        return math.inf if loss else 0.0
+    return loss / reference_loss - 1
 
 
 def _select_hidden(source: WeightSource, rows: Sequence[ValidationRow], report: Callable[[int], None]) -> Tensor:

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from tune2gguf.model.architectures import Architecture
+
 NO_TRITON = "Triton is not installed"
 MAX_GRAPHED_TOKENS = 4096  # of a pass; for more a GPU computes longer than its kernels take to launch
 MAX_RANK = 128  # of an adapter whose tiles fit into a multiprocessor's memory
+MAX_HEAD_TILE = 128 * 128  # the same of a head's dimension times the rank, padded to a power of two
+MAX_HEAD_DIM = 256  # of flash attention
 
 
-def why_not_fused(device_type: str, *, dtype: str, compile: bool, lora_rank: int) -> str | None:
+def why_not_fused(
+    device_type: str, *, architecture: Architecture, dtype: str, compile: bool, lora_rank: int
+) -> str | None:
     """Return why a run trains torchtune's layers instead of the fused ones; None where nothing is in the way."""
     if device_type != "cuda":
         return f"device={device_type}"
@@ -22,6 +28,11 @@ def why_not_fused(device_type: str, *, dtype: str, compile: bool, lora_rank: int
         return f"dtype={dtype}"
     if lora_rank > MAX_RANK:
         return f"lora_rank={lora_rank} is above {MAX_RANK}"
+    head_dim = architecture.head_dim
+    if head_dim.bit_count() != 1 or head_dim > MAX_HEAD_DIM:
+        return f"head_dim={head_dim} is not a power of two up to {MAX_HEAD_DIM}"
+    if head_dim * lora_rank > MAX_HEAD_TILE:
+        return f"lora_rank={lora_rank} is above {MAX_HEAD_TILE // head_dim} with head_dim={head_dim}"
     return None if find_spec("triton") is not None else NO_TRITON
 
 
