@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.files.atomic import write_folder, write_json
+from tune2gguf.files.json_files import read_json
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
@@ -85,7 +85,7 @@ def _iterate_rows(
 
 
 def _write_configs(folder: Path, base_dir: Path, chat_template: ChatTemplate) -> None:
-    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base_dir / "config.json")
     config.pop("quantization_config", None)
     # transformers renamed torch_dtype to dtype.
     config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
@@ -105,7 +105,7 @@ def _make_tokenizer_config(base_dir: Path, chat_template: ChatTemplate) -> dict:
     path = base_dir / "tokenizer_config.json"
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     elif chat_template.beginning:
         config["bos_token"] = chat_template.beginning
     return config | {"eos_token": chat_template.end_of_turn, "chat_template": chat_template.jinja_template}

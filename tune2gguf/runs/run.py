@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 from tune2gguf.base.digest import digest_base
 from tune2gguf.base.source import name_base
 from tune2gguf.data.ledger import RowLedger
+from tune2gguf.files.json_files import read_json
 from tune2gguf.runs.checkpoints import list_checkpoints, read_progress
 from tune2gguf.runs.config_file import flatten_config, read_config
 from tune2gguf.runs.curves import Curves, read_curves
 from tune2gguf.runs.environment import Environment, read_environment
-from tune2gguf.runs.files import CONFIG_FILE, DATA_FILE, read_json
+from tune2gguf.runs.files import CONFIG_FILE, DATA_FILE
 from tune2gguf.runs.plan import Plan, read_plan
 from tune2gguf.runs.samples import Sample, read_samples
 from tune2gguf.runs.verdict_file import Conclusion, read_conclusion

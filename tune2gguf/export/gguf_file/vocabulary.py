@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gguf import TokenType
 
-from tune2gguf.runs.files import read_json
+from tune2gguf.files.json_files import read_json
 from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
