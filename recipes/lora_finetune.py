@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from tune2gguf.base.load import load_base
 from tune2gguf.base.source import name_base
+from tune2gguf.commands import format_command
 from tune2gguf.config import build_component, build_metric_logger, check_config, check_plan, get_run_spec, load_config
 from tune2gguf.data import plan_epoch
 from tune2gguf.distributed.failures import end_together
@@ -296,7 +297,7 @@ class LoRAFinetuneRecipe:
         """Write the final adapter as last/, and say how good the run was and what comes next."""
         self._save_adapter("last")
         if self.world.is_main:
-            print(f"wrote {self.folder}; its GGUF: python scripts/export.py {self.folder}")
+            print(f"wrote {self.folder}; its GGUF: {format_command('python', 'scripts/export.py', self.folder)}")
             print("\n".join([*self.progress.describe_end(self.cfg.epochs), *self.record.conclude()]))
         wait_for_all()
         stop_world()

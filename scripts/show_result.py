@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from tune2gguf.commands import expand_path, format_command
 from tune2gguf.serve.before_after import answer_before_and_after, read_validation_losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of an exported run, such as runs/quickstart")
-    parser.add_argument("--gguf", type=Path, help="default: the newest in the run's export folder")
+    parser.add_argument("run", type=expand_path, help="folder of an exported run, such as runs/quickstart")
+    parser.add_argument("--gguf", type=expand_path, help="default: the newest in the run's export folder")
     parser.add_argument("--questions", type=int, default=3, help="validation questions to ask")
     arguments = parser.parse_args()
     files = sorted(arguments.run.glob("export/*.gguf"), key=lambda path: path.stat().st_mtime)
     if arguments.gguf is None and not files:
-        sys.exit(f"error: {arguments.run}/export has no GGUF yet. First: python scripts/export.py {arguments.run}")
+        command = format_command("python", "scripts/export.py", arguments.run)
+        sys.exit(f"error: {arguments.run}/export has no GGUF yet. First: {command}")
     gguf_path = arguments.gguf or files[-1]
     try:
         before, after = read_validation_losses(arguments.run)

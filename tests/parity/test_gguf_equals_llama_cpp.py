@@ -86,8 +86,8 @@ def test_types_are_those_of_llama_quantize(name):
     assert lines == expected
 
 
-# llama-quant.cpp: `if (model.type == LLM_TYPE_70B) … if (new_type == Q3_K || new_type == Q4_K) new_type = Q5_K`; a model
-# of 80 layers is 65B if every query has a key of its own. (quantization, layer) -> attn_v of 70B and of 65B.
+# llama-quant.cpp: `if (model.type == LLM_TYPE_70B) … if (new_type == Q3_K || new_type == Q4_K) new_type = Q5_K`; a
+# model of 80 layers is 65B if every query has a key of its own. (quantization, layer) -> attn_v of 70B and of 65B.
 VALUES_OF_80_LAYERS = {
     ("Q4_K_M", 0): ("Q6_K", "Q6_K"),
     ("Q4_K_M", 10): ("Q5_K", "Q4_K"),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tune2gguf.commands import format_command
 from tune2gguf.data.ledger import RowLedger
 from tune2gguf.export.licence import Licence
 from tune2gguf.guide import GUIDE_PARAMETERS
@@ -45,8 +46,10 @@ def _make_front_matter(run: Run, licence: Licence) -> str:
 
 def _describe_run(run: Run, files: Sequence[tuple[Path, str]]) -> str:
     rows = [f"| {path.name} | {path.stat().st_size / 1e6:.0f} MB | {modelfile} |" for path, modelfile in files]
-    name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower())
-    serve = f"ollama create {name} -f {files[0][1]} && ollama run {name}"
+    # Ollama's names begin with a letter or a digit.
+    name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower()).strip("-._") or "tuned"
+    create = format_command("ollama", "create", name, "-f", files[0][1])
+    serve = f"{create} && {format_command('ollama', 'run', name)}"
     return (
         "## Run it\n\n| file | size | Modelfile |\n|---|---|---|\n" + "\n".join(rows) + f"\n\n```\n{serve}\n```\n\n"
         f"Chat template: {run.chat_template.name}, context as trained: {run.max_seq_len} tokens. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from tune2gguf.commands import format_command
 from tune2gguf.export.pipeline import list_served
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.run import Run
@@ -29,7 +30,8 @@ def open_chat_model(
     if gguf_path is None:
         served = [path for path, _ in list_served(run)]
         if not served:
-            raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  python scripts/export.py {run.run_dir}")
+            command = format_command("python", "scripts/export.py", run.run_dir)
+            raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  {command}")
         gguf_path = max(served, key=lambda path: path.stat().st_mtime)
     return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len)
 
