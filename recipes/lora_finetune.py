@@ -34,6 +34,7 @@ from tune2gguf.distributed.world import (
     stop_world,
     wait_for_all,
 )
+from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.model.architectures import read_architecture
@@ -107,6 +108,13 @@ class LoRAFinetuneRecipe:
             num_training_steps=self.num_steps,
             warmup_steps=cfg.warmup_steps,
         )
+        # What the export will serve, and a Modelfile has to hold.
+        make_modelfile(
+            f"{Path(cfg.output_dir).name}.gguf",
+            chat_template=self.tokenizer.chat_template,
+            context_length=cfg.max_seq_len,
+            system_prompt=self.data.ledger.get("system_prompt"),
+        )
 
     def _open_checkpoint(self):
         """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
@@ -178,7 +186,7 @@ class LoRAFinetuneRecipe:
             rank=cfg.lora_rank,
             alpha=cfg.lora_alpha,
             dropout=cfg.lora_dropout,
-            base_model_name=name_base(cfg.base_source, cfg.base_dir),
+            base_model_name=name_base(Path(cfg.base_dir)),
         )
         self.validation = plan_run_validation(
             cfg, self.data, self.progress, rows_per_step=self.rows_per_step, steps_per_epoch=self.steps_per_epoch

@@ -23,9 +23,11 @@ def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, s
         files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
     """
     keys = [parameter.key for parameter in GUIDE_PARAMETERS]
+    unknown = f"the model in the folder {run.base_name}, of which nothing says where it comes from"
+    base = unknown if run.base_source is None else run.base_name
     parts = [
         _make_front_matter(run, licence),
-        f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf: "
+        f"# {run.name}\n\nA fine-tune of {base}, made with LoRA by tune2gguf: "
         f"the run's {run.adapter_dir.name} adapter." + ("" if merge is None else f"\n\nThe adapter was {merge}."),
         f"## Licence\n\n{licence.duties}",
         _describe_run(run, files),
@@ -39,7 +41,7 @@ def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, s
 
 def _make_front_matter(run: Run, licence: Licence) -> str:
     # JSON strings are YAML strings, whatever the name holds.
-    lines = [f"base_model: {json.dumps(run.base_name)}"]
+    lines = [] if run.base_source is None else [f"base_model: {json.dumps(run.base_name)}"]
     lines += [] if licence.identifier is None else [f"license: {licence.identifier}"]
     return "\n".join(["---", *lines, "tags: [lora, gguf, torchtune]", "---"])
 

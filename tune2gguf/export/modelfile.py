@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tune2gguf.tokenizer.templates import ChatTemplate
 
 # What leaves the trained distribution as it is. Ollama's own defaults penalize repetition and cut the tail.
@@ -23,8 +25,10 @@ def make_modelfile(
         system_prompt: the one system prompt that all rows were trained with, or None
 
     Raises:
-        ValueError: if the system prompt or the licence cannot be written in a Modelfile
+        ValueError: if the name, the system prompt or the licence cannot be written in a Modelfile
     """
+    if re.search(r"[\r\n]", gguf_name):
+        raise ValueError(f"the name {gguf_name!r} holds a line break, which a Modelfile cannot hold; rename the run")
     lines = [
         "# ollama create NAME -f THIS_FILE",
         f"FROM ./{gguf_name}",
