@@ -48,7 +48,7 @@ from tune2gguf.runs.curves import TrainingStep
 from tune2gguf.runs.plan import write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.train.plan import describe_plan
-from tune2gguf.train.record import RunRecord
+from tune2gguf.train.record import RunRecord, check_learned
 from tune2gguf.train.resume import (
     check_machines,
     describe_run,
@@ -59,7 +59,14 @@ from tune2gguf.train.resume import (
 )
 from tune2gguf.train.samples import choose_prompts
 from tune2gguf.train.seeds import capture_random_state, seed_dropout
-from tune2gguf.train.steps import accumulate_gradients, compute_grad_norm, count_step, find_nonfinite, skip_step
+from tune2gguf.train.steps import (
+    accumulate_gradients,
+    compute_grad_norm,
+    count_step,
+    find_nonfinite,
+    refuse_damaged_base,
+    skip_step,
+)
 from tune2gguf.train.validator import Validator, plan_run_validation
 
 
@@ -108,13 +115,8 @@ class LoRAFinetuneRecipe:
             num_training_steps=self.num_steps,
             warmup_steps=cfg.warmup_steps,
         )
-        # What the export will serve, and a Modelfile has to hold.
-        make_modelfile(
-            f"{Path(cfg.output_dir).name}.gguf",
-            chat_template=self.tokenizer.chat_template,
-            context_length=cfg.max_seq_len,
-            system_prompt=self.data.ledger.get("system_prompt"),
-        )
+        served = {"chat_template": self.tokenizer.chat_template, "context_length": cfg.max_seq_len}
+        make_modelfile("x.gguf", **served, system_prompt=self.data.ledger["system_prompt"])  # whether it can be written
 
     def _open_checkpoint(self):
         """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
@@ -272,12 +274,20 @@ class LoRAFinetuneRecipe:
         grad_norm = compute_grad_norm(self.adapter_params, clip_to=self.cfg.clip_grad_norm)
         record = {"step": self.progress.step + 1, "epoch": self.progress.epoch}
         problem = find_nonfinite(loss, grad_norm)
+        if self.progress.step == 0:
+            refuse_damaged_base(loss, self.cfg.base_dir, self.world)
         if problem is None:
             record |= {"loss": loss, "lr": self.schedule.get_last_lr()[0], "grad_norm": grad_norm}
             self.optimizer.step()
         else:
             record["skipped"] = skip_step(
-                record["step"], problem, rows, batch_losses, on_nonfinite=self.cfg.on_nonfinite
+                record["step"],
+                problem,
+                rows,
+                batch_losses,
+                on_nonfinite=self.cfg.on_nonfinite,
+                base_dir=self.cfg.base_dir,
+                world=self.world,
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -293,6 +303,8 @@ class LoRAFinetuneRecipe:
             return
         if at.validated_step != at.step:
             loss = self.validator.measure(at, before_batch=self.stop.raise_if_requested)
+            if loss is not None and at.step == 0:
+                refuse_damaged_base(loss, self.cfg.base_dir, self.world)
             if loss is not None and at.step > 0 and at.take_loss(loss):
                 at.best_sha256 = self._save_adapter("best")
             at.validated_step = at.step
@@ -303,6 +315,9 @@ class LoRAFinetuneRecipe:
 
     def save(self) -> None:
         """Write the final adapter as last/, and say how good the run was and what comes next."""
+        with agree_on_errors():
+            if self.world.is_main:
+                check_learned(self.folder)
         self._save_adapter("last")
         if self.world.is_main:
             print(f"wrote {self.folder}; its GGUF: {format_command('python', 'scripts/export.py', self.folder)}")
