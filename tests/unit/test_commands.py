@@ -1,6 +1,9 @@
 """Names that YAML or a shell would read otherwise: typed, they arrive as they are; printed, their commands run."""
 
+import ast
+import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,16 @@ from tests.conftest import REPOSITORY
 from tests.unit.test_advice import CURVES
 from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.config import check_values, read_config
+from tune2gguf.files.atomic import write_json
+from tune2gguf.machine.fit import _to_command
+from tune2gguf.report.run import _make_command
 from tune2gguf.runs.checkpoints import describe_damage
 from tune2gguf.runs.config_file import flatten_config, write_config
 from tune2gguf.runs.folder import describe_existing, find_path_problems
+from tune2gguf.runs.run import Run
+from tune2gguf.serve.chat import open_chat_model
 from tune2gguf.serve.ollama import format_create_command
+from tune2gguf.sweep import list_points
 from tune2gguf.verdict.advice import Situation, advise
 from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, Verdict
 
@@ -174,6 +183,45 @@ def test_printed_commands_run_as_they_are_printed(name, tmp_path, monkeypatch, r
     assert read_config(QUICKSTART, [word]).output_dir == as_path(name)
     made = run_in_shell(format_create_command("model", run_dir / "Modelfile"))
     assert made[:3] == ["create", "model", "-f"] and Path(made[3]) == run_dir / "Modelfile" and made[3][0] not in "-~"
+
+    with pytest.raises(ValueError) as no_export:
+        open_chat_model(Run(run_dir), gguf_path=None, uses_adapter=False, num_threads=None)
+    (script, folder) = run_in_shell(str(no_export.value).partition("First:")[2].strip(" \n"))
+    assert script == "scripts/export.py" and Path(folder) == run_dir and folder[0] not in "-~"
+    for point in list_points(["lora_alpha=1,2"], run_dir):
+        assert read_config(QUICKSTART, point.overrides).output_dir == as_path(str(point.run_dir))
+
+
+def test_the_report_goes_on_with_the_words_that_began_the_run(tmp_path, run_in_shell):
+    """They are quoted once, for the shell: what they hold for YAML was typed so."""
+    typed = ["--config", "a b.yaml", *format_overrides({"output_dir": "exp #2: ${x}"}), "resume=false", "seed=7"]
+    write_json(tmp_path / "environment.json", {"command": ["lora_finetune.py", *typed]})
+    command = _make_command(Run(tmp_path), "resume=auto")
+    expected = [word for word in typed if word != "resume=false"]
+    assert run_in_shell(command) == ["run", "recipes/lora_finetune.py", *expected, "resume=auto"]
+
+
+def test_what_would_make_a_run_fit_is_typed_as_it_is_printed(run_in_shell):
+    words = run_in_shell(f"tune {_to_command({'base_weights': 'nf4', 'enable_activation_checkpointing': True})}")
+    config = read_config(QUICKSTART, words)
+    assert (config.base_weights, config.enable_activation_checkpointing) == ("nf4", True)
+
+
+def test_no_command_is_put_together_by_hand():
+    """A value behind `python scripts/x.py`, `ollama create` or `--config` in an f-string is not quoted."""
+    found = []
+    for path in [
+        *REPOSITORY.glob("tune2gguf/**/*.py"),
+        *REPOSITORY.glob("scripts/*.py"),
+        *REPOSITORY.glob("recipes/*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else ()
+            for part, value in pairwise(parts):
+                is_text = isinstance(part, ast.Constant) and isinstance(value, ast.FormattedValue)
+                if is_text and re.search(r"(python scripts/\S+|ollama create|--config) ?$", part.value):
+                    found.append(f"{path}, line {node.lineno}")
+    assert not found
 
 
 def as_path(name: str) -> str:

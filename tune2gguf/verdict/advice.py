@@ -250,7 +250,8 @@ def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
     changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
     train = _write_run(path, {**changes, "output_dir": situation.free_dirs[0]}, situation.num_processes)
     reason = f"if it does not answer well enough, the next larger model: {larger}, with its own rate"
-    yield Advice(f"python scripts/download.py --config {path} && {train}", changes, reason, CHOOSING)
+    download = format_command("python", "scripts/download.py", "--config", path)
+    yield Advice(f"{download} && {train}", changes, reason, CHOOSING)
 
 
 def _write_command(changes: Mapping[str, Any], situation: Situation, output_dir: str) -> str:
