@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from tune2gguf.base.load import load_base
 from tune2gguf.base.source import name_base
+from tune2gguf.commands import format_command
 from tune2gguf.config import build_component, build_metric_logger, check_config, check_plan, get_run_spec, load_config
 from tune2gguf.data import plan_epoch
 from tune2gguf.distributed.failures import end_together
@@ -46,7 +47,7 @@ from tune2gguf.runs.curves import TrainingStep
 from tune2gguf.runs.plan import write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.train.plan import describe_plan
-from tune2gguf.train.record import RunRecord
+from tune2gguf.train.record import RunRecord, check_learned
 from tune2gguf.train.resume import (
     check_machines,
     describe_run,
@@ -57,7 +58,14 @@ from tune2gguf.train.resume import (
 )
 from tune2gguf.train.samples import choose_prompts
 from tune2gguf.train.seeds import capture_random_state, seed_dropout
-from tune2gguf.train.steps import accumulate_gradients, compute_grad_norm, count_step, find_nonfinite, skip_step
+from tune2gguf.train.steps import (
+    accumulate_gradients,
+    compute_grad_norm,
+    count_step,
+    find_nonfinite,
+    refuse_damaged_base,
+    skip_step,
+)
 from tune2gguf.train.validator import Validator, plan_run_validation
 
 
@@ -176,7 +184,7 @@ class LoRAFinetuneRecipe:
             rank=cfg.lora_rank,
             alpha=cfg.lora_alpha,
             dropout=cfg.lora_dropout,
-            base_model_name=name_base(cfg.base_source, cfg.base_dir),
+            base_model_name=name_base(Path(cfg.base_dir)),
         )
         self.validation = plan_run_validation(
             cfg, self.data, self.progress, rows_per_step=self.rows_per_step, steps_per_epoch=self.steps_per_epoch
@@ -263,12 +271,20 @@ class LoRAFinetuneRecipe:
         grad_norm = compute_grad_norm(self.adapter_params, clip_to=self.cfg.clip_grad_norm)
         record = {"step": self.progress.step + 1, "epoch": self.progress.epoch}
         problem = find_nonfinite(loss, grad_norm)
+        if self.progress.step == 0:
+            refuse_damaged_base(loss, self.cfg.base_dir, self.world)
         if problem is None:
             record |= {"loss": loss, "lr": self.schedule.get_last_lr()[0], "grad_norm": grad_norm}
             self.optimizer.step()
         else:
             record["skipped"] = skip_step(
-                record["step"], problem, rows, batch_losses, on_nonfinite=self.cfg.on_nonfinite
+                record["step"],
+                problem,
+                rows,
+                batch_losses,
+                on_nonfinite=self.cfg.on_nonfinite,
+                base_dir=self.cfg.base_dir,
+                world=self.world,
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -284,6 +300,8 @@ class LoRAFinetuneRecipe:
             return
         if at.validated_step != at.step:
             loss = self.validator.measure(at, before_batch=self.stop.raise_if_requested)
+            if loss is not None and at.step == 0:
+                refuse_damaged_base(loss, self.cfg.base_dir, self.world)
             if loss is not None and at.step > 0 and at.take_loss(loss):
                 at.best_sha256 = self._save_adapter("best")
             at.validated_step = at.step
@@ -294,9 +312,12 @@ class LoRAFinetuneRecipe:
 
     def save(self) -> None:
         """Write the final adapter as last/, and say how good the run was and what comes next."""
+        with agree_on_errors():
+            if self.world.is_main:
+                check_learned(self.folder)
         self._save_adapter("last")
         if self.world.is_main:
-            print(f"wrote {self.folder}; its GGUF: python scripts/export.py {self.folder}")
+            print(f"wrote {self.folder}; its GGUF: {format_command('python', 'scripts/export.py', self.folder)}")
             print("\n".join([*self.progress.describe_end(self.cfg.epochs), *self.record.conclude()]))
         wait_for_all()
         stop_world()

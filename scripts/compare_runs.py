@@ -4,14 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.commands import expand_path
 from tune2gguf.files.output import accept_any_text
 
 
 def main() -> None:
     accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; default: all in runs/")
-    parser.add_argument("--html", type=Path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page")
+    parser.add_argument("runs", nargs="*", type=expand_path, help="folders of runs; default: all in runs/")
+    parser.add_argument(
+        "--html", type=expand_path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page"
+    )
     arguments = parser.parse_args()
 
     from tune2gguf.report.compare import find_runs, format_groups, group_runs, write_comparison

@@ -3,15 +3,15 @@
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+from tune2gguf.commands import expand_path
 from tune2gguf.files.output import accept_any_text
 
 
 def main() -> None:
     accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, type=Path, help="a YAML of configs/ or examples/")
+    parser.add_argument("--config", required=True, type=expand_path, help="a YAML of configs/ or examples/")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="processes that train together; default 1")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipe")
     arguments = parser.parse_intermixed_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tune2gguf.commands import expand_path
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
@@ -20,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Exit code 1 where the proof fails. A run without validation rows is exported, said to be not proven, "
         "and not handed to Ollama.",
     )
-    parser.add_argument("run", help="folder of a finished run, such as runs/quickstart")
+    parser.add_argument("run", type=expand_path, help="folder of a finished run, such as runs/quickstart")
     parser.add_argument(
         "--quantization",
         nargs="+",
@@ -31,13 +32,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", choices=("best", "last"), help="default: best where there is one, else last")
     parser.add_argument("--adapter-gguf", action="store_true", help="also write the adapter as a GGUF of its own")
     parser.add_argument("--merged-hf", action="store_true", help="also write the merged model as a Hugging Face folder")
-    parser.add_argument("--base-dir", help="where the base model is, if it has moved since the run")
+    parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
     parser.add_argument(
         "--merge-base",
         choices=MERGE_BASES,
         help="after 4-bit training; default: the one with the lower validation loss",
     )
-    parser.add_argument("--original-base", metavar="DIR", help="the 16-bit weights of a 4-bit base; default: beside it")
+    parser.add_argument(
+        "--original-base",
+        type=expand_path,
+        metavar="DIR",
+        help="the 16-bit weights of a 4-bit base; default: beside it",
+    )
     parser.add_argument(
         "--ollama",
         metavar="NAME",

@@ -9,21 +9,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
+from tune2gguf.commands import expand_path
 from tune2gguf.inspect_data import check_outputs, inspect_config, inspect_files
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", help="data files and dataset.KEY=VALUE; with --config, any KEY=VALUE")
-    parser.add_argument("--config", type=Path, help="a run's YAML; data, tokenizer and step are taken from it")
-    parser.add_argument("--base-dir", type=Path, help="without --config: the base folder whose tokenizer counts")
+    parser.add_argument("--config", type=expand_path, help="a run's YAML; data, tokenizer and step are taken from it")
+    parser.add_argument("--base-dir", type=expand_path, help="without --config: the base folder whose tokenizer counts")
     parser.add_argument("--chat-template", default="llama3", help="without --config: llama3 | llama3_1 | chatml")
     parser.add_argument("--max-seq-len", type=int, default=2048, help="without --config: tokens kept of a row")
     parser.add_argument("--rows", type=int, default=3, help="rows to print with their supervised tokens coloured")
-    parser.add_argument("--html", type=Path, help="write the same as a page, to a file that does not exist yet")
-    parser.add_argument("--png", type=Path, help="write the histogram as a picture, to a file that does not exist yet")
+    parser.add_argument("--html", type=expand_path, help="write the same as a page, to a file that does not exist yet")
+    parser.add_argument(
+        "--png", type=expand_path, help="write the histogram as a picture, to a file that does not exist yet"
+    )
     arguments = parser.parse_intermixed_args()
     if (arguments.config is None) == (arguments.base_dir is None):
         parser.error("give either --config, or data files and --base-dir")

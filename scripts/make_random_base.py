@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
+
+from tune2gguf.commands import expand_path
 
 
 def main() -> None:
@@ -12,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, choices=ARCHITECTURES)
     parser.add_argument("--kind", default="bf16", choices=KINDS)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, type=expand_path, metavar="DIR")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument(
         "--tokenizer-json", action="store_true", help="tokenizer.json instead of Meta's tokenizer.model"

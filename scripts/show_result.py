@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from tune2gguf.commands import expand_path
 from tune2gguf.files.output import accept_any_text
 from tune2gguf.serve.before_after import answer_before_and_after, read_validation_losses
 
@@ -13,8 +13,8 @@ from tune2gguf.serve.before_after import answer_before_and_after, read_validatio
 def main() -> None:
     accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of an exported run, such as runs/quickstart")
-    parser.add_argument("--gguf", type=Path, help="default: the newest in the run's export folder")
+    parser.add_argument("run", type=expand_path, help="folder of an exported run, such as runs/quickstart")
+    parser.add_argument("--gguf", type=expand_path, help="default: the newest in the run's export folder")
     parser.add_argument("--questions", type=int, default=3, help="validation questions to ask")
     arguments = parser.parse_args()
     try:

@@ -7,14 +7,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.commands import expand_path
 from tune2gguf.files.output import accept_any_text
 
 
 def main() -> None:
     accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="the sweep's folder")
+    parser.add_argument("--config", type=expand_path, required=True)
+    parser.add_argument("--out", type=expand_path, default=Path("runs/sweep"), metavar="DIR", help="the sweep's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value[,value…]", help="several values are swept")
     arguments = parser.parse_intermixed_args()
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from omegaconf import OmegaConf
-
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.config import check_config, read_config
 from tune2gguf.report.compare import format_groups, group_runs, write_comparison
 from tune2gguf.runs import config_file
@@ -38,7 +37,7 @@ class Point:
 
 
 def list_points(overrides: Sequence[str], folder: Path) -> list[Point]:
-    """Return the grid of the overrides: key=value,value,… is swept, a list in brackets is one value.
+    """Return the grid of the overrides: key=value,value,… is swept, a list in brackets or text in quotes is one value.
 
     Raises:
         ValueError: if a key is the sweep's own or given twice, or if none is swept
@@ -55,13 +54,14 @@ def list_points(overrides: Sequence[str], folder: Path) -> list[Point]:
     for combination in itertools.product(*choices):
         swept = [one for one, values in zip(combination, choices, strict=True) if len(values) > 1]
         run_dir = folder / re.sub(r"[^\w.+-]+", "-", "-".join(swept))
-        points.append(Point(" ".join(swept), [*combination, f"output_dir={run_dir}", "resume=auto"], run_dir))
+        own = format_overrides({"output_dir": run_dir, "resume": "auto"})
+        points.append(Point(" ".join(swept), [*combination, *own], run_dir))
     return points
 
 
 def _list_choices(override: str) -> list[str]:
     key, equals, value = override.partition("=")
-    values = [value] if value.startswith("[") else value.split(",")
+    values = [value] if value.startswith(("[", "'", '"')) else value.split(",")
     return [f"{key}{equals}{one.strip()}" for one in values]
 
 
@@ -100,9 +100,9 @@ def _check_point(config_path: Path, point: Point) -> DictConfig:
 
 def _is_finished(run_dir: Path, config: DictConfig) -> bool:
     """Whether a run has ended with this very config; the recipe refuses to resume another, or goes on with it."""
-    if not (run_dir / METRICS_FILE).is_file() or config_file.read_config(run_dir) != OmegaConf.to_container(
-        config, resolve=True
-    ):
+    if not (run_dir / METRICS_FILE).is_file():
+        return False
+    if config_file.read_config(run_dir) != config_file.resolve_config(config):
         return False
     return group_runs([run_dir])[0].runs[0].is_finished
 
@@ -141,5 +141,5 @@ def rank_points(points: Sequence[Point]) -> str:
         raise ValueError(f"{folder}: no run has a validation loss; see the logs there")
     page = write_comparison(groups, folder / "comparison.html")
     best = min(ranked, key=lambda run: run.curves.best.loss)
-    command = f"python scripts/export.py {os.path.relpath(best.run_dir)}"
+    command = format_command("python", "scripts/export.py", Path(os.path.relpath(best.run_dir)))
     return f"{format_groups(groups)}\npage: {page}\nbest: {best.name}\nnext: {command}"

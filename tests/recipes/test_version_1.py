@@ -14,8 +14,9 @@ from tests.conftest import REPOSITORY
 from tests.runs import run_recipe
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.files.atomic import write_json
+from tune2gguf.files.json_files import read_json
 from tune2gguf.report.compare import find_runs, group_runs
-from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION, read_json
+from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.serve.chat import open_chat_model
 from tune2gguf.serve.proof import ADAPTER, prove_export

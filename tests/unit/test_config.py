@@ -74,7 +74,7 @@ WRONG = [
     (["seed=true"], "seed=True is a truth value; it must be a whole number"),
     (["epochs=null"], "epochs is empty; it needs a value"),
     (["output_dir="], "output_dir is empty; it needs a value"),
-    (["output_dir=a: b"], "output_dir={'a': 'b'} is a mapping of keys to values; it must be text"),
+    (["seed=a: b"], "seed={'a': 'b'} is a mapping of keys to values; it must be a whole number"),
     (["lora_rank.inner=4"], "lora_rank={'inner': 4} is a mapping of keys to values"),
     (["enable_activation_checkpointing=1"], "enable_activation_checkpointing=1 is a whole number; it must be true or"),
     (
@@ -85,7 +85,7 @@ WRONG = [
         ["enable_activation_offloading=true", "device=cuda"],
         "enable_activation_offloading=true without enable_activation_checkpointing=true: moving all",
     ),
-    (["scheduler=off"], "scheduler=False is a truth value; it must be text"),
+    (["scheduler=off"], "scheduler='off' is not one of cosine, linear, constant"),
     (["model.apply_lora_to_mlp=maybe"], "model.apply_lora_to_mlp='maybe' is text; it must be true or false"),
     (["model.lora_attn_modules=q_proj"], "model.lora_attn_modules='q_proj' is text; it must be a list of texts"),
     # 0 where it makes no sense, and what lies outside the limits.
@@ -167,7 +167,7 @@ WRONG = [
     (["lora_rank"], "overrides are written key=value; got lora_rank"),
     (["=8"], "overrides are written key=value; got =8"),
     (["seed=???"], "overrides are written key=value; got seed=???"),
-    (["lora_rank=[8"], "cannot be read as YAML with these overrides"),
+    (["lora_rank=[8"], "lora_rank='[8' is text; it must be a whole number"),
     (["lora_rank=${nothing}"], "the config does not resolve: Interpolation key 'nothing' not found"),
 ]
 

@@ -120,7 +120,7 @@ def _describe_type(value: Any) -> str:
 
 def _is_within(value: float, key: Key) -> bool:
     return (
-        math.isfinite(value)
+        -math.inf < value < math.inf  # isfinite() fails on whole numbers beyond floats
         and (key.minimum is None or value >= key.minimum)
         and (key.maximum is None or value <= key.maximum)
         and (key.above is None or value > key.above)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tune2gguf.commands import format_command
 from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.pages.render import format_interval, format_loss, render_page
@@ -149,7 +149,7 @@ def _make_command(run: Run, *more: str) -> str:
         return ""
     kept = [argument for argument in arguments if not argument.startswith("resume=")]
     processes = ["--nproc_per_node", str(run.num_processes)] if run.num_processes > 1 else []
-    return shlex.join(["tune", "run", *processes, "recipes/lora_finetune.py", *kept, *more])
+    return format_command("tune", "run", *processes, "recipes/lora_finetune.py", *kept, *more)
 
 
 def _list_tiles(run: Run) -> Iterator[tuple[str, str, str]]:

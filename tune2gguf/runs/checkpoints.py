@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.files.atomic import write_file, write_folder, write_json
 from tune2gguf.files.digest import digest_file
 from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -125,7 +126,8 @@ def describe_damage(folder: Path, damage: str) -> str:
     if good is None:
         way_out = "No other checkpoint of this run is good; start again under another output_dir"
     else:
-        way_out = f"The newest good one is {good}; to go on from there: resume={good}"
+        command = format_command(*format_overrides({"resume": good}))
+        way_out = f"The newest good one is {good}; to go on from there: {command}"
     return f"{folder}: {damage}, so it is not loaded. {way_out}"
 
 

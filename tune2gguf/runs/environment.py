@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from tune2gguf.files.atomic import write_json
-from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION, read_json
+from tune2gguf.files.json_files import read_json
+from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION
 
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
 

@@ -1,10 +1,10 @@
-"""The files of a run's folder: their names, the version of their form, and JSON in and out of them."""
+"""The files of a run's folder: their names, the version of their form, and JSON lines in and out of them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +26,6 @@ FOLDER_VERSION = 2
 def is_run_folder(path: Path) -> bool:
     """Whether a folder is that of a run: it has a config.yaml from its first moment on."""
     return (path / CONFIG_FILE).is_file()
-
-
-def read_json(path: Path, *, required: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: if the file is missing, is not a JSON object, or lacks one of the keys; it names the file
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: not found")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
-    missing = [key for key in required if key not in content]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    return content
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

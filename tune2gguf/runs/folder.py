@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from tune2gguf.base.digest import digest_base
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.data import PreparedData
 from tune2gguf.files.atomic import write_folder, write_json, write_text
 from tune2gguf.runs.config_file import write_config
@@ -40,9 +41,10 @@ def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: Prepared
 def describe_existing(output_dir: Path) -> str:
     """Return the error for a run folder that is taken: how to go on with it, and a name that is free."""
     way_on = "To go on with that run, add resume=auto. " if is_run_folder(output_dir) else ""
+    other = format_command(*format_overrides({"output_dir": find_free_folder(output_dir)}))
     return (
         f"output_dir={output_dir} exists, and a run never overwrites another. {way_on}"
-        f"Give {'a new' if way_on else 'the'} run another name: output_dir={find_free_folder(output_dir)}"
+        f"Give {'a new' if way_on else 'the'} run another name: {other}"
     )
 
 
@@ -66,7 +68,5 @@ def find_path_problems(resume: str | bool, output_dir: Path) -> Iterator[str]:
     elif not Path(resume).is_dir():
         yield f"resume={resume}: no such checkpoint; use auto, false, or a folder checkpoints/step_N of the run"
     elif Path(resume).resolve().parent.parent != output_dir.resolve():
-        yield (
-            f"resume={resume} is not a checkpoint of output_dir={output_dir}; "
-            f"to go on with its run: output_dir={Path(resume).parent.parent}"
-        )
+        own = format_command(*format_overrides({"output_dir": Path(resume).parent.parent}))
+        yield f"resume={resume} is not a checkpoint of output_dir={output_dir}; to go on with its run: {own}"

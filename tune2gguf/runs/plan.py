@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from tune2gguf.files.atomic import write_json
-from tune2gguf.runs.files import PLAN_FILE, read_json
+from tune2gguf.files.json_files import read_json
+from tune2gguf.runs.files import PLAN_FILE
 
 
 class Plan(TypedDict):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.files.atomic import write_json
-from tune2gguf.runs.files import VERDICT_FILE, read_json
+from tune2gguf.files.json_files import read_json
+from tune2gguf.runs.files import VERDICT_FILE
 
 
 @dataclass(frozen=True)

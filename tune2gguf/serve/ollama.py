@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tune2gguf.commands import format_command
 from tune2gguf.export.pipeline import Export
 from tune2gguf.runs.run import Run
 from tune2gguf.runs.validation_rows import read_validation_rows
@@ -57,7 +58,7 @@ def find_ollama() -> str | None:
 
 def format_create_command(name: str, modelfile_path: Path) -> str:
     """Return the command line that makes the model, for whoever has Ollama elsewhere."""
-    return shlex.join(["ollama", "create", name, "-f", str(modelfile_path)])
+    return format_command("ollama", "create", name, "-f", modelfile_path)
 
 
 def create_ollama_model(program: str, name: str, modelfile_path: Path) -> None:

@@ -242,8 +242,7 @@ def _load_backend(path: Path) -> Tokenizer:
 
     if path.suffix == ".model":
         return Tokenizer.from_str(json.dumps(make_llama3_tokenizer_json(path)))
-    text = path.read_text(encoding="utf-8")
     try:
-        return Tokenizer.from_str(text)
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception for a file it cannot read
         raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None

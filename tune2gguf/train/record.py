@@ -12,13 +12,22 @@ from tqdm import tqdm
 
 from tune2gguf.distributed.world import describe_error
 from tune2gguf.report import write_report
-from tune2gguf.runs.curves import TrainingStep, Validation
+from tune2gguf.runs.curves import TrainingStep, Validation, read_curves
 from tune2gguf.runs.files import METRICS_FILE, SAMPLES_FILE, JsonLinesFile
 from tune2gguf.runs.samples import Sample
 from tune2gguf.verdict.conclude import conclude_run
 
 NOTHING_RECORDED = {METRICS_FILE: 0, SAMPLES_FILE: 0}
 MAX_REPORT_SHARE = 0.05  # of the time of a run
+
+
+def check_learned(run_dir: Path) -> None:
+    """Raise ValueError if every step of a run was left out."""
+    steps = read_curves(run_dir).training
+    if steps and all(step.skipped is not None for step in steps):
+        raise ValueError(
+            f"all {len(steps)} steps were left out, so that nothing was learned; the last: {steps[-1].skipped}"
+        )
 
 
 class RunRecord:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tune2gguf.base.digest import digest_base
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.data import PreparedData
 from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.world import AgreedError, World, describe_error, gather_over_ranks
@@ -154,10 +155,11 @@ def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]
     checkpoint = read_checkpoint(folder)
     differences = find_differences(checkpoint.progress["run"], run)
     if differences:
+        own = {"resume": False, "output_dir": find_free_folder(output_dir)}
         raise ValueError(
             f"{folder} is a checkpoint of another run than this one; what differs:\n  "
             + "\n  ".join(differences)
-            + f"\nStart a run of its own: resume=false output_dir={find_free_folder(output_dir)}"
+            + f"\nStart a run of its own: {format_command(*format_overrides(own))}"
         )
     return checkpoint
 
