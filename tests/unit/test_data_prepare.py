@@ -352,15 +352,63 @@ def test_good_options_have_no_problem_as_a_config_node_either(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "found"),
-    [(["Be brief.\u2028"] * 3, "Be brief.\u2028"), (["Be brief.", "Be long."], None), (["Be brief.", None], None)],
-    ids=["the same", "two", "one row without"],
+    ("prompts", "found", "note"),
+    [
+        (["Be brief.\u2028"] * 3, "Be brief.\u2028", None),
+        (["Be brief.", "Be brief.\n", " Be brief."], "Be brief.", None),  # all are trained as the first is
+        ([None] * 3, None, None),
+        (["Be brief.", "Be long."], None, "have 2 system prompts: none"),
+        (["Be brief.", None], None, "have 1 system prompt, and 1 rows have none: none"),
+        ([*map(str, range(300))], None, "have at least 101 system prompts: none"),
+    ],
+    ids=["the same", "the same but for spaces", "none", "two", "one row without", "many"],
 )
-def test_ledger_has_the_system_prompt_that_every_training_row_has(tmp_path, tokenizer, prompts, found):
-    rows = make_conversations(len(prompts))
+def test_ledger_has_the_system_prompt_that_every_training_row_has(tmp_path, tokenizer, prompts, found, note):
+    rows = add_system_prompts(make_conversations(len(prompts)), prompts)
+    validation = write_rows(tmp_path / "heldout.jsonl", make_conversations(2, start=500))
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    texts = write_rows(tmp_path / "b.jsonl", [{"text": "A raw text is no conversation."}])
+    data = chat_dataset(
+        [str(path), str(texts)],
+        tokenizer=tokenizer,
+        max_seq_len=200,
+        seed=1,
+        validation_files=str(validation),
+        on_bad_row="drop",
+    )
+    assert data.ledger["system_prompt"] == found
+    said = [one for one in data.ledger["notes"] if "system prompt" in one]
+    assert len(said) == (note is not None) and all(note in one for one in said)
+
+
+def add_system_prompts(rows: list[dict], prompts: list[str | None]) -> list[dict]:
     for row, prompt in zip(rows, prompts, strict=True):
         row["messages"][:0] = [] if prompt is None else [{"role": "system", "content": prompt}]
-    validation = write_rows(tmp_path / "heldout.jsonl", make_conversations(2, start=50))
-    path = write_rows(tmp_path / "a.jsonl", rows)
-    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=200, seed=1, validation_files=str(validation))
-    assert data.ledger["system_prompt"] == found
+    return rows
+
+
+@pytest.mark.parametrize("out", ["validation", "long", "bad", "repeated"])
+def test_system_prompts_of_rows_that_are_not_trained_do_not_count(tmp_path, tokenizer, out):
+    """All rows stand in one file; the last has another system prompt, or none, and is not trained on."""
+    rows = add_system_prompts(make_conversations(12), ["Be brief."] * 12)
+    [other] = add_system_prompts(make_conversations(1, start=50), ["Be long." if out != "bad" else None])
+    options = {"on_bad_row": "drop"}
+    if out == "long":
+        other["messages"][1]["content"] *= 50
+        options["on_long_row"] = "drop"
+    elif out == "bad":
+        other["messages"].pop()
+    elif out == "repeated":
+        other = rows[0]
+    elif out == "validation":
+        options["validation_split"] = 0.3
+        # Of many rows with the other prompt take one that is held out.
+        others = add_system_prompts(make_conversations(50, start=50), ["Be long."] * 50)
+        path = write_rows(tmp_path / "b.jsonl", others)
+        data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=200, seed=1, validation_split=0.3)
+        other = others[data.validation[0].source.line - 1]
+    path = write_rows(tmp_path / "a.jsonl", [*rows, other])
+    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=200, seed=1, **options)
+    assert data.ledger["dropped"] + data.ledger["validated"] > 0
+    assert data.ledger["system_prompt"] == "Be brief."
+    assert not any("system prompt" in note for note in data.ledger["notes"])

@@ -175,7 +175,7 @@ def _load(folder: Path, name: str) -> TokenizedFile | None:
 
 def _is_whole(tokens: np.ndarray, supervised: np.ndarray, index: TokenIndex) -> bool:
     num_tokens, num_rows = index.offsets[-1], len(index.offsets) - 1
-    per_row = (index.lines, index.num_supervised, index.first_supervised, index.digests)
+    per_row = (index.lines, index.num_supervised, index.first_supervised, index.digests, index.system_numbers)
     return len(tokens) == len(supervised) == num_tokens and all(len(values) == num_rows for values in per_row)
 
 

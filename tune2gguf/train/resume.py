@@ -16,7 +16,7 @@ from tune2gguf.base.digest import digest_base
 from tune2gguf.data import PreparedData
 from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.world import AgreedError, World, describe_error, gather_over_ranks
-from tune2gguf.files.atomic import clear_leftovers
+from tune2gguf.files.atomic import clear_leftovers, write_json
 from tune2gguf.files.digest import digest_file
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.llama import CausalLM
@@ -32,7 +32,7 @@ from tune2gguf.runs.checkpoints import (
 )
 from tune2gguf.runs.config_file import flatten_config, rename_components, write_config
 from tune2gguf.runs.environment import record_resume
-from tune2gguf.runs.files import JsonLinesFile
+from tune2gguf.runs.files import DATA_FILE, JsonLinesFile
 from tune2gguf.runs.folder import create_run_folder, find_free_folder
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED, RunRecord
@@ -209,6 +209,7 @@ def enter_run_folder(
                 f"resume: {before} epochs have become {cfg.epochs}; the learning rate now follows the longer schedule"
             )
     write_config(folder, cfg)
+    write_json(folder / DATA_FILE, data.ledger)  # the rows are the same, but an earlier version recorded less of them
     changes = record_resume(folder, step=progress.step, device=device)
     if changes:
         print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
