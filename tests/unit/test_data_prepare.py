@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import make_conversations, write_rows
 from tune2gguf.data import PreparedData, chat_dataset, check_files
+from tune2gguf.runs.validation_rows import format_validation_rows
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 
@@ -412,3 +413,56 @@ def test_system_prompts_of_rows_that_are_not_trained_do_not_count(tmp_path, toke
     assert data.ledger["dropped"] + data.ledger["validated"] > 0
     assert data.ledger["system_prompt"] == "Be brief."
     assert not any("system prompt" in note for note in data.ledger["notes"])
+
+
+ENDS = {
+    "openai": {"messages": [{"role": "user", "content": "Hi?{}"}, {"role": "assistant", "content": "Ahoy!{}"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi?{}"}, {"from": "gpt", "value": "Ahoy!{}"}]},
+    "alpaca": {"instruction": "Hi?{}", "output": "Ahoy!{}", "system": "Be brief.{end}"},
+    "prompt_completion": {"prompt": "Hi?{}", "completion": "Ahoy!{}"},
+    "text": {"text": "Ahoy!{}"},
+}
+
+
+@pytest.mark.parametrize("format", ENDS)
+@pytest.mark.parametrize("end", ["<|im_end|>", " <|im_end|> \n", "<|eot_id|>", "<|endoftext|>\n"])
+def test_end_of_turn_that_a_row_brings_along_is_taken_off_once_and_counted(tmp_path, tokenizer, format, end):
+    def prepare(name, ends):
+        row = json.dumps(ENDS[format])
+        ends = [one.replace(" <", "<") if format == "text" else one for one in ends]  # its white space is kept
+        spelled = [json.dumps(one)[1:-1] for one in ends]
+        rows = [json.loads(row.replace("{}", one).replace("{end}", one[2:])) for one in spelled]
+        path, heldout = write_rows(tmp_path / name, rows[:-1]), write_rows(tmp_path / f"v-{name}", rows[-1:])
+        options = {"tokenizer": tokenizer, "max_seq_len": 200, "seed": 1, "validation_files": str(heldout)}
+        return chat_dataset(str(path), **options)
+
+    clean, ended = (
+        prepare("a.jsonl", ["1!", "2!", "3!"]),
+        prepare("b.jsonl", [f"{n}!{e}" for n, e in ((1, end), (2, ""), (3, end))]),
+    )
+    for side in ("train", "validation"):
+        before, after = (list(getattr(data, side)) for data in (clean, ended))
+        assert [tokenizer.decode(row.tokens).rstrip() for row in after] == [
+            tokenizer.decode(row.tokens).rstrip() for row in before
+        ]
+    notes = [note for note in ended.ledger["notes"] if "end" in note]
+    assert [note.partition(": ")[2].partition(";")[0] for note in notes] == [
+        "rows with an end-of-turn token at the end of a turn: 1"
+    ] * 2
+    assert clean.ledger["notes"] == []
+    lines = format_validation_rows(ended.validation, format="auto").splitlines()
+    assert "<|" not in "".join(lines) and len(lines) == 1
+
+
+@pytest.mark.parametrize("said", ["<|im_end|> ends a turn.", "Ahoy!<|im_end|><|im_end|>"])
+def test_end_of_turn_that_stands_elsewhere_stays_text_and_is_told(tmp_path, tokenizer, said):
+    row = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": said}]}
+    data = chat_dataset(str(write_rows(tmp_path / "a.jsonl", [row])), tokenizer=tokenizer, max_seq_len=200, seed=1)
+    assert said.removesuffix("<|im_end|>") in tokenizer.decode(data.train[0].tokens)
+    assert any("rows that spell a special token: 1" in note for note in data.ledger["notes"])
+
+
+def test_reply_that_is_an_end_of_turn_alone_is_empty(tmp_path, tokenizer):
+    row = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": " <|im_end|>"}]}
+    with pytest.raises(ValueError, match="line 1: message 2, the assistant's, is empty"):
+        chat_dataset(str(write_rows(tmp_path / "a.jsonl", [row])), tokenizer=tokenizer, max_seq_len=200, seed=1)

@@ -147,6 +147,11 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
         if file.index.unused_keys:
             unused = [f"{key} ({count} rows)" for key, count in file.index.unused_keys.items()]
             notes.append(f"{file.name}: not used: {_list_some(unused)}")
+        if file.index.num_ended:
+            notes.append(
+                f"{file.name}: rows with an end-of-turn token at the end of a turn: {file.index.num_ended}; "
+                "it is taken off, as the chat template adds its own"
+            )
         lines = file.index.lines_that_spell_special
         if lines:
             notes.append(

@@ -57,6 +57,7 @@ class TokenIndex:
     role_counts: dict[str, int]  # messages of the good rows; raw texts count as "text"
     unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
+    num_ended: int  # good rows of which an end-of-turn token was taken off
     unused_keys: dict[str, int]  # good rows that have something under a key that is not used
     system_prompts: list[str | None]  # of the good conversations, trimmed, each once; None: one without
     system_numbers: np.ndarray  # [rows] int64, which of them; their number: another one; RAW_TEXT: none is possible
@@ -190,7 +191,7 @@ def write_tokens(
     lines, digests, problems, spelling = [], [], [], []
     unit, role_counts, unused_keys = "line", Counter(), Counter()
     system_prompts: dict[str | None, int] = {}
-    system_numbers = []
+    system_numbers, num_ended = [], 0
     for row, conversation in rows:
         line, unit = row.source.line, row.source.unit
         spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
@@ -204,6 +205,7 @@ def write_tokens(
             digests.append(digest(conversation))
             role_counts.update([message.role for message in conversation.messages] or ["text"])
             unused_keys.update(conversation.unused_keys)
+            num_ended += conversation.had_end
             system_numbers.append(_number_system_prompt(conversation, system_prompts))
             if spelled is not None:
                 spelling.append(line)
@@ -220,6 +222,7 @@ def write_tokens(
         role_counts=dict(role_counts),
         unit=unit,
         lines_that_spell_special=spelling,
+        num_ended=num_ended,
         unused_keys=dict(unused_keys),
         system_prompts=[*system_prompts],
         system_numbers=np.array(system_numbers, np.int64),

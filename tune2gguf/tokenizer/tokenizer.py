@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 # Padding is never attended to and never supervised: any id is correct, these are the customary ones.
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>")
-_END_OF_TEXT_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
+END_OF_TEXT_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class ChatTokenizer:
 
     def render_document(self, text: str) -> list[Segment]:
         """Return the segments of raw text, between the beginning-of-text and end-of-text tokens that there are."""
-        ends = [token for token in _END_OF_TEXT_TOKENS if token in self.special_ids][:1]
+        ends = [token for token in END_OF_TEXT_TOKENS if token in self.special_ids][:1]
         return [
             *self._split(self.chat_template.beginning),
             Segment(text, is_special=False, supervised=True),
