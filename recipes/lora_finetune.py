@@ -7,6 +7,7 @@ tune run --nproc_per_node 2 recipes/lora_finetune.py --config …
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from tune2gguf.distributed.world import (
     agree_on_errors,
     broadcast_from_main,
     gather_over_ranks,
+    is_main_process,
     start_world,
     stop_world,
     wait_for_all,
@@ -43,6 +45,7 @@ from tune2gguf.model.sharding import copy_to_cpu
 from tune2gguf.runs.adapter import collect_peft_adapter, save_adapter
 from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
 from tune2gguf.runs.curves import TrainingStep
+from tune2gguf.runs.lock import hold_run_folder
 from tune2gguf.runs.plan import write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.train.plan import describe_plan
@@ -317,10 +320,12 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
-    with end_together():
+    with end_together(), ExitStack() as held:
         with agree_on_errors():
             cfg = load_config(sys.argv[1:])
             warnings = check_config(cfg)
+            if is_main_process():
+                held.enter_context(hold_run_folder(cfg.output_dir))
         recipe = LoRAFinetuneRecipe(cfg, warnings)
         recipe.setup()
         with explain_out_of_memory(recipe.spec, recipe.device):

@@ -5,7 +5,6 @@ The same command goes on where a sweep was stopped: finished runs are kept, a st
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import re
@@ -23,6 +22,7 @@ from tune2gguf.config import check_config, read_config
 from tune2gguf.report.compare import format_groups, group_runs, write_comparison
 from tune2gguf.runs import config_file
 from tune2gguf.runs.files import METRICS_FILE
+from tune2gguf.runs.lock import hold_run_folder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -77,13 +77,12 @@ def run_sweep(config_path: Path, points: Sequence[Point]) -> None:
         point.run_dir.parent.mkdir(parents=True, exist_ok=True)
         log_path = point.run_dir.parent / f"{point.run_dir.name}.log"
         with log_path.open("a", encoding="utf-8") as log:
-            # The run inherits the lock with its output: after a sweep that was killed outright, the next waits for it.
-            fcntl.flock(log, fcntl.LOCK_EX)
             if _is_finished(point.run_dir, config):
                 continue
             print(f"run {number} of {len(points)}: {point.values}", flush=True)
             code = _run_recipe(["--config", str(config_path), *point.overrides], log)
-            if code:
+            # Another sweep may have begun the run in the same moment; then it is that one's.
+            if code and not _is_finished(point.run_dir, config):
                 print(f"  failed with exit code {code}; {log_path} says why", flush=True)
 
 
@@ -99,7 +98,12 @@ def _check_point(config_path: Path, point: Point) -> DictConfig:
 
 
 def _is_finished(run_dir: Path, config: DictConfig) -> bool:
-    """Whether a run has ended with this very config; the recipe refuses to resume another, or goes on with it."""
+    """Whether a run has ended with this very config; the recipe refuses to resume another, or goes on with it.
+
+    A sweep that was killed outright leaves its run at work: its end is waited for.
+    """
+    with hold_run_folder(run_dir, timeout=-1):
+        pass
     if not (run_dir / METRICS_FILE).is_file() or config_file.read_config(run_dir) != OmegaConf.to_container(
         config, resolve=True
     ):

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -177,6 +178,35 @@ def test_other_threads_are_said_to_round_otherwise(arguments, tmp_path, monkeypa
     )
     run_recipe([*arguments, "resume=auto"], monkeypatch)
     assert "the last bits" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_second_process_in_a_folder_is_told_who_writes_there_and_a_dead_one_blocks_nobody(
+    arguments, tmp_path, num_processes
+):
+    folder, arguments = tmp_path / "runs/tiny", [*arguments, "epochs=300", "resume=auto"]
+    first = Launch(arguments, tmp_path / "first.log", num_processes=num_processes)
+    first.wait_until(lambda: count_lines(folder / "metrics.jsonl") > 2)
+    second = Launch(arguments, tmp_path / "second.log", num_processes=num_processes)
+    assert second.wait() == [1] * num_processes
+    said = (tmp_path / "second.log").read_text()
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    writer = f"process {first.processes[0].pid} on {socket.gethostname()}"
+    assert f"error: {folder}: {writer} writes to it; wait until it has ended, or give another output_dir" in said
+    first.kill()
+    lines = count_lines(folder / "metrics.jsonl")
+    third = Launch(arguments, tmp_path / "third.log", num_processes=num_processes)
+    third.wait_until(lambda: count_lines(folder / "metrics.jsonl") > lines)
+    third.kill()
+    assert count_lines(folder / "metrics.jsonl") > lines, (tmp_path / "third.log").read_text()
+
+
+def test_of_two_that_begin_at_once_one_makes_the_run(arguments, tmp_path):
+    arguments = [*arguments, "resume=auto"]
+    both = [Launch(arguments, tmp_path / f"{number}.log") for number in range(2)]
+    assert sorted(launch.wait()[0] for launch in both) == [0, 1]
+    steps = [record["step"] for record in read_records(tmp_path / "runs/tiny", "loss")]
+    assert steps == list(range(1, STEPS + 1))
 
 
 def test_existing_run_says_how_to_go_on(arguments, tmp_path, monkeypatch, capsys):
