@@ -191,23 +191,26 @@ class LoRAFinetuneRecipe:
         if not self.world.is_main:
             return
         cfg, device = self.cfg, str(self.world.device)
-        self.folder = enter_run_folder(checkpoint, self.progress, cfg, data=self.data, device=device)
+        with enter_run_folder(checkpoint, self.progress, cfg, data=self.data, device=device) as folder:
+            rows = read_validation_rows(folder)
+            self.prompts = choose_prompts(
+                rows, self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len
+            )
+            lines = describe_plan(
+                cfg,
+                self.data,
+                world_size=self.world.size,
+                device=device,
+                parallel=self.parallel,
+                num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
+                validation=self.validation,
+                prompts=self.prompts,
+                num_steps=self.num_steps,
+            )
+            write_plan(folder, lines, num_steps=self.num_steps)
+        self.folder = Path(cfg.output_dir)
         self.record = RunRecord(self.folder, metric_logger=build_metric_logger(cfg))
         self.writer = CheckpointWriter(self.folder, keep_last=cfg.keep_last)
-        rows = read_validation_rows(self.folder)
-        self.prompts = choose_prompts(rows, self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len)
-        lines = describe_plan(
-            cfg,
-            self.data,
-            world_size=self.world.size,
-            device=device,
-            parallel=self.parallel,
-            num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
-            validation=self.validation,
-            prompts=self.prompts,
-            num_steps=self.num_steps,
-        )
-        write_plan(self.folder, lines, num_steps=self.num_steps)
         notes = [f"note: {note}" for note in [*self.warnings, *self.data.ledger["notes"]]]
         print("\n".join([*lines, *notes]))
 

@@ -186,7 +186,7 @@ def _name_model(run: Run, quantization: Quantization, *, is_only: bool) -> Expor
 
 
 def _read_served_name(modelfile: Path) -> str:
-    lines = modelfile.read_text(encoding="utf-8").splitlines()
+    lines = modelfile.read_bytes().decode("utf-8").split("\n")  # a name may hold every other line separator
     return next((line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./")), "")
 
 

@@ -48,17 +48,20 @@ def read_json(path: Path, *, required: Iterable[str] = ()) -> dict[str, Any]:
     return content
 
 
+def split_lines(path: Path) -> list[str]:
+    """Return the lines of a JSONL file: they end with \\n only, while JSON text may hold every other line separator."""
+    return path.read_bytes().decode("utf-8", errors="replace").split("\n")
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSONL file, also while it is written: a last line without its end is left for later.
-
-    A line ends with \\n only: JSON text may hold every other line separator.
 
     Raises:
         ValueError: if the file is missing, or another line than the last is not JSON
     """
     if not path.is_file():
         raise ValueError(f"{path}: not found; is {path.parent} the folder of a run?")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = split_lines(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -78,7 +81,7 @@ class JsonLinesFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from tune2gguf.runs.config_file import rename_components
-from tune2gguf.runs.files import LEDGER_FILE
+from tune2gguf.runs.files import LEDGER_FILE, split_lines
 from tune2gguf.runs.verdict_file import Outcome
 
 _LOCK_SECONDS = 60
@@ -82,7 +82,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
         return [], []
     entries: dict[str, Entry] = {}
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+    for number, line in enumerate(split_lines(path), start=1):
         if not line.strip():
             continue
         try:

@@ -16,7 +16,7 @@ from tune2gguf.base.digest import digest_base
 from tune2gguf.data import PreparedData
 from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.world import AgreedError, World, describe_error, gather_over_ranks
-from tune2gguf.files.atomic import clear_leftovers, write_json
+from tune2gguf.files.atomic import clear_leftovers
 from tune2gguf.files.digest import digest_file
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.llama import CausalLM
@@ -30,10 +30,10 @@ from tune2gguf.runs.checkpoints import (
     read_checkpoint,
     remove_checkpoint,
 )
-from tune2gguf.runs.config_file import flatten_config, rename_components, write_config
+from tune2gguf.runs.config_file import flatten_config, rename_components
 from tune2gguf.runs.environment import record_resume
-from tune2gguf.runs.files import DATA_FILE, JsonLinesFile
-from tune2gguf.runs.folder import create_run_folder, find_free_folder
+from tune2gguf.runs.files import JsonLinesFile
+from tune2gguf.runs.folder import create_run_folder, find_free_folder, write_rows, write_start
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED, RunRecord
 from tune2gguf.train.seeds import restore_random_state
@@ -185,19 +185,25 @@ def restore_run(
     return progress
 
 
+@contextmanager
 def enter_run_folder(
     checkpoint: Checkpoint | None, progress: Progress, cfg: DictConfig, *, data: PreparedData, device: str
-) -> Path:
-    """Return the run folder as it was at the checkpoint, or a new one; `progress` learns whether best/ is lost.
+) -> Iterator[Path]:
+    """Yield the run folder as it was at the checkpoint, or a new one, which takes its name when the block ends.
+
+    `progress` learns whether best/ is lost.
 
     Raises:
         ValueError: if the folder exists and is not to be resumed, or its metrics or samples are lost
     """
     folder = Path(cfg.output_dir)
     if cfg.resume is False or not folder.exists():
-        return create_run_folder(folder, cfg, data=data, device=device)
+        with create_run_folder(cfg, data=data, device=device) as unfinished:
+            yield unfinished
+        return
     if checkpoint is None:
         _rewind(folder, step=0, sizes=NOTHING_RECORDED)
+        write_start(folder, cfg, data=data, device=device)
         print(f"resume: {folder} has no checkpoint yet; starting from the beginning")
     else:
         _rewind(folder, step=progress.step, sizes=checkpoint.progress["recorded_bytes"])
@@ -208,12 +214,11 @@ def enter_run_folder(
             print(
                 f"resume: {before} epochs have become {cfg.epochs}; the learning rate now follows the longer schedule"
             )
-    write_config(folder, cfg)
-    write_json(folder / DATA_FILE, data.ledger)  # the rows are the same, but an earlier version recorded less of them
-    changes = record_resume(folder, step=progress.step, device=device)
-    if changes:
-        print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
-    return folder
+        write_rows(folder, cfg, data=data)  # they are the same, but an earlier version recorded less of them
+        changes = record_resume(folder, step=progress.step, device=device)
+        if changes:
+            print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
+    yield folder
 
 
 def _rewind(output_dir: Path, *, step: int, sizes: Mapping[str, int]) -> None:
