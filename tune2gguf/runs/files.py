@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tune2gguf.runs.records import AnyRecord, make_record
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -22,30 +25,37 @@ LEDGER_FILE = "ledger.jsonl"  # beside the run folders
 # Stands in environment.json. 1 had none; 2 has the components' new names and `system_prompt` in data.json.
 FOLDER_VERSION = 2
 
+T = TypeVar("T")
+parse_object = partial(make_record, AnyRecord)
+
 
 def is_run_folder(path: Path) -> bool:
     """Whether a folder is that of a run: it has a config.yaml from its first moment on."""
     return (path / CONFIG_FILE).is_file()
 
 
-def read_json(path: Path, *, required: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(path: Path, parse: Callable[[Any], T] = parse_object) -> T:
+    """Read a JSON object, and make of it what the file holds.
 
     Raises:
-        ValueError: if the file is missing, is not a JSON object, or lacks one of the keys; it names the file
+        ValueError: if the file is missing, is no JSON object, or `parse` refuses it; it names the file
     """
     if not path.is_file():
         raise ValueError(f"{path}: not found")
+    return parse_text(path.read_text(encoding="utf-8", errors="replace"), parse, place=str(path))
+
+
+def parse_text(text: str, parse: Callable[[Any], T], *, place: str) -> T:
+    """Return what `parse` makes of a JSON text; a ValueError of either is one line, and names the place."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return parse(json.loads(text))
+    except RecursionError:
+        raise ValueError(f"{place}: cannot be read as JSON (nested too deeply)") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
-    missing = [key for key in required if key not in content]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    return content
+        raise ValueError(f"{place}: cannot be read as JSON ({error})") from None
+    except ValueError as error:
+        # Python's own sentence on numbers of more than 4300 digits goes on about an interpreter setting.
+        raise ValueError(f"{place}: {str(error).partition('; use sys.')[0]}") from None
 
 
 def split_lines(path: Path) -> list[str]:
@@ -53,11 +63,12 @@ def split_lines(path: Path) -> list[str]:
     return path.read_bytes().decode("utf-8", errors="replace").split("\n")
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file, also while it is written: a last line without its end is left for later.
+def read_json_lines(path: Path, parse: Callable[[Any], T] = parse_object) -> Iterator[T]:
+    """Yield what `parse` makes of each object of a JSONL file, also while it is written.
 
     Raises:
-        ValueError: if the file is missing, or another line than the last is not JSON
+        ValueError: if the file is missing, or a line is no JSON object or is refused, other than a last one without
+            its end, which is left for later
     """
     if not path.is_file():
         raise ValueError(f"{path}: not found; is {path.parent} the folder of a run?")
@@ -66,11 +77,13 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_text(line, parse, place=f"{path}, line {number}")
+        except ValueError:
             # Whole lines end with a line break, so that what is after the last one is still being written.
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+                raise
+            continue
+        yield record
 
 
 class JsonLinesFile:

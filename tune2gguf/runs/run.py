@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from tune2gguf.base.digest import digest_base
 from tune2gguf.base.source import name_base
@@ -18,6 +18,7 @@ from tune2gguf.runs.curves import Curves, read_curves
 from tune2gguf.runs.environment import Environment, read_environment
 from tune2gguf.runs.files import CONFIG_FILE, DATA_FILE, read_json
 from tune2gguf.runs.plan import Plan, read_plan
+from tune2gguf.runs.records import make_record
 from tune2gguf.runs.samples import Sample, read_samples
 from tune2gguf.runs.verdict_file import Conclusion, read_conclusion
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
@@ -196,7 +197,7 @@ def open_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
 
 
 def _read_data(run_dir: Path) -> RowLedger:
-    return read_json(run_dir / DATA_FILE, required=RowLedger.__required_keys__)
+    return read_json(run_dir / DATA_FILE, partial(make_record, RowLedger))
 
 
 def _read_num_processes(run_dir: Path) -> int:
@@ -204,6 +205,10 @@ def _read_num_processes(run_dir: Path) -> int:
     if not checkpoints:
         return 1
     try:
-        return read_progress(checkpoints[-1])["run"]["processes"]
-    except (KeyError, TypeError):
-        raise ValueError(f"{checkpoints[-1]}: progress.json does not have the number of processes") from None
+        return make_record(_Processes, read_progress(checkpoints[-1]).get("run"))["processes"]
+    except ValueError as error:
+        raise ValueError(f"{checkpoints[-1]}: says nothing of the run's processes ({error})") from None
+
+
+class _Processes(TypedDict):
+    processes: int

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from tune2gguf.files.atomic import write_json
 from tune2gguf.runs.files import VERDICT_FILE, read_json
+from tune2gguf.runs.records import make_record
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,22 @@ def read_conclusion(run_dir: Path) -> Conclusion | None:
     path = run_dir / VERDICT_FILE
     if not path.is_file():
         return None
-    record = read_json(path, required=("label", "reasons", "figures", "advice"))
-    try:
-        return Conclusion(
-            Verdict(record["label"], tuple(record["reasons"]), record["figures"]),
-            tuple(Advice(**entry) for entry in record["advice"]),
-            Outcome(**record["outcome"]) if record.get("outcome") else None,
-        )
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return read_json(path, _parse_conclusion)
+
+
+def _parse_conclusion(values: Any) -> Conclusion:
+    verdict = make_record(Verdict, values)
+    lists = make_record(_Lists, values)
+    return Conclusion(
+        verdict, tuple(make_record(Advice, entry) for entry in lists["advice"]), parse_outcome(lists.get("outcome"))
+    )
+
+
+def parse_outcome(values: Any) -> Outcome | None:
+    """Return the outcome that verdict.json or the ledger holds; None where a run follows no advice."""
+    return None if values is None else make_record(Outcome, values)
+
+
+class _Lists(TypedDict):
+    advice: list[Any]
+    outcome: NotRequired[Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from tune2gguf.runs.config_file import flatten_config, rename_components
 from tune2gguf.runs.environment import record_resume
 from tune2gguf.runs.files import JsonLinesFile
 from tune2gguf.runs.folder import create_run_folder, find_free_folder, write_rows, write_start
+from tune2gguf.runs.records import make_record
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED, RunRecord
 from tune2gguf.train.seeds import restore_random_state
@@ -177,7 +177,7 @@ def restore_run(
     """
     if checkpoint is None:
         return Progress()
-    progress = Progress(**{field.name: checkpoint.progress[field.name] for field in fields(Progress)})
+    progress = make_record(Progress, checkpoint.progress)
     restore_adapter(model, from_peft_layout(checkpoint.adapter, architecture))
     restore_optimizer(optimizer, checkpoint.state["optimizer"])
     advance_schedule(schedule, progress.step)
