@@ -104,7 +104,9 @@ class LoRAFinetuneRecipe:
         self.steps_per_epoch = len(self.plan_epoch(0))
         self.num_steps = cfg.epochs * self.steps_per_epoch
         check_plan(
-            num_rows=len(self.data.sequences),
+            num_rows=len(self.data.train),
+            unit=self.data.unit,
+            num_packs=len(self.data.sequences) if self.data.unit == "packs" else None,
             rows_per_step=self.rows_per_step,
             num_training_steps=self.num_steps,
             warmup_steps=cfg.warmup_steps,
