@@ -6,7 +6,6 @@ The same command goes on where a sweep was stopped: finished runs are kept, a st
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from omegaconf import OmegaConf
 from tune2gguf.config import check_config, read_config
 from tune2gguf.report.compare import format_groups, group_runs, write_comparison
 from tune2gguf.runs import config_file
-from tune2gguf.runs.files import METRICS_FILE
+from tune2gguf.runs.files import METRICS_FILE, shorten_path
 from tune2gguf.runs.lock import hold_run_folder
 
 if TYPE_CHECKING:
@@ -145,5 +144,5 @@ def rank_points(points: Sequence[Point]) -> str:
         raise ValueError(f"{folder}: no run has a validation loss; see the logs there")
     page = write_comparison(groups, folder / "comparison.html")
     best = min(ranked, key=lambda run: run.curves.best.loss)
-    command = f"python scripts/export.py {os.path.relpath(best.run_dir)}"
+    command = f"python scripts/export.py {shorten_path(best.run_dir)}"
     return f"{format_groups(groups)}\npage: {page}\nbest: {best.name}\nnext: {command}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
+from tune2gguf.data.rows import Source
 from tune2gguf.data.select import Selection
 from tune2gguf.data.tokenize import RAW_TEXT, TokenizedFile, TokenizedRows
 
@@ -129,6 +130,12 @@ def _count_tokens(rows: TokenizedRows) -> dict[str, int]:
         "supervised_tokens": int(rows.supervised_lengths().sum()),
         "longest_row": int(lengths.max(initial=0)),
     }
+
+
+def locate_row(ledger: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return file and line of a cut or dropped row of data.json, or its number where its file has no lines."""
+    units = {file["file"]: file["unit"] for file in ledger["files"]}
+    return str(Source(row["file"], row["line"], units.get(row["file"], "line")))
 
 
 def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: TokenizedRows) -> list[str]:

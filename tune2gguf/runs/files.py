@@ -34,6 +34,12 @@ def is_run_folder(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
+def shorten_path(path: Path) -> str:
+    """Return how to reach a file from where the command runs: below it relative, elsewhere absolute."""
+    absolute, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+
+
 def read_json(path: Path, parse: Callable[[Any], T] = parse_object) -> T:
     """Read a JSON object, and make of it what the file holds.
 

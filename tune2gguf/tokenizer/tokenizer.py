@@ -33,7 +33,7 @@ from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import AddedToken, Encoding, Tokenizer
 
 # In a base folder, the first that is there; Meta's repositories have the last.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
@@ -232,6 +232,15 @@ def _find_special_tokens(chat_template: ChatTemplate) -> set[str]:
     return set(re.findall(r"<\|\w+\|>", text))
 
 
+def looks_special(token: str) -> bool:
+    """Whether llama.cpp's converter takes an added token for a control token, though it is not marked as one."""
+    return token.startswith("<|") and token.endswith("|>")
+
+
+def _list_added(backend: Tokenizer) -> list[AddedToken]:
+    return list(backend.get_added_tokens_decoder().values())
+
+
 def _load_backend(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
@@ -239,6 +248,12 @@ def _load_backend(path: Path) -> Tokenizer:
         return Tokenizer.from_str(json.dumps(make_llama3_tokenizer_json(path)))
     text = path.read_text(encoding="utf-8")
     try:
-        return Tokenizer.from_str(text)
+        backend = Tokenizer.from_str(text)
+        if any(not token.special and looks_special(token.content) for token in _list_added(backend)):
+            content = json.loads(text)
+            for token in content["added_tokens"]:
+                token["special"] = token["special"] or looks_special(token["content"])
+            backend = Tokenizer.from_str(json.dumps(content))
+        return backend
     except Exception as error:  # the library raises bare Exception for a file it cannot read
         raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None

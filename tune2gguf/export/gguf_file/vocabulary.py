@@ -13,7 +13,7 @@ from gguf import TokenType
 from tune2gguf.runs.files import read_json
 from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
-from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
+from tune2gguf.tokenizer.tokenizer import find_tokenizer_file, looks_special
 
 _LLAMA3_PRE = [
     {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
@@ -113,8 +113,8 @@ def _list_tokens(tokenizer: dict, vocab_size: int, source: Path) -> tuple[list[s
     for token, number in vocab.items():
         tokens[number], token_types[number] = token, TokenType.NORMAL
     for token in added:
-        content, looks_special = token["content"], token["content"].startswith("<|") and token["content"].endswith("|>")
-        is_control = token["special"] or looks_special
+        content = token["content"]
+        is_control = token["special"] or looks_special(content)
         tokens[token["id"]] = content if is_control else content.replace("\u2581", " ")
         token_types[token["id"]] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
     return tokens, token_types
