@@ -35,6 +35,7 @@ from tune2gguf.distributed.world import (
     stop_world,
     wait_for_all,
 )
+from tune2gguf.files.output import print_in_any_encoding
 from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.model.architectures import read_architecture
@@ -325,6 +326,7 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
+    print_in_any_encoding()
     with end_together(), ExitStack() as held:
         with agree_on_errors():
             cfg = load_config(sys.argv[1:])

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.files.output import run_program
 from tune2gguf.runs.run import open_run
 from tune2gguf.serve.chat import check_options, open_chat_model, start_conversation, talk
 
@@ -53,4 +54,5 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

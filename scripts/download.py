@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from tune2gguf.files.output import run_program
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -24,4 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

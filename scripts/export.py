@@ -8,6 +8,7 @@ import sys
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
+from tune2gguf.files.output import run_program
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.serve.ollama import serve_with_ollama
 
@@ -51,31 +52,26 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    try:
-        export = export_run(
-            arguments.run,
-            quantizations=arguments.quantization,
-            adapter=arguments.adapter,
-            base_dir=arguments.base_dir,
-            merge_base=arguments.merge_base,
-            original_base_dir=arguments.original_base,
-            num_validation_rows=arguments.proof_rows,
-            with_adapter_gguf=arguments.adapter_gguf,
-            with_merged_hf=arguments.merged_hf,
-            overwrite=arguments.force,
-            num_threads=arguments.threads,
-        )
-        for path in export.list_paths():
-            print(path)
-        is_proven = arguments.proof_rows == 0 or show_proof(export, arguments)
-        if arguments.ollama is not None and is_proven:
-            print(serve_with_ollama(export, arguments.ollama))
-        elif arguments.ollama is not None:
-            print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    export = export_run(
+        arguments.run,
+        quantizations=arguments.quantization,
+        adapter=arguments.adapter,
+        base_dir=arguments.base_dir,
+        merge_base=arguments.merge_base,
+        original_base_dir=arguments.original_base,
+        num_validation_rows=arguments.proof_rows,
+        with_adapter_gguf=arguments.adapter_gguf,
+        with_merged_hf=arguments.merged_hf,
+        overwrite=arguments.force,
+        num_threads=arguments.threads,
+    )
+    for path in export.list_paths():
+        print(path)
+    is_proven = arguments.proof_rows == 0 or show_proof(export, arguments)
+    if arguments.ollama is not None and is_proven:
+        print(serve_with_ollama(export, arguments.ollama))
+    elif arguments.ollama is not None:
+        print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
     if not is_proven:
         sys.exit(1)
 
@@ -99,4 +95,5 @@ def show_proof(export: Export, arguments: argparse.Namespace) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tune2gguf.files.output import run_program
 from tune2gguf.serve.before_after import answer_before_and_after, read_validation_losses
 
 
@@ -19,11 +20,8 @@ def main() -> None:
     if arguments.gguf is None and not files:
         sys.exit(f"error: {arguments.run}/export has no GGUF yet. First: python scripts/export.py {arguments.run}")
     gguf_path = arguments.gguf or files[-1]
-    try:
-        before, after = read_validation_losses(arguments.run)
-        answers = answer_before_and_after(arguments.run, gguf_path, num_questions=arguments.questions)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    before, after = read_validation_losses(arguments.run)
+    answers = answer_before_and_after(arguments.run, gguf_path, num_questions=arguments.questions)
     print(f"validation loss: {before:.3f} → {after:.3f} ({after / before - 1:+.0%})")
     for answer in answers:
         print(f"\nQ       {answer.question}\n  base  {_join(answer.before)}\n  tuned {_join(answer.after)}")
@@ -34,4 +32,5 @@ def _join(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -4,8 +4,9 @@ python scripts/sweep.py --config examples/quickstart/lora.yaml learning_rate=5e-
 """
 
 import argparse
-import sys
 from pathlib import Path
+
+from tune2gguf.files.output import run_program
 
 
 def main() -> None:
@@ -17,13 +18,11 @@ def main() -> None:
 
     from tune2gguf.sweep import list_points, rank_points, run_sweep
 
-    try:
-        points = list_points(arguments.overrides, arguments.out)
-        run_sweep(arguments.config, points)
-        print(rank_points(points))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    points = list_points(arguments.overrides, arguments.out)
+    run_sweep(arguments.config, points)
+    print(rank_points(points))
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from tune2gguf.files.atomic import write_json
 from tune2gguf.runs.files import VERDICT_FILE, read_json
@@ -92,11 +92,8 @@ def read_conclusion(run_dir: Path) -> Conclusion | None:
 
 
 def _parse_conclusion(values: Any) -> Conclusion:
-    verdict = make_record(Verdict, values)
-    lists = make_record(_Lists, values)
-    return Conclusion(
-        verdict, tuple(make_record(Advice, entry) for entry in lists["advice"]), parse_outcome(lists.get("outcome"))
-    )
+    advice = tuple(make_record(Advice, entry) for entry in make_record(_Advised, values)["advice"])
+    return Conclusion(make_record(Verdict, values), advice, parse_outcome(values.get("outcome")))
 
 
 def parse_outcome(values: Any) -> Outcome | None:
@@ -104,6 +101,5 @@ def parse_outcome(values: Any) -> Outcome | None:
     return None if values is None else make_record(Outcome, values)
 
 
-class _Lists(TypedDict):
+class _Advised(TypedDict):
     advice: list[Any]
-    outcome: NotRequired[Any]
