@@ -222,6 +222,11 @@ def test_folder_that_is_no_run_is_not_resumed(arguments, tmp_path, monkeypatch, 
     assert "is not the folder of a run" in refuse([*arguments, "resume=auto"], monkeypatch, capsys)
     assert "no such checkpoint" in refuse([*arguments, "resume=nowhere"], monkeypatch, capsys)
     assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == ["mine"]
+    # Another program has a config.yaml, too.
+    (tmp_path / "runs/tiny/config.yaml").write_text("mine: 1\n")
+    assert "environment.json: not found" in refuse([*arguments, "resume=auto"], monkeypatch, capsys)
+    assert (tmp_path / "runs/tiny/config.yaml").read_text() == "mine: 1\n"
+    assert {path.name for path in (tmp_path / "runs/tiny").iterdir()} == {"mine", "config.yaml"}
 
 
 def test_only_the_last_checkpoints_are_kept(arguments, tmp_path):

@@ -30,7 +30,7 @@ from tune2gguf.runs.checkpoints import (
     remove_checkpoint,
 )
 from tune2gguf.runs.config_file import flatten_config, rename_components
-from tune2gguf.runs.environment import record_resume
+from tune2gguf.runs.environment import read_environment, record_resume
 from tune2gguf.runs.files import JsonLinesFile
 from tune2gguf.runs.folder import create_run_folder, find_free_folder, write_rows, write_start
 from tune2gguf.runs.records import make_record
@@ -201,6 +201,7 @@ def enter_run_folder(
         with create_run_folder(cfg, data=data, device=device) as unfinished:
             yield unfinished
         return
+    read_environment(folder)  # a folder of something else, or of a newer version, stays as it is
     if checkpoint is None:
         _rewind(folder, step=0, sizes=NOTHING_RECORDED)
         write_start(folder, cfg, data=data, device=device)
