@@ -7,6 +7,7 @@ tune run --nproc_per_node 2 recipes/lora_finetune.py --config …
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,12 @@ from tune2gguf.distributed.world import (
     agree_on_errors,
     broadcast_from_main,
     gather_over_ranks,
+    is_main_process,
     start_world,
     stop_world,
     wait_for_all,
 )
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.files.output import print_in_any_encoding
 from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.model.architectures import read_architecture
@@ -44,6 +46,7 @@ from tune2gguf.model.sharding import copy_to_cpu
 from tune2gguf.runs.adapter import collect_peft_adapter, save_adapter
 from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
 from tune2gguf.runs.curves import TrainingStep
+from tune2gguf.runs.lock import hold_run_folder
 from tune2gguf.runs.plan import write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.train.plan import describe_plan
@@ -109,7 +112,9 @@ class LoRAFinetuneRecipe:
         self.steps_per_epoch = len(self.plan_epoch(0))
         self.num_steps = cfg.epochs * self.steps_per_epoch
         check_plan(
-            num_rows=len(self.data.sequences),
+            num_rows=len(self.data.train),
+            unit=self.data.unit,
+            num_packs=len(self.data.sequences) if self.data.unit == "packs" else None,
             rows_per_step=self.rows_per_step,
             num_training_steps=self.num_steps,
             warmup_steps=cfg.warmup_steps,
@@ -195,24 +200,27 @@ class LoRAFinetuneRecipe:
         if not self.world.is_main:
             return
         cfg, device = self.cfg, str(self.world.device)
-        self.folder = enter_run_folder(checkpoint, self.progress, cfg, data=self.data, device=device)
+        with enter_run_folder(checkpoint, self.progress, cfg, data=self.data, device=device) as folder:
+            rows = read_validation_rows(folder)
+            self.prompts = choose_prompts(
+                rows, self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len
+            )
+            lines = describe_plan(
+                cfg,
+                self.data,
+                world_size=self.world.size,
+                device=device,
+                parallel=self.parallel,
+                obstacle_to_fusing=self.spec.obstacle_to_fusing,
+                num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
+                validation=self.validation,
+                prompts=self.prompts,
+                num_steps=self.num_steps,
+            )
+            write_plan(folder, lines, num_steps=self.num_steps)
+        self.folder = Path(cfg.output_dir)
         self.record = RunRecord(self.folder, metric_logger=build_metric_logger(cfg))
         self.writer = CheckpointWriter(self.folder, keep_last=cfg.keep_last)
-        rows = read_validation_rows(self.folder)
-        self.prompts = choose_prompts(rows, self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len)
-        lines = describe_plan(
-            cfg,
-            self.data,
-            world_size=self.world.size,
-            device=device,
-            parallel=self.parallel,
-            obstacle_to_fusing=self.spec.obstacle_to_fusing,
-            num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
-            validation=self.validation,
-            prompts=self.prompts,
-            num_steps=self.num_steps,
-        )
-        write_plan(self.folder, lines, num_steps=self.num_steps)
         notes = [f"note: {note}" for note in [*self.warnings, *self.data.ledger["notes"]]]
         print("\n".join([*lines, *notes]))
 
@@ -338,11 +346,13 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
-    accept_any_text()
-    with end_together():
+    print_in_any_encoding()
+    with end_together(), ExitStack() as held:
         with agree_on_errors():
             cfg = load_config(sys.argv[1:])
             warnings = check_config(cfg)
+            if is_main_process():
+                held.enter_context(hold_run_folder(cfg.output_dir))
         recipe = LoRAFinetuneRecipe(cfg, warnings)
         recipe.setup()
         with explain_out_of_memory(recipe.spec, recipe.device):

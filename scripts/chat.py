@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from tune2gguf.commands import expand_path
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.files.output import run_program
 from tune2gguf.runs.run import open_run
 from tune2gguf.serve.chat import check_options, open_chat_model, start_conversation, talk
 
@@ -28,7 +28,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    accept_any_text()
     arguments = parse_arguments()
     options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
     try:
@@ -57,4 +56,5 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -4,11 +4,10 @@ import argparse
 import sys
 
 from tune2gguf.commands import expand_path
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.files.output import run_program
 
 
 def main() -> None:
-    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, type=expand_path, help="a YAML with base_dir and base_source")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example base_dir=models/other")
@@ -28,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -9,7 +9,7 @@ from tune2gguf.commands import expand_path
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.files.output import run_program
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.proof import ProofRecord
 from tune2gguf.serve.ollama import check_ollama_name, serve_with_ollama
@@ -67,41 +67,33 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    accept_any_text()
     arguments = parse_arguments()
-    try:
-        if not arguments.max_loss_increase >= 0:  # nor NaN
-            raise ValueError(
-                f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more"
-            )
-        if arguments.ollama is not None:
-            check_ollama_name(arguments.ollama)
-        export = export_run(
-            arguments.run,
-            quantizations=arguments.quantization,
-            adapter=arguments.adapter,
-            base_dir=arguments.base_dir,
-            merge_base=arguments.merge_base,
-            original_base_dir=arguments.original_base,
-            num_validation_rows=arguments.proof_rows,
-            with_adapter_gguf=arguments.adapter_gguf,
-            with_merged_hf=arguments.merged_hf,
-            overwrite=arguments.force,
-            num_threads=arguments.threads,
-        )
-        for path in export.list_paths():
-            print(path)
-        proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
-        is_refused = proof is not None and not proof.passed
-        if arguments.ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
-            print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
-            is_refused = True
-        elif arguments.ollama is not None:
-            print(serve_with_ollama(export, arguments.ollama))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if not arguments.max_loss_increase >= 0:  # nor NaN
+        raise ValueError(f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more")
+    if arguments.ollama is not None:
+        check_ollama_name(arguments.ollama)
+    export = export_run(
+        arguments.run,
+        quantizations=arguments.quantization,
+        adapter=arguments.adapter,
+        base_dir=arguments.base_dir,
+        merge_base=arguments.merge_base,
+        original_base_dir=arguments.original_base,
+        num_validation_rows=arguments.proof_rows,
+        with_adapter_gguf=arguments.adapter_gguf,
+        with_merged_hf=arguments.merged_hf,
+        overwrite=arguments.force,
+        num_threads=arguments.threads,
+    )
+    for path in export.list_paths():
+        print(path)
+    proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
+    is_refused = proof is not None and not proof.passed
+    if arguments.ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
+        print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
+        is_refused = True
+    elif arguments.ollama is not None:
+        print(serve_with_ollama(export, arguments.ollama))
     if is_refused:
         sys.exit(1)
 
@@ -125,4 +117,5 @@ def show_proof(export: Export, arguments: argparse.Namespace) -> ProofRecord | N
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

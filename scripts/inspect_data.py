@@ -11,6 +11,7 @@ import os
 import sys
 
 from tune2gguf.commands import expand_path
+from tune2gguf.files.output import run_program
 from tune2gguf.inspect_data import check_outputs, inspect_config, inspect_files
 
 
@@ -29,26 +30,24 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if (arguments.config is None) == (arguments.base_dir is None):
         parser.error("give either --config, or data files and --base-dir")
-    try:
-        check_outputs(arguments.html, arguments.png)
-        if arguments.config is not None:
-            inspection = inspect_config(arguments.config, arguments.arguments, num_rows=arguments.rows)
-        else:
-            inspection = inspect_files(
-                arguments.arguments,
-                arguments.base_dir,
-                chat_template=arguments.chat_template,
-                max_seq_len=arguments.max_seq_len,
-                num_rows=arguments.rows,
-            )
-        print(inspection.format(colored=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-        if arguments.html is not None:
-            print(f"\nwrote {inspection.write_html(arguments.html)}")
-        if arguments.png is not None:
-            print(f"wrote {inspection.write_png(arguments.png)}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    check_outputs(arguments.html, arguments.png)
+    if arguments.config is not None:
+        inspection = inspect_config(arguments.config, arguments.arguments, num_rows=arguments.rows)
+    else:
+        inspection = inspect_files(
+            arguments.arguments,
+            arguments.base_dir,
+            chat_template=arguments.chat_template,
+            max_seq_len=arguments.max_seq_len,
+            num_rows=arguments.rows,
+        )
+    print(inspection.format(colored=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    if arguments.html is not None:
+        print(f"\nwrote {inspection.write_html(arguments.html)}")
+    if arguments.png is not None:
+        print(f"wrote {inspection.write_png(arguments.png)}")
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

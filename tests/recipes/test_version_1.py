@@ -46,6 +46,13 @@ def test_it_goes_on_to_the_end_that_the_old_code_came_to(folder):
     assert [step.step for step in Run(RUN).curves.training] == list(range(1, 11))
 
 
+def test_what_it_did_not_record_of_its_rows_is_recorded_when_it_goes_on(folder):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_bytes().decode().split("\n")[:-1]]
+    assert "system_prompt" not in Run(RUN).data and rows[0]["messages"][0]["role"] == "user"
+    run_recipe("--config", str(RUN / "config.yaml"), "resume=auto")
+    assert Run(RUN).data["system_prompt"] is None and Run(RUN).data["trained"] == len(rows)
+
+
 def test_export_proof_and_chat_read_it(folder):
     exported = export_run(RUN, quantizations=["F16"], show=False)
     proof = prove_export(exported, num_replies=1, show=False)

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY
+from tests.unit.run_folders import ENVIRONMENT
 from tests.unit.test_advice import CURVES
 from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.config import check_values, read_config
@@ -195,7 +196,7 @@ def test_printed_commands_run_as_they_are_printed(name, tmp_path, monkeypatch, r
 def test_the_report_goes_on_with_the_words_that_began_the_run(tmp_path, run_in_shell):
     """They are quoted once, for the shell: what they hold for YAML was typed so."""
     typed = ["--config", "a b.yaml", *format_overrides({"output_dir": "exp #2: ${x}"}), "resume=false", "seed=7"]
-    write_json(tmp_path / "environment.json", {"command": ["lora_finetune.py", *typed]})
+    write_json(tmp_path / "environment.json", {**ENVIRONMENT, "command": ["lora_finetune.py", *typed]})
     command = _make_command(Run(tmp_path), "resume=auto")
     expected = [word for word in typed if word != "resume=false"]
     assert run_in_shell(command) == ["run", "recipes/lora_finetune.py", *expected, "resume=auto"]

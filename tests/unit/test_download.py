@@ -143,3 +143,10 @@ def test_complete_base_is_left_alone_and_incomplete_one_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"truncated(.|\n)*is not overwritten; remove it"):
         download_base(base_dir, source)
+
+
+def test_cache_that_cannot_be_written_is_named_with_the_variable(package_index, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match=r"cannot be kept there \(Not a directory\); .* TUNE2GGUF_CACHE$"):
+        fetch()

@@ -82,6 +82,8 @@ def find_value_problems(name: str, value: Any, key: Key) -> Iterator[str]:
             yield f"{name} is empty; it needs a value"
     elif value is False and key.or_false:
         return
+    elif value is True and key.or_false:
+        yield f"{name}=true names no checkpoint; use auto, false, or a folder checkpoints/step_N of the run"
     elif not _is_kind(value, key.kind):
         yield f"{name}={value!r} is {_describe_type(value)}; it must be {_KIND_NAMES[key.kind]}"
     elif key.kind in (int, float):

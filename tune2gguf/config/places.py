@@ -20,7 +20,7 @@ from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.base.source import parse_base_source, read_source
 from tune2gguf.config.plan import find_plan_problems
 from tune2gguf.data import check_files
-from tune2gguf.data.rows import find_files
+from tune2gguf.data.rows import find_files, is_hub, read_rows
 from tune2gguf.export.pipeline import check_room, find_export_problems
 from tune2gguf.files.atomic import check_name
 from tune2gguf.files.json_files import read_json
@@ -181,7 +181,11 @@ def find_data_problems(
     needed = ("batch_size", "gradient_accumulation_steps", "epochs", "warmup_steps", "max_steps_per_epoch")
     if problems or any(name not in valid for name in needed):
         return
-    num_rows = _count_rows(dataset["files"])
+    try:
+        num_rows = _count_rows(dataset["files"])
+    except ValueError as error:
+        yield str(error)
+        return
     if num_rows is None:
         return
     rows_per_step = valid["batch_size"] * valid["gradient_accumulation_steps"] * num_processes
@@ -190,6 +194,7 @@ def find_data_problems(
         steps = min(steps, valid["max_steps_per_epoch"])
     yield from find_plan_problems(
         num_rows=num_rows,
+        unit="packs" if dataset.get("packing") else "rows",
         rows_per_step=rows_per_step,
         num_training_steps=valid["epochs"] * steps,
         warmup_steps=valid["warmup_steps"],
@@ -197,10 +202,12 @@ def find_data_problems(
 
 
 def _count_rows(files: str | list[str]) -> int | None:
-    """Return how many rows small JSONL files hold at most, None for any other: then the recipe counts them later."""
-    paths = [Path(name) for name in find_files(files)]
-    if any(path.suffix not in (".jsonl", ".ndjson") for path in paths):
+    """Return how many rows small files hold at most, None for any other: then the recipe counts them later.
+
+    Raises:
+        ValueError: if a file cannot be read to its end
+    """
+    names = find_files(files)
+    if any(is_hub(name) for name in names) or sum(Path(name).stat().st_size for name in names) > MAX_COUNTED_BYTES:
         return None
-    if sum(path.stat().st_size for path in paths) > MAX_COUNTED_BYTES:
-        return None
-    return sum(1 for path in paths for line in path.read_bytes().splitlines() if line.strip())
+    return sum(1 for name in names for _ in read_rows(name))

@@ -235,7 +235,8 @@ def _name_model(export_dir: Path, name: str, quantization: Quantization, *, is_o
 
 
 def _read_served_name(modelfile: Path) -> str:
-    lines = modelfile.read_text(encoding="utf-8", errors="replace").split("\n")
+    # A name may hold every other line separator.
+    lines = modelfile.read_bytes().decode("utf-8", errors="replace").split("\n")
     return next((line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./")), "")
 
 

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+from tune2gguf.files.records import AnyRecord, make_record
 
 _MAX_SHOWN = 80  # characters of a value
 _NEEDED = object()
 
+T = TypeVar("T")
+parse_object = partial(make_record, AnyRecord)
 
-def read_json(path: Path, *, required: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a JSON object.
+
+def read_json(path: Path, parse: Callable[[Any], T] = parse_object) -> T:
+    """Read a JSON object, and make of it what the file holds.
 
     Raises:
-        ValueError: if the file is missing, is not a JSON object, or lacks one of the keys; it names the file
+        ValueError: if the file is missing, is no JSON object, or `parse` refuses it; it names the file
     """
     if not path.is_file():
         raise ValueError(f"{path}: not found")
+    return parse_text(path.read_text(encoding="utf-8", errors="replace"), parse, place=str(path))
+
+
+def parse_text(text: str, parse: Callable[[Any], T], *, place: str) -> T:
+    """Return what `parse` makes of a JSON text; a ValueError of either is one line, and names the place."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        return parse(json.loads(text))
     except RecursionError:
-        raise ValueError(f"{path}: cannot be read as JSON (nested too deeply)") from None
+        raise ValueError(f"{place}: cannot be read as JSON (nested too deeply)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: cannot be read as JSON ({error})") from None
     except ValueError as error:
-        # Of numbers with more than 4300 digits Python goes on about an interpreter setting.
-        raise ValueError(f"{path}: cannot be read as JSON ({str(error).partition(';')[0]})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
-    missing = [key for key in required if key not in content]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    return content
+        # Python's own sentence on numbers of more than 4300 digits goes on about an interpreter setting.
+        raise ValueError(f"{place}: {str(error).partition('; use sys.')[0]}") from None
 
 
 @dataclass(frozen=True)

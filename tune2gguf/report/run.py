@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.commands import format_command
+from tune2gguf.data.ledger import locate_row
 from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.pages.render import format_interval, format_loss, render_page
@@ -233,7 +234,7 @@ def _describe_ledger(ledger: Mapping[str, Any]) -> dict[str, Any]:
         "ledger_sides": [(side, *(ledger[side][count] for count in counts)) for side in ("training", "validation")],
         "ledger_files": [(file["file"], file["read"], len(file["validation_lines"])) for file in ledger["files"]],
         "ledger_lists": {
-            name: [(f"{row['file']}, line {row['line']}", row[kind], row["reason"]) for row in ledger[f"rows_{name}"]]
+            name: [(locate_row(ledger, row), row[kind], row["reason"]) for row in ledger[f"rows_{name}"]]
             for name, kind in kinds.items()
         },
     }

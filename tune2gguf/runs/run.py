@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from tune2gguf.base.digest import digest_base
 from tune2gguf.base.source import HUB_SCHEME, PYPI_SCHEME, read_source
 from tune2gguf.data.ledger import RowLedger
 from tune2gguf.files.json_files import read_json
+from tune2gguf.files.records import make_record
 from tune2gguf.runs.checkpoints import list_checkpoints, read_progress
 from tune2gguf.runs.config_file import flatten_config, read_config
 from tune2gguf.runs.curves import Curves, read_curves
@@ -203,7 +204,7 @@ def open_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
 
 
 def _read_data(run_dir: Path) -> RowLedger:
-    return read_json(run_dir / DATA_FILE, required=RowLedger.__required_keys__)
+    return read_json(run_dir / DATA_FILE, partial(make_record, RowLedger))
 
 
 def _read_num_processes(run_dir: Path) -> int:
@@ -211,6 +212,10 @@ def _read_num_processes(run_dir: Path) -> int:
     if not checkpoints:
         return 1
     try:
-        return read_progress(checkpoints[-1])["run"]["processes"]
-    except (KeyError, TypeError):
-        raise ValueError(f"{checkpoints[-1]}: progress.json does not have the number of processes") from None
+        return make_record(_Processes, read_progress(checkpoints[-1]).get("run"))["processes"]
+    except ValueError as error:
+        raise ValueError(f"{checkpoints[-1]}: says nothing of the run's processes ({error})") from None
+
+
+class _Processes(TypedDict):
+    processes: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,24 @@ class RunRecord:
 
     def close(self) -> None:
         """End the metric logger."""
-        if self.metric_logger is not None:
-            self.metric_logger.close()
+        self._hand_on(lambda logger: logger.close())
 
     def _write(self, record: dict[str, Any]) -> None:
         self.files[METRICS_FILE].write(record)
-        if self.metric_logger is not None:
-            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-            self.metric_logger.log_dict(numbers, step=numbers.pop("step"))
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+        step = numbers.pop("step")
+        self._hand_on(lambda logger: logger.log_dict(numbers, step=step))
+
+    def _hand_on(self, use: Callable[[MetricLoggerInterface], None]) -> None:
+        """Use the metric logger, until it fails once: the run does not depend on it, and each try may cost minutes."""
+        if self.metric_logger is None:
+            return
+        try:
+            use(self.metric_logger)
+        except Exception as error:  # of a service, its client or a disk
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            name = type(self.metric_logger).__name__
+            self.metric_logger = None
+            tqdm.write(
+                f"warning: metric_logger: {name} failed, and gets nothing more; {METRICS_FILE} has all of it: {reason}"
+            )

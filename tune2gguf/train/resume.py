@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.world import AgreedError, World, describe_error, gather_over_ranks
 from tune2gguf.files.atomic import clear_leftovers
 from tune2gguf.files.digest import digest_file
+from tune2gguf.files.records import make_record
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.runs.adapter import ADAPTER_WEIGHTS, from_peft_layout, restore_adapter, save_adapter
@@ -31,10 +31,10 @@ from tune2gguf.runs.checkpoints import (
     read_checkpoint,
     remove_checkpoint,
 )
-from tune2gguf.runs.config_file import flatten_config, rename_components, write_config
-from tune2gguf.runs.environment import record_resume
+from tune2gguf.runs.config_file import flatten_config, rename_components
+from tune2gguf.runs.environment import read_environment, record_resume
 from tune2gguf.runs.files import JsonLinesFile
-from tune2gguf.runs.folder import create_run_folder, find_free_folder
+from tune2gguf.runs.folder import create_run_folder, find_free_folder, write_rows, write_start
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED, RunRecord
 from tune2gguf.train.seeds import restore_random_state
@@ -179,7 +179,7 @@ def restore_run(
     """
     if checkpoint is None:
         return Progress()
-    progress = Progress(**{field.name: checkpoint.progress[field.name] for field in fields(Progress)})
+    progress = make_record(Progress, checkpoint.progress)
     restore_adapter(model, from_peft_layout(checkpoint.adapter, architecture))
     restore_optimizer(optimizer, checkpoint.state["optimizer"])
     advance_schedule(schedule, progress.step)
@@ -187,19 +187,26 @@ def restore_run(
     return progress
 
 
+@contextmanager
 def enter_run_folder(
     checkpoint: Checkpoint | None, progress: Progress, cfg: DictConfig, *, data: PreparedData, device: str
-) -> Path:
-    """Return the run folder as it was at the checkpoint, or a new one; `progress` learns whether best/ is lost.
+) -> Iterator[Path]:
+    """Yield the run folder as it was at the checkpoint, or a new one, which takes its name when the block ends.
+
+    `progress` learns whether best/ is lost.
 
     Raises:
         ValueError: if the folder exists and is not to be resumed, or its metrics or samples are lost
     """
     folder = Path(cfg.output_dir)
     if cfg.resume is False or not folder.exists():
-        return create_run_folder(folder, cfg, data=data, device=device)
+        with create_run_folder(cfg, data=data, device=device) as unfinished:
+            yield unfinished
+        return
+    read_environment(folder)  # a folder of something else, or of a newer version, stays as it is
     if checkpoint is None:
         _rewind(folder, step=0, sizes=NOTHING_RECORDED)
+        write_start(folder, cfg, data=data, device=device)
         print(f"resume: {folder} has no checkpoint yet; starting from the beginning")
     else:
         _rewind(folder, step=progress.step, sizes=checkpoint.progress["recorded_bytes"])
@@ -210,11 +217,11 @@ def enter_run_folder(
             print(
                 f"resume: {before} epochs have become {cfg.epochs}; the learning rate now follows the longer schedule"
             )
-    write_config(folder, cfg)
-    changes = record_resume(folder, step=progress.step, device=device)
-    if changes:
-        print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
-    return folder
+        write_rows(folder, cfg, data=data)  # they are the same, but an earlier version recorded less of them
+        changes = record_resume(folder, step=progress.step, device=device)
+        if changes:
+            print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
+    yield folder
 
 
 def _rewind(output_dir: Path, *, step: int, sizes: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from gguf import TokenType
 from tune2gguf.files.json_files import JsonObject, read_json
 from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
-from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
+from tune2gguf.tokenizer.tokenizer import find_tokenizer_file, looks_special
 
 LLAMA3_PRE_NAME = "llama-bpe"
 _LLAMA3_PRE = [
@@ -124,8 +124,8 @@ def _list_tokens(tokenizer: dict, vocab_size: int, source: Path) -> tuple[list[s
     for token, number in vocab.items():
         tokens[number], token_types[number] = token, TokenType.NORMAL
     for token in added:
-        content, looks_special = token["content"], token["content"].startswith("<|") and token["content"].endswith("|>")
-        is_control = token["special"] or looks_special
+        content = token["content"]
+        is_control = looks_special(content) or token["special"]
         tokens[token["id"]] = content if is_control else content.replace("\u2581", " ")
         token_types[token["id"]] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
     return tokens, token_types
