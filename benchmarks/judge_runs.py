@@ -4,7 +4,6 @@ python benchmarks/judge_runs.py [--recorded benchmarks/results/verdict_runs.json
 """
 
 import argparse
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from verdict_runs import DATA_SETS, KINDS, REPOSITORY, Run
 
 from tune2gguf.runs.curves import Curves, TrainingStep, Validation
+from tune2gguf.runs.files import read_json_lines
 from tune2gguf.verdict.judge import LABELS, OVERFITTING, UNDERFITTING, Verdict, judge
 
 RECORDED = REPOSITORY / "benchmarks/results/verdict_runs.jsonl"
@@ -42,8 +42,7 @@ class JudgedRun:
 def read_recorded(path: Path) -> list[JudgedRun]:
     """Return the runs of a file that verdict_runs.py recorded, judged, in the order of data sets and kinds."""
     judged = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        data = json.loads(line)
+    for data in read_json_lines(path):
         match = re.fullmatch(rf"({'|'.join(DATA_SETS)})-({'|'.join(KINDS)})-(\d+)", data["run"])
         run, curves = Run(match[1], match[2], int(match[3])), _make_curves(data)
         made_on = f"{data['device']}, torch {data['torch']}"

@@ -32,6 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.train_cases import CASES, REPOSITORY, SIDES, Prepared, make_command, prepare_case
+from tune2gguf.runs.files import read_json_lines
 
 POLL_SECONDS = 0.02
 STOCK_STEP = re.compile(r"^Step (\d+) \| .*?loss:([-\d.e]+)", re.MULTILINE)
@@ -194,7 +195,7 @@ def main() -> None:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "runs.jsonl"
-    runs = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    runs = [*read_json_lines(results)] if results.exists() else []
     for case, repeat, side in list(list_open_runs(arguments, runs))[: arguments.max_runs]:
         prepared = prepare_case(case, folder)
         output_dir = folder / "run"

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.runs.curves import Curves, read_curves
+from tune2gguf.runs.files import split_lines
 from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, judge
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -91,7 +92,7 @@ def list_runs(only: str) -> list[Run]:
 
 def read_rows(run: Run, split: str) -> list[str]:
     """Return the lines of a run's data set."""
-    return (REPOSITORY / DATA_SETS[run.data_set] / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in split_lines(REPOSITORY / DATA_SETS[run.data_set] / f"{split}.jsonl") if line.strip()]
 
 
 def count_steps(run: Run) -> int:

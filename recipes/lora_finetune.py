@@ -7,6 +7,7 @@ tune run --nproc_per_node 2 recipes/lora_finetune.py --config …
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from tune2gguf.base.load import load_base
 from tune2gguf.base.source import name_base
+from tune2gguf.commands import format_command
 from tune2gguf.config import build_component, build_metric_logger, check_config, check_plan, get_run_spec, load_config
 from tune2gguf.data import lay_out_passes, plan_epoch
 from tune2gguf.distributed.failures import end_together
@@ -29,11 +31,12 @@ from tune2gguf.distributed.world import (
     agree_on_errors,
     broadcast_from_main,
     gather_over_ranks,
+    is_main_process,
     start_world,
     stop_world,
     wait_for_all,
 )
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.files.output import print_in_any_encoding
 from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.machine.passes import choose_passes
@@ -44,10 +47,11 @@ from tune2gguf.model.sharding import copy_to_cpu
 from tune2gguf.runs.adapter import collect_peft_adapter, save_adapter
 from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
 from tune2gguf.runs.curves import TrainingStep
+from tune2gguf.runs.lock import hold_run_folder
 from tune2gguf.runs.plan import LAYOUT_KEYS, Plan, write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.train.plan import describe_plan
-from tune2gguf.train.record import RunRecord
+from tune2gguf.train.record import RunRecord, check_learned
 from tune2gguf.train.resume import (
     check_machines,
     describe_run,
@@ -59,7 +63,14 @@ from tune2gguf.train.resume import (
 )
 from tune2gguf.train.samples import choose_prompts
 from tune2gguf.train.seeds import capture_random_state, seed_dropout
-from tune2gguf.train.steps import accumulate_gradients, compute_grad_norm, count_step, find_nonfinite, skip_step
+from tune2gguf.train.steps import (
+    accumulate_gradients,
+    compute_grad_norm,
+    count_step,
+    find_nonfinite,
+    refuse_damaged_base,
+    skip_step,
+)
 from tune2gguf.train.validator import Validator, plan_run_validation
 
 
@@ -102,7 +113,9 @@ class LoRAFinetuneRecipe:
         self.steps_per_epoch = len(self.plan_epoch(0))
         self.num_steps = cfg.epochs * self.steps_per_epoch
         check_plan(
-            num_rows=len(self.data.sequences),
+            num_rows=len(self.data.train),
+            unit=self.data.unit,
+            num_packs=len(self.data.sequences) if self.data.unit == "packs" else None,
             rows_per_step=self.rows_per_step,
             num_training_steps=self.num_steps,
             warmup_steps=cfg.warmup_steps,
@@ -184,7 +197,7 @@ class LoRAFinetuneRecipe:
             rank=cfg.lora_rank,
             alpha=cfg.lora_alpha,
             dropout=cfg.lora_dropout,
-            base_model_name=name_base(cfg.base_source, cfg.base_dir),
+            base_model_name=name_base(Path(cfg.base_dir)),
         )
         self.validation = plan_run_validation(
             cfg, self.data, self.progress, rows_per_step=self.rows_per_step, steps_per_epoch=self.steps_per_epoch
@@ -195,25 +208,28 @@ class LoRAFinetuneRecipe:
         if not self.world.is_main:
             return
         cfg, device = self.cfg, str(self.world.device)
-        self.folder = enter_run_folder(checkpoint, self.progress, cfg, data=self.data, device=device)
+        with enter_run_folder(checkpoint, self.progress, cfg, data=self.data, device=device) as folder:
+            rows = read_validation_rows(folder)
+            self.prompts = choose_prompts(
+                rows, self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len
+            )
+            lines = describe_plan(
+                cfg,
+                self.data,
+                world_size=self.world.size,
+                device=device,
+                parallel=self.parallel,
+                num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
+                validation=self.validation,
+                prompts=self.prompts,
+                num_steps=self.num_steps,
+                spec=self.spec,
+            )
+            layout = {key: getattr(self.spec, key) for key in LAYOUT_KEYS}
+            write_plan(folder, Plan(num_steps=self.num_steps, lines=lines, **layout))
+        self.folder = Path(cfg.output_dir)
         self.record = RunRecord(self.folder, metric_logger=build_metric_logger(cfg))
         self.writer = CheckpointWriter(self.folder, keep_last=cfg.keep_last)
-        rows = read_validation_rows(self.folder)
-        self.prompts = choose_prompts(rows, self.tokenizer, num_samples=cfg.num_samples, max_seq_len=cfg.max_seq_len)
-        lines = describe_plan(
-            cfg,
-            self.data,
-            world_size=self.world.size,
-            device=device,
-            parallel=self.parallel,
-            num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
-            validation=self.validation,
-            prompts=self.prompts,
-            num_steps=self.num_steps,
-            spec=self.spec,
-        )
-        layout = {key: getattr(self.spec, key) for key in LAYOUT_KEYS}
-        write_plan(self.folder, Plan(num_steps=self.num_steps, lines=lines, **layout))
         notes = [f"note: {note}" for note in [*self.warnings, *self.data.ledger["notes"]]]
         print("\n".join([*lines, *notes]))
 
@@ -274,12 +290,20 @@ class LoRAFinetuneRecipe:
         grad_norm = compute_grad_norm(self.adapter_params, clip_to=self.cfg.clip_grad_norm)
         record = {"step": self.progress.step + 1, "epoch": self.progress.epoch}
         problem = find_nonfinite(loss, grad_norm)
+        if self.progress.step == 0:
+            refuse_damaged_base(loss, self.cfg.base_dir, self.world)
         if problem is None:
             record |= {"loss": loss, "lr": self.schedule.get_last_lr()[0], "grad_norm": grad_norm}
             self.optimizer.step()
         else:
             record["skipped"] = skip_step(
-                record["step"], problem, passes, position_losses, on_nonfinite=self.cfg.on_nonfinite
+                record["step"],
+                problem,
+                passes,
+                position_losses,
+                on_nonfinite=self.cfg.on_nonfinite,
+                base_dir=self.cfg.base_dir,
+                world=self.world,
             )
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -295,6 +319,8 @@ class LoRAFinetuneRecipe:
             return
         if at.validated_step != at.step:
             loss = self.validator.measure(at, before_pass=self.stop.raise_if_requested)
+            if loss is not None and at.step == 0:
+                refuse_damaged_base(loss, self.cfg.base_dir, self.world)
             if loss is not None and at.step > 0 and at.take_loss(loss):
                 at.best_sha256 = self._save_adapter("best")
             at.validated_step = at.step
@@ -305,9 +331,12 @@ class LoRAFinetuneRecipe:
 
     def save(self) -> None:
         """Write the final adapter as last/, and say how good the run was and what comes next."""
+        with agree_on_errors():
+            if self.world.is_main:
+                check_learned(self.folder)
         self._save_adapter("last")
         if self.world.is_main:
-            print(f"wrote {self.folder}; its GGUF: python scripts/export.py {self.folder}")
+            print(f"wrote {self.folder}; its GGUF: {format_command('python', 'scripts/export.py', self.folder)}")
             print("\n".join([*self.progress.describe_end(self.cfg.epochs), *self.record.conclude()]))
         wait_for_all()
         stop_world()
@@ -328,11 +357,13 @@ class LoRAFinetuneRecipe:
 
 def recipe_main() -> None:
     """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
-    accept_any_text()
-    with end_together():
+    print_in_any_encoding()
+    with end_together(), ExitStack() as held:
         with agree_on_errors():
             cfg = load_config(sys.argv[1:])
             warnings = check_config(cfg)
+            if is_main_process():
+                held.enter_context(hold_run_folder(cfg.output_dir))
         recipe = LoRAFinetuneRecipe(cfg, warnings)
         recipe.setup()
         with explain_out_of_memory(recipe.spec, recipe.device):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.commands import expand_path
+from tune2gguf.files.output import run_program
 from tune2gguf.runs.run import open_run
 from tune2gguf.serve.chat import check_options, open_chat_model, start_conversation, talk
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="folder of an exported run, such as runs/quickstart")
+    parser.add_argument("run", type=expand_path, help="folder of an exported run, such as runs/quickstart")
     parser.add_argument("--once", metavar="QUESTION", help="print one reply and end")
     parser.add_argument("--adapter", action="store_true", help="base and adapter in torch instead of the exported file")
-    parser.add_argument("--gguf", type=Path, help="default: the newest in the run's export folder")
-    parser.add_argument("--base-dir", help="where the base model is, if it has moved since the run")
+    parser.add_argument("--gguf", type=expand_path, help="default: the newest in the run's export folder")
+    parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
     parser.add_argument("--system", help="system prompt; default: the one the run was trained with, if it was one")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most probable token")
     parser.add_argument("--max-tokens", type=int, default=256, help="limit of a reply")
@@ -28,7 +28,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    accept_any_text()
     arguments = parse_arguments()
     options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
     try:
@@ -57,4 +56,5 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -1,28 +1,27 @@
 """Compare runs: a table of what differs, validation loss, time, memory and verdict, and a page with the curves."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.commands import expand_path
+from tune2gguf.files.output import run_program
 
 
 def main() -> None:
-    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs; default: all in runs/")
-    parser.add_argument("--html", type=Path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page")
+    parser.add_argument("runs", nargs="*", type=expand_path, help="folders of runs; default: all in runs/")
+    parser.add_argument(
+        "--html", type=expand_path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page"
+    )
     arguments = parser.parse_args()
 
     from tune2gguf.report.compare import find_runs, format_groups, group_runs, write_comparison
 
-    try:
-        groups = group_runs(arguments.runs or find_runs(Path("runs")))
-        print(format_groups(groups))
-        print(write_comparison(groups, arguments.html))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    groups = group_runs(arguments.runs or find_runs(Path("runs")))
+    print(format_groups(groups))
+    print(write_comparison(groups, arguments.html))
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -3,13 +3,13 @@
 import argparse
 import sys
 
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.commands import expand_path
+from tune2gguf.files.output import run_program
 
 
 def main() -> None:
-    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="a YAML with base_dir and base_source")
+    parser.add_argument("--config", required=True, type=expand_path, help="a YAML with base_dir and base_source")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example base_dir=models/other")
     arguments = parser.parse_args()
 
@@ -27,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

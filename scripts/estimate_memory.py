@@ -1,17 +1,15 @@
 """Say how much memory a run will need, part by part, where it fits, and what would make it fit. Nothing is loaded."""
 
 import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.commands import expand_path
+from tune2gguf.files.output import run_program
 
 
 def main() -> None:
-    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, type=Path, help="a YAML of configs/ or examples/")
+    parser.add_argument("--config", required=True, type=expand_path, help="a YAML of configs/ or examples/")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="processes that train together; default 1")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipe")
     arguments = parser.parse_intermixed_args()
@@ -24,14 +22,9 @@ def main() -> None:
     from tune2gguf.machine.memory import estimate_memory
     from tune2gguf.machine.passes import choose_passes
 
-    try:
-        config = read_config(arguments.config, arguments.overrides)
-        check_values(config)
-        spec = get_run_spec(
-            config, longest_row=config.max_seq_len, num_devices=arguments.devices, parallel=config.parallel
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    config = read_config(arguments.config, arguments.overrides)
+    check_values(config)
+    spec = get_run_spec(config, longest_row=config.max_seq_len, num_devices=arguments.devices, parallel=config.parallel)
     devices = "one device" if spec.num_devices == 1 else f"each of {spec.num_devices} devices"
     kept = "computed again" if spec.enable_activation_checkpointing else "kept"
     print(f"rows of up to {spec.longest_row} tokens, on {devices} ({spec.device_type});")
@@ -50,4 +43,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tune2gguf.commands import expand_path
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.files.output import run_program
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.proof import ProofRecord
 from tune2gguf.serve.ollama import check_ollama_name, serve_with_ollama
@@ -20,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Exit code 1 where the proof fails. A run without validation rows is exported, said to be not proven, "
         "and not handed to Ollama.",
     )
-    parser.add_argument("run", help="folder of a finished run, such as runs/quickstart")
+    parser.add_argument("run", type=expand_path, help="folder of a finished run, such as runs/quickstart")
     parser.add_argument(
         "--quantization",
         nargs="+",
@@ -31,13 +32,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", choices=("best", "last"), help="default: best where there is one, else last")
     parser.add_argument("--adapter-gguf", action="store_true", help="also write the adapter as a GGUF of its own")
     parser.add_argument("--merged-hf", action="store_true", help="also write the merged model as a Hugging Face folder")
-    parser.add_argument("--base-dir", help="where the base model is, if it has moved since the run")
+    parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
     parser.add_argument(
         "--merge-base",
         choices=MERGE_BASES,
         help="after 4-bit training; default: the one with the lower validation loss",
     )
-    parser.add_argument("--original-base", metavar="DIR", help="the 16-bit weights of a 4-bit base; default: beside it")
+    parser.add_argument(
+        "--original-base",
+        type=expand_path,
+        metavar="DIR",
+        help="the 16-bit weights of a 4-bit base; default: beside it",
+    )
     parser.add_argument(
         "--ollama",
         metavar="NAME",
@@ -61,41 +67,33 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    accept_any_text()
     arguments = parse_arguments()
-    try:
-        if not arguments.max_loss_increase >= 0:  # nor NaN
-            raise ValueError(
-                f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more"
-            )
-        if arguments.ollama is not None:
-            check_ollama_name(arguments.ollama)
-        export = export_run(
-            arguments.run,
-            quantizations=arguments.quantization,
-            adapter=arguments.adapter,
-            base_dir=arguments.base_dir,
-            merge_base=arguments.merge_base,
-            original_base_dir=arguments.original_base,
-            num_validation_rows=arguments.proof_rows,
-            with_adapter_gguf=arguments.adapter_gguf,
-            with_merged_hf=arguments.merged_hf,
-            overwrite=arguments.force,
-            num_threads=arguments.threads,
-        )
-        for path in export.list_paths():
-            print(path)
-        proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
-        is_refused = proof is not None and not proof.passed
-        if arguments.ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
-            print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
-            is_refused = True
-        elif arguments.ollama is not None:
-            print(serve_with_ollama(export, arguments.ollama))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if not arguments.max_loss_increase >= 0:  # nor NaN
+        raise ValueError(f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more")
+    if arguments.ollama is not None:
+        check_ollama_name(arguments.ollama)
+    export = export_run(
+        arguments.run,
+        quantizations=arguments.quantization,
+        adapter=arguments.adapter,
+        base_dir=arguments.base_dir,
+        merge_base=arguments.merge_base,
+        original_base_dir=arguments.original_base,
+        num_validation_rows=arguments.proof_rows,
+        with_adapter_gguf=arguments.adapter_gguf,
+        with_merged_hf=arguments.merged_hf,
+        overwrite=arguments.force,
+        num_threads=arguments.threads,
+    )
+    for path in export.list_paths():
+        print(path)
+    proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
+    is_refused = proof is not None and not proof.passed
+    if arguments.ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
+        print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
+        is_refused = True
+    elif arguments.ollama is not None:
+        print(serve_with_ollama(export, arguments.ollama))
     if is_refused:
         sys.exit(1)
 
@@ -119,4 +117,5 @@ def show_proof(export: Export, arguments: argparse.Namespace) -> ProofRecord | N
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

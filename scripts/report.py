@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.commands import expand_path
+from tune2gguf.files.output import run_program
 from tune2gguf.report import write_report
 from tune2gguf.verdict.conclude import recall_verdict
 
 
 def main() -> None:
-    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run, such as runs/quickstart; it may still be running")
+    parser.add_argument(
+        "run", type=expand_path, help="folder of a run, such as runs/quickstart; it may still be running"
+    )
     arguments = parser.parse_args()
-    try:
-        path = write_report(arguments.run)
-        print("\n".join([*recall_verdict(arguments.run), f"wrote {path}"]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    path = write_report(arguments.run)
+    print("\n".join([*recall_verdict(arguments.run), f"wrote {path}"]))
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

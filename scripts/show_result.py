@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.commands import expand_path
+from tune2gguf.files.output import run_program
 from tune2gguf.serve.before_after import answer_before_and_after, read_validation_losses
 
 
 def main() -> None:
-    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of an exported run, such as runs/quickstart")
-    parser.add_argument("--gguf", type=Path, help="default: the newest in the run's export folder")
+    parser.add_argument("run", type=expand_path, help="folder of an exported run, such as runs/quickstart")
+    parser.add_argument("--gguf", type=expand_path, help="default: the newest in the run's export folder")
     parser.add_argument("--questions", type=int, default=3, help="validation questions to ask")
     arguments = parser.parse_args()
-    try:
-        before, after = read_validation_losses(arguments.run)
-        answers = answer_before_and_after(arguments.run, gguf_path=arguments.gguf, num_questions=arguments.questions)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    before, after = read_validation_losses(arguments.run)
+    answers = answer_before_and_after(arguments.run, gguf_path=arguments.gguf, num_questions=arguments.questions)
     print(f"validation loss: {before:.3f} → {after:.3f} ({after / before - 1:+.0%})")
     for answer in answers:
         print(f"\nQ       {answer.question}\n  base  {_join(answer.before)}\n  tuned {_join(answer.after)}")
@@ -32,4 +27,5 @@ def _join(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

@@ -4,29 +4,26 @@ python scripts/sweep.py --config examples/quickstart/lora.yaml learning_rate=5e-
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from tune2gguf.files.output import accept_any_text
+from tune2gguf.commands import expand_path
+from tune2gguf.files.output import run_program
 
 
 def main() -> None:
-    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="the sweep's folder")
+    parser.add_argument("--config", type=expand_path, required=True)
+    parser.add_argument("--out", type=expand_path, default=Path("runs/sweep"), metavar="DIR", help="the sweep's folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value[,value…]", help="several values are swept")
     arguments = parser.parse_intermixed_args()
 
     from tune2gguf.sweep import list_points, rank_points, run_sweep
 
-    try:
-        points = list_points(arguments.overrides, arguments.out)
-        run_sweep(arguments.config, points)
-        print(rank_points(points))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    points = list_points(arguments.overrides, arguments.out)
+    run_sweep(arguments.config, points)
+    print(rank_points(points))
 
 
 if __name__ == "__main__":
-    main()
+    with run_program():
+        main()

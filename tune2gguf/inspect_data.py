@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from tune2gguf.commands import TEXTS_KEYS, read_override, read_texts
 from tune2gguf.config import read_config
 from tune2gguf.config.check import check_values
 from tune2gguf.config.names import suggest
@@ -115,7 +116,10 @@ def inspect_files(
 
 
 def _read_options(overrides: list[str]) -> dict[str, Any]:
-    options = OmegaConf.to_container(OmegaConf.from_dotlist(overrides)).get("dataset", {})
+    options = {}
+    for key, _, text in (override.partition("=") for override in overrides):
+        value = read_texts(text) if key in TEXTS_KEYS else read_override(text, is_text=False)
+        options[key.removeprefix("dataset.")] = value
     known = inspect.signature(chat_dataset).parameters.keys() - {"files", "tokenizer", "max_seq_len", "seed"}
     for key in options:
         if key not in known:

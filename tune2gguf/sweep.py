@@ -5,9 +5,7 @@ The same command goes on where a sweep was stopped: finished runs are kept, a st
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import os
 import re
 import signal
 import subprocess
@@ -17,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from omegaconf import OmegaConf
-
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.config import check_config, read_config
 from tune2gguf.report.compare import format_groups, group_runs, write_comparison
 from tune2gguf.runs import config_file
-from tune2gguf.runs.files import METRICS_FILE
+from tune2gguf.runs.files import METRICS_FILE, shorten_path
+from tune2gguf.runs.lock import hold_run_folder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -38,7 +36,7 @@ class Point:
 
 
 def list_points(overrides: Sequence[str], folder: Path) -> list[Point]:
-    """Return the grid of the overrides: key=value,value,… is swept, a list in brackets is one value.
+    """Return the grid of the overrides: key=value,value,… is swept, a list in brackets or text in quotes is one value.
 
     Raises:
         ValueError: if a key is the sweep's own or given twice, or if none is swept
@@ -55,13 +53,14 @@ def list_points(overrides: Sequence[str], folder: Path) -> list[Point]:
     for combination in itertools.product(*choices):
         swept = [one for one, values in zip(combination, choices, strict=True) if len(values) > 1]
         run_dir = folder / re.sub(r"[^\w.+-]+", "-", "-".join(swept))
-        points.append(Point(" ".join(swept), [*combination, f"output_dir={run_dir}", "resume=auto"], run_dir))
+        own = format_overrides({"output_dir": run_dir, "resume": "auto"})
+        points.append(Point(" ".join(swept), [*combination, *own], run_dir))
     return points
 
 
 def _list_choices(override: str) -> list[str]:
     key, equals, value = override.partition("=")
-    values = [value] if value.startswith("[") else value.split(",")
+    values = [value] if value.startswith(("[", "'", '"')) else value.split(",")
     return [f"{key}{equals}{one.strip()}" for one in values]
 
 
@@ -77,13 +76,12 @@ def run_sweep(config_path: Path, points: Sequence[Point]) -> None:
         point.run_dir.parent.mkdir(parents=True, exist_ok=True)
         log_path = point.run_dir.parent / f"{point.run_dir.name}.log"
         with log_path.open("a", encoding="utf-8") as log:
-            # The run inherits the lock with its output: after a sweep that was killed outright, the next waits for it.
-            fcntl.flock(log, fcntl.LOCK_EX)
             if _is_finished(point.run_dir, config):
                 continue
             print(f"run {number} of {len(points)}: {point.values}", flush=True)
             code = _run_recipe(["--config", str(config_path), *point.overrides], log)
-            if code:
+            # Another sweep may have begun the run in the same moment; then it is that one's.
+            if code and not _is_finished(point.run_dir, config):
                 print(f"  failed with exit code {code}; {log_path} says why", flush=True)
 
 
@@ -99,10 +97,15 @@ def _check_point(config_path: Path, point: Point) -> DictConfig:
 
 
 def _is_finished(run_dir: Path, config: DictConfig) -> bool:
-    """Whether a run has ended with this very config; the recipe refuses to resume another, or goes on with it."""
-    if not (run_dir / METRICS_FILE).is_file() or config_file.read_config(run_dir) != OmegaConf.to_container(
-        config, resolve=True
-    ):
+    """Whether a run has ended with this very config; the recipe refuses to resume another, or goes on with it.
+
+    A sweep that was killed outright leaves its run at work: its end is waited for.
+    """
+    with hold_run_folder(run_dir, timeout=-1):
+        pass
+    if not (run_dir / METRICS_FILE).is_file():
+        return False
+    if config_file.read_config(run_dir) != config_file.resolve_config(config):
         return False
     return group_runs([run_dir])[0].runs[0].is_finished
 
@@ -141,5 +144,5 @@ def rank_points(points: Sequence[Point]) -> str:
         raise ValueError(f"{folder}: no run has a validation loss; see the logs there")
     page = write_comparison(groups, folder / "comparison.html")
     best = min(ranked, key=lambda run: run.curves.best.loss)
-    command = f"python scripts/export.py {os.path.relpath(best.run_dir)}"
+    command = format_command("python", "scripts/export.py", Path(shorten_path(best.run_dir)))
     return f"{format_groups(groups)}\npage: {page}\nbest: {best.name}\nnext: {command}"

@@ -21,7 +21,7 @@ from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.gguf_file.llama import choose_types
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS, choose_tensor_type
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.model.architectures import ARCHITECTURES, LLAMA3_1_8B, LLAMA3_2_1B, Architecture
@@ -84,6 +84,40 @@ def test_types_are_those_of_llama_quantize(name):
         lines += format_types(name, quantization.name, choose_types(tensors, architecture, quantization))
     expected = [line for line in TYPE_MIX_FILE.read_text().splitlines(keepends=True) if line.startswith(f"{name} ")]
     assert lines == expected
+
+
+# llama-quant.cpp: `if (model.type == LLM_TYPE_70B) … if (new_type == Q3_K || new_type == Q4_K) new_type = Q5_K`; a
+# model of 80 layers is 65B if every query has a key of its own. (quantization, layer) -> attn_v of 70B and of 65B.
+VALUES_OF_80_LAYERS = {
+    ("Q4_K_M", 0): ("Q6_K", "Q6_K"),
+    ("Q4_K_M", 10): ("Q5_K", "Q4_K"),
+    ("Q4_K_S", 3): ("Q5_K", "Q5_K"),
+    ("Q4_K_S", 4): ("Q5_K", "Q4_K"),
+    ("Q3_K_S", 40): ("Q5_K", "Q3_K"),
+    ("Q3_K_M", 40): ("Q5_K", "Q4_K"),
+    ("Q2_K", 40): ("Q5_K", "Q3_K"),
+    ("Q5_K_M", 10): ("Q5_K", "Q5_K"),
+    ("Q6_K", 40): ("Q6_K", "Q6_K"),
+    ("Q4_0", 40): ("Q4_0", "Q4_0"),
+    ("IQ4_XS", 40): ("Q5_K", "IQ4_XS"),
+}
+
+
+@pytest.mark.parametrize(("which", "expected"), VALUES_OF_80_LAYERS.items())
+def test_value_weights_of_80_layers_get_the_types_of_70b(which, expected):
+    quantization, layer = which
+    found = [
+        choose_tensor_type(
+            f"blk.{layer}.attn_v.weight",
+            (8192 // queries_per_key, 8192),
+            QUANTIZATIONS[quantization],
+            num_layers=80,
+            queries_per_key=queries_per_key,
+            is_tied=False,
+        )
+        for queries_per_key in (8, 1)
+    ]
+    assert tuple(found) == expected
 
 
 @pytest.mark.oracle

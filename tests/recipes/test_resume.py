@@ -2,8 +2,10 @@
 
 import json
 import random
+import resource
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from tests.conftest import make_conversations, write_rows
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_training import read_records, run_recipe
+from tune2gguf.runs.run import open_run
 
 # Dropout, accumulation and a tail: 20 rows in steps of 6 are 3 whole steps and one of 2 rows, 12 steps in all.
 HARD = ["lora_dropout=0.1", "batch_size=2", "gradient_accumulation_steps=3", "epochs=3", "learning_rate=0.01"]
@@ -179,6 +182,35 @@ def test_other_threads_are_said_to_round_otherwise(arguments, tmp_path, monkeypa
     assert "the last bits" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_second_process_in_a_folder_is_told_who_writes_there_and_a_dead_one_blocks_nobody(
+    arguments, tmp_path, num_processes
+):
+    folder, arguments = tmp_path / "runs/tiny", [*arguments, "epochs=300", "resume=auto"]
+    first = Launch(arguments, tmp_path / "first.log", num_processes=num_processes)
+    first.wait_until(lambda: count_lines(folder / "metrics.jsonl") > 2)
+    second = Launch(arguments, tmp_path / "second.log", num_processes=num_processes)
+    assert second.wait() == [1] * num_processes
+    said = (tmp_path / "second.log").read_text()
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    writer = f"process {first.processes[0].pid} on {socket.gethostname()}"
+    assert f"error: {folder}: {writer} writes to it; wait until it has ended, or give another output_dir" in said
+    first.kill()
+    lines = count_lines(folder / "metrics.jsonl")
+    third = Launch(arguments, tmp_path / "third.log", num_processes=num_processes)
+    third.wait_until(lambda: count_lines(folder / "metrics.jsonl") > lines)
+    third.kill()
+    assert count_lines(folder / "metrics.jsonl") > lines, (tmp_path / "third.log").read_text()
+
+
+def test_of_two_that_begin_at_once_one_makes_the_run(arguments, tmp_path):
+    arguments = [*arguments, "resume=auto"]
+    both = [Launch(arguments, tmp_path / f"{number}.log") for number in range(2)]
+    assert sorted(launch.wait()[0] for launch in both) == [0, 1]
+    steps = [record["step"] for record in read_records(tmp_path / "runs/tiny", "loss")]
+    assert steps == list(range(1, STEPS + 1))
+
+
 def test_existing_run_says_how_to_go_on(arguments, tmp_path, monkeypatch, capsys):
     copy_run(arguments, tmp_path)
     assert "To go on with that run, add resume=auto." in refuse(arguments, monkeypatch, capsys)
@@ -190,6 +222,11 @@ def test_folder_that_is_no_run_is_not_resumed(arguments, tmp_path, monkeypatch, 
     assert "is not the folder of a run" in refuse([*arguments, "resume=auto"], monkeypatch, capsys)
     assert "no such checkpoint" in refuse([*arguments, "resume=nowhere"], monkeypatch, capsys)
     assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == ["mine"]
+    # Another program has a config.yaml, too.
+    (tmp_path / "runs/tiny/config.yaml").write_text("mine: 1\n")
+    assert "environment.json: not found" in refuse([*arguments, "resume=auto"], monkeypatch, capsys)
+    assert (tmp_path / "runs/tiny/config.yaml").read_text() == "mine: 1\n"
+    assert {path.name for path in (tmp_path / "runs/tiny").iterdir()} == {"mine", "config.yaml"}
 
 
 def test_only_the_last_checkpoints_are_kept(arguments, tmp_path):
@@ -198,3 +235,43 @@ def test_only_the_last_checkpoints_are_kept(arguments, tmp_path):
         "step_11",
         "step_12",
     }
+
+
+def test_run_folder_comes_into_being_whole_or_not_at_all(arguments, tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "runs/tiny"
+    names = ("config.yaml", "environment.json", "data.json", "heldout.jsonl", "plan.json")
+    launch = Launch(arguments, log)
+    launch.wait_until(folder.exists)
+    found = {path.name for path in folder.iterdir()}
+    launch.kill()
+    assert found >= {*names}
+    sizes = {(folder / name).stat().st_size for name in names}
+    # A limit on the size of a file stands for the disk: it is reached in one file after the other.
+    for limit in sorted(sizes):
+        shutil.rmtree(folder, ignore_errors=True)
+        launch = Launch(arguments, log, limits={0: (resource.RLIMIT_FSIZE, limit - 1)})
+        assert launch.wait() == [1]
+        assert not folder.exists() and "Traceback" not in log.read_text(), limit
+    run_to_end([*arguments, "epochs=1", "resume=auto"], log)
+
+
+@pytest.mark.parametrize("name", ["heldout.jsonl", "data.json", "plan.json"])
+def test_damaged_file_of_the_start_is_made_again_when_the_run_goes_on(arguments, tmp_path, name):
+    folder = copy_run([*arguments, "num_samples=1", "epochs=1"], tmp_path)
+    before = (folder / name).read_bytes()
+    (folder / name).write_bytes(before[: len(before) // 2])
+    run_to_end([*arguments, "num_samples=1", "epochs=1", "resume=auto"], tmp_path / "log")
+    assert (folder / name).read_bytes() == before
+
+
+def test_run_without_a_checkpoint_that_is_given_other_rows_and_another_base_holds_those(
+    arguments, tmp_path, tiny_untied_base
+):
+    folder = copy_run([*arguments, "epochs=1"], tmp_path)
+    shutil.rmtree(folder / "checkpoints")  # as if it had been killed before the first
+    other = write_rows(tmp_path / "other.jsonl", make_conversations(3, start=300))
+    changed = [f"dataset.validation_files=[{other}]", f"base_dir={tiny_untied_base}", "resume=auto"]
+    run_to_end([*arguments, "epochs=1", *changed], tmp_path / "log")
+    assert (folder / "heldout.jsonl").read_bytes().count(b"\n") == 3
+    assert json.loads((folder / "data.json").read_text())["validated"] == 3
+    assert open_run(folder).base_dir == tiny_untied_base

@@ -6,8 +6,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# What exports, reports, verdicts and benchmarks need; datasets and pandas come with torchtune itself. The config check
-# asks the export for its types, and so imports gguf, which takes 20 ms.
+# What exports, reports, verdicts and benchmarks need; datasets and pandas come with torchtune itself, and the export's
+# checks, which are made at the start, need gguf.
 LATE = (
     "xllamacpp",
     "matplotlib",

@@ -143,3 +143,31 @@ def test_tensorboard_has_the_numbers_of_the_metrics(run_arguments, tmp_path, mon
     # Another logger, or none, is no other run.
     run_recipe([*run_arguments, "epochs=2", "resume=auto"], monkeypatch)
     assert len(read_records(folder, "loss")) == 10
+
+
+def test_logger_that_fails_on_the_way_is_said_once_and_the_run_goes_on(run_arguments, tmp_path):
+    logger = [
+        "metric_logger._component_=tests.failing_logger.FailingLogger",
+        f"metric_logger.path={tmp_path / 'steps'}",
+    ]
+    said = run_to_end([*run_arguments, *logger, "epochs=2"], tmp_path / "log")
+    assert len(read_records(tmp_path / "runs/tiny", "loss")) == 10 and (tmp_path / "runs/tiny/last").is_dir()
+    assert (tmp_path / "steps").read_text() == "0\n1\n"
+    [note] = [line for line in said.splitlines() if "FailingLogger" in line]
+    assert note.strip().endswith(
+        "warning: metric_logger: FailingLogger failed, and gets nothing more; metrics.jsonl has all of it: "
+        "RuntimeError: the service is gone"
+    )
+    # One that fails at its end alone.
+    said = run_to_end(
+        [
+            *run_arguments,
+            *logger,
+            "max_steps_per_epoch=1",
+            "resume=false",
+            "dataset.validation_files=null",
+            f"output_dir={tmp_path / 'runs/other'}",
+        ],
+        tmp_path / "other.log",
+    )
+    assert said.count("warning: metric_logger: FailingLogger") == 1 and "No space left on device" in said

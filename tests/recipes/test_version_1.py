@@ -12,8 +12,9 @@ import pytest
 from tests.conftest import REPOSITORY
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.files.atomic import write_json
+from tune2gguf.files.json_files import read_json
 from tune2gguf.report.compare import find_runs, group_runs
-from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION, read_json
+from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.serve.chat import open_chat_model
 from tune2gguf.serve.proof import ADAPTER, prove_export
@@ -44,6 +45,13 @@ def test_it_is_not_gone_on_with_amid_an_epoch_whose_rows_were_ordered_otherwise(
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "what differs:\n  the order of the rows: an earlier tune2gguf chose it; " in done.stderr
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+
+
+def test_what_it_did_not_record_of_its_rows_is_recorded_when_it_goes_on(folder):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_bytes().decode().split("\n")[:-1]]
+    assert "system_prompt" not in Run(RUN).data and rows[0]["messages"][0]["role"] == "user"
+    run_recipe("--config", str(RUN / "config.yaml"), "resume=auto")
+    assert Run(RUN).data["system_prompt"] is None and Run(RUN).data["trained"] == len(rows)
 
 
 def test_export_proof_and_chat_read_it(folder):

@@ -116,7 +116,7 @@ def test_other_4bit_type_is_refused(base_dir):
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"load_in_8bit": True}, "bitsandbytes' 8 bits"), ({"quant_method": "gptq"}, "is quantized with gptq")],
+    [({"load_in_8bit": True}, "not 8 bits"), ({"quant_method": "gptq"}, "quant_method is 'gptq'")],
 )
 def test_other_quantization_is_refused(base_dir, changed, said):
     path = base_dir / "config.json"

@@ -92,3 +92,11 @@ def test_next_folders_are_free_and_count_on(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no run here \(config\.yaml is missing\)"):
         conclude_run(tmp_path)
+
+
+def test_ledger_is_named_as_it_is_reached_without_climbing(tmp_path, monkeypatch):
+    run_dir = write_run(tmp_path / "runs/mine", FLAT)
+    (tmp_path / "elsewhere").mkdir()
+    for folder, shown in ((tmp_path, "runs/ledger.jsonl"), (tmp_path / "elsewhere", tmp_path / "runs/ledger.jsonl")):
+        monkeypatch.chdir(folder)
+        assert conclude_run(run_dir)[-1] == f"ledger: {shown}"

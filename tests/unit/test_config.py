@@ -1,5 +1,9 @@
 """Wrong configs: each is refused with a message that names the way out, before a weight is read or a file written."""
 
+import csv
+import gzip
+import io
+import json
 import resource
 import subprocess
 import sys
@@ -7,6 +11,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recipes.lora_finetune import recipe_main
@@ -74,7 +80,7 @@ WRONG = [
     (["seed=true"], "seed=True is a truth value; it must be a whole number"),
     (["epochs=null"], "epochs is empty; it needs a value"),
     (["output_dir="], "output_dir is empty; it needs a value"),
-    (["output_dir=a: b"], "output_dir={'a': 'b'} is a mapping of keys to values; it must be text"),
+    (["seed=a: b"], "seed={'a': 'b'} is a mapping of keys to values; it must be a whole number"),
     (["lora_rank.inner=4"], "lora_rank={'inner': 4} is a mapping of keys to values"),
     (["enable_activation_checkpointing=1"], "enable_activation_checkpointing=1 is a whole number; it must be true or"),
     (
@@ -85,7 +91,7 @@ WRONG = [
         ["enable_activation_offloading=true", "enable_activation_checkpointing=false", "device=cuda"],
         "enable_activation_offloading=true without enable_activation_checkpointing=true: moving all",
     ),
-    (["scheduler=off"], "scheduler=False is a truth value; it must be text"),
+    (["scheduler=off"], "scheduler='off' is not one of cosine, linear, constant"),
     (["model.apply_lora_to_mlp=maybe"], "model.apply_lora_to_mlp='maybe' is text; it must be true or false"),
     (["model.lora_attn_modules=q_proj"], "model.lora_attn_modules='q_proj' is text; it must be a list of texts"),
     # 0 where it makes no sense, and what lies outside the limits.
@@ -149,6 +155,8 @@ WRONG = [
     (["warmup_steps=6"], "warmup_steps=6 is longer than the run of 5 steps; use at most 0, or more epochs"),
     (["dataset.validation_split=0.1"], "dataset.validation_files and dataset.validation_split are both given"),
     (["dataset.on_bad_row=ignore"], "dataset.on_bad_row=ignore is not one of error, drop"),
+    (["resume=true"], "resume=true: no such checkpoint; use auto, false, or a folder checkpoints/step_N of the run"),
+    (["batch_size=21", "dataset.packing=true"], "a step takes 21 packs, but there are only 20 training rows; lower"),
     (["resume=runs/absent/checkpoints/step_3"], "runs/absent/checkpoints/step_3"),
     (
         ["early_stopping_patience=2", "dataset.validation_files=null"],
@@ -167,7 +175,7 @@ WRONG = [
     (["lora_rank"], "overrides are written key=value; got lora_rank"),
     (["=8"], "overrides are written key=value; got =8"),
     (["seed=???"], "overrides are written key=value; got seed=???"),
-    (["lora_rank=[8"], "cannot be read as YAML with these overrides"),
+    (["lora_rank=[8"], "lora_rank='[8' is text; it must be a whole number"),
     (["lora_rank=${nothing}"], "the config does not resolve: Interpolation key 'nothing' not found"),
 ]
 
@@ -395,3 +403,51 @@ def test_damaged_base_is_found_by_its_headers(run_arguments, tmp_path):
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert str(weights) in find_error([*run_arguments, f"base_dir={base}"])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.parquet"])
+@pytest.mark.parametrize("num_rows", [12, 3])
+def test_rows_are_counted_before_anything_slow_as_the_run_reads_them(run_arguments, tmp_path, name, num_rows):
+    rows = [{"prompt": f"Question {n}?", "completion": f"Answer\n\n{n}\u2028\r."} for n in range(num_rows)]
+    path = write_table(tmp_path / name, rows)
+    arguments = [*run_arguments, f"dataset.files=[{path}]", "warmup_steps=0"]
+    if num_rows == 12:
+        assert check_config(load_config(arguments)) == []
+    else:
+        assert find_error(arguments) == (
+            "a step takes 4 rows, but there are only 3 training rows; lower batch_size or gradient_accumulation_steps"
+        )
+
+
+@pytest.mark.parametrize("content", ["[{{}}\n]", "[{}]", " \n[\n{}\n]", "{}\r\n\r\n{}\r\n\n \n"])
+def test_rows_are_counted_where_the_name_says_lines_and_the_content_is_another(run_arguments, tmp_path, content):
+    row = json.dumps({"prompt": "Question?", "completion": "Answer.\x85"}, ensure_ascii=False)
+    inside = row if content.count("{}") > 1 else ",".join([row] * 2)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content.replace("{{}}", "{}").replace("{}", inside).encode())
+    arguments = [*run_arguments, f"dataset.files=[{path}]", "warmup_steps=0"]
+    assert "there are only 2 training rows" in find_error(arguments)
+
+
+def test_file_that_cannot_be_read_to_its_end_is_said_before_anything_slow(run_arguments, tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "a", "completion": "b"},')
+    message = find_error([*run_arguments, f"dataset.files=[{tmp_path / 'a.json'}]"])
+    assert message.startswith(f"{tmp_path / 'a.json'}, row 2: malformed JSON")
+
+
+def write_table(path: Path, rows: list[dict]) -> Path:
+    text = io.StringIO(newline="")
+    if ".csv" in path.name:
+        writer = csv.DictWriter(text, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    elif path.suffix == ".json":
+        json.dump(rows, text)
+    else:
+        text.writelines(json.dumps(row, ensure_ascii=False) + "\r\n\r\n" for row in rows)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        content = text.getvalue().encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path

@@ -51,7 +51,7 @@ def test_a_line_still_being_written_is_left_for_later(tmp_path):
 
 def test_a_broken_line_before_the_last_is_an_error_with_its_number(tmp_path):
     write_lines(tmp_path / "metrics.jsonl", BASE, end='{"step": 1,\n' + json.dumps(STEP) + "\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: cannot be read as JSON"):
         read_curves(tmp_path)
 
 

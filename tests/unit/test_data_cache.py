@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import make_conversations, write_rows
 from tune2gguf.data.token_cache import KEPT_DAYS, tokenize_once
 from tune2gguf.data.tokenize import tokenize_file
+from tune2gguf.files.digest import digest_file
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 
@@ -56,9 +57,12 @@ def test_second_run_takes_the_cached_tokens(tmp_path, tokenizer, cache):
     path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
     first = tokenize(path, tokenizer)
     [folder] = cache.iterdir()
-    # A mark in the cached tokens shows where the second result comes from.
+    assert tokenize(path, tokenizer).tokens.filename == folder / "tokens.bin"
+    # A mark in the cached tokens, vouched for, shows where the second result comes from.
     marked = first.tokens + 1
     marked.tofile(folder / "tokens.bin")
+    digests = json.loads((folder / "sha256.json").read_text())
+    (folder / "sha256.json").write_text(json.dumps({**digests, "tokens.bin": digest_file(folder / "tokens.bin")}))
     assert tokenize(path, tokenizer).tokens.tolist() == marked.tolist()
 
 
@@ -126,12 +130,39 @@ def test_damaged_entry_is_made_again(tmp_path, tokenizer, cache, damaged, share)
     assert (folder / damaged).read_bytes() == content
 
 
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("name", ["tokens.bin", "supervised.bin", "lines.npy", "index.json", "sha256.json"])
+def test_entry_with_a_flipped_bit_is_made_again(tmp_path, tokenizer, cache, name, bit):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(20))
+    fresh = tokenize_file(str(path), tokenizer, format="auto", stop_at_problem=True)
+    tokenize(path, tokenizer)
+    [folder] = cache.iterdir()
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1 << bit
+    (folder / name).write_bytes(content)
+    assert_equal(tokenize(path, tokenizer), fresh)
+    assert_equal(tokenize(path, tokenizer), fresh)
+
+
 def test_cache_that_cannot_be_written_is_one_sentence(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "file" / "cache"))
     path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
     with pytest.raises(ValueError, match=r"tokenized files cannot be kept there \(Not a directory\); name another"):
         tokenize(path, tokenizer)
+
+
+def test_cache_whose_folder_for_tokens_alone_cannot_be_written_is_one_sentence(tmp_path, tokenizer, cache):
+    path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
+    cache.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(cache)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a read-only disk needs root")
+    try:
+        with pytest.raises(ValueError, match=r"kept there \(Read-only file system\); .* variable TUNE2GGUF_CACHE$"):
+            tokenize(path, tokenizer)
+    finally:
+        subprocess.run(["umount", "--lazy", str(cache)], check=True)
 
 
 def test_of_several_processes_one_tokenizes(tmp_path, tokenizer, tiny_base, cache):

@@ -24,8 +24,10 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
         role_counts={},
         unit="line",
         lines_that_spell_special=[],
+        num_ended=0,
         unused_keys={},
         system_prompts=[],
+        system_numbers=np.zeros(len(lengths), np.int64),
     )
     tokens = np.arange(lengths.sum(), dtype=np.int32)
     file = TokenizedFile("x.jsonl", tokens, np.ones(len(tokens), bool), index)

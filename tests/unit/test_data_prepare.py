@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import make_conversations, write_rows
 from tune2gguf.data import PreparedData, chat_dataset, check_files
+from tune2gguf.runs.validation_rows import format_validation_rows
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 
@@ -352,15 +353,116 @@ def test_good_options_have_no_problem_as_a_config_node_either(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "found"),
-    [(["Be brief.\u2028"] * 3, "Be brief.\u2028"), (["Be brief.", "Be long."], None), (["Be brief.", None], None)],
-    ids=["the same", "two", "one row without"],
+    ("prompts", "found", "note"),
+    [
+        (["Be brief.\u2028"] * 3, "Be brief.\u2028", None),
+        (["Be brief.", "Be brief.\n", " Be brief."], "Be brief.", None),  # all are trained as the first is
+        ([None] * 3, None, None),
+        (["Be brief.", "Be long."], None, "have 2 system prompts: none"),
+        (["Be brief.", None], None, "have 1 system prompt, and 1 rows have none: none"),
+        ([*map(str, range(300))], None, "have at least 101 system prompts: none"),
+    ],
+    ids=["the same", "the same but for spaces", "none", "two", "one row without", "many"],
 )
-def test_ledger_has_the_system_prompt_that_every_training_row_has(tmp_path, tokenizer, prompts, found):
-    rows = make_conversations(len(prompts))
+def test_ledger_has_the_system_prompt_that_every_training_row_has(tmp_path, tokenizer, prompts, found, note):
+    rows = add_system_prompts(make_conversations(len(prompts)), prompts)
+    validation = write_rows(tmp_path / "heldout.jsonl", make_conversations(2, start=500))
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    texts = write_rows(tmp_path / "b.jsonl", [{"text": "A raw text is no conversation."}])
+    data = chat_dataset(
+        [str(path), str(texts)],
+        tokenizer=tokenizer,
+        max_seq_len=200,
+        seed=1,
+        validation_files=str(validation),
+        on_bad_row="drop",
+    )
+    assert data.ledger["system_prompt"] == found
+    said = [one for one in data.ledger["notes"] if "system prompt" in one]
+    assert len(said) == (note is not None) and all(note in one for one in said)
+
+
+def add_system_prompts(rows: list[dict], prompts: list[str | None]) -> list[dict]:
     for row, prompt in zip(rows, prompts, strict=True):
         row["messages"][:0] = [] if prompt is None else [{"role": "system", "content": prompt}]
-    validation = write_rows(tmp_path / "heldout.jsonl", make_conversations(2, start=50))
-    path = write_rows(tmp_path / "a.jsonl", rows)
-    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=200, seed=1, validation_files=str(validation))
-    assert data.ledger["system_prompt"] == found
+    return rows
+
+
+@pytest.mark.parametrize("out", ["validation", "long", "bad", "repeated"])
+def test_system_prompts_of_rows_that_are_not_trained_do_not_count(tmp_path, tokenizer, out):
+    """All rows stand in one file; the last has another system prompt, or none, and is not trained on."""
+    rows = add_system_prompts(make_conversations(12), ["Be brief."] * 12)
+    [other] = add_system_prompts(make_conversations(1, start=50), ["Be long." if out != "bad" else None])
+    options = {"on_bad_row": "drop"}
+    if out == "long":
+        other["messages"][1]["content"] *= 50
+        options["on_long_row"] = "drop"
+    elif out == "bad":
+        other["messages"].pop()
+    elif out == "repeated":
+        other = rows[0]
+    elif out == "validation":
+        options["validation_split"] = 0.3
+        # Of many rows with the other prompt take one that is held out.
+        others = add_system_prompts(make_conversations(50, start=50), ["Be long."] * 50)
+        path = write_rows(tmp_path / "b.jsonl", others)
+        data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=200, seed=1, validation_split=0.3)
+        other = others[data.validation[0].source.line - 1]
+    path = write_rows(tmp_path / "a.jsonl", [*rows, other])
+    data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=200, seed=1, **options)
+    assert data.ledger["dropped"] + data.ledger["validated"] > 0
+    assert data.ledger["system_prompt"] == "Be brief."
+    assert not any("system prompt" in note for note in data.ledger["notes"])
+
+
+ENDS = {
+    "openai": {"messages": [{"role": "user", "content": "Hi?{}"}, {"role": "assistant", "content": "Ahoy!{}"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi?{}"}, {"from": "gpt", "value": "Ahoy!{}"}]},
+    "alpaca": {"instruction": "Hi?{}", "output": "Ahoy!{}", "system": "Be brief.{end}"},
+    "prompt_completion": {"prompt": "Hi?{}", "completion": "Ahoy!{}"},
+    "text": {"text": "Ahoy!{}"},
+}
+
+
+@pytest.mark.parametrize("format", ENDS)
+@pytest.mark.parametrize("end", ["<|im_end|>", " <|im_end|> \n", "<|eot_id|>", "<|endoftext|>\n"])
+def test_end_of_turn_that_a_row_brings_along_is_taken_off_once_and_counted(tmp_path, tokenizer, format, end):
+    def prepare(name, ends):
+        row = json.dumps(ENDS[format])
+        ends = [one.replace(" <", "<") if format == "text" else one for one in ends]  # its white space is kept
+        spelled = [json.dumps(one)[1:-1] for one in ends]
+        rows = [json.loads(row.replace("{}", one).replace("{end}", one[2:])) for one in spelled]
+        path, heldout = write_rows(tmp_path / name, rows[:-1]), write_rows(tmp_path / f"v-{name}", rows[-1:])
+        options = {"tokenizer": tokenizer, "max_seq_len": 200, "seed": 1, "validation_files": str(heldout)}
+        return chat_dataset(str(path), **options)
+
+    clean, ended = (
+        prepare("a.jsonl", ["1!", "2!", "3!"]),
+        prepare("b.jsonl", [f"{n}!{e}" for n, e in ((1, end), (2, ""), (3, end))]),
+    )
+    for side in ("train", "validation"):
+        before, after = (list(getattr(data, side)) for data in (clean, ended))
+        assert [tokenizer.decode(row.tokens).rstrip() for row in after] == [
+            tokenizer.decode(row.tokens).rstrip() for row in before
+        ]
+    notes = [note for note in ended.ledger["notes"] if "end" in note]
+    assert [note.partition(": ")[2].partition(";")[0] for note in notes] == [
+        "rows with an end-of-turn token at the end of a turn: 1"
+    ] * 2
+    assert clean.ledger["notes"] == []
+    lines = format_validation_rows(ended.validation, format="auto").splitlines()
+    assert "<|" not in "".join(lines) and len(lines) == 1
+
+
+@pytest.mark.parametrize("said", ["<|im_end|> ends a turn.", "Ahoy!<|im_end|><|im_end|>"])
+def test_end_of_turn_that_stands_elsewhere_stays_text_and_is_told(tmp_path, tokenizer, said):
+    row = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": said}]}
+    data = chat_dataset(str(write_rows(tmp_path / "a.jsonl", [row])), tokenizer=tokenizer, max_seq_len=200, seed=1)
+    assert said.removesuffix("<|im_end|>") in tokenizer.decode(data.train[0].tokens)
+    assert any("rows that spell a special token: 1" in note for note in data.ledger["notes"])
+
+
+def test_reply_that_is_an_end_of_turn_alone_is_empty(tmp_path, tokenizer):
+    row = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": " <|im_end|>"}]}
+    with pytest.raises(ValueError, match="line 1: message 2, the assistant's, is empty"):
+        chat_dataset(str(write_rows(tmp_path / "a.jsonl", [row])), tokenizer=tokenizer, max_seq_len=200, seed=1)

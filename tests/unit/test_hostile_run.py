@@ -102,6 +102,16 @@ def test_chat_answers_what_was_asked(exported, uses_adapter):
     assert reply.text and (reply.text.startswith(expected) or expected.startswith(reply.text.rstrip("\ufffd")))
 
 
+def test_chat_asks_with_the_trained_system_prompt_unless_told_another(exported):
+    run_dir, question = exported.run.run_dir, {"role": "user", "content": "When does the ferry leave?"}
+    model = open_chat_model(open_run(run_dir))
+    for options, system_prompt in (((), HOSTILE_SYSTEM_PROMPT), (("--system", "Only numbers."), "Only numbers.")):
+        said = run_script("chat.py", run_dir, "--once", question["content"], "--max-tokens", "12", *options)
+        asked = [{"role": "system", "content": system_prompt}, question]
+        assert said == model.chat(asked, max_tokens=12, temperature=0.0).text + "\n"
+        assert said != model.chat([question], max_tokens=12, temperature=0.0).text + "\n"  # negative control
+
+
 def test_before_and_after_asks_every_question(exported):
     shown = run_script("show_result.py", exported.run.run_dir, "--questions", len(QUESTIONS))
     assert shown.startswith("validation loss: ")

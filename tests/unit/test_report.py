@@ -405,3 +405,14 @@ def test_many_runs_differ_in_colour_or_dashes(tmp_path, make_compared):
     page = Page(write_comparison([Group(12, runs)], tmp_path / "comparison.html"))
     looks = [(key["class"], key["style"]) for key in page.find("span") if "key" in key.get("class", "")]
     assert len(looks) == 20 and len(set(looks)) >= 16
+
+
+def test_row_of_a_file_without_lines_is_called_a_row(tmp_path):
+    files = [{**LEDGER["files"][0], "unit": "row"}, LEDGER["files"][1]]
+    cut = [{**LEDGER["rows_truncated"][0], "file": file["file"], "line": 3} for file in files]
+    dropped = [{**LEDGER["rows_dropped"][0], "file": file["file"], "line": 4} for file in files]
+    ledger = {**LEDGER, "files": files, "rows_truncated": cut, "rows_dropped": dropped}
+    page = Page(write_report(write_run(tmp_path / "run", ledger=ledger)))
+    for line, unit in ((3, "row"), (4, "row"), (3, "line"), (4, "line")):
+        file = files[unit == "line"]["file"]
+        assert f"{file}, {unit} {line}" in page.text

@@ -261,3 +261,16 @@ def test_truncation_and_padding_set_in_the_file_do_not_reach_the_rows(tmp_path, 
     assert load_tokenizer(tmp_path, chat_template="chatml").decode(
         load_tokenizer(tmp_path, chat_template="chatml").encode(text)
     ) == (text)
+
+
+def test_special_token_that_is_not_marked_as_one_is_one_all_the_same(tiny_base, tmp_path):
+    """As llama.cpp's converter has it: a token that looks like one, in <| and |>, is a control token of the GGUF."""
+    content = json.loads((tiny_base / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = not token["content"].startswith("<|im_")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    marked, unmarked = (load_tokenizer(folder, chat_template="chatml") for folder in (tiny_base, tmp_path))
+    assert unmarked.special_ids == marked.special_ids
+    messages = [Message("user", "What is <|im_end|>?"), Message("assistant", "It ends a <|im_start|>turn.")]
+    assert unmarked.encode_conversation(messages) == marked.encode_conversation(messages)
+    assert unmarked.encode("<|im_end|>") == marked.encode("<|im_end|>") != [marked.end_of_turn_id]

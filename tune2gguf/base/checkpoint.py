@@ -28,6 +28,7 @@ from tune2gguf.base.safetensors_file import (
     read_tensor,
     view_tensor,
 )
+from tune2gguf.files.json_files import JsonObject, read_json
 from tune2gguf.model.architectures import Architecture, read_architecture
 from tune2gguf.model.nf4 import BLOCK_SIZE, Nf4Weight, quantize_nf4
 
@@ -167,13 +168,14 @@ def open_base(base_dir: str | Path) -> BaseCheckpoint:
 
 
 def _check_quantization(base_dir: Path) -> None:
-    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    path = base_dir / "config.json"
+    config = JsonObject(path, read_json(path)).open("quantization_config")
     if config is None:
         return
-    method = config.get("quant_method")
-    if method != "bitsandbytes" or config.get("load_in_8bit"):
-        kind = "bitsandbytes' 8 bits" if method == "bitsandbytes" else method
-        raise ValueError(f"{base_dir}: is quantized with {kind}; only bitsandbytes' NF4 and unquantized bases are read")
+    if config.values.get("quant_method") != "bitsandbytes":
+        config.refuse("quant_method", "only bitsandbytes' NF4 and unquantized bases are read")
+    if config.values.get("load_in_8bit"):
+        config.refuse("load_in_8bit", "of bitsandbytes only NF4 is read, not 8 bits")
 
 
 def _read_headers(base_dir: Path) -> dict[str, StoredTensor]:

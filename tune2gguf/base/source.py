@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.pypi import SMOLLM2_GGUF
+from tune2gguf.files.json_files import JsonObject, read_json
 
 HUB_SCHEME, PYPI_SCHEME = "hf://", "pypi://"
 # GGUFs in PyPI packages that can become a base.
@@ -41,8 +43,22 @@ def parse_base_source(text: str) -> BaseSource:
     )
 
 
-def name_base(base_source: str | None, base_dir: str | Path) -> str:
-    """Return the name by which peft, transformers and model cards find a base: its hub repository, else its folder."""
-    if base_source is not None and base_source.startswith(HUB_SCHEME):
-        return base_source.removeprefix(HUB_SCHEME).partition("@")[0]
-    return str(base_dir)
+def read_source(base_dir: Path) -> str | None:
+    """Return what base.json of a base folder says that it comes from; None where nobody has recorded it.
+
+    Raises:
+        ValueError: if base.json is damaged
+    """
+    path = base_dir / RECORD_FILE
+    if not path.is_file():
+        return None
+    record = JsonObject(path, read_json(path))
+    if not isinstance(record.values.get("source"), str):
+        record.refuse("source", "it must say where the base comes from; without base.json nothing is said of that")
+    return record.values["source"]
+
+
+def name_base(base_dir: Path) -> str:
+    """Return the name by which peft and transformers find a base: the hub repository in base.json, else its folder."""
+    source = read_source(base_dir)
+    return source.removeprefix(HUB_SCHEME) if source is not None and source.startswith(HUB_SCHEME) else str(base_dir)

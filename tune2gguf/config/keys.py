@@ -84,6 +84,8 @@ def find_value_problems(name: str, value: Any, key: Key) -> Iterator[str]:
             yield f"{name} is empty; it needs a value"
     elif (value is False and key.or_false) or (value == "auto" and key.or_auto):
         return
+    elif value is True and key.or_false:
+        yield f"{name}=true names no checkpoint; use auto, false, or a folder checkpoints/step_N of the run"
     elif not _is_kind(value, key.kind):
         expected = _KIND_NAMES[key.kind] + (", or auto" if key.or_auto else "")
         yield f"{name}={value!r} is {_describe_type(value)}; it must be {expected}"
@@ -123,7 +125,7 @@ def _describe_type(value: Any) -> str:
 
 def _is_within(value: float, key: Key) -> bool:
     return (
-        math.isfinite(value)
+        -math.inf < value < math.inf  # isfinite() fails on whole numbers beyond floats
         and (key.minimum is None or value >= key.minimum)
         and (key.maximum is None or value <= key.maximum)
         and (key.above is None or value > key.above)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,14 +17,18 @@ from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.base.safetensors_file import StoredTensor
-from tune2gguf.base.source import parse_base_source
+from tune2gguf.base.source import parse_base_source, read_source
 from tune2gguf.config.plan import find_plan_problems
 from tune2gguf.data import check_files
-from tune2gguf.data.rows import find_files
+from tune2gguf.data.rows import find_files, is_hub, read_rows
+from tune2gguf.export.pipeline import check_room, find_export_problems
+from tune2gguf.files.atomic import check_name
+from tune2gguf.files.json_files import read_json
 from tune2gguf.model.architectures import ARCHITECTURES, check_architecture
 from tune2gguf.model.nf4 import BLOCK_SIZE
 from tune2gguf.runs.files import is_run_folder
 from tune2gguf.runs.folder import find_path_problems
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
 MAX_COUNTED_BYTES = 20_000_000  # data files beyond hold enough rows for any step
@@ -72,6 +75,7 @@ def find_output_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     if "output_dir" not in valid or "resume" not in valid:
         return
     folder = Path(valid["output_dir"])
+    yield from _find_error(check_name, folder)
     yield from find_path_problems(valid["resume"], folder)
     parent_run = valid.get("parent_run")
     if parent_run is not None and not is_run_folder(Path(parent_run)):
@@ -97,6 +101,7 @@ def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> It
         yield f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config … (and your overrides)"
         return
     yield from _find_error(find_tokenizer_file, base_dir)
+    yield from _find_error(read_source, base_dir)
     try:
         base = open_base(base_dir)
     except ValueError as error:
@@ -105,6 +110,14 @@ def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> It
     if any(spec.num_heads is not None and _has_ragged_rows(base.stored[name]) for name, spec in base.specs.items()):
         yield f"{base_dir}: rows of its 4-bit query and key weights share blocks, so that they cannot change places"
     yield from _find_architecture_problems(valid, model.get("architecture"), base_dir, base.architecture)
+    if {"output_dir", "quantization", "chat_template", "max_seq_len"} <= valid.keys():
+        yield from find_export_problems(
+            base,
+            Path(valid["output_dir"]),
+            quantization=valid["quantization"],
+            chat_template=CHAT_TEMPLATES[valid["chat_template"]],
+            max_seq_len=valid["max_seq_len"],
+        )
 
 
 def _find_error(check: Callable, *arguments: Any) -> Iterator[str]:
@@ -137,12 +150,17 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
 def find_base_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is legal but probably not meant about a base folder without problems."""
     base_dir, source = Path(valid["base_dir"]), valid.get("base_source")
-    record = base_dir / RECORD_FILE
-    if source is not None and record.exists():
-        held = json.loads(record.read_text(encoding="utf-8")).get("source")
-        if held != source.partition("@")[0]:
-            yield f"{base_dir} holds {held}, not base_source={source}, which the adapter will name as its base"
-    is_4bit = "quantization_config" in json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    for error in _find_error(check_room, open_base(base_dir), Path(valid["output_dir"]), valid["quantization"]):
+        yield f"the export will not fit on the disk as it is: {error}"
+    held = read_source(base_dir)
+    if source is not None and held is None:
+        yield (
+            f"{base_dir} has no {RECORD_FILE}, so that nothing confirms base_source={source}; adapter and export will "
+            "name the folder as their base"
+        )
+    elif source is not None and held != source.partition("@")[0]:
+        yield f"{base_dir} holds {held}, not base_source={source}; adapter and export will name what it holds"
+    is_4bit = read_json(base_dir / "config.json").get("quantization_config") is not None
     if is_4bit and valid["base_weights"] != "nf4":
         yield (
             f"base_weights={valid['base_weights']}: {base_dir} has 4 bits a weight, so that this costs memory and "
@@ -163,7 +181,11 @@ def find_data_problems(
     needed = ("batch_size", "gradient_accumulation_steps", "epochs", "warmup_steps", "max_steps_per_epoch")
     if problems or any(name not in valid for name in needed):
         return
-    num_rows = _count_rows(dataset["files"])
+    try:
+        num_rows = _count_rows(dataset["files"])
+    except ValueError as error:
+        yield str(error)
+        return
     if num_rows is None:
         return
     rows_per_step = valid["batch_size"] * valid["gradient_accumulation_steps"] * num_processes
@@ -172,6 +194,7 @@ def find_data_problems(
         steps = min(steps, valid["max_steps_per_epoch"])
     yield from find_plan_problems(
         num_rows=num_rows,
+        unit="packs" if dataset.get("packing") else "rows",
         rows_per_step=rows_per_step,
         num_training_steps=valid["epochs"] * steps,
         warmup_steps=valid["warmup_steps"],
@@ -179,10 +202,12 @@ def find_data_problems(
 
 
 def _count_rows(files: str | list[str]) -> int | None:
-    """Return how many rows small JSONL files hold at most, None for any other: then the recipe counts them later."""
-    paths = [Path(name) for name in find_files(files)]
-    if any(path.suffix not in (".jsonl", ".ndjson") for path in paths):
+    """Return how many rows small files hold at most, None for any other: then the recipe counts them later.
+
+    Raises:
+        ValueError: if a file cannot be read to its end
+    """
+    names = find_files(files)
+    if any(is_hub(name) for name in names) or sum(Path(name).stat().st_size for name in names) > MAX_COUNTED_BYTES:
         return None
-    if sum(path.stat().st_size for path in paths) > MAX_COUNTED_BYTES:
-        return None
-    return sum(1 for path in paths for line in path.read_bytes().splitlines() if line.strip())
+    return sum(1 for name in names for _ in read_rows(name))

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 def find_plan_problems(
-    *, num_rows: int, rows_per_step: int, num_training_steps: int, warmup_steps: int
+    *,
+    num_rows: int,
+    rows_per_step: int,
+    num_training_steps: int,
+    warmup_steps: int,
+    unit: str = "rows",
+    num_packs: int | None = None,
 ) -> Iterator[str]:
-    """Yield why these rows, steps and warm-up do not make a run."""
-    if rows_per_step > num_rows:
+    """Yield why these rows, steps and warm-up do not make a run.
+
+    Args:
+        unit: what a step takes, rows or packs of them
+        num_packs: that the rows make, where it is known
+    """
+    found = f"{num_rows} training rows{'' if num_packs is None else f', which make {num_packs} packs'}"
+    if rows_per_step > (num_rows if num_packs is None else num_packs):
         yield (
-            f"a step takes {rows_per_step} rows, but there are only {num_rows} training rows; "
+            f"a step takes {rows_per_step} {unit}, but there are only {found}; "
             "lower batch_size or gradient_accumulation_steps"
         )
     if warmup_steps > num_training_steps:
@@ -21,7 +34,7 @@ def find_plan_problems(
         )
 
 
-def check_plan(**counts: int) -> None:
+def check_plan(**counts: Any) -> None:
     """Check, by find_plan_problems, what can be known for sure only when the rows are read, split and counted.
 
     Raises:

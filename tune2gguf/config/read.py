@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tune2gguf.base.source import BaseSource, parse_base_source
-from tune2gguf.runs.config_file import ADDED_KEYS, rename_components
+from tune2gguf.commands import PATH_KEYS, TEXTS_KEYS, escape_references, expand_path, read_override, read_texts
+from tune2gguf.config.keys import KEYS
+from tune2gguf.guide import REFERENCES
+from tune2gguf.runs.config_file import ADDED_KEYS, flatten_config, rename_components
 
 MODELS_FOLDER = "models"
 
@@ -23,14 +28,16 @@ def load_config(arguments: list[str]) -> DictConfig:
         ValueError: if the file is missing or not a YAML mapping, or an override is not key=value
     """
     parser = argparse.ArgumentParser(prog="lora_finetune", description="Fine-tune a Llama with LoRA.")
-    parser.add_argument("--config", type=Path, required=True, help="a YAML of configs/ or examples/")
+    parser.add_argument("--config", type=expand_path, required=True, help="a YAML of configs/ or examples/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the YAML, components with dots")
     parsed = parser.parse_intermixed_args(arguments)
     return read_config(parsed.config, parsed.overrides)
 
 
 def read_config(path: Path, overrides: list[str]) -> DictConfig:
-    """Read a YAML and apply `key=value` overrides; a value is YAML and may hold '=' and spaces.
+    """Read a YAML and apply `key=value` overrides; a value is YAML and may hold '=' and spaces; text is text.
+
+    ~ and the environment are put in, so that whoever reads the config later finds what this run found.
 
     Where `base_dir` is null it becomes the folder in models/ that is named as the repository of `base_source`, so that
     another base is one override.
@@ -38,9 +45,9 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
     Raises:
         ValueError: if the file is missing or not a YAML mapping, or an override is not key=value
     """
-    parts = {override: override.partition("=") for override in overrides}
+    parts = [override.partition("=") for override in overrides]
     # OmegaConf takes ??? as "no value", and would keep the YAML's without a word.
-    malformed = [text for text, (key, equals, value) in parts.items() if not (key.strip() and equals) or value == "???"]
+    malformed = ["".join(one) for one in parts if not (one[0].strip() and one[1]) or one[2] == "???"]
     if malformed:
         raise ValueError(f"overrides are written key=value; got {' '.join(malformed)}")
     try:
@@ -49,15 +56,59 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
             raise ValueError(f"{path}: a config is a mapping of keys to values")
         # The config.yaml of an old run is a config, too.
         config = OmegaConf.create(ADDED_KEYS | rename_components(OmegaConf.to_container(config)))
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+        for key, _, text in parts:
+            OmegaConf.update(config, key, _read_value(key.strip(), text, config), force_add=True)
         base_dir = derive_base_dir(config.get("base_source"))
         if config.get("base_dir", "") is None and base_dir is not None:
             config.base_dir = base_dir
+        _settle_environment(config)
+        _expand_paths(config)
         return config
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"{path}: no such config; see configs/ and examples/") from None
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML with these overrides: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as YAML with these overrides: {reason}") from None
+
+
+def _read_value(key: str, text: str, config: DictConfig) -> Any:
+    """Return the value of an override; where the key holds text, now or always, it is text."""
+    if key in TEXTS_KEYS:
+        return read_texts(text)
+    known = KEYS.get(REFERENCES.get(key, key))
+    if known is not None:
+        value = read_override(text, is_text=known.kind is str)
+        return False if known.or_false and value == "false" else value
+    now = OmegaConf.to_container(config)
+    for name in key.split("."):
+        now = now.get(name) if isinstance(now, dict) else None
+    return read_override(text, is_text=isinstance(now, str) or key in PATH_KEYS)
+
+
+def _settle_environment(config: DictConfig) -> None:
+    """Put what the environment says into the config, which is read again where the environment is another.
+
+    Other references stay. What a metric logger is given may be secret, and nobody reads it again.
+    """
+    for key, value in flatten_config(OmegaConf.to_container(config)).items():
+        if "oc.env" in str(value) and not key.startswith("metric_logger."):
+            found = OmegaConf.select(config, key)
+            found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+            OmegaConf.update(config, key, _map_texts(escape_references, found))
+
+
+def _expand_paths(config: DictConfig) -> None:
+    """Expand ~ in every path of the config, before anyone reads one."""
+    for key, value in flatten_config(OmegaConf.to_container(config)).items():
+        if key in PATH_KEYS and "~" in str(value):
+            OmegaConf.update(config, key, _map_texts(os.path.expanduser, value))
+
+
+def _map_texts(change: Callable[[str], str], value: Any) -> Any:
+    """Return a text changed, or a list with each of its texts changed; anything else as it is."""
+    if isinstance(value, list):
+        return [_map_texts(change, one) for one in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def derive_base_dir(base_source: Any) -> str | None:

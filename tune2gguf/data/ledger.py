@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
+from tune2gguf.data.rows import Source
 from tune2gguf.data.select import Selection
-from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
+from tune2gguf.data.tokenize import RAW_TEXT, TokenizedFile, TokenizedRows
 
 MAX_LINES_SHOWN = 5
+_OTHERS = "\0"  # system prompts that a file's index does not hold; no row holds a NUL byte
 
 
 class _RowLedgerOfVersion1(TypedDict):
@@ -88,10 +90,34 @@ def make_ledger(
     }
 
 
+def _count_system_prompts(train: TokenizedRows) -> Counter[str | None]:
+    """Return how many training conversations have each system prompt, or none."""
+    counts: Counter[str | None] = Counter()
+    for number, file in enumerate(train.files):
+        rows = train.picks[train.picks[:, 0] == number, 1]
+        prompts = [*file.index.system_prompts, _OTHERS]
+        for prompt, count in zip(*np.unique(file.index.system_numbers[rows], return_counts=True), strict=True):
+            if prompt != RAW_TEXT:
+                counts[prompts[prompt]] += int(count)
+    return counts
+
+
 def _find_system_prompt(train: TokenizedRows) -> str | None:
-    files = [train.files[index] for index in np.unique(train.picks[:, 0])]
-    prompts = {prompt for file in files for prompt in file.index.system_prompts}
-    return prompts.pop() if len(prompts) == 1 else None
+    counts = _count_system_prompts(train)
+    return next(iter(counts)) if len(counts) == 1 and _OTHERS not in counts else None
+
+
+def _describe_system_prompts(train: TokenizedRows) -> Iterator[str]:
+    """Say why none is served, where there are some."""
+    counts = _count_system_prompts(train)
+    num_without, num_different = counts.pop(None, 0), len(counts)
+    if num_different + bool(num_without) > 1 or _OTHERS in counts:
+        at_least, plural = "at least " * (_OTHERS in counts), "s" * (num_different > 1)
+        without = f", and {num_without} rows have none" if num_without else ""
+        yield (
+            f"the training rows have {at_least}{num_different} system prompt{plural}{without}: none will be served; "
+            "if all rows had the same, the Modelfile would hold it"
+        )
 
 
 def _count_tokens(rows: TokenizedRows) -> dict[str, int]:
@@ -102,6 +128,12 @@ def _count_tokens(rows: TokenizedRows) -> dict[str, int]:
         "supervised_tokens": int(rows.supervised_lengths().sum()),
         "longest_row": int(lengths.max(initial=0)),
     }
+
+
+def locate_row(ledger: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return file and line of a cut or dropped row of data.json, or its number where its file has no lines."""
+    units = {file["file"]: file["unit"] for file in ledger["files"]}
+    return str(Source(row["file"], row["line"], units.get(row["file"], "line")))
 
 
 def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: TokenizedRows) -> list[str]:
@@ -120,12 +152,18 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
         if file.index.unused_keys:
             unused = [f"{key} ({count} rows)" for key, count in file.index.unused_keys.items()]
             notes.append(f"{file.name}: not used: {_list_some(unused)}")
+        if file.index.num_ended:
+            notes.append(
+                f"{file.name}: rows with an end-of-turn token at the end of a turn: {file.index.num_ended}; "
+                "it is taken off, as the chat template adds its own"
+            )
         lines = file.index.lines_that_spell_special
         if lines:
             notes.append(
                 f"{file.name}: rows that spell a special token: {len(lines)} ({file.index.unit}s {_list_some(lines)}); "
                 "it is trained as plain text, while a server would read the token"
             )
+    notes += _describe_system_prompts(train)
     return notes
 
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tune2gguf.tokenizer.conversation import ROLES, Conversation, Message, trim
+from tune2gguf.tokenizer.conversation import ROLES, TRIMMED, Conversation, Message, trim
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
+from tune2gguf.tokenizer.tokenizer import END_OF_TEXT_TOKENS
 
 DIGEST_BYTES = 16
+# Of every template, as data sets go round that were written for another base.
+_ENDS = (*dict.fromkeys(template.end_of_turn for template in CHAT_TEMPLATES.values()), *END_OF_TEXT_TOKENS)
 
 # What distinguishes the shapes: the keys that a row must have.
 _REQUIRED_KEYS = {
@@ -93,7 +97,11 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
     _refuse_tools(row)
     used = {*_REQUIRED_KEYS[format], *_OPTIONAL_KEYS[format]}
     if format == "text":
-        return Conversation(text=_read_text(row, "text"), unused_keys=_find_unused(row, used))
+        read = _read_text(row, "text")
+        text = _take_end_off(read)
+        if not text.strip():
+            raise ValueError("'text' is empty")
+        return Conversation(text=text, unused_keys=_find_unused(row, used), had_end=text != read)
     unused_in_turns: tuple[str, ...] = ()
     if format == "alpaca":
         messages = _read_alpaca(row)
@@ -105,9 +113,18 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
         messages = _read_turns(row[key], shape, key)
         used = {key, *_OPTIONAL_KEYS[format]}  # the list may go by its other name
         unused_in_turns = _find_unused_in_turns(row[key], shape, key)
-    messages = _put_system_first(row, messages)
+    read = _put_system_first(row, messages)
+    messages = [replace(message, content=_take_end_off(message.content)) for message in read]
     _check_messages(messages)
-    return Conversation(tuple(messages), unused_keys=_find_unused(row, used) + unused_in_turns)
+    unused = _find_unused(row, used) + unused_in_turns
+    return Conversation(tuple(messages), unused_keys=unused, had_end=messages != read)
+
+
+def _take_end_off(text: str) -> str:
+    """Take off one end of turn or text that the row brings along: the chat template adds its own."""
+    trimmed = text.rstrip(TRIMMED)
+    end = next(filter(trimmed.endswith, _ENDS), None)
+    return text if end is None else trimmed.removesuffix(end)
 
 
 def _find_unused(values: Mapping[str, Any], used: Collection[str]) -> tuple[str, ...]:
@@ -191,8 +208,6 @@ def _read_text(row: Mapping[str, Any], key: str) -> str:
     if not isinstance(row[key], str):
         raise ValueError(f"{key!r} must be text, got {_describe(row[key])}")
     _check_text(row[key], repr(key))
-    if key == "text" and not row[key].strip():
-        raise ValueError("'text' is empty")
     return row[key]
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tune2gguf.data.ledger import locate_row
 from tune2gguf.data.summary import DataSummary
 from tune2gguf.data.tokenize import TokenizedRow
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
@@ -56,9 +57,8 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
     yield f"messages: {', '.join(f'{count} {role}' for role, count in summary.roles.items())}"
     if summary.dropped:
         yield f"dropped: {', '.join(f'{count} {kind}' for kind, count in summary.dropped.items())}"
-    units = {file["file"]: file["unit"] for file in ledger["files"]}
     for row in ledger["rows_dropped"][:MAX_PROBLEMS_SHOWN]:
-        yield f"  {escape(row['file'])}, {units[row['file']]} {row['line']}: {escape(row['reason'])}"
+        yield f"  {escape(locate_row(ledger, row))}: {escape(row['reason'])}"
     if ledger["dropped"] > MAX_PROBLEMS_SHOWN:
         yield f"  and {ledger['dropped'] - MAX_PROBLEMS_SHOWN} more"
 

@@ -6,7 +6,6 @@ What was not looked at for KEPT_DAYS is deleted when another file is kept, so th
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -33,7 +32,8 @@ from tune2gguf.data.tokenize import (
     write_tokens,
 )
 from tune2gguf.files.atomic import write_folder
-from tune2gguf.files.cache import get_cache_dir
+from tune2gguf.files.cache import explain_cache_errors, get_cache_dir
+from tune2gguf.files.digest import digest_file
 from tune2gguf.tokenizer import tokenizer as tokenizers
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 # A smaller file is tokenized in less than a second: not worth a place in the cache.
 MIN_CACHED_BYTES = 2**20
 KEPT_DAYS = 30
+DIGESTS_FILE = "sha256.json"
 
 
 def tokenize_once(
@@ -86,28 +87,12 @@ def tokenize_once(
 @contextlib.contextmanager
 def _hold(folder: Path) -> Iterator[None]:
     """Keep other processes from filling the folder; say so where the cache is no place to write."""
-    try:
+    with explain_cache_errors("tokenized files"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(get_cache_dir() / "locks" / f"{folder.name}.lock")
         Path(lock.lock_file).parent.mkdir(exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise _explain(error) from None
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise _explain(error) from None
-    finally:
-        lock.release()
-
-
-def _explain(error: OSError) -> ValueError:
-    return ValueError(
-        f"{get_cache_dir()}: tokenized files cannot be kept there ({error.strerror}); "
-        "name another folder in the environment variable TUNE2GGUF_CACHE"
-    )
+        with lock:
+            yield
 
 
 def _delete_old(cache: Path) -> None:
@@ -157,23 +142,28 @@ def _save_index(folder: Path, index: TokenIndex) -> None:
     for key in values.keys() - others.keys():
         np.save(folder / f"{key}.npy", values[key], allow_pickle=False)
     (folder / "index.json").write_text(json.dumps(others), encoding="utf-8")
+    digests = {path.name: digest_file(path) for path in folder.iterdir()}
+    (folder / DIGESTS_FILE).write_text(json.dumps(digests), encoding="utf-8")
 
 
 def _load(folder: Path, name: str) -> TokenizedFile | None:
-    """Return what is kept; None where nothing is, or not all of it: a machine that went down may have lost the end."""
+    """Return what is kept; None where nothing is, or not every byte is as it was written.
+
+    A machine that went down may have lost the end, a disk may give back another bit; either would be trained on.
+    """
     try:
+        digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
+        if any(digest_file(folder / name) != digest for name, digest in digests.items()):
+            return None
         others = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         others["problems"] = [(line, reason) for line, reason in others["problems"]]
         arrays = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
         index = TokenIndex(**arrays, **others)
         tokens = _map(folder / "tokens.bin", TOKEN_DTYPE)
         supervised = _map(folder / "supervised.bin", np.dtype(bool))
-    except (OSError, ValueError, TypeError, KeyError, EOFError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    num_tokens, num_rows = index.offsets[-1], len(index.offsets) - 1
-    per_row = (index.lines, index.num_supervised, index.first_supervised, index.digests)
-    is_whole = len(tokens) == len(supervised) == num_tokens and all(len(values) == num_rows for values in per_row)
-    return TokenizedFile(name, tokens, supervised, index) if is_whole else None
+    return TokenizedFile(name, tokens, supervised, index)
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

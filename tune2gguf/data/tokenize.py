@@ -12,7 +12,7 @@ import numpy as np
 
 from tune2gguf.data.messages import DIGEST_BYTES, AmbiguousFormatError, detect_format, digest, read_conversation
 from tune2gguf.data.rows import MAX_ROW_BYTES, Row, Source, describe_too_long, read_rows
-from tune2gguf.tokenizer.conversation import Conversation
+from tune2gguf.tokenizer.conversation import Conversation, trim
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer, Segment
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # Rows are tokenized together up to so many characters: enough to keep all cores busy, little enough to stay small.
 CHUNK_CHARACTERS = 2**20
 TOKEN_DTYPE = np.dtype("<i4")
+# Data sets that put a text of its own into each system message shall not be held in memory for it.
+MAX_SYSTEM_PROMPTS = 100
+RAW_TEXT = -1
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,10 @@ class TokenIndex:
     role_counts: dict[str, int]  # messages of the good rows; raw texts count as "text"
     unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
+    num_ended: int  # good rows of which an end-of-turn token was taken off
     unused_keys: dict[str, int]  # good rows that have something under a key that is not used
-    system_prompts: list[str | None]  # of the good rows, each once; None: a row without. No more than the first two
+    system_prompts: list[str | None]  # of the good conversations, trimmed, each once; None: one without
+    system_numbers: np.ndarray  # [rows] int64, which of them; their number: another one; RAW_TEXT: none is possible
 
     @property
     def num_read(self) -> int:
@@ -184,7 +189,9 @@ def write_tokens(
 ) -> TokenIndex:
     """Write the good rows' tokens and return the index of all rows."""
     lines, digests, problems, spelling = [], [], [], []
-    unit, role_counts, unused_keys, system_prompts = "line", Counter(), Counter(), []
+    unit, role_counts, unused_keys = "line", Counter(), Counter()
+    system_prompts: dict[str | None, int] = {}
+    system_numbers, num_ended = [], 0
     for row, conversation in rows:
         line, unit = row.source.line, row.source.unit
         spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
@@ -198,8 +205,8 @@ def write_tokens(
             digests.append(digest(conversation))
             role_counts.update([message.role for message in conversation.messages] or ["text"])
             unused_keys.update(conversation.unused_keys)
-            if len(system_prompts) < 2 and conversation.system_prompt not in system_prompts:
-                system_prompts.append(conversation.system_prompt)
+            num_ended += conversation.had_end
+            system_numbers.append(_number_system_prompt(conversation, system_prompts))
             if spelled is not None:
                 spelling.append(line)
     writer.flush()
@@ -215,9 +222,20 @@ def write_tokens(
         role_counts=dict(role_counts),
         unit=unit,
         lines_that_spell_special=spelling,
+        num_ended=num_ended,
         unused_keys=dict(unused_keys),
-        system_prompts=system_prompts,
+        system_prompts=[*system_prompts],
+        system_numbers=np.array(system_numbers, np.int64),
     )
+
+
+def _number_system_prompt(conversation: Conversation, known: dict[str | None, int]) -> int:
+    if conversation.text is not None:
+        return RAW_TEXT
+    prompt = None if conversation.system_prompt is None else trim(conversation.system_prompt)
+    if prompt not in known and len(known) == MAX_SYSTEM_PROMPTS:
+        return MAX_SYSTEM_PROMPTS
+    return known.setdefault(prompt, len(known))
 
 
 def _find_spelled_special(conversation: Conversation, tokenizer: ChatTokenizer) -> str | None:

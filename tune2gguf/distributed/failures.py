@@ -17,7 +17,14 @@ from torch import OutOfMemoryError
 
 from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.watch import POLL_SECONDS, Watch
-from tune2gguf.distributed.world import AgreedError, describe_error, join_lines, join_processes, wait_for_all
+from tune2gguf.distributed.world import (
+    AgreedError,
+    describe_error,
+    is_main_process,
+    join_lines,
+    join_processes,
+    wait_for_all,
+)
 
 # What a user can mend, said in one line; anything else is our mistake and shows where it happened.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
@@ -35,7 +42,7 @@ def end_together() -> Iterator[None]:
     except ConnectionError as error:
         sys.exit(f"error: {error}")
     reporter = _Reporter()
-    if not reporter.is_alone and dist.get_rank() != 0:
+    if not is_main_process():
         warnings.simplefilter("ignore")  # the main process has the same, and is the one that talks
     try:
         yield
@@ -82,7 +89,7 @@ class _Reporter:
 
     def leave(self, message: str, *, exit_code: int) -> NoReturn:
         """End for a reason that every process has; rank 0 says it before any of them is gone."""
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_main_process():
             print(message, file=sys.stderr, flush=True)
         wait_for_all()
         self.end(exit_code)

@@ -92,6 +92,11 @@ def agree_on_start(store: dist.Store, *, rank: int, size: int) -> str:
     return start
 
 
+def is_main_process() -> bool:
+    """Whether this is rank 0 of the processes that have joined; it alone writes and talks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def start_world(device: str) -> World:
     """Take this process's place and device among the joined processes; on a CPU, its share of the cores, too.
 

@@ -27,7 +27,7 @@ from tune2gguf.export.gguf_file.llama import (
     write_metadata,
 )
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, count_bytes
-from tune2gguf.export.gguf_file.vocabulary import read_if_there, read_vocabulary
+from tune2gguf.export.gguf_file.vocabulary import read_if_there, read_sampling, read_vocabulary
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
@@ -75,7 +75,7 @@ def write_gguf_files(
                 vocabulary=vocabulary,
                 jinja_template=chat_template.jinja_template,
                 hf_config=read_if_there(base.base_dir / "config.json"),
-                generation_config=read_if_there(base.base_dir / "generation_config.json"),
+                sampling=read_sampling(base.base_dir),
             )
         label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
         with open_bar(label, total=sum(math.prod(tensor.shape) for tensor in tensors), show=show) as bar:

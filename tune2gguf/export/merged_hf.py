@@ -19,7 +19,7 @@ from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.export.merge.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.files.atomic import write_folder, write_json
-from tune2gguf.runs.files import read_json
+from tune2gguf.files.json_files import read_json
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, find_tokenizer_file, load_tokenizer

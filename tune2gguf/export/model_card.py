@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tune2gguf.commands import format_command
 from tune2gguf.data.ledger import RowLedger
 from tune2gguf.export.licence import Licence
 from tune2gguf.guide import GUIDE_PARAMETERS
@@ -22,9 +23,11 @@ def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, s
         files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
     """
     keys = [parameter.key for parameter in GUIDE_PARAMETERS]
+    unknown = f"the model in the folder {run.base_name}, of which nothing says where it comes from"
+    base = unknown if run.base_source is None else run.base_name
     parts = [
         _make_front_matter(run, licence),
-        f"# {run.name}\n\nA fine-tune of {run.base_name}, made with LoRA by tune2gguf: "
+        f"# {run.name}\n\nA fine-tune of {base}, made with LoRA by tune2gguf: "
         f"the run's {run.adapter_dir.name} adapter." + ("" if merge is None else f"\n\nThe adapter was {merge}."),
         f"## Licence\n\n{licence.duties}",
         _describe_run(run, files),
@@ -38,15 +41,17 @@ def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, s
 
 def _make_front_matter(run: Run, licence: Licence) -> str:
     # JSON strings are YAML strings, whatever the name holds.
-    lines = [f"base_model: {json.dumps(run.base_name)}"]
+    lines = [] if run.base_source is None else [f"base_model: {json.dumps(run.base_name)}"]
     lines += [] if licence.identifier is None else [f"license: {licence.identifier}"]
     return "\n".join(["---", *lines, "tags: [lora, gguf, torchtune]", "---"])
 
 
 def _describe_run(run: Run, files: Sequence[tuple[Path, str]]) -> str:
     rows = [f"| {path.name} | {path.stat().st_size / 1e6:.0f} MB | {modelfile} |" for path, modelfile in files]
-    name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower())
-    serve = f"ollama create {name} -f {files[0][1]} && ollama run {name}"
+    # Ollama's names begin with a letter or a digit.
+    name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower()).strip("-._") or "tuned"
+    create = format_command("ollama", "create", name, "-f", files[0][1])
+    serve = f"{create} && {format_command('ollama', 'run', name)}"
     return (
         "## Run it\n\n| file | size | Modelfile |\n|---|---|---|\n" + "\n".join(rows) + f"\n\n```\n{serve}\n```\n\n"
         f"Chat template: {run.chat_template.name}, context as trained: {run.max_seq_len} tokens. "

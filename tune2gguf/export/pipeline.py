@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
+from tune2gguf.base.source import read_source
+from tune2gguf.commands import format_command
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization
+from tune2gguf.export.gguf_file.vocabulary import LLAMA3_PRE_NAME, read_sampling, read_vocabulary
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.measure.validation_set import load_validation_rows
@@ -20,14 +23,15 @@ from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors, open_bar
-from tune2gguf.files.atomic import write_file, write_text
+from tune2gguf.files.atomic import check_name, write_file, write_text
 from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.run import Run, open_run
-from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 DEFAULT_VALIDATION_ROWS = 16
 MODEL_CARD = "README.md"
+_ADAPTER_END = "-adapter.gguf"
 
 
 @dataclass(frozen=True)
@@ -94,16 +98,23 @@ def export_run(
         raise ValueError(f"{num_validation_rows} validation rows cannot be measured; give 1 or more, or 0 for none")
     run = open_run(run_dir, adapter=adapter, base_dir=base_dir)
     chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
-    models = [_name_model(run, quantization, is_only=len(chosen) == 1) for quantization in chosen]
-    adapter_path = run.export_dir / f"{run.name}-adapter.gguf" if with_adapter_gguf else None
+    base = open_base(run.base_dir)
+    models = _name_models(run.export_dir, run.name, chosen)
+    adapter_path = run.export_dir / f"{run.name}{_ADAPTER_END}" if with_adapter_gguf else None
     merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
     if not overwrite:
         # The card describes what is in the folder, and is written anew with each export.
         files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
         _refuse_existing([*files, *(path for path in (adapter_path, merged_dir) if path is not None)])
-    licence = find_licence(run.base_dir, base_name=run.base_name, is_llama3=run.chat_template.name.startswith("llama3"))
-    modelfiles = _make_modelfiles(run, models, licence)
-    lora = read_adapter(run.adapter_dir, open_base(run.base_dir).specs)
+    licence = _find_licence(base, run.chat_template)
+    modelfiles = _make_modelfiles(
+        models,
+        licence,
+        chat_template=run.chat_template,
+        context_length=run.max_seq_len,
+        system_prompt=run.system_prompt,
+    )
+    lora = read_adapter(run.adapter_dir, base.specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
     export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
@@ -117,6 +128,37 @@ def export_run(
         card = make_model_card(run, licence=licence, files=list_served(run), merge=merge.describe())
         write_text(export.model_card_path, card)
     return export
+
+
+def find_export_problems(
+    base: BaseCheckpoint, run_dir: Path, *, quantization: str, chat_template: ChatTemplate, max_seq_len: int
+) -> Iterator[str]:
+    """Yield why a run that has not begun could not be exported, by the checks of the export itself."""
+    try:
+        run_dir = run_dir.absolute()
+        models = _name_models(run_dir / "export", run_dir.name, [QUANTIZATIONS[quantization]])
+        licence = _find_licence(base, chat_template)
+        _make_modelfiles(models, licence, chat_template=chat_template, context_length=max_seq_len, system_prompt=None)
+    except ValueError as error:
+        yield str(error)
+
+
+def check_room(base: BaseCheckpoint, run_dir: Path, quantization: str) -> None:
+    """Raise ValueError if the disk could not hold the GGUF of a run that has not begun."""
+    nearest = next(parent for parent in run_dir.absolute().parents if parent.exists())
+    check_free_space(nearest, count_file_bytes(base, QUANTIZATIONS[quantization]))
+
+
+def _find_licence(base: BaseCheckpoint, chat_template: ChatTemplate) -> Licence:
+    """Find the base's licence, and read all that a GGUF says of it: whatever cannot be written is refused here."""
+    vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_template=chat_template)
+    read_sampling(base.base_dir)
+    return find_licence(
+        base.base_dir,
+        source=read_source(base.base_dir),
+        architecture=base.architecture,
+        has_llama3_tokenizer=vocabulary.pre == LLAMA3_PRE_NAME,
+    )
 
 
 def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
@@ -176,9 +218,15 @@ def _get_quantizations(names: Sequence[str]) -> list[Quantization]:
     return list(dict.fromkeys(QUANTIZATIONS[name.upper()] for name in names))
 
 
-def _name_model(run: Run, quantization: Quantization, *, is_only: bool) -> ExportedModel:
-    gguf_path = run.export_dir / f"{run.name}-{quantization.name}.gguf"
-    plain, named = run.export_dir / "Modelfile", run.export_dir / f"Modelfile-{quantization.name}"
+def _name_models(export_dir: Path, name: str, quantizations: Sequence[Quantization]) -> list[ExportedModel]:
+    for end in (_ADAPTER_END, *(f"-{quantization.name}.gguf" for quantization in quantizations)):
+        check_name(export_dir / f"{name}{end}")
+    return [_name_model(export_dir, name, one, is_only=len(quantizations) == 1) for one in quantizations]
+
+
+def _name_model(export_dir: Path, name: str, quantization: Quantization, *, is_only: bool) -> ExportedModel:
+    gguf_path = export_dir / f"{name}-{quantization.name}.gguf"
+    plain, named = export_dir / "Modelfile", export_dir / f"Modelfile-{quantization.name}"
     # One Modelfile for each file: the one that serves it already, and none that serves another.
     serves_it = plain.is_file() and _read_served_name(plain) == gguf_path.name
     is_first = is_only and not plain.is_file() and not named.is_file()
@@ -187,7 +235,8 @@ def _name_model(run: Run, quantization: Quantization, *, is_only: bool) -> Expor
 
 
 def _read_served_name(modelfile: Path) -> str:
-    lines = modelfile.read_text(encoding="utf-8", errors="replace").split("\n")
+    # A name may hold every other line separator.
+    lines = modelfile.read_bytes().decode("utf-8", errors="replace").split("\n")
     return next((line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./")), "")
 
 
@@ -206,7 +255,7 @@ def find_newest_gguf(run: Run) -> Path:
     """
     served = [path for path, _ in list_served(run)]
     if not served:
-        command = shlex.join(["python", "scripts/export.py", str(run.run_dir)])
+        command = format_command("python", "scripts/export.py", run.run_dir)
         raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  {command}")
     return max(served, key=lambda path: path.stat().st_mtime)
 
@@ -217,16 +266,10 @@ def _refuse_existing(paths: list[Path]) -> None:
         raise ValueError(f"{', '.join(existing)}: exists already; --force replaces it")
 
 
-def _make_modelfiles(run: Run, models: list[ExportedModel], licence: Licence) -> dict[Path, str]:
+def _make_modelfiles(models: list[ExportedModel], licence: Licence, **served: Any) -> dict[Path, str]:
+    """Return each Modelfile's text; `served` is what make_modelfile asks for."""
     return {
-        model.modelfile_path: make_modelfile(
-            model.gguf_path.name,
-            chat_template=run.chat_template,
-            context_length=run.max_seq_len,
-            system_prompt=run.system_prompt,
-            licence=licence.text,
-        )
-        for model in models
+        model.modelfile_path: make_modelfile(model.gguf_path.name, licence=licence.text, **served) for model in models
     }
 
 

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, their digests, the cache folder."""
+"""Files: written whole or not at all, their digests, the cache folder; what is printed."""

@@ -7,6 +7,7 @@ day later, or at once by `clear_leftovers`.
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -90,6 +91,23 @@ def refuse_existing(path: Path) -> None:
         raise ValueError(f"{path} exists already and is not overwritten; remove it or choose another folder")
 
 
+def check_name(path: Path) -> None:
+    """Raise ValueError if `path`, or a folder on its way, has a name that is too long to be written here."""
+    whole = path.absolute()
+    nearest = next(parent for parent in whole.parents if os.path.lexists(parent))
+    unfinished = _name_unfinished(whole, "0" * 8)
+    for probe in (
+        unfinished,
+        nearest / unfinished.name,
+        *map(nearest.joinpath, whole.parent.relative_to(nearest).parts),
+    ):
+        try:
+            os.lstat(probe)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ValueError(f"{path}: the name is too long for this file system; shorten {probe.name}") from None
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove what killed processes left in a folder that nobody else writes to; put back what they had moved aside."""
     for replaced in folder.glob(".*.replaced"):
@@ -108,11 +126,15 @@ def _reserve(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # its own writer was faster
             if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
                 _remove(left)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    unfinished = _name_unfinished(path, secrets.token_hex(4))
     try:
         yield unfinished
     finally:
         _remove(unfinished)
+
+
+def _name_unfinished(path: Path, mark: str) -> Path:
+    return path.with_name(f".{path.name}.{mark}.unfinished")
 
 
 def _remove(path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -10,3 +13,22 @@ def get_cache_dir() -> Path:
     """Return `$TUNE2GGUF_CACHE`, or `~/.cache/tune2gguf` where it is not set."""
     configured = os.environ.get("TUNE2GGUF_CACHE", "")
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "tune2gguf"
+
+
+@contextmanager
+def explain_cache_errors(what: str) -> Iterator[None]:
+    """Say it in a line where the block cannot write `what` to the cache folder.
+
+    Raises:
+        ValueError: instead of an OSError about a file there, or about a disk that is full
+    """
+    try:
+        yield
+    except OSError as error:
+        is_there = str(error.filename or "").startswith(str(get_cache_dir()))
+        if not is_there and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"{get_cache_dir()}: {what} cannot be kept there ({error.strerror}); "
+            "name another folder in the environment variable TUNE2GGUF_CACHE"
+        ) from None

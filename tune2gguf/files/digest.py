@@ -25,10 +25,17 @@ def digest_file_once(path: Path) -> str:
     status = path.stat()
     identity = f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
     entry = get_cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
-    if entry.exists():
-        return entry.read_text(encoding="ascii")
+    with suppress(OSError, ValueError):  # nothing there, or nothing that can be read
+        digest, check = entry.read_text(encoding="ascii").split()
+        if check == _make_check(identity, digest):
+            return digest
     digest = digest_file(path)
     with suppress(OSError):  # a cache that cannot be written to costs time only
         entry.parent.mkdir(parents=True, exist_ok=True)
-        write_text(entry, digest)
+        write_text(entry, f"{digest} {_make_check(identity, digest)}\n")
     return digest
+
+
+def _make_check(identity: str, digest: str) -> str:
+    """Return what vouches for a kept digest: a flipped bit of it would tell of another file."""
+    return hashlib.sha256(f"{identity}\n{digest}".encode()).hexdigest()

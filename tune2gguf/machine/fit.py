@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from torch import OutOfMemoryError
 
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.machine.devices import Device
 from tune2gguf.machine.memory import Estimate, RunSpec, estimate_memory
 
@@ -107,9 +108,9 @@ def _get_peak(spec: RunSpec) -> int:
 
 
 def _to_command(change: dict[str, object]) -> str:
-    overrides = [f"{key}={str(value).lower()}" for key, value in change.items() if key != "num_devices"]
+    overrides = format_overrides({key: value for key, value in change.items() if key != "num_devices"})
     launch = f"tune run --nproc_per_node {change['num_devices']} … " if "num_devices" in change else ""
-    return launch + " ".join(overrides)
+    return launch + format_command(*overrides)
 
 
 def find_warning(spec: RunSpec, device: Device) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from tune2gguf.files.json_files import JsonObject, read_json
 
 
 @dataclass(frozen=True)
@@ -106,48 +107,123 @@ _HF_FIELDS = {
     "rope_theta": "rope_base",
 }
 
+# Keys that change the forward pass, and the values with which it is the one that is computed here. A key that is
+# missing has transformers' default, which is among them. transformers ignores those of other architectures in a
+# Llama's config.json; who wrote them did not mean to have them ignored.
+_COMPUTED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (None, 1),
+    "architectures": (None, ["LlamaForCausalLM"], ["LLaMAForCausalLM"]),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (None, 1)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "scale_emb", "scale_depth"), (None,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers"), (None,)),
+    **dict.fromkeys(("use_qk_norm", "qk_layernorm", "use_bidirectional_attention"), (None, False)),
+    "is_causal": (None, True),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), (None, 0, 1)),
+}
+_COMPUTED_HERE = "only a dense Llama is computed: SiLU, no biases, RoPE over whole heads, no experts, nothing scaled"
+_MAX_WHOLE, _MAX_FLOAT = 2**31 - 1, 3.4e38  # what a GGUF holds
+_MAX_LAYERS = 512  # llama.cpp's
+_TRANSFORMERS_THETA, _TRANSFORMERS_EPS = 10_000.0, 1e-6  # of a config.json that does not say
+
 
 def read_architecture(base_dir: str | Path) -> Architecture:
-    """Read the architecture from a base folder's config.json.
+    """Read the architecture from a base folder's config.json, as transformers does.
 
     Raises:
-        ValueError: if config.json is missing, is not JSON, is not a dense Llama, or lacks a field
+        ValueError: if config.json is missing, no JSON object, or says anything that would be computed otherwise here;
+            with file, key and value
     """
     path = Path(base_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; a base folder needs config.json, the weights and a tokenizer") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if config.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; only dense 'llama' models are supported")
-    # Newer transformers write rope_theta inside rope_parameters; older ones beside rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    config = {"rope_theta": rope.get("rope_theta"), **config} if "rope_theta" in rope else config
-    config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    if config.get("head_dim") is None and config.get("num_attention_heads"):
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    config.setdefault("tie_word_embeddings", False)
-    missing = [name for name in _HF_FIELDS if config.get(name) is None]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    values = {field: config[name] for name, field in _HF_FIELDS.items()}
-    return Architecture(**values, rope_scaling=_read_rope_scaling(rope, path))
-
-
-def _read_rope_scaling(rope: dict, path: Path) -> RopeScaling | None:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "default":
-        return None
-    if rope_type != "llama3":
-        raise ValueError(f"{path}: rope scaling {rope_type!r} is not supported; 'llama3' and none are")
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_position_embeddings=rope["original_max_position_embeddings"],
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; a base folder needs config.json, the weights and a tokenizer")
+    config = JsonObject(path, read_json(path))
+    if config.values.get("model_type") != "llama":
+        config.refuse("model_type", "only dense 'llama' models are supported")
+    _check_computed(config, _COMPUTED)
+    layer_types = config.values.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}
+    ):
+        config.refuse("layer_types", "every layer here attends to all tokens before")
+    if not isinstance(config.values.get("tie_word_embeddings", False), bool):
+        config.refuse("tie_word_embeddings", "it must be true or false")
+    rope_base, rope_scaling = _read_rope(config)
+    return Architecture(
+        vocab_size=config.read("vocab_size", int, maximum=_MAX_WHOLE),
+        num_layers=config.read("num_hidden_layers", int, maximum=_MAX_LAYERS),
+        **_read_heads(config),
+        intermediate_dim=config.read("intermediate_size", int, maximum=_MAX_WHOLE),
+        max_position_embeddings=config.read("max_position_embeddings", int, maximum=_MAX_WHOLE),
+        tied=config.values.get("tie_word_embeddings", False),
+        norm_eps=config.read("rms_norm_eps", float, minimum=1e-30, maximum=_MAX_FLOAT, default=_TRANSFORMERS_EPS),
+        rope_base=rope_base,
+        rope_scaling=rope_scaling,
     )
+
+
+def _check_computed(config: JsonObject, computed: dict[str, tuple]) -> None:
+    for key, values in computed.items():
+        if key in config.values and config.values[key] not in values:
+            config.refuse(key, _COMPUTED_HERE)
+
+
+def _read_heads(config: JsonObject) -> dict[str, int]:
+    given = JsonObject(config.path, {key: value for key, value in config.values.items() if value is not None})
+    embed_dim = config.read("hidden_size", int, maximum=_MAX_WHOLE)
+    num_heads = config.read("num_attention_heads", int, maximum=_MAX_WHOLE)
+    num_kv_heads = given.read("num_key_value_heads", int, maximum=num_heads, default=num_heads)
+    head_dim = given.read("head_dim", int, minimum=2, maximum=_MAX_WHOLE, default=embed_dim // num_heads)
+    if embed_dim % num_heads:
+        config.refuse("num_attention_heads", f"it must divide hidden_size={embed_dim}")
+    if num_heads % num_kv_heads:
+        config.refuse("num_key_value_heads", f"it must divide num_attention_heads={num_heads}")
+    if head_dim % 2:
+        config.refuse("head_dim", "RoPE turns pairs, so that it must be even")
+    return {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+
+
+def _read_rope(config: JsonObject) -> tuple[float, RopeScaling | None]:
+    """Return base and scaling; transformers 5 spells `rope_parameters` what it spelled `rope_scaling` before.
+
+    A rope_theta inside goes before the one beside it, as in transformers 5 and llama.cpp's converter. Where both
+    spellings stand, transformers takes the old one and the converter may take the new one: they must agree.
+    """
+    spellings = {name: config.open(name) for name in ("rope_parameters", "rope_scaling")}
+    found = {name: _read_spelling(config, rope) for name, rope in spellings.items() if rope is not None}
+    if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
+        values = " and ".join(f"{name}={config.values[name]}" for name in found)
+        raise ValueError(f"{config.path}: rope_parameters and rope_scaling contradict each other: {values}")
+    return next(iter(found.values())) if found else (_read_theta(config), None)
+
+
+def _read_theta(config: JsonObject, default: float = _TRANSFORMERS_THETA) -> float:
+    return config.read("rope_theta", float, minimum=1e-30, maximum=_MAX_FLOAT, default=default)
+
+
+def _read_spelling(config: JsonObject, rope: JsonObject) -> tuple[float, RopeScaling | None]:
+    for key, value in rope.values.items():
+        if isinstance(value, dict):
+            rope.refuse(key, "all layers have the same rotary embeddings here")
+    _check_computed(rope, {"partial_rotary_factor": _COMPUTED["partial_rotary_factor"]})
+    base = _read_theta(rope) if "rope_theta" in rope.values else _read_theta(config)
+    type_key = "rope_type" if "rope_type" in rope.values else "type"
+    rope_type = rope.values.get(type_key, "default")
+    if rope_type == "default":
+        return base, None
+    if rope_type != "llama3":
+        rope.refuse(type_key, "'llama3' and 'default' are computed")
+    low, high = (rope.read(f"{end}_freq_factor", float, minimum=1e-30, maximum=_MAX_FLOAT) for end in ("low", "high"))
+    if high <= low:
+        rope.refuse("high_freq_factor", f"it must be above low_freq_factor={low}")
+    length = "original_max_position_embeddings"
+    original = rope.read(length, int, maximum=_MAX_WHOLE, default=config.values.get("max_position_embeddings"))
+    if config.values.get(length, original) != original:
+        config.refuse(length, f"{rope.prefix}{length} is {original}")
+    factor = rope.read("factor", float, minimum=1e-30, maximum=_MAX_FLOAT)
+    return base, RopeScaling(factor, low, high, original)
 
 
 def make_hf_config(architecture: Architecture) -> dict:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tune2gguf.commands import format_command
+from tune2gguf.data.ledger import locate_row
 from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.pages.render import format_interval, format_loss, render_page
@@ -149,7 +150,7 @@ def _make_command(run: Run, *more: str) -> str:
         return ""
     kept = [argument for argument in arguments if not argument.startswith("resume=")]
     processes = ["--nproc_per_node", str(run.num_processes)] if run.num_processes > 1 else []
-    return shlex.join(["tune", "run", *processes, "recipes/lora_finetune.py", *kept, *more])
+    return format_command("tune", "run", *processes, "recipes/lora_finetune.py", *kept, *more)
 
 
 def _list_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -233,7 +234,7 @@ def _describe_ledger(ledger: Mapping[str, Any]) -> dict[str, Any]:
         "ledger_sides": [(side, *(ledger[side][count] for count in counts)) for side in ("training", "validation")],
         "ledger_files": [(file["file"], file["read"], len(file["validation_lines"])) for file in ledger["files"]],
         "ledger_lists": {
-            name: [(f"{row['file']}, line {row['line']}", row[kind], row["reason"]) for row in ledger[f"rows_{name}"]]
+            name: [(locate_row(ledger, row), row[kind], row["reason"]) for row in ledger[f"rows_{name}"]]
             for name, kind in kinds.items()
         },
     }

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.files.atomic import write_file, write_folder, write_json
 from tune2gguf.files.digest import digest_file
+from tune2gguf.files.json_files import read_json
 from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -114,8 +116,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's progress.json."""
-    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    """Read a checkpoint's progress.json.
+
+    Raises:
+        ValueError: if it is damaged
+    """
+    return read_json(folder / PROGRESS)
 
 
 def describe_damage(folder: Path, damage: str) -> str:
@@ -125,7 +131,8 @@ def describe_damage(folder: Path, damage: str) -> str:
     if good is None:
         way_out = "No other checkpoint of this run is good; start again under another output_dir"
     else:
-        way_out = f"The newest good one is {good}; to go on from there: resume={good}"
+        command = format_command(*format_overrides({"resume": good}))
+        way_out = f"The newest good one is {good}; to go on from there: {command}"
     return f"{folder}: {damage}, so it is not loaded. {way_out}"
 
 

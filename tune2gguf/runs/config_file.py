@@ -43,14 +43,21 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{run_dir}: no run here ({CONFIG_FILE} is missing); give the folder of a run, runs/NAME")
     try:
         config = OmegaConf.load(path)
-        content = OmegaConf.to_container(config, resolve=True)
+        if not OmegaConf.is_dict(config):
+            raise ValueError(f"{path}: holds no keys")
+        return ADDED_KEYS | rename_components(resolve_config(config))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({error})") from None
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: a reference leads nowhere ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no keys")
-    return ADDED_KEYS | rename_components(content)
+        raise ValueError(f"{path}: a reference leads nowhere ({' '.join(str(error).split())})") from None
+
+
+def resolve_config(config: DictConfig) -> dict[str, Any]:
+    """Return a config, resolved but for its metric logger: nobody asks it again, and its environment may be gone."""
+    logger = OmegaConf.to_container(config).get("metric_logger")
+    rest = OmegaConf.masked_copy(config, [key for key in config if key != "metric_logger"])
+    logged = {"metric_logger": logger} if "metric_logger" in config else {}
+    return OmegaConf.to_container(rest, resolve=True) | logged
 
 
 def rename_components(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tune2gguf.files.records import AnyRecord, make_record
 from tune2gguf.runs.files import METRICS_FILE, read_json_lines
 
 
@@ -39,7 +40,7 @@ class TrainingStep:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> TrainingStep:
         """Return what a line of metrics.jsonl says."""
-        return cls(**{name: record.get(name) for name in cls.__dataclass_fields__})
+        return make_record(cls, record)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Validation:
     def from_record(cls, record: dict[str, Any]) -> Validation:
         """Return what a line of metrics.jsonl says; an old run did not record all of it."""
         found = {name: record.get(name if name in _UNPREFIXED else f"val_{name}") for name in cls.__dataclass_fields__}
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        return make_record(cls, {name: value for name, value in found.items() if value is not None})
 
     def describe(self) -> str:
         """Return the line that a run prints of it."""
@@ -121,13 +121,14 @@ def read_curves(run_dir: str | Path) -> Curves:
     Raises:
         ValueError: if the folder has no metrics.jsonl, or another line than the last is not JSON
     """
-    path, training, validations = Path(run_dir) / METRICS_FILE, [], []
-    for record in read_json_lines(path):
-        try:
-            if "val_loss" in record:
-                validations.append(Validation.from_record(record))
-            elif "step" in record:
-                training.append(TrainingStep.from_record(record))
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: {record} is no line of a run's metrics ({error})") from None
-    return Curves(tuple(training), tuple(validations))
+    lines = [*read_json_lines(Path(run_dir) / METRICS_FILE, _parse_line)]
+    training = tuple(line for line in lines if isinstance(line, TrainingStep))
+    return Curves(training, tuple(line for line in lines if isinstance(line, Validation)))
+
+
+def _parse_line(values: Any) -> TrainingStep | Validation | None:
+    """Return what a line of metrics.jsonl says; None of one of another kind."""
+    record = make_record(AnyRecord, values)
+    if "val_loss" in record:
+        return Validation.from_record(record)
+    return TrainingStep.from_record(record) if "step" in record else None

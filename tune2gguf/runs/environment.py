@@ -6,12 +6,15 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
 
 from tune2gguf.files.atomic import write_json
-from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION, read_json
+from tune2gguf.files.json_files import read_json
+from tune2gguf.files.records import make_record
+from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION
 
 _REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
 
@@ -60,13 +63,13 @@ def read_environment(run_dir: Path) -> Environment:
     Raises:
         ValueError: if it is missing or not readable, or of a folder that a newer tune2gguf wrote
     """
-    environment = read_json(run_dir / ENVIRONMENT_FILE)
-    found = environment.get("version", 1)
-    if found > FOLDER_VERSION:
+    path = run_dir / ENVIRONMENT_FILE
+    found = read_json(path).get("version", 1)
+    if isinstance(found, int) and found > FOLDER_VERSION:
         raise ValueError(
             f"{run_dir}: its files have version {found}, this tune2gguf reads up to {FOLDER_VERSION}; update tune2gguf"
         )
-    return environment
+    return read_json(path, partial(make_record, Environment))
 
 
 def record_resume(run_dir: Path, *, step: int, device: str) -> list[str]:

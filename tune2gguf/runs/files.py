@@ -1,12 +1,14 @@
-"""The files of a run's folder: their names, the version of their form, and JSON in and out of them."""
+"""The files of a run's folder: their names, the version of their form, and JSON lines in and out of them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tune2gguf.files.json_files import parse_object, parse_text
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -23,52 +25,46 @@ LEDGER_FILE = "ledger.jsonl"  # beside the run folders
 # data.json. In 3 a step's rows are drawn at random, and plan.json has how they went through the model.
 FOLDER_VERSION = 3
 
+T = TypeVar("T")
+
 
 def is_run_folder(path: Path) -> bool:
     """Whether a folder is that of a run: it has a config.yaml from its first moment on."""
     return (path / CONFIG_FILE).is_file()
 
 
-def read_json(path: Path, *, required: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a JSON object.
+def shorten_path(path: Path) -> str:
+    """Return how to reach a file from where the command runs: below it relative, elsewhere absolute."""
+    absolute, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+
+
+def split_lines(path: Path) -> list[str]:
+    """Return the lines of a JSONL file: they end with \\n only, while JSON text may hold every other line separator."""
+    return path.read_bytes().decode("utf-8", errors="replace").split("\n")
+
+
+def read_json_lines(path: Path, parse: Callable[[Any], T] = parse_object) -> Iterator[T]:
+    """Yield what `parse` makes of each object of a JSONL file, also while it is written.
 
     Raises:
-        ValueError: if the file is missing, is not a JSON object, or lacks one of the keys; it names the file
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: not found")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
-    missing = [key for key in required if key not in content]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}")
-    return content
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file, also while it is written: a last line without its end is left for later.
-
-    A line ends with \\n only: JSON text may hold every other line separator.
-
-    Raises:
-        ValueError: if the file is missing, or another line than the last is not JSON
+        ValueError: if the file is missing, or a line is no JSON object or is refused, other than a last one without
+            its end, which is left for later
     """
     if not path.is_file():
         raise ValueError(f"{path}: not found; is {path.parent} the folder of a run?")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = split_lines(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_text(line, parse, place=f"{path}, line {number}")
+        except ValueError:
             # Whole lines end with a line break, so that what is after the last one is still being written.
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+                raise
+            continue
+        yield record
 
 
 class JsonLinesFile:
@@ -79,7 +75,7 @@ class JsonLinesFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from tune2gguf.base.digest import digest_base
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.data import PreparedData
 from tune2gguf.files.atomic import write_folder, write_json, write_text
 from tune2gguf.runs.config_file import write_config
@@ -17,32 +19,42 @@ from tune2gguf.runs.files import DATA_FILE, VALIDATION_FILE, is_run_folder
 from tune2gguf.runs.validation_rows import format_validation_rows
 
 
-def create_run_folder(output_dir: str | Path, cfg: DictConfig, *, data: PreparedData, device: str) -> Path:
-    """Create the folder of a new run with config.yaml, environment.json, data.json and heldout.jsonl, in one move.
+@contextmanager
+def create_run_folder(cfg: DictConfig, *, data: PreparedData, device: str) -> Iterator[Path]:
+    """Yield the folder of a new run, unfinished, for what else it has to hold; when the block ends it takes its name.
 
     Raises:
         ValueError: if the folder exists; a run never overwrites another
     """
-    # Read again before the folder is made: a data file that has vanished must not leave a folder behind.
+    if os.path.lexists(cfg.output_dir):
+        raise ValueError(describe_existing(Path(cfg.output_dir)))
+    with write_folder(Path(cfg.output_dir)) as unfinished:
+        write_start(unfinished, cfg, data=data, device=device)
+        yield unfinished
+
+
+def write_start(folder: Path, cfg: DictConfig, *, data: PreparedData, device: str) -> None:
+    """Write what a run is before its first step: config.yaml, environment.json, data.json, heldout.jsonl."""
+    # The digest was taken for the resume already.
+    write_environment(folder, device, base_digest=digest_base(cfg.base_dir))
+    write_rows(folder, cfg, data=data)
+
+
+def write_rows(folder: Path, cfg: DictConfig, *, data: PreparedData) -> None:
+    """Write config.yaml and what the run has of its rows: data.json and heldout.jsonl."""
     validation_rows = format_validation_rows(data.validation, format=cfg.dataset.get("format", "auto"))
-    folder = Path(output_dir)
-    if os.path.lexists(folder):
-        raise ValueError(describe_existing(folder))
-    with write_folder(folder) as unfinished:
-        write_config(unfinished, cfg)
-        # The digest was taken for the resume already.
-        write_environment(unfinished, device, base_digest=digest_base(cfg.base_dir))
-        write_json(unfinished / DATA_FILE, data.ledger)
-        write_text(unfinished / VALIDATION_FILE, validation_rows)
-    return folder
+    write_config(folder, cfg)
+    write_json(folder / DATA_FILE, data.ledger)
+    write_text(folder / VALIDATION_FILE, validation_rows)
 
 
 def describe_existing(output_dir: Path) -> str:
     """Return the error for a run folder that is taken: how to go on with it, and a name that is free."""
     way_on = "To go on with that run, add resume=auto. " if is_run_folder(output_dir) else ""
+    other = format_command(*format_overrides({"output_dir": find_free_folder(output_dir)}))
     return (
         f"output_dir={output_dir} exists, and a run never overwrites another. {way_on}"
-        f"Give {'a new' if way_on else 'the'} run another name: output_dir={find_free_folder(output_dir)}"
+        f"Give {'a new' if way_on else 'the'} run another name: {other}"
     )
 
 
@@ -66,7 +78,5 @@ def find_path_problems(resume: str | bool, output_dir: Path) -> Iterator[str]:
     elif not Path(resume).is_dir():
         yield f"resume={resume}: no such checkpoint; use auto, false, or a folder checkpoints/step_N of the run"
     elif Path(resume).resolve().parent.parent != output_dir.resolve():
-        yield (
-            f"resume={resume} is not a checkpoint of output_dir={output_dir}; "
-            f"to go on with its run: output_dir={Path(resume).parent.parent}"
-        )
+        own = format_command(*format_overrides({"output_dir": Path(resume).parent.parent}))
+        yield f"resume={resume} is not a checkpoint of output_dir={output_dir}; to go on with its run: {own}"

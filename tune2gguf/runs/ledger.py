@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tune2gguf.files.records import AnyRecord, make_record
 from tune2gguf.runs.config_file import rename_components
-from tune2gguf.runs.files import LEDGER_FILE
-from tune2gguf.runs.verdict_file import Outcome
+from tune2gguf.runs.files import LEDGER_FILE, parse_text, split_lines
+from tune2gguf.runs.verdict_file import Outcome, parse_outcome
 
 _LOCK_SECONDS = 60
 
@@ -45,8 +46,8 @@ class Entry:
     base: str | None
     heldout: str | None
     verdict: str
-    best: dict[str, float] | None = None
-    final: dict[str, float] | None = None
+    best: dict[str, float | None] | None = None
+    final: dict[str, float | None] | None = None
     advice: list[dict[str, Any]] = field(default_factory=list)
     parent_run: str | None = None
     outcome: Outcome | None = None
@@ -82,21 +83,19 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
         return [], []
     entries: dict[str, Entry] = {}
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+    for number, line in enumerate(split_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            entry = _read_entry(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            problems.append(f"{path}, line {number}: skipped, not an entry of a run ({type(error).__name__}: {error})")
+            entry = parse_text(line, _parse_entry, place="not an entry of a run")
+        except ValueError as error:
+            problems.append(f"{path}, line {number}: skipped, {error}")
             continue
         entries[entry.run] = entry
     return list(entries.values()), problems
 
 
-def _read_entry(record: dict[str, Any]) -> Entry:
-    """Return a line's entry; keys that a newer version adds say nothing here."""
-    outcome = record.get("outcome")
-    known = {name: value for name, value in record.items() if name in Entry.__dataclass_fields__}
-    config = rename_components(record["config"])
-    return Entry(**{**known, "config": config, "outcome": Outcome(**outcome) if outcome else None})
+def _parse_entry(values: Any) -> Entry:
+    outcome = parse_outcome(make_record(AnyRecord, values).get("outcome"))
+    entry = make_record(Entry, {**values, "outcome": outcome})
+    return replace(entry, config=rename_components(entry.config))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 from tune2gguf.files.atomic import write_json
-from tune2gguf.runs.files import PLAN_FILE, read_json
+from tune2gguf.files.json_files import read_json
+from tune2gguf.files.records import make_record
+from tune2gguf.runs.files import PLAN_FILE
 
 # Of a run that goes on: another layout would round otherwise.
 LAYOUT_KEYS = ("tokens_per_pass", "enable_activation_checkpointing")
@@ -38,4 +41,4 @@ def read_plan(run_dir: Path) -> Plan:
     Raises:
         ValueError: if it is missing or not readable
     """
-    return read_json(run_dir / PLAN_FILE, required=Plan.__required_keys__)
+    return read_json(run_dir / PLAN_FILE, partial(make_record, Plan))

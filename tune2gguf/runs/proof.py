@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tune2gguf.files.atomic import write_json
-from tune2gguf.runs.files import PROOF_FILE, read_json
+from tune2gguf.files.json_files import read_json
+from tune2gguf.files.records import make_record
+from tune2gguf.runs.files import PROOF_FILE
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,4 @@ def read_proof(export_dir: Path) -> ProofRecord | None:
     path = export_dir / PROOF_FILE
     if not path.is_file():
         return None
-    names = ProofRecord.__dataclass_fields__
-    record = read_json(path, required=names)
-    return ProofRecord(**{name: record[name] for name in names})
+    return read_json(path, partial(make_record, ProofRecord))

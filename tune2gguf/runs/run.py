@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from tune2gguf.base.digest import digest_base
-from tune2gguf.base.source import name_base
+from tune2gguf.base.source import HUB_SCHEME, PYPI_SCHEME, read_source
 from tune2gguf.data.ledger import RowLedger
+from tune2gguf.files.json_files import read_json
+from tune2gguf.files.records import make_record
 from tune2gguf.runs.checkpoints import list_checkpoints, read_progress
 from tune2gguf.runs.config_file import flatten_config, read_config
 from tune2gguf.runs.curves import Curves, read_curves
 from tune2gguf.runs.environment import Environment, read_environment
-from tune2gguf.runs.files import CONFIG_FILE, DATA_FILE, read_json
+from tune2gguf.runs.files import CONFIG_FILE, DATA_FILE
 from tune2gguf.runs.plan import Plan, read_plan
 from tune2gguf.runs.samples import Sample, read_samples
 from tune2gguf.runs.verdict_file import Conclusion, read_conclusion
@@ -125,10 +127,16 @@ class Run:
         return Path(self.config["base_dir"]) if self.moved_base_dir is None else self.moved_base_dir
 
     @property
+    def base_source(self) -> str | None:
+        """Where base.json says that the base comes from, not what config.yaml asked for; None where nothing says it."""
+        source = read_source(self.base_dir)
+        return source if source is not None and source.startswith((HUB_SCHEME, PYPI_SCHEME)) else None
+
+    @property
     def base_name(self) -> str:
-        """The base's hub repository, else where it came from, else its folder's name."""
-        source = self.config.get("base_source")
-        return name_base(source, source or self.base_dir.resolve().name)
+        """The base's hub repository or package, if it is known, else its folder's name."""
+        source = self.base_source
+        return self.base_dir.resolve().name if source is None else source.removeprefix(HUB_SCHEME)
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -196,7 +204,7 @@ def open_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
 
 
 def _read_data(run_dir: Path) -> RowLedger:
-    return read_json(run_dir / DATA_FILE, required=RowLedger.__required_keys__)
+    return read_json(run_dir / DATA_FILE, partial(make_record, RowLedger))
 
 
 def _read_num_processes(run_dir: Path) -> int:
@@ -204,6 +212,10 @@ def _read_num_processes(run_dir: Path) -> int:
     if not checkpoints:
         return 1
     try:
-        return read_progress(checkpoints[-1])["run"]["processes"]
-    except (KeyError, TypeError):
-        raise ValueError(f"{checkpoints[-1]}: progress.json does not have the number of processes") from None
+        return make_record(_Processes, read_progress(checkpoints[-1]).get("run"))["processes"]
+    except ValueError as error:
+        raise ValueError(f"{checkpoints[-1]}: says nothing of the run's processes ({error})") from None
+
+
+class _Processes(TypedDict):
+    processes: int

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from tune2gguf.files.records import make_record
 from tune2gguf.runs.files import SAMPLES_FILE, read_json_lines
 
 
@@ -32,15 +34,9 @@ def read_samples(run_dir: Path) -> tuple[Sample, ...]:
     """Read samples.jsonl; a run without samples has none.
 
     Raises:
-        ValueError: if another line than the last is not JSON, or lacks a key
+        ValueError: if another line than the last is no sample
     """
     path = run_dir / SAMPLES_FILE
     if not path.is_file():
         return ()
-    try:
-        return tuple(
-            Sample(**{name: record[name] for name in Sample.__dataclass_fields__} | {"prompt": tuple(record["prompt"])})
-            for record in read_json_lines(path)
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the samples of a run ({type(error).__name__}: {error})") from None
+    return tuple(read_json_lines(path, partial(make_record, Sample)))

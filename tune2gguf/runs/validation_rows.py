@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any, TypedDict
 
 from tune2gguf.data.messages import detect_format, digest, read_conversation
 from tune2gguf.data.rows import Row, read_rows
 from tune2gguf.data.tokenize import TokenizedRows
+from tune2gguf.files.records import make_record
 from tune2gguf.runs.curves import Validation
 from tune2gguf.runs.files import VALIDATION_FILE, read_json_lines
 from tune2gguf.tokenizer.conversation import Conversation, Message
@@ -59,15 +61,39 @@ def read_validation_rows(run_dir: Path) -> list[Conversation]:
         ValueError: if the run has no heldout.jsonl
     """
     return [
-        Conversation(messages=tuple(Message(**message) for message in record["messages"]), text=record["text"])
-        for record in read_json_lines(run_dir / VALIDATION_FILE)
+        Conversation(messages=tuple(make_record(Message, message) for message in row["messages"]), text=row["text"])
+        for row in _read_rows(run_dir)
     ]
 
 
+class _Row(TypedDict):
+    messages: list[dict[str, Any]]
+    text: str | None
+
+
+def _read_rows(run_dir: Path) -> list[_Row]:
+    return [*read_json_lines(run_dir / VALIDATION_FILE, _parse_row)]
+
+
+def _parse_row(values: Any) -> _Row:
+    row = make_record(_Row, values)
+    for message in row["messages"]:
+        make_record(Message, message)
+    return row
+
+
 def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[float, int]]:
-    """Return summed loss and tokens of each measured validation row, by the digest of its text and tokens."""
-    records = list(read_json_lines(run_dir / VALIDATION_FILE))
+    """Return summed loss and tokens of each measured validation row, by the digest of its text and tokens.
+
+    Raises:
+        ValueError: if heldout.jsonl is missing, damaged or not that of the validation
+    """
+    records = _read_rows(run_dir)
     indices = validation.row_indices or range(len(validation.row_losses))
+    beyond = next((index for index in indices if not 0 <= index < len(records)), None)
+    if beyond is not None:
+        path = run_dir / VALIDATION_FILE
+        raise ValueError(f"{path}: has {len(records)} rows, but row {beyond + 1} was measured; is it another run's?")
     found = {}
     for index, loss, tokens in zip(indices, validation.row_losses, validation.row_tokens, strict=True):
         content = json.dumps([records[index]["messages"], records[index]["text"], tokens], sort_keys=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from tune2gguf.files.atomic import write_json
-from tune2gguf.runs.files import VERDICT_FILE, read_json
+from tune2gguf.files.json_files import read_json
+from tune2gguf.files.records import make_record
+from tune2gguf.runs.files import VERDICT_FILE
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,18 @@ def read_conclusion(run_dir: Path) -> Conclusion | None:
     path = run_dir / VERDICT_FILE
     if not path.is_file():
         return None
-    record = read_json(path, required=("label", "reasons", "figures", "advice"))
-    try:
-        return Conclusion(
-            Verdict(record["label"], tuple(record["reasons"]), record["figures"]),
-            tuple(Advice(**entry) for entry in record["advice"]),
-            Outcome(**record["outcome"]) if record.get("outcome") else None,
-        )
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return read_json(path, _parse_conclusion)
+
+
+def _parse_conclusion(values: Any) -> Conclusion:
+    advice = tuple(make_record(Advice, entry) for entry in make_record(_Advised, values)["advice"])
+    return Conclusion(make_record(Verdict, values), advice, parse_outcome(values.get("outcome")))
+
+
+def parse_outcome(values: Any) -> Outcome | None:
+    """Return the outcome that verdict.json or the ledger holds; None where a run follows no advice."""
+    return None if values is None else make_record(Outcome, values)
+
+
+class _Advised(TypedDict):
+    advice: list[Any]

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tune2gguf.commands import format_command
 from tune2gguf.export.pipeline import Export
 from tune2gguf.runs.run import Run
 from tune2gguf.runs.validation_rows import read_validation_rows
-from tune2gguf.tokenizer.conversation import cut_before_reply
+from tune2gguf.tokenizer.conversation import cut_before_reply, trim
 
 
 def serve_with_ollama(export: Export, name: str) -> str:
@@ -41,10 +42,11 @@ def find_question(run: Run) -> str | None:
 
     The run's one system prompt may stand before it: the Modelfile brings that.
     """
-    served = {"role": "system", "content": run.system_prompt}
     for conversation in read_validation_rows(run.run_dir):
         if conversation.messages:
-            prompt = [message for message in cut_before_reply(conversation)[0] if message != served]
+            prompt = cut_before_reply(conversation)[0]
+            if prompt[0]["role"] == "system" and trim(prompt[0]["content"]) == run.system_prompt:
+                del prompt[0]
             if len(prompt) == 1 and prompt[0]["role"] == "user":
                 return prompt[0]["content"]
     return None
@@ -57,7 +59,7 @@ def find_ollama() -> str | None:
 
 def format_create_command(name: str, modelfile_path: Path) -> str:
     """Return the command line that makes the model, for whoever has Ollama elsewhere."""
-    return shlex.join(["ollama", "create", name, "-f", str(modelfile_path)])
+    return format_command("ollama", "create", name, "-f", modelfile_path)
 
 
 def create_ollama_model(program: str, name: str, modelfile_path: Path) -> None:

@@ -26,6 +26,9 @@ class Conversation:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     unused_keys: tuple[str, ...] = field(default=(), compare=False)  # of the row, where they hold anything
+    had_end: bool = field(
+        default=False, compare=False
+    )  # a text of the row ended in an end-of-turn token, now taken off
 
     @property
     def system_prompt(self) -> str | None:

@@ -33,13 +33,13 @@ from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import AddedToken, Encoding, Tokenizer
 
 # In a base folder, the first that is there; Meta's repositories have the last.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 # Padding is never attended to and never supervised: any id is correct, these are the customary ones.
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>")
-_END_OF_TEXT_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
+END_OF_TEXT_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ChatTokenizer:
     @property
     def end_of_text_ids(self) -> list[int]:
         """The ids that end a raw text in this vocabulary."""
-        return [self.special_ids[token] for token in _END_OF_TEXT_TOKENS if token in self.special_ids]
+        return [self.special_ids[token] for token in END_OF_TEXT_TOKENS if token in self.special_ids]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -148,7 +148,7 @@ class ChatTokenizer:
 
     def render_document(self, text: str) -> list[Segment]:
         """Return the segments of raw text, between the beginning-of-text and end-of-text tokens that there are."""
-        ends = [token for token in _END_OF_TEXT_TOKENS if token in self.special_ids][:1]
+        ends = [token for token in END_OF_TEXT_TOKENS if token in self.special_ids][:1]
         return [
             *self._split(self.chat_template.beginning),
             Segment(text, is_special=False, supervised=True),
@@ -237,13 +237,28 @@ def _find_special_tokens(chat_template: ChatTemplate) -> set[str]:
     return set(re.findall(r"<\|\w+\|>", text))
 
 
+def looks_special(token: str) -> bool:
+    """Whether llama.cpp's converter takes an added token for a control token, though it is not marked as one."""
+    return token.startswith("<|") and token.endswith("|>")
+
+
+def _list_added(backend: Tokenizer) -> list[AddedToken]:
+    return list(backend.get_added_tokens_decoder().values())
+
+
 def _load_backend(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     if path.suffix == ".model":
         return Tokenizer.from_str(json.dumps(make_llama3_tokenizer_json(path)))
-    text = path.read_text(encoding="utf-8")
     try:
-        return Tokenizer.from_str(text)
+        text = path.read_text(encoding="utf-8")
+        backend = Tokenizer.from_str(text)
+        if any(not token.special and looks_special(token.content) for token in _list_added(backend)):
+            content = json.loads(text)
+            for token in content["added_tokens"]:
+                token["special"] = token["special"] or looks_special(token["content"])
+            backend = Tokenizer.from_str(json.dumps(content))
+        return backend
     except Exception as error:  # the library raises bare Exception for a file it cannot read
         raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,22 @@ from tqdm import tqdm
 
 from tune2gguf.distributed.world import describe_error
 from tune2gguf.report import write_report
-from tune2gguf.runs.curves import TrainingStep, Validation
+from tune2gguf.runs.curves import TrainingStep, Validation, read_curves
 from tune2gguf.runs.files import METRICS_FILE, SAMPLES_FILE, JsonLinesFile
 from tune2gguf.runs.samples import Sample
 from tune2gguf.verdict.conclude import conclude_run
 
 NOTHING_RECORDED = {METRICS_FILE: 0, SAMPLES_FILE: 0}
 MAX_REPORT_SHARE = 0.05  # of the time of a run
+
+
+def check_learned(run_dir: Path) -> None:
+    """Raise ValueError if every step of a run was left out."""
+    steps = read_curves(run_dir).training
+    if steps and all(step.skipped is not None for step in steps):
+        raise ValueError(
+            f"all {len(steps)} steps were left out, so that nothing was learned; the last: {steps[-1].skipped}"
+        )
 
 
 class RunRecord:
@@ -78,11 +87,24 @@ class RunRecord:
 
     def close(self) -> None:
         """End the metric logger."""
-        if self.metric_logger is not None:
-            self.metric_logger.close()
+        self._hand_on(lambda logger: logger.close())
 
     def _write(self, record: dict[str, Any]) -> None:
         self.files[METRICS_FILE].write(record)
-        if self.metric_logger is not None:
-            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-            self.metric_logger.log_dict(numbers, step=numbers.pop("step"))
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+        step = numbers.pop("step")
+        self._hand_on(lambda logger: logger.log_dict(numbers, step=step))
+
+    def _hand_on(self, use: Callable[[MetricLoggerInterface], None]) -> None:
+        """Use the metric logger, until it fails once: the run does not depend on it, and each try may cost minutes."""
+        if self.metric_logger is None:
+            return
+        try:
+            use(self.metric_logger)
+        except Exception as error:  # of a service, its client or a disk
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            name = type(self.metric_logger).__name__
+            self.metric_logger = None
+            tqdm.write(
+                f"warning: metric_logger: {name} failed, and gets nothing more; {METRICS_FILE} has all of it: {reason}"
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tune2gguf.base.digest import digest_base
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.data import PreparedData
 from tune2gguf.distributed.signals import StopRequested
 from tune2gguf.distributed.world import AgreedError, World, describe_error, gather_over_ranks
 from tune2gguf.files.atomic import clear_leftovers
 from tune2gguf.files.digest import digest_file
+from tune2gguf.files.records import make_record
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.runs.adapter import ADAPTER_WEIGHTS, from_peft_layout, restore_adapter, save_adapter
@@ -30,10 +31,10 @@ from tune2gguf.runs.checkpoints import (
     read_checkpoint,
     remove_checkpoint,
 )
-from tune2gguf.runs.config_file import ADDED_KEYS, flatten_config, rename_components, write_config
-from tune2gguf.runs.environment import record_resume
+from tune2gguf.runs.config_file import ADDED_KEYS, flatten_config, rename_components
+from tune2gguf.runs.environment import read_environment, record_resume
 from tune2gguf.runs.files import PLAN_FILE, JsonLinesFile
-from tune2gguf.runs.folder import create_run_folder, find_free_folder
+from tune2gguf.runs.folder import create_run_folder, find_free_folder, write_rows, write_start
 from tune2gguf.runs.plan import LAYOUT_KEYS, read_plan
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import NOTHING_RECORDED, RunRecord
@@ -159,10 +160,11 @@ def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]
             "the order of the rows: an earlier tune2gguf chose it; its runs can go on from an epoch's end only"
         )
     if differences:
+        own = {"resume": False, "output_dir": find_free_folder(output_dir)}
         raise ValueError(
             f"{folder} is a checkpoint of another run than this one; what differs:\n  "
             + "\n  ".join(differences)
-            + f"\nStart a run of its own: resume=false output_dir={find_free_folder(output_dir)}"
+            + f"\nStart a run of its own: {format_command(*format_overrides(own))}"
         )
     return checkpoint
 
@@ -190,7 +192,7 @@ def restore_run(
     """
     if checkpoint is None:
         return Progress()
-    progress = Progress(**{field.name: checkpoint.progress[field.name] for field in fields(Progress)})
+    progress = make_record(Progress, checkpoint.progress)
     restore_adapter(model, from_peft_layout(checkpoint.adapter, architecture))
     restore_optimizer(optimizer, checkpoint.state["optimizer"])
     advance_schedule(schedule, progress.step)
@@ -198,19 +200,26 @@ def restore_run(
     return progress
 
 
+@contextmanager
 def enter_run_folder(
     checkpoint: Checkpoint | None, progress: Progress, cfg: DictConfig, *, data: PreparedData, device: str
-) -> Path:
-    """Return the run folder as it was at the checkpoint, or a new one; `progress` learns whether best/ is lost.
+) -> Iterator[Path]:
+    """Yield the run folder as it was at the checkpoint, or a new one, which takes its name when the block ends.
+
+    `progress` learns whether best/ is lost.
 
     Raises:
         ValueError: if the folder exists and is not to be resumed, or its metrics or samples are lost
     """
     folder = Path(cfg.output_dir)
     if cfg.resume is False or not folder.exists():
-        return create_run_folder(folder, cfg, data=data, device=device)
+        with create_run_folder(cfg, data=data, device=device) as unfinished:
+            yield unfinished
+        return
+    read_environment(folder)  # a folder of something else, or of a newer version, stays as it is
     if checkpoint is None:
         _rewind(folder, step=0, sizes=NOTHING_RECORDED)
+        write_start(folder, cfg, data=data, device=device)
         print(f"resume: {folder} has no checkpoint yet; starting from the beginning")
     else:
         _rewind(folder, step=progress.step, sizes=checkpoint.progress["recorded_bytes"])
@@ -221,11 +230,11 @@ def enter_run_folder(
             print(
                 f"resume: {before} epochs have become {cfg.epochs}; the learning rate now follows the longer schedule"
             )
-    write_config(folder, cfg)
-    changes = record_resume(folder, step=progress.step, device=device)
-    if changes:
-        print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
-    return folder
+        write_rows(folder, cfg, data=data)  # they are the same, but an earlier version recorded less of them
+        changes = record_resume(folder, step=progress.step, device=device)
+        if changes:
+            print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
+    yield folder
 
 
 def _rewind(output_dir: Path, *, step: int, sizes: Mapping[str, int]) -> None:

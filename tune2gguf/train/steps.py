@@ -13,11 +13,19 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tune2gguf.base.weights import describe_weights
 from tune2gguf.data import TokenizedRow, collate, make_empty_batch
 from tune2gguf.data.packing import Pack
 from tune2gguf.distributed.parallel import reduce_gradients
 from tune2gguf.distributed.signals import StopSignals
-from tune2gguf.distributed.world import AgreedError, World, gather_over_ranks, max_over_ranks, sum_over_ranks
+from tune2gguf.distributed.world import (
+    AgreedError,
+    World,
+    broadcast_from_main,
+    gather_over_ranks,
+    max_over_ranks,
+    sum_over_ranks,
+)
 from tune2gguf.model.sharding import full_tensor, shard_like
 
 MAX_ROWS_NAMED = 20
@@ -110,6 +118,20 @@ def name_rows(passes: list[list[TokenizedRow | Pack]], position_losses: Iterable
     return [source for source, is_finite in rows if not is_finite] or [source for source, _ in rows]
 
 
+def refuse_damaged_base(loss: float, base_dir: str, world: World) -> None:
+    """Raise ValueError if the loss before the first step is not finite; every rank has to ask.
+
+    The adapter is still zero, so that it is the base's, and leaving rows out would mend nothing.
+    """
+    if not math.isfinite(loss):
+        found = _describe_weights(base_dir, world)
+        raise ValueError(f"{base_dir}: the loss is {loss} before the first step, so the base is damaged: {found}")
+
+
+def _describe_weights(base_dir: str, world: World) -> str:
+    return broadcast_from_main(describe_weights(base_dir) if world.is_main else None)
+
+
 def skip_step(
     step: int,
     problem: str,
@@ -117,17 +139,20 @@ def skip_step(
     position_losses: Iterable[Tensor],
     *,
     on_nonfinite: str,
+    base_dir: str,
+    world: World,
 ) -> str:
     """Return why a step is not applied and which rows it has; every rank has to ask.
 
     Raises:
-        AgreedError: with that reason, if on_nonfinite is stop
+        AgreedError: with that reason and the state of the base, if on_nonfinite is stop
     """
     sources = name_rows(passes, position_losses)
     more = f" and {len(sources) - MAX_ROWS_NAMED} more" if len(sources) > MAX_ROWS_NAMED else ""
     reason = f"step {step}: {problem}, so it is not applied; its rows: {', '.join(sources[:MAX_ROWS_NAMED])}{more}"
     if on_nonfinite == "stop":
-        raise AgreedError(f"{reason}. To leave such steps out: on_nonfinite=skip")
+        found = _describe_weights(base_dir, world)
+        raise AgreedError(f"{reason}. To leave such steps out: on_nonfinite=skip. Of the base, {found}")
     return reason
 
 

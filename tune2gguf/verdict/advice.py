@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from tune2gguf.commands import format_command, format_overrides, format_value
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.runs.curves import Curves
 from tune2gguf.runs.verdict_file import Advice, Verdict
@@ -126,9 +127,8 @@ def _tighten(curves: Curves, situation: Situation) -> Iterator[_Step]:
     rate, epochs = config["learning_rate"], config["epochs"]
     longer = _Step({"epochs": 2 * epochs}, "more passes over the rows, for deeper learning", EPOCHS)
     if rate < LOWEST_RATE:
-        reason = (
-            f"{_format(rate)} is below the lowest of the guide's rates; {_format(COMMON_RATE)} is its starting point"
-        )
+        common = format_value(COMMON_RATE)
+        reason = f"{format_value(rate)} is below the lowest of the guide's rates; {common} is its starting point"
         yield _Step({"learning_rate": COMMON_RATE}, reason, LEARNING_RATE)
         yield longer
     else:
@@ -181,7 +181,7 @@ def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator
         return
     total = data["training"]["rows"] + num_validation_rows
     share = min(0.5, math.ceil(100 * needed / total) / 100)
-    reason = f"{num_validation_rows} validation rows; about {needed} would decide it, {_format(share)} of all {total}"
+    reason = f"{num_validation_rows} validation rows; about {needed} would decide it, {share:.3g} of all {total}"
     if share * total < needed:
         reason += ", and as that many there are not: add rows"
     changes: dict[str, Any] = {"dataset.validation_split": share}
@@ -215,7 +215,7 @@ def _avoid_past(step: _Step, situation: Situation) -> _Step | None:
     halfway = {"learning_rate": float(f"{math.sqrt(situation.config['learning_rate'] * then):.2e}")}
     if _was_run(halfway, situation):
         return None
-    reason = f"{step.reason}; {_format(then)} was run already, and this is halfway"
+    reason = f"{step.reason}; {format_value(then)} was run already, and this is halfway"
     return replace(step, changes=halfway, reason=reason)
 
 
@@ -233,7 +233,7 @@ def _are_equal(first: Any, second: Any) -> bool:
 
 
 def _advise_export(situation: Situation, reason: str) -> Advice:
-    return Advice(f"python scripts/export.py {shlex.quote(situation.run_dir)}", {}, reason, ITERATING)
+    return Advice(format_command("python", "scripts/export.py", Path(situation.run_dir)), {}, reason, ITERATING)
 
 
 def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
@@ -242,35 +242,24 @@ def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
     larger = LARGER.get(config["model"].get("architecture"))
     if larger is None:
         return
-    path = f"configs/{larger}/{'qlora' if config['base_weights'] == 'nf4' else 'lora'}.yaml"
+    path = Path(f"configs/{larger}/{'qlora' if config['base_weights'] == 'nf4' else 'lora'}.yaml")
     dataset = {f"dataset.{key}": value for key, value in config["dataset"].items() if key != "_component_"}
     # Validation rows from files: the YAML's split must not take others.
     changes = {"dataset.validation_split": None} if dataset.get("dataset.validation_files") else {}
     changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
     train = _write_run(path, {**changes, "output_dir": situation.free_dirs[0]}, situation.num_processes)
     reason = f"if it does not answer well enough, the next larger model: {larger}, with its own rate"
-    yield Advice(f"python scripts/download.py --config {path} && {train}", changes, reason, CHOOSING)
+    download = format_command("python", "scripts/download.py", "--config", path)
+    yield Advice(f"{download} && {train}", changes, reason, CHOOSING)
 
 
 def _write_command(changes: Mapping[str, Any], situation: Situation, output_dir: str) -> str:
     """Return the command of the run with its changes; config.yaml keeps references, so that a flat key reaches all."""
     own = {"output_dir": output_dir, "parent_run": situation.run_dir, "resume": False}
-    return _write_run(f"{situation.run_dir}/config.yaml", {**changes, **own}, situation.num_processes)
+    return _write_run(Path(situation.run_dir, "config.yaml"), {**changes, **own}, situation.num_processes)
 
 
-def _write_run(config_path: str, overrides: Mapping[str, Any], num_processes: int) -> str:
+def _write_run(config_path: Path, overrides: Mapping[str, Any], num_processes: int) -> str:
     processes = ["--nproc_per_node", str(num_processes)] if num_processes > 1 else []
     words = ["tune", "run", *processes, "recipes/lora_finetune.py", "--config", config_path]
-    return shlex.join([*words, *(f"{key}={_format(value)}" for key, value in overrides.items())])
-
-
-def _format(value: Any) -> str:
-    """Return a value as YAML that every reader takes for what it is: 2.0e-4, as 2e-4 is text to some."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
-    if not isinstance(value, float) or value == 0 or abs(value) >= 0.001:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa)}e{int(exponent)}"
+    return format_command(*words, *format_overrides(overrides))

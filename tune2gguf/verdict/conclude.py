@@ -12,7 +12,7 @@ from typing import Any
 
 from tune2gguf.base.digest import digest_base
 from tune2gguf.runs.curves import Validation
-from tune2gguf.runs.files import LEDGER_FILE, VERDICT_FILE
+from tune2gguf.runs.files import LEDGER_FILE, VERDICT_FILE, shorten_path
 from tune2gguf.runs.ledger import Entry, append_entry, read_entries
 from tune2gguf.runs.run import Run
 from tune2gguf.runs.validation_rows import digest_validation_rows
@@ -40,7 +40,7 @@ def conclude_run(run_dir: str | Path) -> list[str]:
     write_conclusion(run.run_dir, conclusion)
     append_entry(run.runs_dir, entry)
     notes = [f"note: {problem}" for problem in problems]
-    return [*_describe_conclusion(run, conclusion), *notes, f"ledger: {os.path.relpath(run.runs_dir / LEDGER_FILE)}"]
+    return [*_describe_conclusion(run, conclusion), *notes, f"ledger: {shorten_path(run.runs_dir / LEDGER_FILE)}"]
 
 
 def recall_verdict(run_dir: str | Path) -> list[str]:

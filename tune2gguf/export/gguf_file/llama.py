@@ -88,7 +88,7 @@ def write_metadata(
     vocabulary: Vocabulary,
     jinja_template: str,
     hf_config: dict,
-    generation_config: dict,
+    sampling: dict[str, float],
 ) -> None:
     """Write a GGUF file up to where the tensors' bytes begin.
 
@@ -96,10 +96,10 @@ def write_metadata(
         types: ggml type by tensor name
         name: of the model, general.name; written like a Hugging Face folder's name
         hf_config: config.json of the base
-        generation_config: generation_config.json of the base, or {}
+        sampling: as read_sampling returns it
     """
     writer = GGUFWriter(path, "llama")
-    _add_general_keys(writer, name, sum(math.prod(tensor.shape) for tensor in tensors), generation_config)
+    _add_general_keys(writer, name, sum(math.prod(tensor.shape) for tensor in tensors), sampling)
     _add_architecture_keys(writer, architecture, has_head_dim=hf_config.get("head_dim") is not None)
     _add_tokenizer_keys(writer, vocabulary, jinja_template)
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -113,17 +113,14 @@ def write_metadata(
     writer.close()
 
 
-def _add_general_keys(writer: GGUFWriter, name: str, num_parameters: int, generation_config: dict) -> None:
+def _add_general_keys(writer: GGUFWriter, name: str, num_parameters: int, sampling: dict[str, float]) -> None:
     writer.add_type("model")
     # The name's parts (base name, size, fine-tune) as llama.cpp's converter reads them from a folder's name.
     metadata = Metadata.apply_metadata_heuristic(Metadata(), None, None, Path(name), num_parameters)
     if metadata.size_label is None:
         metadata.size_label = size_label(num_parameters, num_parameters, 0, 0)
-    metadata.sampling_top_k = generation_config.get("top_k")
-    metadata.sampling_top_p = generation_config.get("top_p")
-    metadata.sampling_min_p = generation_config.get("min_p")
-    metadata.sampling_temp = generation_config.get("temperature")
-    metadata.sampling_penalty_repeat = generation_config.get("repetition_penalty")
+    for name, value in sampling.items():
+        setattr(metadata, f"sampling_{name}", value)
     metadata.set_gguf_meta_model(writer)
 
 

@@ -78,6 +78,9 @@ def choose_tensor_type(
     else:
         _, layer, part, _ = name.split(".")
         chosen = _choose_layer_type(part, int(layer), quantization.name, num_layers, queries_per_key) or default
+        # llama.cpp calls 80 layers with shared keys 70B: their value weights are small beside the queries'.
+        if part == "attn_v" and num_layers == 80 and queries_per_key > 1 and chosen in ("Q3_K", "Q4_K"):
+            chosen = "Q5_K"
     return _fit_columns(chosen, shape[1])
 
 

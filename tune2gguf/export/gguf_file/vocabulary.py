@@ -5,16 +5,20 @@ What is written, and in which order, follows llama.cpp's converter (MIT: convers
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 from gguf import TokenType
 
-from tune2gguf.runs.files import read_json
+from tune2gguf.files.json_files import JsonObject, read_json
 from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
-from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
+from tune2gguf.tokenizer.tokenizer import find_tokenizer_file, looks_special
 
+LLAMA3_PRE_NAME = "llama-bpe"
 _LLAMA3_PRE = [
     {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
     {"type": "ByteLevel", "use_regex": False},
@@ -23,6 +27,8 @@ _SMOLLM_PRE = [
     {"type": "Digits", "individual_digits": True},
     {"type": "ByteLevel", "use_regex": True},
 ]
+
+_SAMPLING = {"top_p": "top_p", "min_p": "min_p", "temperature": "temp", "repetition_penalty": "penalty_repeat"}
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,27 @@ def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_template: Cha
     source = find_tokenizer_file(base_dir)
     tokenizer = read_json(source) if source.suffix == ".json" else make_llama3_tokenizer_json(source)
     tokenizer_config, hf_config = (read_if_there(base_dir / name) for name in ("tokenizer_config.json", "config.json"))
-    pre = _identify_pre_tokenizer(tokenizer, source)
-    tokens, token_types = _list_tokens(tokenizer, vocab_size, source)
+    with _explain_structure(source):
+        pre = _identify_pre_tokenizer(tokenizer, source)
+        tokens, token_types = _list_tokens(tokenizer, vocab_size, source)
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+        early_flags = _find_flags(tokenizer, tokenizer_config)
     ids = {token: number for number, token in enumerate(tokens)}
     wanted = [token for token in (chat_template.beginning, chat_template.end_of_turn) if token]
     missing = [token for token in wanted if token not in ids]
     if missing:
         raise ValueError(f"{source}: lacks {', '.join(missing)}, which chat template {chat_template.name!r} needs")
-    early_flags = _find_flags(tokenizer, tokenizer_config)
     # What was trained decides: with a beginning, every conversation starts with exactly one BOS; without, with none.
     adds_bos = bool(chat_template.beginning)
     if "bos" in early_flags:
         early_flags["bos"] = adds_bos
-    merges = tokenizer["model"]["merges"]
+    settings = JsonObject(base_dir / "tokenizer_config.json", tokenizer_config)
+    if not isinstance(tokenizer_config.get("add_prefix_space"), (bool, NoneType)):
+        settings.refuse("add_prefix_space", "it must be true or false")
     return Vocabulary(
         tokens=tokens,
         token_types=token_types,
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+        merges=merges,
         pre=pre,
         special_ids=_find_special_ids(ids, tokenizer, tokenizer_config, hf_config, chat_template),
         early_flags=early_flags,
@@ -87,7 +97,7 @@ def _identify_pre_tokenizer(tokenizer: dict, source: Path) -> str:
     if model.get("type") == "BPE" and not tokenizer.get("normalizer") and not model.get("byte_fallback"):
         ignores_merges = bool(model.get("ignore_merges"))
         if _holds(parts, _LLAMA3_PRE) and ignores_merges:
-            return "llama-bpe"
+            return LLAMA3_PRE_NAME
         if _holds(parts, _SMOLLM_PRE) and not ignores_merges:
             return "smollm"
     raise ValueError(
@@ -107,14 +117,15 @@ def _list_tokens(tokenizer: dict, vocab_size: int, source: Path) -> tuple[list[s
     tokens, token_types = [f"[PAD{number}]" for number in range(vocab_size)], [TokenType.UNUSED] * vocab_size
     vocab = tokenizer["model"]["vocab"]
     added = tokenizer.get("added_tokens", [])
-    largest = max([*vocab.values(), *(token["id"] for token in added)])
-    if largest >= vocab_size:
-        raise ValueError(f"{source}: has token id {largest}, but config.json's vocab_size is {vocab_size}")
+    numbers = [*vocab.values(), *(token["id"] for token in added)]
+    if max(numbers) >= vocab_size or min(numbers) < 0:
+        wrong = max(numbers) if max(numbers) >= vocab_size else min(numbers)
+        raise ValueError(f"{source}: has token id {wrong}, but config.json's vocab_size is {vocab_size}")
     for token, number in vocab.items():
         tokens[number], token_types[number] = token, TokenType.NORMAL
     for token in added:
-        content, looks_special = token["content"], token["content"].startswith("<|") and token["content"].endswith("|>")
-        is_control = token["special"] or looks_special
+        content = token["content"]
+        is_control = looks_special(content) or token["special"]
         tokens[token["id"]] = content if is_control else content.replace("\u2581", " ")
         token_types[token["id"]] = TokenType.CONTROL if is_control else TokenType.USER_DEFINED
     return tokens, token_types
@@ -129,11 +140,12 @@ def _find_special_ids(
     for kind in kinds:
         entry = tokenizer_config.get(f"{kind}_token")
         content = entry.get("content") if isinstance(entry, dict) else entry
-        if content in added:
+        if isinstance(content, str) and content in added:
             found[kind] = added[content]
     for kind in kinds:
         number = hf_config.get(f"{kind}_token_id")
-        if isinstance(number, int):
+        # As the converter does it: an id that is none, such as -1, is left out.
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(ids):
             found.setdefault(kind, number)
     if chat_template.beginning:
         found["bos"] = ids[chat_template.beginning]
@@ -159,6 +171,31 @@ def _find_flags(tokenizer: dict, tokenizer_config: dict) -> dict[str, bool]:
         if isinstance(value, bool):
             flags.setdefault(kind, value)
     return flags
+
+
+@contextmanager
+def _explain_structure(path: Path) -> Iterator[None]:
+    """Turn what Python says of a list or a text in an object's place into one line."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: is not built as a tokenizer.json is ({reason})") from None
+
+
+def read_sampling(base_dir: Path) -> dict[str, float]:
+    """Return how the base is sampled, from its generation_config.json, by GGUF's names.
+
+    Raises:
+        ValueError: if a value is no number
+    """
+    path = base_dir / "generation_config.json"
+    given = {key: value for key, value in read_if_there(path).items() if value is not None}
+    config = JsonObject(path, given)
+    found = {"top_k": config.read("top_k", int, minimum=-1, maximum=2**31 - 1, default=None)}
+    for key, name in _SAMPLING.items():
+        found[name] = config.read(key, float, minimum=0, maximum=3.4e38, default=None)
+    return found
 
 
 def read_if_there(path: Path) -> dict:

@@ -10,8 +10,8 @@ import numpy as np
 
 from tune2gguf.base.layout import TensorSpec, to_tune_rows
 from tune2gguf.base.safetensors_file import StoredTensor, read_float32_rows, read_header
+from tune2gguf.files.json_files import read_json
 from tune2gguf.runs.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tune2gguf.runs.files import read_json
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 

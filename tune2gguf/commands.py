@@ -1,0 +1,132 @@
+"""Commands: overrides as users type them, and commands as they are printed, quoted for YAML and the shell."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# Keys that hold a path, or a list of them.
+PATH_KEYS = (
+    "output_dir",
+    "base_dir",
+    "parent_run",
+    "resume",
+    "model.base_dir",
+    "tokenizer.base_dir",
+    "dataset.files",
+    "dataset.validation_files",
+    "metric_logger.log_dir",
+)
+# Keys that hold a text or a list of texts.
+TEXTS_KEYS = ("dataset.files", "dataset.validation_files")
+
+
+def expand_path(text: str) -> Path:
+    """Return a path that was typed; shells leave the ~ of --key=~/x and key=~/x as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def read_override(text: str, *, is_text: bool) -> Any:
+    """Return the value that is typed behind `key=`: YAML, but text stays as it is typed, unless it stands in quotes.
+
+    YAML alone would cut `exp #2` at the #, and take `2024`, `yes` and `a: b` for something else.
+
+    Args:
+        is_text: whether the key holds text; null and nothing are no text
+    """
+    try:
+        value = _read_yaml(text)
+    except ValueError:
+        return text
+    if isinstance(value, str):
+        return value if _is_quoted(text) else text
+    return text if is_text and (value is not None or text == "~") else value
+
+
+def read_texts(text: str) -> Any:
+    """Return what is typed for a key that holds texts: a list in brackets, of which each is text; one text; or null."""
+    if text.startswith("["):
+        try:
+            values = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar is text to it
+        except yaml.YAMLError:
+            return text
+        if isinstance(values, list) and all(isinstance(value, str) for value in values):
+            return values
+    return read_override(text, is_text=True)
+
+
+def _read_yaml(text: str) -> Any:
+    """Return what OmegaConf's reader makes of a value; ValueError if it is no YAML."""
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(str(error)) from None
+
+
+def _is_quoted(text: str) -> bool:
+    if not text.startswith(("'", '"')):
+        return False
+    node = yaml.compose(text, Loader=yaml.BaseLoader)
+    return node.style in ("'", '"') and node.end_mark.index == len(text)
+
+
+def format_command(*words: object) -> str:
+    """Return a command for the shell; a Path that would be taken for something else gets its ./"""
+    return shlex.join(_protect(word) if isinstance(word, Path) else str(word) for word in words)
+
+
+def format_overrides(overrides: Mapping[str, Any]) -> list[str]:
+    """Return `key=value` words that read_config takes for these values, as words of format_command."""
+    values = {key: _protect_paths(value) if key in PATH_KEYS else value for key, value in overrides.items()}
+    return [f"{key}={format_value(value)}" for key, value in values.items()]
+
+
+def escape_references(text: str) -> str:
+    """Return text that OmegaConf resolves to the text itself, though it holds ${."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+
+
+def _protect(path: str | Path) -> str:
+    text = str(path)
+    return f"./{text}" if text.startswith(("-", "~")) or text == "???" else text  # OmegaConf's "no value"
+
+
+def _protect_paths(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_protect(one) for one in value]
+    return _protect(value) if isinstance(value, (str, Path)) else value
+
+
+def format_value(value: Any) -> str:
+    """Return a value as YAML that every reader takes for what it is: 2.0e-4, as 2e-4 is text to some."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(_quote(str(one), in_list=True) for one in value)}]"
+    if isinstance(value, (str, Path)):
+        return _quote(str(value))
+    if not isinstance(value, float) or value == 0 or 0.001 <= abs(value) < 1e16:
+        return str(value)
+    mantissa, exponent = f"{Decimal(repr(value)):e}".split("e")
+    return f"{mantissa if '.' in mantissa else f'{mantissa}.0'}e{exponent}"
+
+
+def _quote(text: str, *, in_list: bool = False) -> str:
+    """Return text plain where YAML reads it as it is, else in double quotes."""
+    text = escape_references(text)
+    try:
+        is_plain = _read_yaml(f"[{text}]") == [text] if in_list else _read_yaml(text) == text
+    except ValueError:
+        is_plain = False
+    if is_plain and text.isprintable() and not text.startswith(("'", '"', "[", "{")):
+        return text
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).rstrip("\n")

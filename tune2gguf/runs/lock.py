@@ -1,0 +1,44 @@
+"""One writer to a run's folder, from before it exists until the run has ended."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tune2gguf.files.atomic import write_text
+
+
+@contextmanager
+def hold_run_folder(run_dir: str | Path, *, timeout: float = 1.0) -> Iterator[None]:
+    """Keep other writers out of a run's folder; the lock ends with the process that holds it, however that ends.
+
+    Args:
+        timeout: seconds to wait for another writer; -1 waits for its end
+
+    Raises:
+        ValueError: if another process writes there; it is named
+    """
+    folder = Path(run_dir).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    holder = folder.with_name(f".{folder.name}.holder")  # not in the lock's own file, which whoever asks may empty
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        writer = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise ValueError(
+            f"{run_dir}: {writer} writes to it; wait until it has ended, or give another output_dir"
+        ) from None
+    except NotImplementedError:
+        pass  # some network file systems cannot lock
+    try:
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
