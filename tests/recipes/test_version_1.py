@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.runs import run_recipe
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.files.atomic import write_json
 from tune2gguf.files.json_files import read_json
@@ -50,6 +51,7 @@ def test_it_is_not_gone_on_with_amid_an_epoch_whose_rows_were_ordered_otherwise(
 def test_what_it_did_not_record_of_its_rows_is_recorded_when_it_goes_on(folder):
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_bytes().decode().split("\n")[:-1]]
     assert "system_prompt" not in Run(RUN).data and rows[0]["messages"][0]["role"] == "user"
+    shutil.rmtree(RUN / "checkpoints")  # it begins again
     run_recipe("--config", str(RUN / "config.yaml"), "resume=auto")
     assert Run(RUN).data["system_prompt"] is None and Run(RUN).data["trained"] == len(rows)
 
