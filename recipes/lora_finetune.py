@@ -144,7 +144,8 @@ class LoRAFinetuneRecipe:
             tokens_per_step=max(int(self.lengths[rows].sum()) for rows in self.plan_epoch(0)),
         )
         # One layout for all: the main process's, or that with which the run began.
-        self.spec = broadcast_from_main(replace(spec, **read_layout(cfg.resume, Path(cfg.output_dir))))
+        began_with = read_layout(cfg.resume, Path(cfg.output_dir)) if self.world.is_main else {}
+        self.spec = broadcast_from_main(replace(spec, **began_with))
         if self.world.is_main:
             announce(self.spec, self.device)
 

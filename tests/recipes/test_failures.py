@@ -82,7 +82,8 @@ def poisoned(run_arguments, poisoned_base, tmp_path) -> list[str]:
     rows = make_conversations(20)
     rows[7]["messages"][0]["content"] += " ~"
     path = write_rows(tmp_path / "poisoned.jsonl", rows)
-    cut = ["batch_size=1", "gradient_accumulation_steps=4", "epochs=2"]
+    # A seed that does not draw it first: a loss that is not finite before any step is the base's fault.
+    cut = ["batch_size=1", "gradient_accumulation_steps=4", "epochs=2", "seed=3"]
     return [*run_arguments, *cut, f"base_dir={poisoned_base}", f"dataset.files=[{path}]"]
 
 

@@ -206,7 +206,7 @@ def test_second_process_in_a_folder_is_told_who_writes_there_and_a_dead_one_bloc
 def test_of_two_that_begin_at_once_one_makes_the_run(arguments, tmp_path):
     arguments = [*arguments, "resume=auto"]
     both = [Launch(arguments, tmp_path / f"{number}.log") for number in range(2)]
-    assert sorted(launch.wait()[0] for launch in both) == [0, 1]
+    assert 0 in [launch.wait()[0] for launch in both]  # the other is refused, or finds a finished run
     steps = [record["step"] for record in read_records(tmp_path / "runs/tiny", "loss")]
     assert steps == list(range(1, STEPS + 1))
 

@@ -183,7 +183,7 @@ def test_missing_empty_and_malformed_data_files_are_named_with_their_lines(run_a
     broken.write_text(broken.read_text() + '{"messages": [\n')
     malformed = run_with_error([*run_arguments, f"dataset.files=[{broken}]"])
     assert f"{broken}, line 4" in malformed
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs/tiny").exists()
 
 
 def test_existing_output_folder_is_kept_and_a_free_name_is_offered(run_arguments, tmp_path):

@@ -173,7 +173,11 @@ def read_layout(resume: str | bool, output_dir: Path) -> dict[str, Any]:
     """Return how the rows of a run's steps went through the model before it goes on; empty where it begins."""
     if resume is False or not (output_dir / PLAN_FILE).is_file():
         return {}
-    plan = read_plan(output_dir)
+    try:
+        plan = read_plan(output_dir)
+    except ValueError as error:
+        print(f"resume: {error}; how rows share passes is chosen anew, so that the last bits may differ")
+        return {}
     return {key: plan[key] for key in LAYOUT_KEYS if key in plan}
 
 
