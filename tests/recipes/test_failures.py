@@ -190,6 +190,7 @@ def test_processes_of_a_run_end_before_python_ends_in_which_their_threads_could_
     together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     together += ["--master-port", str(find_free_port()), str(program)]
     done = subprocess.run(together, cwd=REPOSITORY, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()) == (0, ["done", "done"]), done.stderr
+    # Their line breaks may change places.
+    assert (done.returncode, done.stdout.count("done")) == (0, 2), done.stderr
     alone = subprocess.run([sys.executable, str(program)], cwd=REPOSITORY, capture_output=True)
     assert alone.returncode == -signal.SIGABRT
