@@ -5,9 +5,9 @@
 
 One epoch of the same conversations (one exchange, log-normal lengths, made by make_rows.py) with 8 rows a step, rank
 16, alpha 16, all linear layers, bf16; the bases hold random weights in the true shapes. `ours` is the shipped config as
-it stands; `stock` is torchtune's shipped config with those values, `stock best` the same without activation
-checkpointing and compiled. Seconds of an epoch include the start, the load and the first compile. Tokens per second:
-tokens of an average step over the median seconds between two steps, as the runs wrote them to their logs.
+it stands; `stock` is torchtune's shipped config with those values (no dropout), `stock best` the same compiled and
+without activation checkpointing. Seconds of an epoch include the start, the load and the first compile. Tokens per
+second: tokens of an average step over the median seconds between two steps, as the runs wrote them to their logs.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def make_stock_command(
     return [*command, *(f"{key}={value}" for key, value in options.items())], out / "logs/log.txt"
 
 
-def watch(command: list[str], log: Path, out: Path, cwd: Path) -> tuple[float, list[float], str]:
-    """Run the command; return its seconds, the moments at which steps were logged, and what it printed."""
+def watch(command: list[str], log: Path, out: Path, cwd: Path) -> tuple[float, list[float]]:
+    """Run the command; return its seconds, and the moments at which steps were logged."""
     started, moments, seen = time.perf_counter(), [], 0
     output = out.with_suffix(".output.txt")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(cwd), os.environ.get("PYTHONPATH", "")])}
@@ -103,7 +103,7 @@ def watch(command: list[str], log: Path, out: Path, cwd: Path) -> tuple[float, l
                 moments.append(time.perf_counter() - started)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{output.read_text()[-3000:]}")
-    return time.perf_counter() - started, moments, output.read_text()
+    return time.perf_counter() - started, moments
 
 
 def measure(side: str, model: str, kind: str, base_dir: Path, rows: Path, tokens: int, folder: Path) -> str:
@@ -113,7 +113,7 @@ def measure(side: str, model: str, kind: str, base_dir: Path, rows: Path, tokens
     else:  # Not from the repository's root, where `tune` would find our recipes first.
         command, log = make_stock_command(model, kind, base_dir, rows, out, best=side == "stock best")
         cwd = folder
-    seconds, moments, _ = watch(command, log, out, cwd)
+    seconds, moments = watch(command, log, out, cwd)
     steps = [after - before for before, after in itertools.pairwise(moments)]
     median = statistics.median(steps[len(steps) // 3 :])
     loss, peak = read_last(log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,10 @@ def claim_folder(folder: Path) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"another export is writing to {folder}; wait until it has ended") from None
     except NotImplementedError:
-        pass  # Some network file systems cannot lock; what is left there may then be another export's.
+        # What is left there may be another export's, and stays.
+        print(
+            f"warning: {folder} is on a file system that cannot lock: let no other export write there", file=sys.stderr
+        )
     try:
         yield
     finally:

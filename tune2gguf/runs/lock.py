@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,10 @@ def hold_run_folder(run_dir: str | Path, *, timeout: float = 1.0) -> Iterator[No
             f"{run_dir}: {writer} writes to it; wait until it has ended, or give another output_dir"
         ) from None
     except NotImplementedError:
-        pass  # some network file systems cannot lock
+        print(
+            f"warning: {folder.parent} is on a file system that cannot lock: let no other run write there",
+            file=sys.stderr,
+        )
     try:
         write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
         yield
