@@ -1,4 +1,4 @@
-"""Look at data before training: rows, tokens, padding, and which tokens are supervised.
+"""Look at data before training: rows, tokens, and which tokens are supervised.
 
 python scripts/inspect_data.py --config configs/llama3_2_1b/lora.yaml dataset.files=[my.jsonl]
 python scripts/inspect_data.py my.jsonl --base-dir models/Llama-3.2-1B-Instruct --chat-template llama3

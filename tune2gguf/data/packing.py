@@ -1,4 +1,4 @@
-"""Several rows in one sequence of max_seq_len, none of which sees another: only the end of a pack is padding."""
+"""Several rows in one sequence of max_seq_len, none of which sees another."""
 
 from __future__ import annotations
 
