@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conversations import make_prompts
 from tests.unit.test_export_metadata import NOT_HELD, parse_modelfile
 from tune2gguf.export.modelfile import make_modelfile
-from tune2gguf.tokenizer.conversation import trim
+from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, LLAMA3, ChatTemplate
 
 # What Ollama gives its templates of what ours use: .Messages with .Role and .Content, .System with all system messages.
@@ -66,17 +67,6 @@ func main() {
 	json.NewEncoder(os.Stdout).Encode(rendered)
 }
 """
-CONVERSATIONS = [
-    [("user", "Hello!")],
-    [("system", "You are Marlo."), ("user", "Who are you?")],
-    [("user", "One?"), ("assistant", "Two."), ("user", "Three?")],
-    [
-        ("system", "Be brief.\n\nVery."),
-        ("user", "<b>&\"'</b> {{ .Role }}"),
-        ("assistant", "ñ 日本 🚢"),
-        ("user", "`x`\n"),
-    ],
-]
 
 
 @pytest.fixture(scope="session")
@@ -96,35 +86,41 @@ def read_template(modelfile: str) -> str:
     return modelfile.split('TEMPLATE """', 1)[1].split('"""', 1)[0]
 
 
-def render(renderer: Path, template: str) -> list[str]:
-    conversations = [[{"Role": role, "Content": text} for role, text in turns] for turns in CONVERSATIONS]
+def render(renderer: Path, template: str, prompts: list[list[Message]]) -> list[str]:
+    conversations = [[{"Role": turn.role, "Content": turn.content} for turn in messages] for messages in prompts]
     request = json.dumps({"Template": template, "Conversations": conversations})
     return json.loads(subprocess.run([renderer], input=request, capture_output=True, text=True, check=True).stdout)
 
 
-def render_trained(chat_template: ChatTemplate, turns: list[tuple[str, str]]) -> str:
-    """The format as its record defines it, without the beginning, which the runtime adds."""
-    if chat_template.system_prefix and turns[0][0] != "system":
-        turns = [("system", ""), *turns]
-    messages = "".join(
+def render_trained(chat_template: ChatTemplate, messages: list[Message]) -> str:
+    """The format as its record defines it, without the beginning, which the runtime adds.
+
+    A last message of the assistant is the beginning of the reply.
+    """
+    prefill = [turn.content for turn in messages[-1:] if turn.role == "assistant"]
+    messages = messages[: len(messages) - len(prefill)]
+    if chat_template.system_prefix and messages[0].role != "system":
+        messages = [Message("system", ""), *messages]
+    rendered = "".join(
         chat_template.role_start
-        + role
+        + turn.role
         + chat_template.role_end
-        + (chat_template.system_prefix if role == "system" else "")
-        + text
+        + (chat_template.system_prefix if turn.role == "system" else "")
+        + turn.content
         + chat_template.end_of_turn
         + chat_template.turn_separator
-        for role, text in turns
+        for turn in messages
     )
-    return messages + chat_template.role_start + "assistant" + chat_template.role_end
+    return rendered + chat_template.role_start + "assistant" + chat_template.role_end + "".join(prefill)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_go_renders_the_trained_format(go_renderer, name):
-    chat_template = CHAT_TEMPLATES[name]
+    chat_template, prompts = CHAT_TEMPLATES[name], make_prompts()
+    assert len(prompts) >= 200
     template = read_template(make_modelfile("x.gguf", chat_template=chat_template, context_length=64))
-    assert render(go_renderer, template) == [render_trained(chat_template, turns) for turns in CONVERSATIONS]
+    assert render(go_renderer, template, prompts) == [render_trained(chat_template, messages) for messages in prompts]
 
 
 @pytest.mark.slow
@@ -132,34 +128,40 @@ def test_go_renders_the_trained_format(go_renderer, name):
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_system_prompt_that_system_cannot_hold_is_served_by_the_template(go_renderer, name, system_prompt):
     """Where the request brings one of its own, that is served."""
-    chat_template = CHAT_TEMPLATES[name]
+    chat_template, prompts = CHAT_TEMPLATES[name], make_prompts()
     modelfile = make_modelfile("x.gguf", chat_template=chat_template, context_length=64, system_prompt=system_prompt)
     commands = dict(parse_modelfile(modelfile))
     assert "SYSTEM" not in commands
-    with_it = [
-        turns if turns[0][0] == "system" else [("system", trim(system_prompt)), *turns] for turns in CONVERSATIONS
-    ]
-    expected = [render_trained(chat_template, turns) for turns in with_it]
-    assert render(go_renderer, commands["TEMPLATE"]) == expected
+    system = Message("system", system_prompt)
+    # A system message of the request that is empty is one for Go's `if` that there is not.
+    prompts = [messages for messages in prompts if messages[0] != Message("system", "")]
+    with_it = [messages if messages[0].role == "system" else [system, *messages] for messages in prompts]
+    expected = [render_trained(chat_template, messages) for messages in with_it]
+    assert render(go_renderer, commands["TEMPLATE"], prompts) == expected
 
 
 @pytest.mark.slow
 def test_a_template_with_one_newline_less_is_told_apart(go_renderer):
     """Negative control."""
+    prompts = make_prompts()
     wrong = LLAMA3.ollama_template.replace("<|end_header_id|>\n\n{{", "<|end_header_id|>\n{{")
     assert wrong != LLAMA3.ollama_template
-    rendered = render(go_renderer, wrong)
-    assert all(text != render_trained(LLAMA3, turns) for text, turns in zip(rendered, CONVERSATIONS, strict=True))
+    rendered = render(go_renderer, wrong, prompts)
+    assert all(text != render_trained(LLAMA3, turns) for text, turns in zip(rendered, prompts, strict=True))
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_jinja_renders_what_the_modelfile_renders(name):
-    """Both templates are one format: rendered by jinja2, the GGUF's differs only by BOS at the start."""
+    """Both templates are one format: rendered by jinja2, the GGUF's differs only by BOS at the start.
+
+    A prefill is the server's to append: llama.cpp's and transformers' chat functions take it off before they render.
+    """
     import jinja2
 
     chat_template = CHAT_TEMPLATES[name]
     template = jinja2.Environment().from_string(chat_template.jinja_template)
-    for turns in CONVERSATIONS[:3]:
-        messages = [{"role": role, "content": text} for role, text in turns]
+    for turns in make_prompts():
+        prefill = [turn.content for turn in turns[-1:] if turn.role == "assistant"]
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns[: len(turns) - len(prefill)]]
         rendered = template.render(messages=messages, add_generation_prompt=True, bos_token=chat_template.beginning)
-        assert rendered == chat_template.beginning + render_trained(chat_template, turns)
+        assert rendered + "".join(prefill) == chat_template.beginning + render_trained(chat_template, turns)

@@ -13,23 +13,17 @@ from typing import NamedTuple
 import pytest
 
 from tests.conftest import REPOSITORY, TINY_TIED
+from tests.conversations import ODD_CONTENTS, make_conversations, make_prompts
 from tests.tokenizer_files import find_llama3_tokenizer, make_random_texts, write_smollm2_tokenizer
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.data import Message
+from tune2gguf.data.messages import read_conversation
 from tune2gguf.export.pipeline import export_base
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
-
-ODD_CONTENTS = [
-    " leading", "trailing \n", "\n\n both \t", "\v\f\r\n odd \r\n", "a\r\nb", "tab\tinside", "two\n\nlines\n\n\nthree",
-    "\u00a0no-break\u00a0", "\u3000ideographic\u3000", "\ufeffbom", "\u200bzero width\u200b", "\u2028line", "x\u0085",
-    "naïve café", "日本語のテキスト", "e\u0301 and é", "👩‍👩‍👧", "العربية", "1234567 12 3", "'s 'S 'll WE'VE",
-    "```python\nfor x in y:\n    print(x)\n```", "<b>html</b> & \"quotes\" \\ back", "{{ jinja }} {% raw %} {# no #}",
-    "< | not special | >", "<|", "|>", ".", "a", "  ", "#### Heading\n- item\n  - nested", "$x_1^2$", "\x1f u",
-]  # fmt: skip
 
 
 class Served(NamedTuple):
@@ -74,18 +68,17 @@ def served(request, bases) -> Served:
 
 @cache
 def make_corpus() -> list[list[Message]]:
-    """Return conversations that end with a reply: the quickstart's, and random ones of odd contents."""
+    """Return conversations as they are read: the quickstart's, of every shape, and random ones of odd contents."""
     lines = (REPOSITORY / "examples/quickstart/train.jsonl").read_text(encoding="utf-8").splitlines()
-    real = [[Message(turn["role"], turn["content"]) for turn in json.loads(line)["messages"]] for line in lines[:100]]
+    rows = [json.loads(line) for line in lines[:100]]
     generator = random.Random(0)
-    odd = []
     for number in range(300):
-        system = [Message("system", generator.choice(["", *ODD_CONTENTS]))] if number % 3 == 0 else []
-        turns = []
+        turns = [("system", generator.choice(["", *ODD_CONTENTS]))] if number % 3 == 0 else []
         for _ in range(generator.randrange(1, 4)):
-            turns += [Message("user", draw_content(generator)), Message("assistant", draw_content(generator))]
-        odd.append([*system, *turns])
-    return real + odd
+            turns += [("user", draw_content(generator)), ("assistant", draw_content(generator))]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    read = [read_conversation(row, format="openai") for row in rows]
+    return [list(conversation.messages) for conversation in [*read, *make_conversations()]]
 
 
 def draw_content(generator: random.Random) -> str:
@@ -100,15 +93,10 @@ def render_served(served: Served, messages: list[Message]) -> list[int]:
     return served.model.tokenize(text.removeprefix(beginning) if beginning else text, adds_bos=bool(beginning))
 
 
-def has_boundary_case(messages: list[Message]) -> bool:
-    """Whether a reply starts with white space that the template keeps: there a row's ids follow the prompt's."""
-    return any(turn.role == "assistant" and turn.content.lstrip(" \t\n\v\f\r")[:1].isspace() for turn in messages)
-
-
 def test_every_conversation_is_served_with_the_ids_it_was_trained_on(served):
     """A further question makes the template render the whole conversation, replies included."""
-    corpus = [messages for messages in make_corpus() if not has_boundary_case(messages)]
-    assert len(corpus) >= 200
+    corpus = make_corpus()
+    assert len(corpus) >= 400
     different = []
     for messages in corpus:
         ids, _ = served.tokenizer.encode_conversation(messages)
@@ -120,13 +108,21 @@ def test_every_conversation_is_served_with_the_ids_it_was_trained_on(served):
 def test_every_reply_is_trained_behind_the_prompt_it_is_served_with(served):
     for messages in make_corpus():
         ids, supervised = served.tokenizer.encode_conversation(messages)
-        if has_boundary_case(messages[:-1]):
-            continue
         prompt = render_served(served, messages[:-1])
         assert served.tokenizer.encode_prompt(messages[:-1]) == prompt
         assert ids[: len(prompt)] == prompt
         end = ids.index(served.tokenizer.end_of_turn_id, len(prompt))
         assert all(supervised[len(prompt) : end + 1]) and not any(supervised[end + 1 :])
+
+
+def test_every_prompt_is_served_as_it_is_sent(served):
+    """White space around contents is nobody's to strip, and a last message of the assistant begins the reply."""
+    for messages in make_prompts():
+        prefill = "".join(turn.content for turn in messages[-1:] if turn.role == "assistant")
+        asked = messages[:-1] if prefill else messages
+        assert render_served(served, messages) == served.tokenizer.encode_prompt(asked) + (
+            served.model.tokenize(prefill) if prefill else []
+        )
 
 
 def test_the_chat_endpoint_counts_as_many_prompt_tokens_as_were_trained(served):
@@ -143,13 +139,15 @@ def test_any_text_is_tokenized_as_llama_cpp_does(served):
     assert different == []
 
 
-def test_white_space_is_trimmed_as_the_template_trims_it(served):
+def test_any_white_space_around_a_content_is_served_as_it_is_sent(served):
     """Every character below U+3001 that might be called white space, before and behind a word."""
     candidates = [chr(code) for code in range(1, 0x3001) if chr(code).isspace() or code < 0x20]
     assert len(candidates) > 40
     for character in candidates:
         messages = [Message("user", f"{character}word{character}")]
         assert served.tokenizer.encode_prompt(messages) == render_served(served, messages), hex(ord(character))
+    stripped = served.tokenizer.encode_prompt([Message("user", "word")])
+    assert render_served(served, [Message("user", " word\n")]) != stripped, "negative control: a template that strips"
 
 
 def test_special_tokens_spelled_in_content_are_where_trained_and_served_differ(served):

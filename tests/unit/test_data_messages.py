@@ -32,7 +32,7 @@ def test_every_shape_is_detected_and_becomes_the_same_conversation(format, row):
 
 
 def test_system_message_and_many_turns_are_kept():
-    turns = [turn("system", "Be brief."), QUESTION, ANSWER, turn("user", "Bye"), turn("assistant", " So long\n")]
+    turns = [turn("system", "Be brief."), QUESTION, ANSWER, turn("user", "Bye"), turn("assistant", "So long")]
     messages = read_conversation({"messages": turns}, format="openai").messages
     assert [(message.role, message.content) for message in messages] == [
         (given["role"], given["content"]) for given in turns
@@ -176,7 +176,7 @@ def test_row_that_is_not_in_its_format_is_refused(format, row, said):
 
 def test_digest_is_that_of_what_is_trained():
     rows = [read_conversation(row, format=format) for format, row in SHAPES]
-    spaced = Conversation((Message("user", " Hi\n"), Message("assistant", "Hello!")))
+    spaced = read_conversation({"prompt": " Hi\n", "completion": "\u3000Hello!"}, format="prompt_completion")
     assert {digest(row) for row in [*rows, spaced]} == {digest(rows[0])}
     others = [
         Conversation((Message("user", "Hi"), Message("assistant", "Hello"))),
@@ -185,3 +185,14 @@ def test_digest_is_that_of_what_is_trained():
         Conversation(text="Hi"),
     ]
     assert len({digest(row) for row in [rows[0], *others]}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", " \t\r\n", "\v\f", "\u00a0", "\u3000", "\u2028"])
+def test_white_space_around_contents_is_taken_off_and_said(space):
+    turns = [turn(role, f"{space}{role} two{space}words{space}") for role in ("system", "user", "assistant")]
+    found = read_conversation({"messages": turns}, format="openai")
+    assert [message.content for message in found.messages] == [
+        f"{role} two{space}words" for role in ("system", "user", "assistant")
+    ]
+    assert found.was_stripped and not found.had_end
+    assert not read_conversation(SHAPES[0][1], format="openai").was_stripped

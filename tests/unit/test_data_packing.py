@@ -25,6 +25,7 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
         unit="line",
         lines_that_spell_special=[],
         num_ended=0,
+        num_stripped=0,
         unused_keys={},
         system_prompts=[],
         system_numbers=np.zeros(len(lengths), np.int64),

@@ -355,7 +355,7 @@ def test_good_options_have_no_problem_as_a_config_node_either(tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "found", "note"),
     [
-        (["Be brief.\u2028"] * 3, "Be brief.\u2028", None),
+        (["Be\u2028brief."] * 3, "Be\u2028brief.", None),
         (["Be brief.", "Be brief.\n", " Be brief."], "Be brief.", None),  # all are trained as the first is
         ([None] * 3, None, None),
         (["Be brief.", "Be long."], None, "have 2 system prompts: none"),
@@ -466,3 +466,21 @@ def test_reply_that_is_an_end_of_turn_alone_is_empty(tmp_path, tokenizer):
     row = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": " <|im_end|>"}]}
     with pytest.raises(ValueError, match="line 1: message 2, the assistant's, is empty"):
         chat_dataset(str(write_rows(tmp_path / "a.jsonl", [row])), tokenizer=tokenizer, max_seq_len=200, seed=1)
+
+
+def test_white_space_around_contents_is_taken_off_counted_and_gone_from_the_validation_rows(tmp_path, tokenizer):
+    def prepare(name, *questions):
+        rows = [{"prompt": question, "completion": f"{number}!"} for number, question in enumerate(questions)]
+        path, heldout = write_rows(tmp_path / name, rows[:-1]), write_rows(tmp_path / f"v-{name}", rows[-1:])
+        options = {"tokenizer": tokenizer, "max_seq_len": 200, "seed": 1, "validation_files": str(heldout)}
+        return chat_dataset(str(path), **options)
+
+    clean, spaced = prepare("a.jsonl", "Hi?", "Ho?", "He?"), prepare("b.jsonl", " Hi?\n", "Ho?", "\u3000He?")
+    for side in ("train", "validation"):
+        before, after = (list(getattr(data, side)) for data in (clean, spaced))
+        assert [row.tokens.tolist() for row in after] == [row.tokens.tolist() for row in before]
+    assert clean.ledger["notes"] == []
+    assert [note.partition(": ")[2].partition(";")[0] for note in spaced.ledger["notes"]] == [
+        "rows with white space around a content: 1"
+    ] * 2
+    assert "\u3000" not in format_validation_rows(spaced.validation, format="auto")

@@ -10,7 +10,6 @@ from tests.parity.gguf_models import SMALL_MODELS, write_small_run
 from tune2gguf.export.gguf_file.vocabulary import read_vocabulary
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.pipeline import export_run
-from tune2gguf.tokenizer.conversation import trim
 from tune2gguf.tokenizer.templates import CHATML, LLAMA3
 
 LLAMA_MODEL, _, CHATML_MODEL = SMALL_MODELS
@@ -178,7 +177,7 @@ def parse_modelfile(text: str) -> list[tuple[str, str]]:
 
 HELD = (
     *('You are "Marlo".', 'a """ b', 'ends with "', 'ends with """', '"', '"""x', 'one ""\ntwo', ""),
-    *("{{ .Role }}", "one\r\ntwo", "🚢 日本", " x\n", "PARAMETER stop x\nFROM y\n# z"),
+    *("{{ .Role }}", "one\r\ntwo", "🚢 日本", "PARAMETER stop x\nFROM y\n# z"),
 )
 NOT_HELD = (
     *('a """\nb', '"""\nx', 'a """ \t\r\nb', "no-break\xa0space", "joined 👩\u200d🚀"),
@@ -193,7 +192,7 @@ def test_system_is_what_was_trained_when_ollama_has_read_it(system_prompt):
     )
     commands = parse_modelfile(text)
     assert [name for name, _ in commands if name != "PARAMETER"] == ["FROM", "TEMPLATE", "SYSTEM", "LICENSE"]
-    assert dict(commands)["SYSTEM"] == trim(system_prompt) and dict(commands)["LICENSE"] == 'a "b"'
+    assert dict(commands)["SYSTEM"] == system_prompt and dict(commands)["LICENSE"] == 'a "b"'
 
 
 @pytest.mark.parametrize("name", ["a b.gguf", 'a"b".gguf', "ä 日本 🚢.gguf", "'x' # y.gguf"])

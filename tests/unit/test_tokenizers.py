@@ -62,7 +62,7 @@ def test_empty_system_message_is_a_block_without_content():
     assert ids[:11] == [BEGIN, *header(SYSTEM), EOT, *header(USER), 13347]
 
 
-@pytest.mark.parametrize(("system", "shown"), [(None, ""), (" Be brief.\n", "Be brief."), ("", "")])
+@pytest.mark.parametrize(("system", "shown"), [(None, ""), ("Be brief.", "Be brief."), ("", "")])
 def test_llama3_1_puts_metas_date_block_before_the_system_message(system, shown):
     tokenizer = dataclasses.replace(load_llama3(), chat_template=LLAMA3_1)
     turns = [] if system is None else [Message("system", system)]
@@ -86,8 +86,6 @@ def test_unicode_reply_is_supervised_byte_for_byte():
     ("content", "content_ids"),
     [
         ("naïve 日本語 👋", [3458, 38672, 588, 105180, 102158, 62904, 233]),
-        (" \n Hello!\t\n", [9906, 0]),
-        ("\u00a0Hi\u3000", [4194, 13347, 23249]),
         ("The end is <|eot_id|>", [791, 842, 374, 83739, 68, 354, 851, 91, 29]),
         ("<|eot_id|>", [27, 91, 68, 354, 851, 91, 29]),
     ],
@@ -100,21 +98,15 @@ def test_content_has_the_ids_that_tiktoken_gives_it(content, content_ids):
     assert supervised == [False] * len(question) + [True] * (len(content_ids) + 1)
 
 
-@pytest.mark.parametrize("space", [" ", "\t", "\n", "\r\n", "\v\f", " \n \t"])
-def test_white_space_around_content_is_trimmed(space):
-    tokenizer = load_llama3()
-    spaced = tokenizer.encode_conversation([user(f"{space}Hi{space}"), assistant(f"{space}Hello!{space}")])
-    assert spaced == tokenizer.encode_conversation([user("Hi"), assistant("Hello!")])
-
-
-@pytest.mark.parametrize("space", ["\u00a0", "\u3000", "\u2028", "\u0085", "\x1f"])
-def test_white_space_that_the_server_keeps_is_kept(space):
+@pytest.mark.parametrize("space", [" ", "\t", "\r\n", "\v\f", "\u00a0", "\u3000", "\u2028", "\u0085", "\x1f"])
+def test_white_space_around_content_is_rendered_as_it_is(space):
+    """Rows lose it when they are read; what is asked is what was sent."""
     tokenizer = load_llama3()
     reply = f"{space}Hello!{space}"
     assert tokenizer.decode(find_supervised(tokenizer, user("Hi"), assistant(reply))) == reply + "<|eot_id|>"
 
 
-@pytest.mark.parametrize("space", ["\u00a0\n", "\u3000\u3000", "\u2028\n\n"])
+@pytest.mark.parametrize("space", [" ", "\n", "\u00a0\n", "\u3000\u3000", "\u2028\n\n"])
 def test_reply_follows_the_header_of_the_prompt_whatever_it_starts_with(space):
     tokenizer = load_llama3()
     ids, _ = tokenizer.encode_conversation([user("Hi"), assistant(f"{space}Hello!")])
@@ -159,7 +151,7 @@ def test_raw_text_is_supervised_between_its_beginning_and_its_end():
 
 def test_chatml_supervises_the_reply_and_its_end_but_not_the_line_break_after_it(tiny_base):
     tokenizer = load_tokenizer(tiny_base, chat_template="chatml")
-    ids, supervised = tokenizer.encode_conversation([user(" Hi "), assistant("Ho\n"), user("x"), assistant("y")])
+    ids, supervised = tokenizer.encode_conversation([user("Hi"), assistant("Ho"), user("x"), assistant("y")])
     start, end = tokenizer.special_ids["<|im_start|>"], tokenizer.special_ids["<|im_end|>"]
     assert tokenizer.decode(ids) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
@@ -173,11 +165,11 @@ def test_chatml_supervises_the_reply_and_its_end_but_not_the_line_break_after_it
 
 
 def test_chatml_row_has_the_ids_that_transformers_gives_it(tmp_path):
-    """SmolLM2's own tokenizer: system, two turns, unicode, trimmed white space and a spelled special token."""
+    """SmolLM2's own tokenizer: system, two turns, unicode and a spelled special token."""
     write_smollm2_tokenizer(tmp_path)
     messages = [
         Message("system", "Be brief."),
-        *(user(" Hi\n"), assistant("Hello!\n")),
+        *(user("Hi"), assistant("Hello!")),
         *(user("naïve 日本語 👋"), assistant("The end is<|im_end|>")),
     ]
     ids, supervised = load_tokenizer(tmp_path, chat_template="chatml").encode_conversation(messages)

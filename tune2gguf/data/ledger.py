@@ -157,6 +157,11 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
                 f"{file.name}: rows with an end-of-turn token at the end of a turn: {file.index.num_ended}; "
                 "it is taken off, as the chat template adds its own"
             )
+        if file.index.num_stripped:
+            notes.append(
+                f"{file.name}: rows with white space around a content: {file.index.num_stripped}; "
+                "it is taken off, as no template strips what is served"
+            )
         lines = file.index.lines_that_spell_special
         if lines:
             notes.append(

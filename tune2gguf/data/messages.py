@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tune2gguf.tokenizer.conversation import ROLES, TRIMMED, Conversation, Message, trim
+from tune2gguf.tokenizer.conversation import ROLES, Conversation, Message
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import END_OF_TEXT_TOKENS
 
@@ -60,7 +60,7 @@ class AmbiguousFormatError(ValueError):
 
 def digest(conversation: Conversation) -> bytes:
     """Return DIGEST_BYTES bytes that are equal for rows that train the same, whatever shape or spacing they came in."""
-    turns = [(message.role, trim(message.content), message.is_trained) for message in conversation.messages]
+    turns = [(message.role, message.content, message.is_trained) for message in conversation.messages]
     return hashlib.blake2b(repr((turns, conversation.text)).encode(), digest_size=DIGEST_BYTES).digest()
 
 
@@ -91,6 +91,8 @@ def detect_format(row: Mapping[str, Any]) -> str:
 def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
     """Return the conversation of a row in the named format (one of FORMATS).
 
+    Contents lose the white space around them: no template strips what is served, and clients send none.
+
     Raises:
         ValueError: if the row is not in the format, or is no conversation that can be trained on
     """
@@ -114,17 +116,22 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
         used = {key, *_OPTIONAL_KEYS[format]}  # the list may go by its other name
         unused_in_turns = _find_unused_in_turns(row[key], shape, key)
     read = _put_system_first(row, messages)
-    messages = [replace(message, content=_take_end_off(message.content)) for message in read]
+    ended = [replace(message, content=_take_end_off(message.content)) for message in read]
+    messages = [replace(message, content=message.content.strip()) for message in ended]
     _check_messages(messages)
-    unused = _find_unused(row, used) + unused_in_turns
-    return Conversation(tuple(messages), unused_keys=unused, had_end=messages != read)
+    return Conversation(
+        tuple(messages),
+        unused_keys=_find_unused(row, used) + unused_in_turns,
+        had_end=ended != read,
+        was_stripped=messages != ended,
+    )
 
 
 def _take_end_off(text: str) -> str:
     """Take off one end of turn or text that the row brings along: the chat template adds its own."""
-    trimmed = text.rstrip(TRIMMED)
-    end = next(filter(trimmed.endswith, _ENDS), None)
-    return text if end is None else trimmed.removesuffix(end)
+    stripped = text.rstrip()
+    end = next(filter(stripped.endswith, _ENDS), None)
+    return text if end is None else stripped.removesuffix(end)
 
 
 def _find_unused(values: Mapping[str, Any], used: Collection[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tune2gguf.data.messages import DIGEST_BYTES, AmbiguousFormatError, detect_format, digest, read_conversation
 from tune2gguf.data.rows import MAX_ROW_BYTES, Row, Source, describe_too_long, read_rows
-from tune2gguf.tokenizer.conversation import Conversation, trim
+from tune2gguf.tokenizer.conversation import Conversation
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer, Segment
@@ -58,8 +58,9 @@ class TokenIndex:
     unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
     num_ended: int  # good rows of which an end-of-turn token was taken off
+    num_stripped: int  # good rows of which white space around a content was taken off
     unused_keys: dict[str, int]  # good rows that have something under a key that is not used
-    system_prompts: list[str | None]  # of the good conversations, trimmed, each once; None: one without
+    system_prompts: list[str | None]  # of the good conversations, each once; None: one without
     system_numbers: np.ndarray  # [rows] int64, which of them; their number: another one; RAW_TEXT: none is possible
 
     @property
@@ -191,7 +192,7 @@ def write_tokens(
     lines, digests, problems, spelling = [], [], [], []
     unit, role_counts, unused_keys = "line", Counter(), Counter()
     system_prompts: dict[str | None, int] = {}
-    system_numbers, num_ended = [], 0
+    system_numbers, num_ended, num_stripped = [], 0, 0
     for row, conversation in rows:
         line, unit = row.source.line, row.source.unit
         spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
@@ -206,6 +207,7 @@ def write_tokens(
             role_counts.update([message.role for message in conversation.messages] or ["text"])
             unused_keys.update(conversation.unused_keys)
             num_ended += conversation.had_end
+            num_stripped += conversation.was_stripped
             system_numbers.append(_number_system_prompt(conversation, system_prompts))
             if spelled is not None:
                 spelling.append(line)
@@ -223,6 +225,7 @@ def write_tokens(
         unit=unit,
         lines_that_spell_special=spelling,
         num_ended=num_ended,
+        num_stripped=num_stripped,
         unused_keys=dict(unused_keys),
         system_prompts=[*system_prompts],
         system_numbers=np.array(system_numbers, np.int64),
@@ -232,7 +235,7 @@ def write_tokens(
 def _number_system_prompt(conversation: Conversation, known: dict[str | None, int]) -> int:
     if conversation.text is not None:
         return RAW_TEXT
-    prompt = None if conversation.system_prompt is None else trim(conversation.system_prompt)
+    prompt = conversation.system_prompt
     if prompt not in known and len(known) == MAX_SYSTEM_PROMPTS:
         return MAX_SYSTEM_PROMPTS
     return known.setdefault(prompt, len(known))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-from tune2gguf.tokenizer.conversation import trim
 from tune2gguf.tokenizer.templates import ChatTemplate
 
 # What leaves the trained distribution as it is. Ollama's own defaults penalize repetition and cut the tail.
@@ -34,7 +33,6 @@ def make_modelfile(
     # The template that was trained; BOS is not in it, because the runtime adds it.
     template, system = chat_template.ollama_template, None
     if system_prompt is not None:
-        system_prompt = trim(system_prompt)
         if _is_held(system_prompt) and not _find_dropped(system_prompt):
             system = system_prompt
         else:

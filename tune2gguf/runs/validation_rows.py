@@ -79,6 +79,8 @@ def _parse_row(values: Any) -> _Row:
     row = make_record(_Row, values)
     for message in row["messages"]:
         make_record(Message, message)
+        # Earlier versions wrote contents as they were read, and stripped them when they were rendered.
+        message["content"] = message["content"].strip()
     return row
 
 

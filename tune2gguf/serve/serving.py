@@ -10,7 +10,7 @@ import numpy as np
 
 from tune2gguf.export.measure.validation_set import ValidationRow
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
-from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply, trim
+from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 MAX_SCORED_TOKENS = 128  # each costs a request
@@ -132,7 +132,7 @@ def _serve(model: LlamaCppModel, tokenizer: ChatTokenizer, chat: Conversation) -
     """Return the ids of the prompt as the server makes them, and those of the reply."""
     prompt, reply = cut_before_reply(chat)
     chat_template = tokenizer.chat_template
-    generated = trim(reply) + chat_template.end_of_turn + chat_template.turn_separator
+    generated = reply + chat_template.end_of_turn + chat_template.turn_separator
     return model.tokenize(model.apply_template(prompt), adds_bos=True) + model.tokenize(generated)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# C's isspace in the C locale: what the trim filter of llama.cpp's jinja engine strips. Python's strip takes more.
-TRIMMED = " \t\n\v\f\r"
 ROLES = ("system", "user", "assistant")
 
 
@@ -29,16 +27,12 @@ class Conversation:
     had_end: bool = field(
         default=False, compare=False
     )  # a text of the row ended in an end-of-turn token, now taken off
+    was_stripped: bool = field(default=False, compare=False)  # a content began or ended in white space, now taken off
 
     @property
     def system_prompt(self) -> str | None:
         """What the system says before the first turn."""
         return self.messages[0].content if self.messages and self.messages[0].role == "system" else None
-
-
-def trim(text: str) -> str:
-    """Strip what the server's chat template strips: the six ASCII white-space characters."""
-    return text.strip(TRIMMED)
 
 
 def cut_before_reply(conversation: Conversation) -> tuple[list[dict[str, str]], str]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a conversation becomes text. Content is trimmed of surrounding whitespace everywhere.
+    """How a conversation becomes text; contents stand in it as they are.
 
-    A message is `role_start + role + role_end + content + end_of_turn + turn_separator`.
+    A message is `role_start + role + role_end + content + end_of_turn + turn_separator`. A last message of the
+    assistant is the beginning of the reply (prefill): llama.cpp's server continues it, ollama_template leaves it open.
     """
 
     name: str
@@ -24,7 +25,18 @@ class ChatTemplate:
     system_prefix: str = ""  # before the system message's content; with one, every conversation has a system message
 
 
-# The jinja template is Llama 3.0's published one: it is the format torchtune trains on, and Ollama recognizes it.
+# Ollama's template goes over the messages so: {{ $i }} counts them, {{ $isOpen }} says that the last one is a prefill.
+_RANGE = (
+    "{{- $isOpen := false }}"
+    '{{- range $i, $_ := .Messages }}{{ $isOpen = and (eq .Role "assistant") (eq (len (slice $.Messages $i)) 1) }}'
+)
+
+
+def _close_turn(end: str) -> str:
+    return "{{ if not $isOpen }}" + end + "{{ end }}"
+
+
+# The jinja template is Llama 3.0's published one, but for its trim: it is the format torchtune trains on.
 LLAMA3 = ChatTemplate(
     name="llama3",
     beginning="<|begin_of_text|>",
@@ -35,13 +47,16 @@ LLAMA3 = ChatTemplate(
     jinja_template=(
         "{% set loop_messages = messages %}{% for message in loop_messages %}"
         "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-        "+ message['content'] | trim + '<|eot_id|>' %}"
+        "+ message['content'] + '<|eot_id|>' %}"
         "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
     ollama_template=(
-        "{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}<|eot_id|>{{ end }}"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        _RANGE
+        + "<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}"
+        + _close_turn("<|eot_id|>")
+        + "{{ end }}"
+        + _close_turn("<|start_header_id|>assistant<|end_header_id|>\n\n")
     ),
     stops=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
@@ -55,19 +70,24 @@ LLAMA3_1 = replace(
     system_prefix=_DATED_PREFIX,
     jinja_template=(
         "{% if messages[0]['role'] == 'system' %}"
-        "{% set system_content = messages[0]['content'] | trim %}{% set loop_messages = messages[1:] %}"
+        "{% set system_content = messages[0]['content'] %}{% set loop_messages = messages[1:] %}"
         "{% else %}{% set system_content = '' %}{% set loop_messages = messages %}{% endif %}"
         "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\n"
         + _DATED_PREFIX
         + "' + system_content + '<|eot_id|>' }}{% for message in loop_messages %}"
         "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-        " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        " + message['content'] + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
     ),
     ollama_template=(
-        "<|start_header_id|>system<|end_header_id|>\n\n" + _DATED_PREFIX + "{{ .System }}<|eot_id|>"
-        '{{- range .Messages }}{{ if ne .Role "system" }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n'
-        "{{ .Content }}<|eot_id|>{{ end }}{{ end }}<|start_header_id|>assistant<|end_header_id|>\n\n"
+        "<|start_header_id|>system<|end_header_id|>\n\n"
+        + _DATED_PREFIX
+        + "{{ .System }}<|eot_id|>"
+        + _RANGE
+        + '{{ if ne .Role "system" }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}'
+        + _close_turn("<|eot_id|>")
+        + "{{ end }}{{ end }}"
+        + _close_turn("<|start_header_id|>assistant<|end_header_id|>\n\n")
     ),
 )
 
@@ -81,11 +101,15 @@ CHATML = ChatTemplate(
     turn_separator="\n",
     jinja_template=(
         "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
     ollama_template=(
-        "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+        _RANGE
+        + "<|im_start|>{{ .Role }}\n{{ .Content }}"
+        + _close_turn("<|im_end|>\n")
+        + "{{ end }}"
+        + _close_turn("<|im_start|>assistant\n")
     ),
     stops=("<|im_start|>", "<|im_end|>"),
 )

@@ -2,11 +2,11 @@
 
 The ids are those that llama.cpp gets when it renders the chat template and tokenizes the text, by three rules:
 
-- Content is trimmed as llama.cpp's `trim` does it: of the six ASCII characters in conversation.TRIMMED only. Python's
-  `strip` would also take no-break and ideographic spaces, which the server keeps.
+- Content is rendered as it is. Rows lose the white space around their contents when they are read, and no template
+  strips any, so that every engine renders every message alike.
 - The text between two special tokens is tokenized as one string, as the server does it, with one exception: a reply is
   tokenized apart from the header before it, because the model generates it after a prompt that ends with the header.
-  The two differ only where a reply starts with white space that is not in TRIMMED.
+  The two differ only where a reply starts with white space, which no row's does.
 - Special tokens spelled out in content stay text. The server would read them as special tokens, but a reply that talks
   about `<|eot_id|>` must not teach the model to end its turn there. data.json counts such rows.
 
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.tokenizer.conversation import ROLES, Message, trim
+from tune2gguf.tokenizer.conversation import ROLES, Message
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
@@ -123,7 +123,7 @@ class ChatTokenizer:
         """Return the segments of a whole conversation, as it is trained."""
         segments = self._split(self.chat_template.beginning)
         separator = self._split(self.chat_template.turn_separator)
-        for message in self._settle_contents(messages):
+        for message in self._add_prefix(messages):
             is_trained = message.role == "assistant" and message.is_trained
             segments += self._headers[message.role]
             segments.append(Segment(message.content, is_special=False, supervised=is_trained))
@@ -131,15 +131,14 @@ class ChatTokenizer:
             segments += separator
         return join_texts(segments)
 
-    def _settle_contents(self, messages: Sequence[Message]) -> list[Message]:
-        """Trim the contents; put the format's prefix before the system message, making one where there is none."""
-        valid = [Message(message.role, trim(message.content), message.is_trained) for message in messages]
+    def _add_prefix(self, messages: Sequence[Message]) -> list[Message]:
+        """Put the format's prefix before the system message, making one where there is none."""
         prefix = self.chat_template.system_prefix
-        if prefix:
-            has_system = bool(valid) and valid[0].role == "system"
-            system_content = valid[0].content if has_system else ""
-            valid[:has_system] = [Message("system", prefix + system_content)]
-        return valid
+        if not prefix:
+            return list(messages)
+        has_system = bool(messages) and messages[0].role == "system"
+        system_content = messages[0].content if has_system else ""
+        return [Message("system", prefix + system_content), *messages[has_system:]]
 
     def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
         """Return the segments of a conversation and of the header of the reply to come, as it is served."""
