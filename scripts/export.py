@@ -12,7 +12,7 @@ from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_ru
 from tune2gguf.files.output import run_program
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.proof import ProofRecord
-from tune2gguf.serve.ollama import check_ollama_name, serve_with_ollama
+from tune2gguf.serve.ollama import Ollama, ask_as_proven, check_ollama_name, find_ollama, format_answers
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ollama",
         metavar="NAME",
-        help="make the model in Ollama, and ask it a validation question; only if it is proven, or with --proof-rows 0",
+        help="make the model in Ollama, and ask it the proof's questions; only if it is proven, or with --proof-rows 0",
     )
     parser.add_argument(
         "--proof-rows",
@@ -70,8 +70,7 @@ def main() -> None:
     arguments = parse_arguments()
     if not arguments.max_loss_increase >= 0:  # nor NaN
         raise ValueError(f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more")
-    if arguments.ollama is not None:
-        check_ollama_name(arguments.ollama)
+    ollama = None if arguments.ollama is None else open_ollama(arguments.ollama)
     export = export_run(
         arguments.run,
         quantizations=arguments.quantization,
@@ -89,13 +88,24 @@ def main() -> None:
         print(path)
     proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
     is_refused = proof is not None and not proof.passed
-    if arguments.ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
+    if ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
         print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
         is_refused = True
-    elif arguments.ollama is not None:
-        print(serve_with_ollama(export, arguments.ollama))
+    elif ollama is not None:
+        ollama.create_model(arguments.ollama, export.models[0])
+        answers = ask_as_proven(ollama, arguments.ollama, export, proof)
+        print(format_answers(arguments.ollama, ollama.version, answers))
     if is_refused:
         sys.exit(1)
+
+
+def open_ollama(name: str) -> Ollama:
+    """Return the running Ollama, before anything slow; say that a model of this name is to be replaced."""
+    check_ollama_name(name)
+    ollama = find_ollama()
+    if ollama.has_model(name):
+        print(f"{name} is in Ollama already and will be replaced")
+    return ollama
 
 
 def show_proof(export: Export, arguments: argparse.Namespace) -> ProofRecord | None:

@@ -6,7 +6,12 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -185,23 +190,54 @@ def make_run_arguments(folder: Path, base_dir: Path) -> list[str]:
 
 
 @pytest.fixture
-def fake_ollama(tmp_path, monkeypatch) -> Path:
-    """A program on PATH that writes down how it was called and what it was asked, and answers `run`."""
+def fake_ollama(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A program on PATH and a server that write down what they were asked; the server answers as Ollama's API does."""
     folder = tmp_path / "bin"
     folder.mkdir()
     log = tmp_path / "calls.jsonl"
     program = folder / "ollama"
     program.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
-        "asked = [sys.stdin.buffer.read().decode()] if sys.argv[1] == 'run' else []\n"
-        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:] + asked) + '\\n')\n"
-        "if sys.argv[1] == 'create': assert 'FROM ./' in open(sys.argv[4]).read()\n"
-        "if sys.argv[1] == 'run': print('Ahoy!')\n"
+        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        "assert 'FROM ./' in open(sys.argv[4]).read()\n"
         "sys.exit(int(os.environ.get('OLLAMA_EXIT', '0')))\n"
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return log
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_OllamaHandler, log))
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.server_port}")
+    with server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield log
+        server.shutdown()
+
+
+class _OllamaHandler(BaseHTTPRequestHandler):
+    """Ollama's API: it has a model `taken`, and every model answers `Ahoy!`."""
+
+    def __init__(self, log: Path, *arguments: Any) -> None:
+        self.log = log
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        self._answer(200, {"version": "0.32.15"})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/api/show":
+            self._answer(*((200, {}) if request["model"] == "taken" else (404, {"error": "model not found"})))
+        else:
+            with self.log.open("a") as file:
+                file.write(json.dumps([self.path, request]) + "\n")
+            self._answer(200, {"message": {"role": "assistant", "content": "Ahoy!"}})
+
+    def _answer(self, status: int, content: dict) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing."""
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ from tune2gguf.runs.config_file import flatten_config, write_config
 from tune2gguf.runs.folder import describe_existing, find_path_problems
 from tune2gguf.runs.run import Run
 from tune2gguf.serve.chat import open_chat_model
-from tune2gguf.serve.ollama import format_create_command
 from tune2gguf.sweep import list_points
 from tune2gguf.verdict.advice import Situation, advise
 from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, Verdict
@@ -133,7 +132,7 @@ def run_in_shell(tmp_path):
     """Return what the programs of a line get as arguments; nothing else is on PATH."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("tune", "python", "ollama"):
+    for name in ("tune", "python"):
         (programs / name).write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
         (programs / name).chmod(0o755)
 
@@ -157,7 +156,7 @@ def read_words(words: list[str]):
 
 @pytest.mark.parametrize("name", NAMES, ids=map(repr, NAMES))
 def test_printed_commands_run_as_they_are_printed(name, tmp_path, monkeypatch, run_in_shell):
-    """Advice, the larger model, the way on from what exists or is damaged, export, Ollama: each with this name."""
+    """Advice, the larger model, the way on from what exists or is damaged, export: each with this name."""
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(REPOSITORY / "configs")
     run_dir = Path(name)
@@ -182,8 +181,6 @@ def test_printed_commands_run_as_they_are_printed(name, tmp_path, monkeypatch, r
     (problem,) = find_path_problems(str(run_dir / "checkpoints" / "step_1"), Path("elsewhere"))
     (word,) = run_in_shell(f"tune {problem.partition('with its run: ')[2]}")
     assert read_config(QUICKSTART, [word]).output_dir == as_path(name)
-    made = run_in_shell(format_create_command("model", run_dir / "Modelfile"))
-    assert made[:3] == ["create", "model", "-f"] and Path(made[3]) == run_dir / "Modelfile" and made[3][0] not in "-~"
 
     with pytest.raises(ValueError) as no_export:
         open_chat_model(Run(run_dir), gguf_path=None, uses_adapter=False, num_threads=None)

@@ -1,6 +1,7 @@
 """What the export writes beside the GGUF: model card, licence, adapter, merged folder; and the hand-over to Ollama."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from tune2gguf.export.pipeline import export_run, list_served
 from tune2gguf.files.atomic import write_json
 from tune2gguf.model.architectures import LLAMA3_2_1B
 from tune2gguf.runs.curves import Validation
+from tune2gguf.runs.proof import ProofRecord
 from tune2gguf.runs.run import open_run
-from tune2gguf.serve.ollama import ask_ollama, find_ollama
+from tune2gguf.serve.ollama import ask_as_proven, check_ollama_name, find_ollama, format_answers, read_address
 
 UNKNOWN = {"source": None, "architecture": TINY_TIED, "has_llama3_tokenizer": False}
 META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024"
@@ -147,44 +149,106 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
 
 
-def test_ollama_makes_the_model_and_answers_a_validation_question(tiny_base, tmp_path, fake_ollama):
-    several = make_row(("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
-    rows = [several, make_row(("user", "Who are you?"), ("assistant", "Marlo"))]
+def list_calls(log: Path) -> list:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_ollama_makes_the_model_and_answers_the_proofs_questions(tiny_base, tmp_path, fake_ollama):
+    """All of a conversation is asked, greedily, and the answers are held against the proof's."""
+    several = make_row(("user", "one"), ("assistant", "two"), ("user", "日本 🚢\nand"), ("assistant", "four"))
+    rows = [several, make_row(("system", "You are Marlo."), ("user", "-h"), ("assistant", "Marlo"))]
     run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_template="chatml", validation=rows)
-    finished = run_script(run_dir, "--ollama", "marlo")
-    assert finished.returncode == 0
-    calls = [json.loads(line) for line in fake_ollama.read_text().splitlines()]
-    assert calls == [
-        ["create", "marlo", "-f", str(run_dir / "export" / "Modelfile")],
-        ["run", "marlo", "Who are you?"],
+    finished = run_script(run_dir, "--ollama", "marlo", "--proof-rows", "0")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    create, *asked = list_calls(fake_ollama)
+    assert create == ["create", "marlo", "-f", str(run_dir / "export" / "Modelfile")]
+    assert [(path, request["model"], request["stream"]) for path, request in asked] == [
+        ("/api/chat", "marlo", False)
+    ] * 2
+    assert all(request["options"]["temperature"] == 0 for _, request in asked)
+    assert [request["messages"] for _, request in asked] == [row["messages"][:-1] for row in rows]
+    assert finished.stdout.endswith("made marlo in Ollama 0.32.15\nQ 日本 🚢\nand\nA Ahoy!\nQ -h\nA Ahoy!\n")
+
+
+def test_answers_are_held_against_the_proofs(tiny_base, tmp_path, fake_ollama):
+    """The first one is the proof's, the second is not."""
+    rows = [make_row(("user", question), ("assistant", "four")) for question in ("one?", "two?")]
+    run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_template="chatml", validation=rows)
+    export = export_run(run_dir, show=False)
+    replies = [{"question": "one?", "reply": "Ahoy! "}, {"question": "two?", "reply": "Aye."}]
+    proof = ProofRecord(True, [], 2, 9, "torch", {}, "Q4_K_M", None, {"Q4_K_M": {"replies": replies}})
+    answers = ask_as_proven(find_ollama(), "marlo", export, proof)
+    assert [(one.question, one.reply, one.proven, one.is_proven) for one in answers] == [
+        ("one?", "Ahoy!", "Ahoy! ", True),
+        ("two?", "Ahoy!", "Aye.", False),
     ]
-    assert finished.stdout.endswith("made marlo\nQ Who are you?\nA Ahoy!\n")
+    shown = format_answers("marlo", "0.32.15", answers)
+    assert shown.startswith("made marlo in Ollama 0.32.15; 1 of 2 answers are the proof's\nQ one?\nA Ahoy!\nQ two?\n")
+    assert "A Ahoy!\n  the proof's: Aye.\n" in shown
 
 
-@pytest.mark.parametrize("question", ["--verbose or not?", "-h", "日本 🚢\nand a line", "long " * 40_000])
-def test_ollama_is_asked_what_the_row_asks(fake_ollama, question):
-    assert ask_ollama(find_ollama(), "marlo", question) == "Ahoy!"
-    assert [json.loads(line) for line in fake_ollama.read_text().splitlines()] == [["run", "marlo", question]]
-
-
-@pytest.mark.parametrize("name", ["", " ", "-x"])
-def test_a_name_that_ollama_would_not_take_is_refused_before_the_export(run_dir, name):
+@pytest.mark.parametrize(
+    "name", ["", " ", "-x", "my model", "a:b:c", "Marlo!", "a/b/c/d", "x" * 81, "ä", "a.b/c", "a\n"]
+)
+def test_a_name_that_ollama_would_not_take_is_refused_before_the_export(run_dir, fake_ollama, name):
     finished = run_script(run_dir, f"--ollama={name}")
     assert finished.returncode == 1
-    assert finished.stderr.endswith("is no name of a model in Ollama; begin it with a letter or a digit\n")
-    assert not (run_dir / "export").exists()
+    assert "is no name of a model in Ollama: [NAMESPACE/]MODEL[:TAG], each of up to 80 letters" in finished.stderr
+    assert not (run_dir / "export").exists() and not fake_ollama.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["marlo", "Marlo-1.5_b", "me/marlo:q8_0", "host.example:5000/me/marlo:latest", "_x", "9"]
+)
+def test_a_name_that_ollama_takes_is_taken(name):
+    check_ollama_name(name)
+
+
+def test_a_name_that_is_taken_is_said_before_it_is_replaced(run_dir, fake_ollama):
+    finished = run_script(run_dir, "--ollama", "taken", "--proof-rows", "0")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("taken is in Ollama already and will be replaced\n")
+    assert "already" not in run_script(run_dir, "--ollama", "new", "--proof-rows", "0", "--force").stdout
 
 
 def test_a_failing_ollama_is_an_error(run_dir, fake_ollama, monkeypatch):
     monkeypatch.setenv("OLLAMA_EXIT", "3")
     finished = run_script(run_dir, "--ollama", "marlo", "--proof-rows", "0")
     assert finished.returncode == 1
-    assert "ended with exit code 3; is `ollama serve` running?" in finished.stderr
+    assert finished.stderr.endswith("export/Modelfile ended with exit code 3\n")
 
 
-def test_without_ollama_the_command_is_printed(run_dir, monkeypatch, tmp_path):
+def test_without_ollama_or_its_server_nothing_is_exported(run_dir, fake_ollama, monkeypatch, tmp_path):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    finished = run_script(run_dir, "--ollama", "marlo")
+    assert finished.returncode == 1
+    assert re.fullmatch(
+        r"error: no Ollama answers at http://127.0.0.1:9 \(.*\)\. Start it: ollama serve\n", finished.stderr
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
-    finished = run_script(run_dir, "--ollama", "my model", "--proof-rows", "0")
-    assert finished.returncode == 0
-    command = f"ollama create 'my model' -f {run_dir / 'export' / 'Modelfile'}"
-    assert finished.stdout.endswith(f"Ollama is not on PATH. Where it is: {command}\n")
+    finished = run_script(run_dir, "--ollama", "marlo")
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: Ollama is not on PATH. Leave --ollama out")
+    assert not (run_dir / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("", "http://127.0.0.1:11434"),
+        (" 0.0.0.0 ", "http://0.0.0.0:11434"),
+        ("localhost:99", "http://localhost:99"),
+        ("http://box", "http://box:80"),
+        ("https://box:8443/path", "https://box:8443"),
+        ("[::1]:99", "http://[::1]:99"),
+        (":99", "http://127.0.0.1:99"),
+    ],
+)
+def test_the_servers_address_is_read_as_ollama_reads_it(host, address):
+    assert read_address(host) == address
+
+
+@pytest.mark.parametrize("host", ["ftp://box", "box:port"])
+def test_an_address_that_is_none_is_refused(host):
+    with pytest.raises(ValueError, match=r"OLLAMA_HOST=.*: must be \[http://\]HOST\[:PORT\]"):
+        read_address(host)

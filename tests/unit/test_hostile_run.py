@@ -119,11 +119,12 @@ def test_before_and_after_asks_every_question(exported):
         assert f"Q       {question}\n" in shown
 
 
-def test_ollama_is_asked_a_question_that_stands_alone(run_dir, fake_ollama):
+def test_ollama_is_asked_what_the_rows_ask(run_dir, fake_ollama):
     shown = run_script("export.py", run_dir, "--ollama", "marlo", "--proof-rows", "0")
-    _, asked = (json.loads(line) for line in fake_ollama.read_text().splitlines())
-    assert asked == ["run", "marlo", QUESTIONS[0]]
-    assert shown.endswith(f"made marlo\nQ {QUESTIONS[0]}\nA Ahoy!\n")
+    _, *asked = (json.loads(line) for line in fake_ollama.read_text().splitlines())
+    assert [request["messages"][-1]["content"] for _, request in asked] == QUESTIONS[:3]
+    answers = "".join(f"Q {question}\nA Ahoy!\n" for question in QUESTIONS[:3])
+    assert shown.endswith(f"made marlo in Ollama 0.32.15\n{answers}")
 
 
 def test_ledger_and_verdict_lead_to_a_command_that_parses(hostile_run):

@@ -1,98 +1,173 @@
-"""Hand an exported model to Ollama and ask it once."""
+"""Hand an exported model to Ollama, and ask it what the proof asked, through Ollama's API.
+
+The answers are not read from `ollama run`: since 0.32 it wraps words with terminal escapes even into a pipe.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
-from tune2gguf.commands import format_command
-from tune2gguf.export.pipeline import Export
-from tune2gguf.runs.run import Run
-from tune2gguf.runs.validation_rows import read_validation_rows
-from tune2gguf.tokenizer.conversation import cut_before_reply, trim
+from tune2gguf.export.measure.validation_set import load_validation_rows
+from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, ExportedModel
+from tune2gguf.runs.proof import ProofRecord
+from tune2gguf.serve.serving import MAX_REPLY_TOKENS, find_askable
+from tune2gguf.tokenizer.conversation import cut_before_reply
+
+DEFAULT_PORTS = {"": 11434, "http": 80, "https": 443}
+NUM_QUESTIONS = 3  # as the proof
+_PART = r"[A-Za-z0-9_][\w.-]{0,79}"
+# [HOST[:PORT]/][NAMESPACE/]MODEL[:TAG]
+_NAME = re.compile(rf"(([A-Za-z0-9_][\w.:-]{{0,349}}/)?[A-Za-z0-9_][\w-]{{0,79}}/)?{_PART}(:{_PART})?", re.ASCII)
 
 
-def serve_with_ollama(export: Export, name: str) -> str:
-    """Make the model in Ollama and ask it a validation question; without Ollama, return the command that would.
+@dataclass(frozen=True)
+class Ollama:
+    """A running Ollama: its program, which uploads files, and the address of its server."""
 
-    Raises:
-        ValueError: if Ollama fails
-    """
-    modelfile_path = export.models[0].modelfile_path
-    program = find_ollama()
-    if program is None:
-        return f"Ollama is not on PATH. Where it is: {format_create_command(name, modelfile_path)}"
-    create_ollama_model(program, name, modelfile_path)
-    question = find_question(export.run)
-    if question is None:
-        return f"made {name}; the run has no validation question to ask it"
-    return f"made {name}\nQ {question}\nA {ask_ollama(program, name, question)}"
+    program: str
+    address: str
+    version: str
+
+    def has_model(self, name: str) -> bool:
+        """Whether there is a model of this name."""
+        return _ask_server(self.address, "/api/show", {"model": name}, accepts_missing=True) is not None
+
+    def create_model(self, name: str, model: ExportedModel) -> None:
+        """Run `ollama create`; its progress goes to the terminal.
+
+        Raises:
+            ValueError: if it fails
+        """
+        command = [self.program, "create", name, "-f", str(model.modelfile_path)]
+        finished = subprocess.run(command, check=False)
+        if finished.returncode != 0:
+            raise ValueError(f"{shlex.join(command)} ended with exit code {finished.returncode}")
+
+    def chat(self, name: str, messages: Sequence[dict[str, Any]]) -> str:
+        """Return the greedy reply of a model.
+
+        Raises:
+            ValueError: if the server refuses the conversation
+        """
+        request = {
+            "model": name,
+            "messages": list(messages),
+            "stream": False,
+            "options": {"temperature": 0, "num_predict": MAX_REPLY_TOKENS},
+        }
+        return _ask_server(self.address, "/api/chat", request)["message"]["content"]
+
+
+@dataclass(frozen=True)
+class OllamaAnswer:
+    """A validation question, Ollama's greedy answer, and the one that llama.cpp gave in the proof, if it was asked."""
+
+    question: str
+    reply: str
+    proven: str | None
+
+    @property
+    def is_proven(self) -> bool:
+        return self.proven is not None and self.reply.strip() == self.proven.strip()
 
 
 def check_ollama_name(name: str) -> None:
-    """Raise ValueError for a name that Ollama would take for an option, or that is none."""
-    if not name.strip() or name.startswith("-"):
-        raise ValueError(f"{name!r} is no name of a model in Ollama; begin it with a letter or a digit")
-
-
-def find_question(run: Run) -> str | None:
-    """Return the first validation question that stands alone: `ollama run` takes one message.
-
-    The run's one system prompt may stand before it: the Modelfile brings that.
-    """
-    for conversation in read_validation_rows(run.run_dir):
-        if conversation.messages:
-            prompt = cut_before_reply(conversation)[0]
-            if prompt[0]["role"] == "system" and trim(prompt[0]["content"]) == run.system_prompt:
-                del prompt[0]
-            if len(prompt) == 1 and prompt[0]["role"] == "user":
-                return prompt[0]["content"]
-    return None
-
-
-def find_ollama() -> str | None:
-    """Return the path of the `ollama` program, or None."""
-    return shutil.which("ollama")
-
-
-def format_create_command(name: str, modelfile_path: Path) -> str:
-    """Return the command line that makes the model, for whoever has Ollama elsewhere."""
-    return format_command("ollama", "create", name, "-f", modelfile_path)
-
-
-def create_ollama_model(program: str, name: str, modelfile_path: Path) -> None:
-    """Run `ollama create`; its progress goes to the terminal.
-
-    Raises:
-        ValueError: if it fails
-    """
-    command = [program, "create", name, "-f", str(modelfile_path)]
-    finished = subprocess.run(command, check=False)
-    if finished.returncode != 0:
+    """Raise ValueError for what Ollama does not take as a model's name."""
+    if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{shlex.join(command)} ended with exit code {finished.returncode}; is `ollama serve` running?"
+            f"{name!r} is no name of a model in Ollama: [NAMESPACE/]MODEL[:TAG], each of up to 80 letters, digits, "
+            "'_', '-' and '.', beginning with a letter, a digit or '_'"
         )
 
 
-def ask_ollama(program: str, name: str, prompt: str, *, timeout_seconds: float = 600) -> str:
-    """Ask a model once and return its reply.
+def find_ollama() -> Ollama:
+    """Return the Ollama that is installed and running.
 
     Raises:
-        ValueError: if it fails or takes longer than the limit
+        ValueError: if there is none
     """
-    try:
-        # Through standard input: an argument may be too long, or look like an option.
-        finished = subprocess.run(
-            [program, "run", name],
-            input=prompt.encode(),
-            capture_output=True,
-            check=False,
-            timeout=timeout_seconds,
+    program = shutil.which("ollama")
+    if program is None:
+        raise ValueError(
+            "Ollama is not on PATH. Leave --ollama out: the Modelfile and its folder can be taken to where Ollama is, "
+            "for `ollama create NAME -f Modelfile`"
         )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"ollama run {name} gave no reply within {timeout_seconds:g} seconds") from None
-    if finished.returncode != 0:
-        raise ValueError(f"ollama run {name} failed: {finished.stderr.decode(errors='replace').strip()}")
-    return finished.stdout.decode(errors="replace").strip()
+    address = read_address(os.environ.get("OLLAMA_HOST", ""))
+    version = _ask_server(address, "/api/version")["version"]
+    return Ollama(program, address, version)
+
+
+def read_address(host: str) -> str:
+    """Return the server's address from OLLAMA_HOST, [SCHEME://]HOST[:PORT], as Ollama reads it."""
+    scheme, separator, rest = host.strip().rpartition("://")
+    scheme = scheme if separator else ""
+    if scheme not in DEFAULT_PORTS:
+        raise ValueError(f"OLLAMA_HOST={host}: must be [http://]HOST[:PORT]")
+    try:
+        parts = urlsplit(f"//{rest}")
+        name, port = parts.hostname or "127.0.0.1", parts.port or DEFAULT_PORTS[scheme]
+    except ValueError:
+        raise ValueError(f"OLLAMA_HOST={host}: must be [http://]HOST[:PORT]") from None
+    return f"{scheme or 'http'}://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def ask_as_proven(ollama: Ollama, name: str, export: Export, proof: ProofRecord | None) -> list[OllamaAnswer]:
+    """Ask the model the proof's questions, or the first validation questions where nothing is proven."""
+    validation = load_validation_rows(export.run, num_rows=DEFAULT_VALIDATION_ROWS)
+    if validation is None:
+        return []
+    asked = find_askable(validation.conversations, validation.tokenizer, context_length=export.run.max_seq_len)
+    proven = [] if proof is None else proof.served_by_llama_cpp[export.models[0].quantization]["replies"]
+    answers = []
+    for number, conversation in enumerate(asked[: len(proven) or NUM_QUESTIONS]):
+        prompt, _ = cut_before_reply(conversation)
+        reply = ollama.chat(name, prompt)
+        known = proven[number]["reply"] if number < len(proven) else None
+        answers.append(OllamaAnswer(prompt[-1]["content"], reply, known))
+    return answers
+
+
+def format_answers(name: str, version: str, answers: Sequence[OllamaAnswer]) -> str:
+    """Return questions and answers for the terminal."""
+    lines = [f"made {name} in Ollama {version}"]
+    if not answers:
+        lines[0] += "; the run has no validation question to ask it"
+    elif all(answer.proven is not None for answer in answers):
+        num_equal = sum(answer.is_proven for answer in answers)
+        lines[0] += f"; {num_equal} of {len(answers)} answers are the proof's"
+    for answer in answers:
+        lines += [f"Q {answer.question}", f"A {answer.reply.strip()}"]
+        if answer.proven is not None and not answer.is_proven:
+            lines.append(f"  the proof's: {answer.proven.strip()}")
+    if any(answer.proven is not None and not answer.is_proven for answer in answers):
+        lines.append("A quantized file's wording may differ between builds of llama.cpp; its meaning should not")
+    return "\n".join(lines)
+
+
+def _ask_server(address: str, path: str, content: Any = None, *, accepts_missing: bool = False) -> Any:
+    """Send a request and return the JSON answer; None for what is not there, where that is an answer."""
+    data = None if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+    # A proxy from the environment must not see requests to this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=600 if path == "/api/chat" else 10) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        if accepts_missing and error.code == 404:
+            return None
+        raise ValueError(f"Ollama refused {path}: {error.read().decode(errors='replace').strip()}") from None
+    except (OSError, ValueError) as error:  # nothing listens there, or something else does
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"no Ollama answers at {address} ({reason}). Start it: ollama serve") from None

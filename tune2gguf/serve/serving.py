@@ -88,17 +88,23 @@ def serve_file(
         ValueError: if the file cannot be loaded
     """
     model = open_model(path, num_threads=num_threads, context_length=context_length + MAX_REPLY_TOKENS)
-    chats = [
-        conversation
-        for conversation in conversations
-        # Of several turns the last question may lie beyond what was trained, and llama.cpp would refuse it.
-        if conversation.messages and len(tokenizer.encode_prompt(_cut(conversation))) <= context_length
-    ]
+    chats = find_askable(conversations, tokenizer, context_length=context_length)
     return ServedFile(
         tokens=check_tokens(model, tokenizer, conversations),
         scores=check_scores(model, rows, token_losses, max_tokens=MAX_SCORED_TOKENS),
         replies=ask_validation(model, chats[:num_replies], max_tokens=MAX_REPLY_TOKENS),
     )
+
+
+def find_askable(
+    conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, context_length: int
+) -> list[Conversation]:
+    """Return the conversations whose last question lies within what was trained; a server would refuse the others."""
+    return [
+        conversation
+        for conversation in conversations
+        if conversation.messages and len(tokenizer.encode_prompt(_cut(conversation))) <= context_length
+    ]
 
 
 def _cut(conversation: Conversation) -> list[Message]:
