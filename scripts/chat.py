@@ -15,8 +15,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=expand_path, help="folder of an exported run, such as runs/quickstart")
     parser.add_argument("--once", metavar="QUESTION", help="print one reply and end")
-    parser.add_argument("--adapter", action="store_true", help="base and adapter in torch instead of the exported file")
-    parser.add_argument("--gguf", type=expand_path, help="default: the newest in the run's export folder")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--adapter", action="store_true", help="base and adapter in torch instead of the exported file")
+    asked.add_argument("--adapter-gguf", action="store_true", help="the exported base and adapter of Modelfile-adapter")
+    asked.add_argument("--gguf", type=expand_path, help="default: the newest in the run's export folder")
     parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
     parser.add_argument("--system", help="system prompt; default: the one the run was trained with, if it was one")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most probable token")
@@ -36,7 +38,11 @@ def main() -> None:
             raise ValueError("--once has no question in it")
         run = open_run(arguments.run, base_dir=arguments.base_dir)
         model = open_chat_model(
-            run, gguf_path=arguments.gguf, uses_adapter=arguments.adapter, num_threads=arguments.threads
+            run,
+            gguf_path=arguments.gguf,
+            uses_adapter=arguments.adapter,
+            uses_adapter_gguf=arguments.adapter_gguf,
+            num_threads=arguments.threads,
         )
         system_prompt = run.system_prompt if arguments.system is None else arguments.system
         if arguments.once is not None:

@@ -8,6 +8,7 @@ import sys
 from tune2gguf.commands import expand_path
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
+from tune2gguf.export.modelfile import DEFAULT_TEMPERATURE
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
 from tune2gguf.files.output import run_program
 from tune2gguf.runs.files import PROOF_FILE
@@ -30,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
         help=f"one or more of {', '.join(QUANTIZATIONS)}; default: the run's own",
     )
     parser.add_argument("--adapter", choices=("best", "last"), help="default: best where there is one, else last")
-    parser.add_argument("--adapter-gguf", action="store_true", help="also write the adapter as a GGUF of its own")
+    parser.add_argument(
+        "--adapter-gguf",
+        action="store_true",
+        help="also write the adapter as a GGUF, the base it is applied to, in the first type, and Modelfile-adapter",
+    )
     parser.add_argument("--merged-hf", action="store_true", help="also write the merged model as a Hugging Face folder")
     parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
     parser.add_argument(
@@ -61,6 +66,12 @@ def parse_arguments() -> argparse.Namespace:
         default=0.05,
         help="of the validation loss over the trained model's; 0.05 = 5 %%",
     )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=DEFAULT_TEMPERATURE,
+        help="of the Modelfile; default: %(default)g, the likeliest answer, which the proof checks",
+    )
     parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
     parser.add_argument("--threads", type=int, help="to quantize and to prove with; default: all cores")
     return parser.parse_args()
@@ -81,6 +92,7 @@ def main() -> None:
         num_validation_rows=arguments.proof_rows,
         with_adapter_gguf=arguments.adapter_gguf,
         with_merged_hf=arguments.merged_hf,
+        temperature=arguments.temperature,
         overwrite=arguments.force,
         num_threads=arguments.threads,
     )

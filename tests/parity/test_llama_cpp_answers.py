@@ -53,15 +53,13 @@ def test_next_token_distribution_is_that_of_transformers(served):
 def test_adapter_file_on_a_plain_base_gives_the_distribution_of_the_merged_weights(tmp_path, tiny_untied_base):
     run_dir = write_run(tiny_untied_base, tmp_path / "run", chat_template="chatml")
     exported = export_run(run_dir, quantizations=["F32"], with_adapter_gguf=True, show=False)
-    base_path = export_base(
-        tiny_untied_base, tmp_path / "base.gguf", quantization="F32", chat_template="chatml", show=False
-    )
+    base_path = exported.adapter.base_path
     tokens = [number * 7 % 384 for number in range(50)]
     plain, applied, merged = (
         ask_log_probabilities(open_model(path, context_length=256, adapter_path=adapter), tokens, count=384)
         for path, adapter in (
             (base_path, None),
-            (base_path, exported.adapter_path),
+            (base_path, exported.adapter.adapter_path),
             (exported.models[0].gguf_path, None),
         )
     )

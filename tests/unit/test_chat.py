@@ -22,7 +22,7 @@ def run_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     base_dir = write_biased_base(folder / "base", lambda token: 0.0 if token.isascii() and token.isalpha() else -30.0)
     run_dir = write_run(base_dir, folder / "ferry", "dtype=fp32", "base_weights=fp32", chat_template="chatml")
-    export_run(run_dir, quantizations=["F32"], show=False)
+    export_run(run_dir, quantizations=["F32"], with_adapter_gguf=True, show=False)
     return run_dir
 
 
@@ -55,6 +55,8 @@ def test_exported_file_and_torch_adapter_give_the_same_replies(run_dir):
     replies = [ask(exported, text) for text in (QUESTION, "Hello!", "And the dogs?")]
     assert [ask(trained, text) for text in (QUESTION, "Hello!", "And the dogs?")] == replies
     assert len(set(replies)) > 1, "negative control: replies depend on the question"
+    beside = open_chat_model(run, uses_adapter_gguf=True)
+    assert [ask(beside, text) for text in (QUESTION, "Hello!", "And the dogs?")] == replies
 
 
 def test_torch_adapter_streams_the_whole_reply(run_dir):

@@ -133,10 +133,16 @@ def test_the_one_system_prompt_of_the_rows_is_served(run_dir, tiny_base, tmp_pat
 def test_adapter_and_merged_folder_are_written_on_demand_and_replaced_with_force_only(run_dir):
     options = {"with_adapter_gguf": True, "with_merged_hf": True, "show": False}
     export = export_run(run_dir, **options)
-    assert export.adapter_path.name == "Ferry-adapter.gguf" and export.adapter_path.is_file()
+    adapter = export.adapter
+    assert adapter.adapter_path.name == "Ferry-adapter.gguf" and adapter.adapter_path.is_file()
+    assert adapter.base_path.name == "Ferry-base-Q4_K_M.gguf"
     assert (export.merged_dir / "model.safetensors").is_file()
     assert set(export.list_paths()) == set(export.run.export_dir.iterdir())
-    with pytest.raises(ValueError, match=r"Ferry-adapter\.gguf, .*Ferry-merged: exists already"):
+    card = export.model_card_path.read_text()
+    assert all(f"| {path.name} | " in card for path in (adapter.base_path, adapter.adapter_path))
+    assert "The Modelfile sets temperature 0; 0 gives the likeliest answer" in card
+    assert [path.name for path, _ in list_served(export.run)] == ["Ferry-Q4_K_M.gguf"], "a base is no model of the run"
+    with pytest.raises(ValueError, match=r"Ferry-adapter\.gguf, .*Modelfile-adapter, .*Ferry-merged: exists already"):
         export_run(run_dir, quantizations=["Q8_0"], **options)
     (export.merged_dir / "stale").touch()
     export_run(run_dir, overwrite=True, **options)

@@ -1,6 +1,7 @@
 """What the GGUF says about tokenizer and chat template, and what the Modelfile says."""
 
 import json
+import math
 import re
 
 import pytest
@@ -146,8 +147,16 @@ def test_modelfile_serves_the_trained_format():
     assert "SYSTEM" not in text
     stops = [line for line in text.splitlines() if line.startswith("PARAMETER stop")]
     assert stops == [f'PARAMETER stop "<|{name}|>"' for name in ("start_header_id", "end_header_id", "eot_id")]
-    for line in ("temperature 1", "top_p 1", "top_k 0", "min_p 0", "repeat_penalty 1"):
+    for line in ("temperature 0", "top_p 1", "top_k 0", "min_p 0", "repeat_penalty 1"):
         assert f"PARAMETER {line}\n" in text
+
+
+def test_modelfile_holds_the_temperature_that_is_asked_for_and_the_adapter():
+    text = make_modelfile("x.gguf", adapter_name="y.gguf", chat_template=CHATML, context_length=64, temperature=0.75)
+    assert "FROM ./x.gguf\nADAPTER ./y.gguf\n" in text and "PARAMETER temperature 0.75\n" in text
+    for temperature in (-0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="makes no sense; give 0, which is greedy, or more"):
+            make_modelfile("x.gguf", chat_template=CHATML, context_length=64, temperature=temperature)
 
 
 def test_modelfile_holds_the_one_system_prompt():

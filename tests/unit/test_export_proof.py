@@ -1,7 +1,6 @@
 """The proof of an export holds for what is served as trained, and fails for what is not, saying why."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 
 from tests.conftest import REPOSITORY, make_conversations
 from tests.parity.gguf_models import ALPHA, RANK, draw_adapter, write_biased_base, write_run
@@ -66,6 +66,27 @@ def test_a_faithful_export_is_proven(run_dir):
     assert content["passed"] is True
     assert content["steps"]["Q8_0"]["loss"] == proof.steps["Q8_0"]["loss"]
     assert "proven: ids, losses and replies" in format_table(proof)
+
+
+def test_an_adapter_beside_the_base_is_proven_too(run_dir):
+    export = export_run(run_dir, quantizations=["Q8_0", "F16"], with_adapter_gguf=True, show=False)
+    proof = prove(export)
+    assert proof.failures == []
+    assert list(proof.steps)[3:] == ["Q8_0", "F16", "Q8_0 + adapter"]
+    served = proof.served_by_llama_cpp["Q8_0 + adapter"]
+    assert (served["tokens"]["num_equal"], served["tokens"]["num_different"]) == (6, 0)
+    assert abs(served["scores"]["loss_by_llama_cpp"] - served["scores"]["loss_by_torch"]) < 0.02
+    assert proof.steps["Q8_0 + adapter"]["kl_to_adapter"] < proof.steps[BASE]["kl_to_adapter"] / 3
+
+
+def test_an_adapter_that_is_not_applied_is_found(run_dir):
+    """Negative control: the base alone has other losses than the base with its adapter."""
+    export = export_run(run_dir, quantizations=["F16"], with_adapter_gguf=True, show=False)
+    strong = GGUFReader(export.adapter.adapter_path, "r+")
+    for tensor in strong.tensors:
+        tensor.data[:] *= 8
+    strong.data.flush()
+    assert any("F16 + adapter: llama.cpp's loss is" in failure for failure in prove(export).failures)
 
 
 def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
@@ -168,15 +189,11 @@ def test_types_of_an_option_that_is_given_twice_are_all_exported(run_dir):
     assert sorted(path.name for path in (run_dir / "export").glob("*.gguf")) == ["run-F16.gguf", "run-Q8_0.gguf"]
 
 
-def test_what_is_not_proven_is_not_handed_to_ollama(run_dir, tmp_path, monkeypatch):
-    called = tmp_path / "called"
-    (tmp_path / "ollama").write_text(f"#!/bin/sh\ntouch {called}\n")
-    (tmp_path / "ollama").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+def test_what_is_not_proven_is_not_handed_to_ollama(run_dir, fake_ollama):
     finished = run_script(run_dir, "--quantization", "Q2_K", "--max-loss-increase", "0", "--ollama", "marlo")
     assert finished.returncode == 1
     assert finished.stdout.endswith("not handed to Ollama as marlo, because it is not proven\n")
-    assert not called.exists()
+    assert not fake_ollama.exists()
 
 
 def test_the_proof_of_replaced_files_goes_with_them(run_dir):

@@ -15,12 +15,22 @@ from tune2gguf.runs.curves import Curves
 from tune2gguf.runs.run import BEST, Run
 
 
-def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, str]], merge: str | None = None) -> str:
+def make_model_card(
+    run: Run,
+    *,
+    licence: Licence,
+    files: Sequence[tuple[Path, str]],
+    adapter_files: tuple[Path, Path] | None,
+    temperature: float,
+    merge: str | None = None,
+) -> str:
     """Return the card as Markdown with front matter.
 
     Args:
         merge: a sentence on which base the adapter was merged into, where there were two
         files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
+        adapter_files: the base and the adapter that Modelfile-adapter serves, if it does
+        temperature: of the Modelfiles
     """
     keys = [parameter.key for parameter in GUIDE_PARAMETERS]
     unknown = f"the model in the folder {run.base_name}, of which nothing says where it comes from"
@@ -30,7 +40,7 @@ def make_model_card(run: Run, *, licence: Licence, files: Sequence[tuple[Path, s
         f"# {run.name}\n\nA fine-tune of {base}, made with LoRA by tune2gguf: "
         f"the run's {run.adapter_dir.name} adapter." + ("" if merge is None else f"\n\nThe adapter was {merge}."),
         f"## Licence\n\n{licence.duties}",
-        _describe_run(run, files),
+        _describe_run(run, files, adapter_files, temperature),
         _describe_quality(run.curves, adapter=run.adapter_dir.name),
         _describe_data(run.data),
         "## Parameters\n\n| parameter | value |\n|---|---|\n"
@@ -46,8 +56,14 @@ def _make_front_matter(run: Run, licence: Licence) -> str:
     return "\n".join(["---", *lines, "tags: [lora, gguf, torchtune]", "---"])
 
 
-def _describe_run(run: Run, files: Sequence[tuple[Path, str]]) -> str:
+def _describe_run(
+    run: Run, files: Sequence[tuple[Path, str]], adapter_files: tuple[Path, Path] | None, temperature: float
+) -> str:
     rows = [f"| {path.name} | {path.stat().st_size / 1e6:.0f} MB | {modelfile} |" for path, modelfile in files]
+    rows += [
+        f"| {path.name} | {path.stat().st_size / 1e6:.0f} MB | Modelfile-adapter, with the other |"
+        for path in adapter_files or ()
+    ]
     # Ollama's names begin with a letter or a digit.
     name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower()).strip("-._") or "tuned"
     create = format_command("ollama", "create", name, "-f", files[0][1])
@@ -55,7 +71,9 @@ def _describe_run(run: Run, files: Sequence[tuple[Path, str]]) -> str:
     return (
         "## Run it\n\n| file | size | Modelfile |\n|---|---|---|\n" + "\n".join(rows) + f"\n\n```\n{serve}\n```\n\n"
         f"Chat template: {run.chat_template.name}, context as trained: {run.max_seq_len} tokens. "
-        "The file holds tokenizer and chat template; llama.cpp needs nothing else."
+        "The file holds tokenizer and chat template; llama.cpp needs nothing else.\n\n"
+        f"The Modelfile sets temperature {temperature:g}: 0 gives the likeliest answer, which the proof has checked, "
+        "1 draws from the distribution as trained. Other programs have a default of their own; set it there."
     )
 
 

@@ -21,7 +21,7 @@ from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.export.merge_choice import MergeChoice, choose_merge_base
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
-from tune2gguf.export.modelfile import make_modelfile
+from tune2gguf.export.modelfile import DEFAULT_TEMPERATURE, make_modelfile
 from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors, open_bar
 from tune2gguf.files.atomic import check_name, write_file, write_text
 from tune2gguf.machine.cpu import check_num_threads
@@ -32,6 +32,7 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 DEFAULT_VALIDATION_ROWS = 16
 MODEL_CARD = "README.md"
 _ADAPTER_END = "-adapter.gguf"
+_ADAPTER_MODELFILE = "Modelfile-adapter"
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,34 @@ class ExportedModel:
 
 
 @dataclass(frozen=True)
+class ExportedAdapter:
+    """The adapter as a GGUF of its own, and the base in a type of the run, which it is applied to."""
+
+    quantization: str
+    base_path: Path
+    adapter_path: Path
+    modelfile_path: Path
+
+    def list_paths(self) -> list[Path]:
+        return [self.base_path, self.adapter_path, self.modelfile_path]
+
+
+@dataclass(frozen=True)
 class Export:
     """What an export wrote."""
 
     run: Run
     merge: MergeChoice
     models: list[ExportedModel]
-    adapter_path: Path | None
+    adapter: ExportedAdapter | None
     merged_dir: Path | None
     model_card_path: Path
 
     def list_paths(self) -> list[Path]:
         """Return everything that was written."""
         files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
-        extras = [path for path in (self.adapter_path, self.merged_dir) if path is not None]
-        return [*files, *extras, self.model_card_path]
+        files += [] if self.adapter is None else self.adapter.list_paths()
+        return [*files, *([] if self.merged_dir is None else [self.merged_dir]), self.model_card_path]
 
 
 def export_run(
@@ -72,6 +86,7 @@ def export_run(
     num_validation_rows: int = DEFAULT_VALIDATION_ROWS,
     with_adapter_gguf: bool = False,
     with_merged_hf: bool = False,
+    temperature: float = DEFAULT_TEMPERATURE,
     overwrite: bool = False,
     num_threads: int | None = None,
     show: bool = True,
@@ -84,8 +99,9 @@ def export_run(
         merge_base: of a run over 4-bit weights, `original` or `dequantized`; None takes the better one
         original_base_dir: the 16-bit weights of a 4-bit base; None looks for them beside it
         num_validation_rows: to measure with which of two bases is better
-        with_adapter_gguf: also write the adapter as a GGUF of its own
+        with_adapter_gguf: also write the adapter as a GGUF of its own, and the base in the first of the types
         with_merged_hf: also write the merged model as a Hugging Face folder
+        temperature: of sampling, in the Modelfiles
         overwrite: replace files of an earlier export
         num_threads: None takes all cores
         show: progress bar
@@ -100,32 +116,42 @@ def export_run(
     chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
     base = open_base(run.base_dir)
     models = _name_models(run.export_dir, run.name, chosen)
-    adapter_path = run.export_dir / f"{run.name}{_ADAPTER_END}" if with_adapter_gguf else None
+    exported_adapter = _name_adapter(run.export_dir, run.name, chosen[0]) if with_adapter_gguf else None
     merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
     if not overwrite:
         # The card describes what is in the folder, and is written anew with each export.
         files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
-        _refuse_existing([*files, *(path for path in (adapter_path, merged_dir) if path is not None)])
+        files += [] if exported_adapter is None else exported_adapter.list_paths()
+        _refuse_existing([*files, *([] if merged_dir is None else [merged_dir])])
     licence = _find_licence(base, run.chat_template)
     modelfiles = _make_modelfiles(
         models,
+        exported_adapter,
         licence,
         chat_template=run.chat_template,
         context_length=run.max_seq_len,
+        temperature=temperature,
         system_prompt=run.system_prompt,
     )
     lora = read_adapter(run.adapter_dir, base.specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
-    export = Export(run, merge, models, adapter_path, merged_dir, run.export_dir / MODEL_CARD)
+    export = Export(run, merge, models, exported_adapter, merged_dir, run.export_dir / MODEL_CARD)
     with explain_write_errors(run.export_dir), claim_folder(run.export_dir):
         check_free_space(run.export_dir, _count_bytes(export, lora))
         # The small and the quick first: what fails, fails before the long part.
-        _write_extras(export, lora, show=show)
+        _write_extras(export, lora, num_threads=num_threads, show=show)
         _write_models(export, lora, num_threads=num_threads, show=show)
         for path, text in modelfiles.items():
             write_text(path, text)
-        card = make_model_card(run, licence=licence, files=list_served(run), merge=merge.describe())
+        card = make_model_card(
+            run,
+            licence=licence,
+            files=list_served(run),
+            adapter_files=find_adapter_files(run) if export.adapter is not None else None,
+            temperature=temperature,
+            merge=merge.describe(),
+        )
         write_text(export.model_card_path, card)
     return export
 
@@ -138,7 +164,8 @@ def find_export_problems(
         run_dir = run_dir.absolute()
         models = _name_models(run_dir / "export", run_dir.name, [QUANTIZATIONS[quantization]])
         licence = _find_licence(base, chat_template)
-        _make_modelfiles(models, licence, chat_template=chat_template, context_length=max_seq_len, system_prompt=None)
+        served = {"chat_template": chat_template, "context_length": max_seq_len, "system_prompt": None}
+        _make_modelfiles(models, None, licence, **served)
     except ValueError as error:
         yield str(error)
 
@@ -219,8 +246,9 @@ def _get_quantizations(names: Sequence[str]) -> list[Quantization]:
 
 
 def _name_models(export_dir: Path, name: str, quantizations: Sequence[Quantization]) -> list[ExportedModel]:
-    for end in (_ADAPTER_END, *(f"-{quantization.name}.gguf" for quantization in quantizations)):
-        check_name(export_dir / f"{name}{end}")
+    for quantization in quantizations:
+        check_name(export_dir / f"{name}-{quantization.name}.gguf")
+        _name_adapter(export_dir, name, quantization)
     return [_name_model(export_dir, name, one, is_only=len(quantizations) == 1) for one in quantizations]
 
 
@@ -234,15 +262,24 @@ def _name_model(export_dir: Path, name: str, quantization: Quantization, *, is_o
     return ExportedModel(quantization.name, gguf_path, modelfile)
 
 
-def _read_served_name(modelfile: Path) -> str:
+def _name_adapter(export_dir: Path, name: str, quantization: Quantization) -> ExportedAdapter:
+    base_path = export_dir / f"{name}-base-{quantization.name}.gguf"
+    adapter_path = export_dir / f"{name}{_ADAPTER_END}"
+    for path in (base_path, adapter_path):
+        check_name(path)
+    return ExportedAdapter(quantization.name, base_path, adapter_path, export_dir / _ADAPTER_MODELFILE)
+
+
+def _read_served_name(modelfile: Path, command: str = "FROM") -> str:
     # A name may hold every other line separator.
     lines = modelfile.read_bytes().decode("utf-8", errors="replace").split("\n")
-    return next((line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./")), "")
+    return next((line.removeprefix(f"{command} ./") for line in lines if line.startswith(f"{command} ./")), "")
 
 
 def list_served(run: Run) -> list[tuple[Path, str]]:
-    """Return each GGUF in the export folder that a Modelfile serves, with the Modelfile's name."""
+    """Return each GGUF of a whole model in the export folder that a Modelfile serves, with the Modelfile's name."""
     modelfiles = sorted(filter(Path.is_file, run.export_dir.glob("Modelfile*")))
+    modelfiles = [path for path in modelfiles if path.name != _ADAPTER_MODELFILE]
     served = [(run.export_dir / _read_served_name(modelfile), modelfile.name) for modelfile in modelfiles]
     return [(path, name) for path, name in served if path.is_file()]
 
@@ -260,34 +297,63 @@ def find_newest_gguf(run: Run) -> Path:
     return max(served, key=lambda path: path.stat().st_mtime)
 
 
+def find_adapter_files(run: Run) -> tuple[Path, Path]:
+    """Return the GGUF of the base and the GGUF of the adapter that Modelfile-adapter names.
+
+    Raises:
+        ValueError: if the adapter was not exported
+    """
+    modelfile = run.export_dir / _ADAPTER_MODELFILE
+    if not modelfile.is_file():
+        command = format_command("python", "scripts/export.py", run.run_dir, "--adapter-gguf")
+        raise ValueError(f"{run.export_dir} has no adapter as a GGUF yet. First:\n  {command}")
+    return tuple(run.export_dir / _read_served_name(modelfile, command) for command in ("FROM", "ADAPTER"))
+
+
 def _refuse_existing(paths: list[Path]) -> None:
     existing = [str(path) for path in paths if path.exists()]
     if existing:
         raise ValueError(f"{', '.join(existing)}: exists already; --force replaces it")
 
 
-def _make_modelfiles(models: list[ExportedModel], licence: Licence, **served: Any) -> dict[Path, str]:
+def _make_modelfiles(
+    models: list[ExportedModel], adapter: ExportedAdapter | None, licence: Licence, **served: Any
+) -> dict[Path, str]:
     """Return each Modelfile's text; `served` is what make_modelfile asks for."""
+    files = [(model.modelfile_path, model.gguf_path.name, None) for model in models]
+    if adapter is not None:
+        files.append((adapter.modelfile_path, adapter.base_path.name, adapter.adapter_path.name))
     return {
-        model.modelfile_path: make_modelfile(model.gguf_path.name, licence=licence.text, **served) for model in models
+        path: make_modelfile(gguf_name, adapter_name=adapter_name, licence=licence.text, **served)
+        for path, gguf_name, adapter_name in files
     }
 
 
 def _count_bytes(export: Export, adapter: Adapter) -> int:
     base = export.merge.chosen
     num_bytes = sum(count_file_bytes(base, QUANTIZATIONS[model.quantization]) for model in export.models)
-    if export.adapter_path is not None:
+    if export.adapter is not None:
+        num_bytes += count_file_bytes(base, QUANTIZATIONS[export.adapter.quantization])
         num_bytes += sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
     if export.merged_dir is not None:
         num_bytes += count_file_bytes(base, QUANTIZATIONS["BF16"])
     return num_bytes
 
 
-def _write_extras(export: Export, adapter: Adapter, *, show: bool) -> None:
+def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
     run, base = export.run, export.merge.chosen
-    if export.adapter_path is not None:
-        with write_file(export.adapter_path) as unfinished:
+    if export.adapter is not None:
+        with write_file(export.adapter.adapter_path) as unfinished:
             write_adapter_gguf(unfinished, adapter, specs=base.specs, name=run.name)
+        write_gguf_files(
+            {QUANTIZATIONS[export.adapter.quantization]: export.adapter.base_path},
+            base=base,
+            adapter=None,
+            name=run.base_dir.resolve().name,
+            chat_template=run.chat_template,
+            num_threads=num_threads,
+            show=show,
+        )
     if export.merged_dir is not None:
         num_elements = sum(math.prod(spec.shape) for spec in base.specs.values())
         with open_bar("merging", total=num_elements, show=show) as bar:

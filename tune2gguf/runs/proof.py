@@ -20,11 +20,12 @@ class ProofRecord:
     Attributes:
         passed: whether there are no failures
         rows, supervised_tokens: of validation rows that the losses were measured on
-        steps: base, adapter, merged, then each type -> loss in nats, its increase over the adapter's as a fraction,
-            KL divergence to the adapter's model in nats, share of tokens with the same likeliest token
+        steps: base, adapter, merged, each type, and `TYPE + adapter` for an adapter's GGUF beside the base -> loss
+            in nats, its increase over the adapter's as a fraction, KL divergence to the adapter's model in nats, share
+            of tokens with the same likeliest token
         lost_most: the step that raised the loss most
         merge: which of two possible bases was merged into; None where there was one
-        served_by_llama_cpp: type -> what llama.cpp made of the same conversations
+        served_by_llama_cpp: type, or `TYPE + adapter` -> what llama.cpp made of the same conversations
     """
 
     passed: bool

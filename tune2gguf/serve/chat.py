@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tune2gguf.export.pipeline import find_newest_gguf
+from tune2gguf.export.pipeline import find_adapter_files, find_newest_gguf
 from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.run import Run
@@ -16,9 +16,14 @@ HELP = "/new starts over, /quit or Ctrl-D ends"
 
 
 def open_chat_model(
-    run: Run, *, gguf_path: Path | None = None, uses_adapter: bool = False, num_threads: int | None = None
+    run: Run,
+    *,
+    gguf_path: Path | None = None,
+    uses_adapter: bool = False,
+    uses_adapter_gguf: bool = False,
+    num_threads: int | None = None,
 ) -> ChatModel:
-    """Load what to talk to: the newest exported file, the given one, or base and adapter in torch.
+    """Load what to talk to: the newest exported file or the given one, or base and adapter, in torch or in llama.cpp.
 
     Raises:
         ValueError: if there is nothing exported, or it cannot be loaded
@@ -27,8 +32,12 @@ def open_chat_model(
         from tune2gguf.serve.adapter_model import load_adapter_model
 
         return load_adapter_model(run)
-    gguf_path = find_newest_gguf(run) if gguf_path is None else gguf_path
-    return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len)
+    adapter_path = None
+    if uses_adapter_gguf:
+        gguf_path, adapter_path = find_adapter_files(run)
+    elif gguf_path is None:
+        gguf_path = find_newest_gguf(run)
+    return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len, adapter_path=adapter_path)
 
 
 def check_options(*, max_tokens: int, temperature: float, num_threads: int | None) -> None:

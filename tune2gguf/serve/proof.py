@@ -25,9 +25,18 @@ from tune2gguf.runs.proof import ProofRecord, write_proof
 from tune2gguf.serve.serving import ServedFile, serve_file
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
+_WITH_ADAPTER = " + adapter"  # behind the type of a base that an adapter's GGUF is applied to
 COMPUTED_BY = "torch in float32; a file's weights are its dequantized tensors"
 # llama.cpp rounds activations to 8 bits and its cache to 16, so that its loss is not quite that of the weights.
 MAX_SCORE_DIFFERENCE = 0.1  # nats per token
+
+
+@dataclass(frozen=True)
+class _File:
+    """What is loaded into llama.cpp."""
+
+    gguf_path: Path
+    adapter_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,11 @@ def prove_export(
         return None
     adapter = read_adapter(export.run.adapter_dir, export.merge.trained.specs)
     subject = _Subject(export.merge, adapter, load_kernels(), validation)
-    paths = {model.quantization: model.gguf_path for model in export.models}
-    steps = _measure_export(subject, paths, show=show)
+    served_files = _list_files(export)
+    steps = _measure_export(subject, served_files, show=show)
     files = {
         name: serve_file(
-            path,
+            file.gguf_path,
             validation.tokenizer,
             validation.conversations,
             validation.rows,
@@ -77,8 +86,9 @@ def prove_export(
             context_length=export.run.max_seq_len,
             num_replies=num_replies,
             num_threads=num_threads,
+            adapter_path=file.adapter_path,
         )
-        for name, path in paths.items()
+        for name, file in served_files.items()
     }
     failures = [failure for name, served in files.items() for failure in _find_serving_failures(name, served)]
     failures += _find_loss_failures(subject, steps, max_loss_increase)
@@ -105,23 +115,34 @@ def prove_export(
     return proof
 
 
-def _measure_export(subject: _Subject, paths: dict[str, Path], *, show: bool) -> dict[str, StepLoss]:
+def _list_files(export: Export) -> dict[str, _File]:
+    """Return the files that are served, by the name of their step."""
+    files = {model.quantization: _File(model.gguf_path) for model in export.models}
+    if export.adapter is not None:
+        name = f"{export.adapter.quantization}{_WITH_ADAPTER}"
+        files[name] = _File(export.adapter.base_path, export.adapter.adapter_path)
+    return files
+
+
+def _measure_export(subject: _Subject, files: dict[str, _File], *, show: bool) -> dict[str, StepLoss]:
     trained, adapter = subject.merge.trained, subject.adapter
     sources = {
         BASE: open_base_source(trained, adapter=None),
         ADAPTER: open_base_source(trained, adapter=adapter),
         MERGED: open_merged_source(subject.merge.chosen, adapter),
     }
-    sources |= {name: open_gguf_source(path, trained, subject.kernels) for name, path in paths.items()}
+    for name, file in files.items():
+        beside = None if file.adapter_path is None else adapter
+        sources[name] = open_gguf_source(file.gguf_path, trained, subject.kernels, adapter=beside)
     num_layers = len(sources) * trained.architecture.num_layers
     with open_bar("proving", total=num_layers, unit="layer", show=show) as bar:
         return measure_steps(sources, subject.validation.rows, reference=ADAPTER, report=bar.update)
 
 
 def _find_step_that_lost_most(steps: dict[str, StepLoss]) -> str:
-    """Merging starts from the adapter, every type from the merged weights."""
-    losses = {name: step.loss - steps[MERGED].loss for name, step in steps.items() if name not in (BASE, ADAPTER)}
-    losses[MERGED] = steps[MERGED].loss - steps[ADAPTER].loss
+    """Merging and a base's type start from the adapter, every other type from the merged weights."""
+    starts = {name: ADAPTER if name == MERGED or name.endswith(_WITH_ADAPTER) else MERGED for name in steps}
+    losses = {name: step.loss - steps[starts[name]].loss for name, step in steps.items() if name not in (BASE, ADAPTER)}
     return max(losses, key=losses.__getitem__)
 
 
@@ -176,11 +197,11 @@ def _find_serving_failures(name: str, served: ServedFile) -> list[str]:
 def format_table(proof: ProofRecord) -> str:
     """Return the result for the terminal."""
     lines = [f"proof on {proof.rows} validation rows, {proof.supervised_tokens} supervised tokens ({COMPUTED_BY})", ""]
-    lines.append(f"  {'step':<12} {'loss':>7} {'vs adapter':>11} {'KL':>8} {'top-1':>7}")
+    lines.append(f"  {'step':<16} {'loss':>7} {'vs adapter':>11} {'KL':>8} {'top-1':>7}")
     for name, step in proof.steps.items():
         increase = "" if name == ADAPTER else f"{step['increase']:+.2%}"
         lines.append(
-            f"  {name:<12} {step['loss']:7.4f} {increase:>11} {step['kl_to_adapter']:8.4f} {step['top1']:7.1%}"
+            f"  {name:<16} {step['loss']:7.4f} {increase:>11} {step['kl_to_adapter']:8.4f} {step['top1']:7.1%}"
         )
     lines += ["", f"the step that lost most: {proof.lost_most}"]
     if proof.merge is not None:

@@ -76,6 +76,7 @@ def serve_file(
     context_length: int,
     num_replies: int,
     num_threads: int | None,
+    adapter_path: Path | None = None,
 ) -> ServedFile:
     """Load a file into llama.cpp and check ids, losses and replies.
 
@@ -83,11 +84,17 @@ def serve_file(
         rows: the conversations as trained
         token_losses: torch's losses of the rows' supervised tokens, row by row
         context_length: tokens of a conversation; the replies get room beyond it
+        adapter_path: an adapter's GGUF to apply
 
     Raises:
         ValueError: if the file cannot be loaded
     """
-    model = open_model(path, num_threads=num_threads, context_length=context_length + MAX_REPLY_TOKENS)
+    model = open_model(
+        path,
+        num_threads=num_threads,
+        context_length=context_length + MAX_REPLY_TOKENS,
+        adapter_path=adapter_path,
+    )
     chats = find_askable(conversations, tokenizer, context_length=context_length)
     return ServedFile(
         tokens=check_tokens(model, tokenizer, conversations),

@@ -50,8 +50,10 @@ def open_quantized_source(
     return WeightSource(base.architecture, read_rows)
 
 
-def open_gguf_source(path: Path, base: BaseCheckpoint, kernels: Kernels) -> WeightSource:
-    """Return the dequantized tensors of a GGUF file."""
+def open_gguf_source(
+    path: Path, base: BaseCheckpoint, kernels: Kernels, *, adapter: Adapter | None = None
+) -> WeightSource:
+    """Return the dequantized tensors of a GGUF file, with an adapter unmerged beside them."""
     tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
 
     def read_rows(name: str, begin: int, end: int) -> np.ndarray:
@@ -62,4 +64,4 @@ def open_gguf_source(path: Path, base: BaseCheckpoint, kernels: Kernels) -> Weig
         data = np.array(tensor.data[begin:end]).view(np.uint8).reshape(end - begin, -1)
         return kernels.dequantize(data, ggml_type)
 
-    return WeightSource(base.architecture, read_rows)
+    return WeightSource(base.architecture, read_rows, adapter)
