@@ -16,7 +16,7 @@ from tune2gguf.export.pipeline import find_newest_gguf
 from tune2gguf.runs.run import open_run
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
-from tune2gguf.tokenizer.conversation import cut_before_reply
+from tune2gguf.tokenizer.conversation import cut_before_reply, make_request_messages
 
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
 MAX_REPLY_TOKENS = 100
@@ -57,7 +57,8 @@ def main() -> None:
     arguments = parse_arguments()
     run = open_run(arguments.run)
     path = find_newest_gguf(run)
-    prompts = [cut_before_reply(one)[0] for one in read_validation_rows(run.run_dir) if one.messages]
+    conversations = [one for one in read_validation_rows(run.run_dir) if one.messages]
+    prompts = [make_request_messages(cut_before_reply(one).messages) for one in conversations]
     model = open_model(path, context_length=run.max_seq_len + MAX_REPLY_TOKENS)
     head = f"{path.name}, {len(prompts)} validation prompts, {arguments.replies} replies to each above temperature 0"
     lines = [head, *measure(model, prompts, num_replies=arguments.replies)]

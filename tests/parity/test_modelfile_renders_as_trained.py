@@ -1,95 +1,18 @@
 """The Modelfile's TEMPLATE, rendered by Go's text/template as Ollama does it, is the trained format byte for byte."""
 
-import json
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 
 from tests.conversations import make_prompts
+from tests.parity.go_renderer import render_messages
 from tests.unit.test_export_metadata import NOT_HELD, parse_modelfile
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, LLAMA3, ChatTemplate
 
-# What Ollama gives its templates of what ours use: .Messages with .Role and .Content, .System with all system messages.
-PROGRAM = r"""
-package main
-
-import (
-	"encoding/json"
-	"os"
-	"strings"
-	"text/template"
-)
-
-type Message struct {
-	Role    string
-	Content string
-}
-
-func main() {
-	var input struct {
-		Template      string
-		Conversations [][]Message
-	}
-	if err := json.NewDecoder(os.Stdin).Decode(&input); err != nil {
-		panic(err)
-	}
-	parsed, err := template.New("").Option("missingkey=zero").Parse(input.Template)
-	if err != nil {
-		panic(err)
-	}
-	rendered := []string{}
-	for _, messages := range input.Conversations {
-		file, err := os.CreateTemp("", "rendered")
-		if err != nil {
-			panic(err)
-		}
-		system := []string{}
-		for _, message := range messages {
-			if message.Role == "system" {
-				system = append(system, message.Content)
-			}
-		}
-		values := map[string]any{"Messages": messages, "System": strings.Join(system, "\n\n")}
-		if err := parsed.Execute(file, values); err != nil {
-			panic(err)
-		}
-		text, err := os.ReadFile(file.Name())
-		if err != nil {
-			panic(err)
-		}
-		os.Remove(file.Name())
-		rendered = append(rendered, string(text))
-	}
-	json.NewEncoder(os.Stdout).Encode(rendered)
-}
-"""
-
-
-@pytest.fixture(scope="session")
-def go_renderer(tmp_path_factory) -> Path:
-    """A compiled program around Go's template engine."""
-    if shutil.which("go") is None:
-        pytest.skip("Go is not installed (Debian: apt-get install golang-go)")
-    folder = tmp_path_factory.mktemp("go")
-    (folder / "main.go").write_text(PROGRAM)
-    (folder / "go.mod").write_text("module renderer\n\ngo 1.18\n")
-    subprocess.run(["go", "build", "-o", "renderer", "."], cwd=folder, check=True)
-    return folder / "renderer"
-
 
 def read_template(modelfile: str) -> str:
     """Return TEMPLATE as Ollama's parser reads it: all between the triple quotes."""
     return modelfile.split('TEMPLATE """', 1)[1].split('"""', 1)[0]
-
-
-def render(renderer: Path, template: str, prompts: list[list[Message]]) -> list[str]:
-    conversations = [[{"Role": turn.role, "Content": turn.content} for turn in messages] for messages in prompts]
-    request = json.dumps({"Template": template, "Conversations": conversations})
-    return json.loads(subprocess.run([renderer], input=request, capture_output=True, text=True, check=True).stdout)
 
 
 def render_trained(chat_template: ChatTemplate, messages: list[Message]) -> str:
@@ -120,7 +43,9 @@ def test_go_renders_the_trained_format(go_renderer, name):
     chat_template, prompts = CHAT_TEMPLATES[name], make_prompts()
     assert len(prompts) >= 200
     template = read_template(make_modelfile("x.gguf", chat_template=chat_template, context_length=64))
-    assert render(go_renderer, template, prompts) == [render_trained(chat_template, messages) for messages in prompts]
+    assert render_messages(go_renderer, template, prompts) == [
+        render_trained(chat_template, messages) for messages in prompts
+    ]
 
 
 @pytest.mark.slow
@@ -137,7 +62,7 @@ def test_a_system_prompt_that_system_cannot_hold_is_served_by_the_template(go_re
     prompts = [messages for messages in prompts if messages[0] != Message("system", "")]
     with_it = [messages if messages[0].role == "system" else [system, *messages] for messages in prompts]
     expected = [render_trained(chat_template, messages) for messages in with_it]
-    assert render(go_renderer, commands["TEMPLATE"], prompts) == expected
+    assert render_messages(go_renderer, commands["TEMPLATE"], prompts) == expected
 
 
 @pytest.mark.slow
@@ -146,7 +71,7 @@ def test_a_template_with_one_newline_less_is_told_apart(go_renderer):
     prompts = make_prompts()
     wrong = LLAMA3.ollama_template.replace("<|end_header_id|>\n\n{{", "<|end_header_id|>\n{{")
     assert wrong != LLAMA3.ollama_template
-    rendered = render(go_renderer, wrong, prompts)
+    rendered = render_messages(go_renderer, wrong, prompts)
     assert all(text != render_trained(LLAMA3, turns) for text, turns in zip(rendered, prompts, strict=True))
 
 

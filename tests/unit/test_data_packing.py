@@ -26,6 +26,8 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
         lines_that_spell_special=[],
         num_ended=0,
         num_stripped=0,
+        has_tools=np.zeros(len(lengths), bool),
+        lines_written_otherwise=[],
         unused_keys={},
         system_prompts=[],
         system_numbers=np.zeros(len(lengths), np.int64),

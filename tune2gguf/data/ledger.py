@@ -41,10 +41,11 @@ class RowLedger(_RowLedgerOfVersion1, total=False):
     `training` and `validation` hold rows, tokens, supervised_tokens and longest_row; `files` a record for each file.
     Cut and dropped rows are listed with file, line and reason, validation ones with file and line; all others are
     trained on. In files whose `unit` is row, a line is the number of a row. `system_prompt` is the one that every
-    training row has, or None.
+    training row has, or None; `rows_with_tools` counts training rows that define tools.
     """
 
     system_prompt: str | None
+    rows_with_tools: int
 
 
 def make_ledger(
@@ -87,6 +88,10 @@ def make_ledger(
             for row in selection.dropped
         ],
         "system_prompt": _find_system_prompt(train),
+        "rows_with_tools": sum(
+            int(np.count_nonzero(file.index.has_tools[train.picks[train.picks[:, 0] == number, 1]]))
+            for number, file in enumerate(train.files)
+        ),
     }
 
 
@@ -161,6 +166,12 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
             notes.append(
                 f"{file.name}: rows with white space around a content: {file.index.num_stripped}; "
                 "it is taken off, as no template strips what is served"
+            )
+        lines = file.index.lines_written_otherwise
+        if lines:
+            notes.append(
+                f"{file.name}: rows with characters in tools or calls that do not print: {len(lines)} "
+                f"({file.index.unit}s {_list_some(lines)}); Ollama's template writes them escaped, other than trained"
             )
         lines = file.index.lines_that_spell_special
         if lines:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tune2gguf.data import tools
 from tune2gguf.tokenizer.conversation import ROLES, Conversation, Message
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import END_OF_TEXT_TOKENS
@@ -29,15 +30,12 @@ _REQUIRED_KEYS = {
 }
 FORMATS = tuple(_REQUIRED_KEYS)
 
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}, **tools.SHAREGPT_ROLES}
 
 # What a row may have besides, and what its turns may have besides role and content. Other keys are counted as unused.
 _OPTIONAL_KEYS = {"openai": ("system",), "sharegpt": ("system",), "alpaca": ("input", "system")}
 _OPTIONAL_KEYS |= {"prompt_completion": ("system",), "text": ()}
 _OPTIONAL_TURN_KEYS = ("weight",)
-
-# Keys that would change what the model sees or must say: a row that uses one is refused rather than trained without it.
-_TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class _Shape:
     roles: Mapping[str, str]
 
 
-_OPENAI = _Shape(("messages", "conversations"), "role", "content", {role: role for role in ROLES})
+_OPENAI_ROLES = {role: role for role in ROLES} | tools.OPENAI_ROLES
+_OPENAI = _Shape(("messages", "conversations"), "role", "content", _OPENAI_ROLES)
 _SHAREGPT = _Shape(("conversations", "messages"), "from", "value", _SHAREGPT_ROLES)
 
 
@@ -61,7 +60,11 @@ class AmbiguousFormatError(ValueError):
 def digest(conversation: Conversation) -> bytes:
     """Return DIGEST_BYTES bytes that are equal for rows that train the same, whatever shape or spacing they came in."""
     turns = [(message.role, message.content, message.is_trained) for message in conversation.messages]
-    return hashlib.blake2b(repr((turns, conversation.text)).encode(), digest_size=DIGEST_BYTES).digest()
+    content: list[Any] = [turns, conversation.text]
+    calls = [message.tool_calls for message in conversation.messages]
+    # Rows without tools have the digest that they have always had: it decides the side on which a row stands.
+    content += [calls, conversation.tools] if any(calls) or conversation.tools else []
+    return hashlib.blake2b(repr(tuple(content)).encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def detect_format(row: Mapping[str, Any]) -> str:
@@ -96,15 +99,18 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
     Raises:
         ValueError: if the row is not in the format, or is no conversation that can be trained on
     """
-    _refuse_tools(row)
+    definitions, unwritten = tools.read_tools(row)
     used = {*_REQUIRED_KEYS[format], *_OPTIONAL_KEYS[format]}
     if format == "text":
+        if definitions:
+            raise ValueError("a raw text cannot have tools; give the turns as 'messages'")
         read = _read_text(row, "text")
         text = _take_end_off(read)
         if not text.strip():
             raise ValueError("'text' is empty")
         return Conversation(text=text, unused_keys=_find_unused(row, used), had_end=text != read)
     unused_in_turns: tuple[str, ...] = ()
+    turns: list[Mapping[str, Any]] = []
     if format == "alpaca":
         messages = _read_alpaca(row)
     elif format == "prompt_completion":
@@ -113,15 +119,20 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
         shape = _OPENAI if format == "openai" else _SHAREGPT
         key = _find_list_key(row, shape)
         messages = _read_turns(row[key], shape, key)
+        turns = row[key]
         used = {key, *_OPTIONAL_KEYS[format]}  # the list may go by its other name
-        unused_in_turns = _find_unused_in_turns(row[key], shape, key)
+        unused_in_turns = _find_unused_in_turns(turns, shape, key)
+    problem = tools.find_call_problem(messages, definitions, turns)
+    if problem is not None:
+        raise ValueError(problem)
     read = _put_system_first(row, messages)
     ended = [replace(message, content=_take_end_off(message.content)) for message in read]
     messages = [replace(message, content=message.content.strip()) for message in ended]
     _check_messages(messages)
     return Conversation(
         tuple(messages),
-        unused_keys=_find_unused(row, used) + unused_in_turns,
+        tools=definitions,
+        unused_keys=_find_unused(row, used | {*tools.ROW_KEYS}) + unused_in_turns + unwritten,
         had_end=ended != read,
         was_stripped=messages != ended,
     )
@@ -140,8 +151,14 @@ def _find_unused(values: Mapping[str, Any], used: Collection[str]) -> tuple[str,
 
 
 def _find_unused_in_turns(turns: list[Mapping[str, Any]], shape: _Shape, list_key: str) -> tuple[str, ...]:
-    used = (shape.role_key, shape.content_key, *_OPTIONAL_TURN_KEYS)
-    keys = (key for turn in turns if len(turn) > 2 for key in _find_unused(turn, used))
+    used = (shape.role_key, shape.content_key, *_OPTIONAL_TURN_KEYS, *tools.TURN_KEYS)
+    in_results = (*used, "name")  # of the function that was called
+    keys = (
+        key
+        for turn in turns
+        if len(turn) > 2
+        for key in _find_unused(turn, in_results if shape.roles[turn[shape.role_key]] == "tool" else used)
+    )
     return tuple(f"{list_key}[].{key}" for key in dict.fromkeys(keys))
 
 
@@ -173,21 +190,27 @@ def _read_turn(turn: Any, shape: _Shape, place: str) -> Message:
         raise ValueError(
             f"{place} must be an object with {shape.role_key!r} and {shape.content_key!r}, got {_describe(turn)}"
         )
-    _refuse_tools(turn, place)
+    calls = tools.read_calls(turn, place)
     for key in (shape.role_key, shape.content_key):
-        if key not in turn:
+        if key not in turn and not (calls and key == shape.content_key):
             raise ValueError(f"{place} has no {key!r}; it has {', '.join(map(str, turn)) or 'no keys'}")
     role = turn[shape.role_key]
     if not isinstance(role, str) or role not in shape.roles:
         raise ValueError(f"{place}: unknown role {role!r}; known are {', '.join(shape.roles)}")
-    content = turn[shape.content_key]
+    content = turn.get(shape.content_key)
+    if role == "function_call":
+        calls, content = tools.read_call_text(content, f"{place}: {shape.content_key!r}"), ""
+    elif shape.roles[role] == "tool":
+        content = tools.read_result(content)
+    elif calls and content is None:
+        content = ""
     if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping) and "text" in content[0]:
         content = content[0]["text"]  # OpenAI's long form of a text
     if not isinstance(content, str):
         hint = "; of a list of parts only a single text can be used" if isinstance(content, list) else ""
         raise ValueError(f"{place}: {shape.content_key!r} must be text, got {_describe(content)}{hint}")
     _check_text(content, f"{place}: {shape.content_key!r}")
-    return Message(shape.roles[role], content, is_trained=_read_weight(turn, place))
+    return Message(shape.roles[role], content, is_trained=_read_weight(turn, place), tool_calls=calls)
 
 
 def _read_weight(turn: Mapping[str, Any], place: str) -> bool:
@@ -231,31 +254,21 @@ def _check_messages(messages: list[Message]) -> None:
     turns = messages[1:] if messages[0].role == "system" else messages
     if not any(message.role == "assistant" for message in turns):
         raise ValueError("there is no assistant turn to learn from")
-    for index, message in enumerate(turns):
-        expected = ("user", "assistant")[index % 2]
-        if message.role != expected:
-            place = index + len(messages) - len(turns)
+    expected = "user"
+    for number, message in enumerate(turns, start=1 + len(messages) - len(turns)):
+        if message.role not in (expected, "tool"):  # find_call_problem has looked at the results
             raise ValueError(
-                f"message {place + 1} is the {message.role}'s where the {expected}'s is due; "
+                f"message {number} is the {message.role}'s where the {expected}'s is due; "
                 "after an optional system message, user and assistant take turns, the user first"
             )
+        expected = "user" if message.role == "assistant" and not message.tool_calls else "assistant"
     if turns[-1].role != "assistant":
-        raise ValueError("the last message is the user's; a row ends with the assistant's reply")
+        raise ValueError(f"the last message is the {turns[-1].role}'s; a row ends with the assistant's reply")
     if not any(message.is_trained for message in turns if message.role == "assistant"):
         raise ValueError("every assistant turn has weight 0; there is nothing to learn from")
     for index, message in enumerate(messages):
-        if message.role != "system" and not message.content.strip():
+        if message.role in ("user", "assistant") and not message.content.strip() and not message.tool_calls:
             raise ValueError(f"message {index + 1}, the {message.role}'s, is empty")
-
-
-def _refuse_tools(values: Mapping[str, Any], place: str = "the row") -> None:
-    used = [key for key in _TOOL_KEYS if values.get(key)]
-    if (
-        used
-        or values.get("role") in ("tool", "function")
-        or values.get("from") in ("tool", "function_call", "observation")
-    ):
-        raise ValueError(f"{place} uses tools ({used[0] if used else 'a tool message'}), which are not supported")
 
 
 def _describe(value: Any) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from tune2gguf.data import messages, rows, tokenize
+from tune2gguf.data import messages, rows, tokenize, tools
 from tune2gguf.data.rows import compute_content_digest, count_rows, is_hub
 from tune2gguf.data.tokenize import (
     TOKEN_DTYPE,
@@ -34,7 +34,9 @@ from tune2gguf.data.tokenize import (
 from tune2gguf.files.atomic import write_folder
 from tune2gguf.files.cache import explain_cache_errors, get_cache_dir
 from tune2gguf.files.digest import digest_file
+from tune2gguf.tokenizer import conversation
 from tune2gguf.tokenizer import tokenizer as tokenizers
+from tune2gguf.tokenizer import tools as tool_formats
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 MIN_CACHED_BYTES = 2**20
 KEPT_DAYS = 30
 DIGESTS_FILE = "sha256.json"
+_CODE = (messages, rows, tokenize, tools, conversation, tokenizers, tool_formats)
 
 
 def tokenize_once(
@@ -104,7 +107,7 @@ def _delete_old(cache: Path) -> None:
 
 
 def _compute_key(name: str, tokenizer: ChatTokenizer, format: str) -> str:
-    code = b"".join(Path(module.__file__).read_bytes() for module in (messages, rows, tokenize, tokenizers))
+    code = b"".join(Path(module.__file__).read_bytes() for module in _CODE)
     parts = [
         compute_content_digest(name),
         tokenizer.fingerprint,

@@ -13,6 +13,7 @@ import numpy as np
 from tune2gguf.data.messages import DIGEST_BYTES, AmbiguousFormatError, detect_format, digest, read_conversation
 from tune2gguf.data.rows import MAX_ROW_BYTES, Row, Source, describe_too_long, read_rows
 from tune2gguf.tokenizer.conversation import Conversation
+from tune2gguf.tokenizer.tools import is_written_alike, write_json
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer, Segment
@@ -59,6 +60,8 @@ class TokenIndex:
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
     num_ended: int  # good rows of which an end-of-turn token was taken off
     num_stripped: int  # good rows of which white space around a content was taken off
+    has_tools: np.ndarray  # [rows] bool, whether the row defines tools
+    lines_written_otherwise: list[int]  # tools or calls hold characters that Ollama's template escapes
     unused_keys: dict[str, int]  # good rows that have something under a key that is not used
     system_prompts: list[str | None]  # of the good conversations, each once; None: one without
     system_numbers: np.ndarray  # [rows] int64, which of them; their number: another one; RAW_TEXT: none is possible
@@ -193,6 +196,8 @@ def write_tokens(
     unit, role_counts, unused_keys = "line", Counter(), Counter()
     system_prompts: dict[str | None, int] = {}
     system_numbers, num_ended, num_stripped = [], 0, 0
+    has_tools: list[bool] = []
+    written_otherwise: list[int] = []
     for row, conversation in rows:
         line, unit = row.source.line, row.source.unit
         spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
@@ -201,7 +206,14 @@ def write_tokens(
         if isinstance(conversation, str):
             problems.append((line, conversation))
         elif not (problems and stop_at_problem):
-            writer.add(conversation)
+            try:
+                writer.add(conversation)
+            except ValueError as error:  # the format has no place for it
+                problems.append((line, str(error)))
+                continue
+            has_tools.append(bool(conversation.tools))
+            if not is_written_alike(_write_tools(conversation)):
+                written_otherwise.append(line)
             lines.append(line)
             digests.append(digest(conversation))
             role_counts.update([message.role for message in conversation.messages] or ["text"])
@@ -226,6 +238,8 @@ def write_tokens(
         lines_that_spell_special=spelling,
         num_ended=num_ended,
         num_stripped=num_stripped,
+        has_tools=np.array(has_tools, bool),
+        lines_written_otherwise=written_otherwise,
         unused_keys=dict(unused_keys),
         system_prompts=[*system_prompts],
         system_numbers=np.array(system_numbers, np.int64),
@@ -244,7 +258,14 @@ def _number_system_prompt(conversation: Conversation, known: dict[str | None, in
 def _find_spelled_special(conversation: Conversation, tokenizer: ChatTokenizer) -> str | None:
     texts = [message.content for message in conversation.messages]
     texts += [] if conversation.text is None else [conversation.text]
+    texts.append(_write_tools(conversation))
     return next(filter(None, map(tokenizer.find_spelled_special, texts)), None)
+
+
+def _write_tools(conversation: Conversation) -> str:
+    """Return the definitions and calls of a conversation as text."""
+    values = [conversation.tools, *(message.tool_calls for message in conversation.messages)]
+    return " ".join(write_json(value) for value in values if value)
 
 
 class TokenWriter:
@@ -262,7 +283,7 @@ class TokenWriter:
 
     def add(self, conversation: Conversation) -> None:
         if conversation.text is None:
-            segments = self.tokenizer.render_conversation(conversation.messages)
+            segments = self.tokenizer.render_conversation(conversation.messages, conversation.tools)
         else:
             segments = self.tokenizer.render_document(conversation.text)
         self._waiting.append(segments)

@@ -22,6 +22,7 @@ def make_model_card(
     files: Sequence[tuple[Path, str]],
     adapter_files: tuple[Path, Path] | None,
     temperature: float,
+    takes_tools: bool,
     merge: str | None = None,
 ) -> str:
     """Return the card as Markdown with front matter.
@@ -31,6 +32,7 @@ def make_model_card(
         files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
         adapter_files: the base and the adapter that Modelfile-adapter serves, if it does
         temperature: of the Modelfiles
+        takes_tools: whether the chat template is the one with tools
     """
     keys = [parameter.key for parameter in GUIDE_PARAMETERS]
     unknown = f"the model in the folder {run.base_name}, of which nothing says where it comes from"
@@ -40,7 +42,7 @@ def make_model_card(
         f"# {run.name}\n\nA fine-tune of {base}, made with LoRA by tune2gguf: "
         f"the run's {run.adapter_dir.name} adapter." + ("" if merge is None else f"\n\nThe adapter was {merge}."),
         f"## Licence\n\n{licence.duties}",
-        _describe_run(run, files, adapter_files, temperature),
+        _describe_run(run, files, adapter_files=adapter_files, temperature=temperature, takes_tools=takes_tools),
         _describe_quality(run.curves, adapter=run.adapter_dir.name),
         _describe_data(run.data),
         "## Parameters\n\n| parameter | value |\n|---|---|\n"
@@ -57,7 +59,12 @@ def _make_front_matter(run: Run, licence: Licence) -> str:
 
 
 def _describe_run(
-    run: Run, files: Sequence[tuple[Path, str]], adapter_files: tuple[Path, Path] | None, temperature: float
+    run: Run,
+    files: Sequence[tuple[Path, str]],
+    *,
+    adapter_files: tuple[Path, Path] | None,
+    temperature: float,
+    takes_tools: bool,
 ) -> str:
     rows = [f"| {path.name} | {path.stat().st_size / 1e6:.0f} MB | {modelfile} |" for path, modelfile in files]
     rows += [
@@ -68,9 +75,10 @@ def _describe_run(
     name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower()).strip("-._") or "tuned"
     create = format_command("ollama", "create", name, "-f", files[0][1])
     serve = f"{create} && {format_command('ollama', 'run', name)}"
+    tools = " with tools" if takes_tools else ""
     return (
         "## Run it\n\n| file | size | Modelfile |\n|---|---|---|\n" + "\n".join(rows) + f"\n\n```\n{serve}\n```\n\n"
-        f"Chat template: {run.chat_template.name}, context as trained: {run.max_seq_len} tokens. "
+        f"Chat template: {run.chat_template.name}{tools}, context as trained: {run.max_seq_len} tokens. "
         "The file holds tokenizer and chat template; llama.cpp needs nothing else.\n\n"
         f"The Modelfile sets temperature {temperature:g}: 0 gives the likeliest answer, which the proof has checked, "
         "1 draws from the distribution as trained. Other programs have a default of their own; set it there."

@@ -78,8 +78,13 @@ def _put_into_template(system_prompt: str, chat_template: ChatTemplate) -> str:
     for character in set(_find_dropped(constant)):
         constant = constant.replace(character, f"\\U{ord(character):08x}")
     template, constant = chat_template.ollama_template, f"{{{{ {constant} }}}}"
+    chosen = "{{ if .System }}{{ .System }}{{ else }}" + constant + "{{ end }}"
+    template = template.replace("{{ if .System }}{{ .System }}\n\n{{ end }}", chosen + "\n\n")
+    if template == chat_template.ollama_template:
+        template = template.replace("{{ .System }}", chosen)
     if chat_template.system_prefix:
-        return template.replace("{{ .System }}", "{{ if .System }}{{ .System }}{{ else }}" + constant + "{{ end }}")
+        return template
     message = chat_template.role_start + "system" + chat_template.role_end + constant
     message += chat_template.end_of_turn + chat_template.turn_separator
-    return "{{ if not .System }}" + message + "{{ end }}" + template
+    condition = "or .System .Tools" if chat_template.takes_tools else ".System"
+    return f"{{{{ if not ({condition}) }}}}{message}{{{{ end }}}}{template}"

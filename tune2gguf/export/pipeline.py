@@ -12,6 +12,7 @@ from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
 from tune2gguf.base.source import read_source
 from tune2gguf.commands import format_command
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
+from tune2gguf.export.chat_template import choose_chat_template
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization
 from tune2gguf.export.gguf_file.vocabulary import LLAMA3_PRE_NAME, read_sampling, read_vocabulary
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
@@ -62,6 +63,7 @@ class Export:
     """What an export wrote."""
 
     run: Run
+    chat_template: ChatTemplate
     merge: MergeChoice
     models: list[ExportedModel]
     adapter: ExportedAdapter | None
@@ -123,12 +125,13 @@ def export_run(
         files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if exported_adapter is None else exported_adapter.list_paths()
         _refuse_existing([*files, *([] if merged_dir is None else [merged_dir])])
-    licence = _find_licence(base, run.chat_template)
+    chat_template = choose_chat_template(run, base)
+    licence = _find_licence(base, chat_template)
     modelfiles = _make_modelfiles(
         models,
         exported_adapter,
         licence,
-        chat_template=run.chat_template,
+        chat_template=chat_template,
         context_length=run.max_seq_len,
         temperature=temperature,
         system_prompt=run.system_prompt,
@@ -136,7 +139,7 @@ def export_run(
     lora = read_adapter(run.adapter_dir, base.specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
-    export = Export(run, merge, models, exported_adapter, merged_dir, run.export_dir / MODEL_CARD)
+    export = Export(run, chat_template, merge, models, exported_adapter, merged_dir, run.export_dir / MODEL_CARD)
     with explain_write_errors(run.export_dir), claim_folder(run.export_dir):
         check_free_space(run.export_dir, _count_bytes(export, lora))
         # The small and the quick first: what fails, fails before the long part.
@@ -150,6 +153,7 @@ def export_run(
             files=list_served(run),
             adapter_files=find_adapter_files(run) if export.adapter is not None else None,
             temperature=temperature,
+            takes_tools=chat_template.takes_tools,
             merge=merge.describe(),
         )
         write_text(export.model_card_path, card)
@@ -194,7 +198,7 @@ def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, 
         base=export.merge.chosen,
         adapter=adapter,
         name=export.run.name,
-        chat_template=export.run.chat_template,
+        chat_template=export.chat_template,
         num_threads=num_threads,
         show=show,
     )
@@ -208,10 +212,14 @@ def export_base(
     *,
     quantization: str,
     chat_template: str,
+    takes_tools: bool = False,
     num_threads: int | None = None,
     show: bool = True,
 ) -> Path:
     """Write a base without an adapter as one GGUF, through the same code as a run's.
+
+    Args:
+        takes_tools: its chat template is the one with tools
 
     Raises:
         ValueError: for anything missing or unfitting; no file is written under its final name
@@ -222,6 +230,7 @@ def export_base(
         raise ValueError(f"unknown chat_template {chat_template!r}; choose from {', '.join(CHAT_TEMPLATES)}")
     _refuse_existing([out_path])
     base = open_base(base_dir)
+    served = CHAT_TEMPLATES[chat_template]
     out_path.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(out_path.parent, count_file_bytes(base, chosen))
     write_gguf_files(
@@ -229,7 +238,7 @@ def export_base(
         base=base,
         adapter=None,
         name=base_dir.resolve().name,
-        chat_template=CHAT_TEMPLATES[chat_template],
+        chat_template=served.with_tools() if takes_tools else served,
         num_threads=num_threads,
         show=show,
     )
@@ -350,7 +359,7 @@ def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, 
             base=base,
             adapter=None,
             name=run.base_dir.resolve().name,
-            chat_template=run.chat_template,
+            chat_template=export.chat_template,
             num_threads=num_threads,
             show=show,
         )
@@ -358,5 +367,5 @@ def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, 
         num_elements = sum(math.prod(spec.shape) for spec in base.specs.values())
         with open_bar("merging", total=num_elements, show=show) as bar:
             write_merged_hf(
-                export.merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=bar.update
+                export.merged_dir, base=base, adapter=adapter, chat_template=export.chat_template, report=bar.update
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
@@ -197,3 +197,4 @@ class Reply:
     ended_by_itself: bool
     num_prompt_tokens: int
     num_reply_tokens: int
+    tool_calls: tuple[dict[str, Any], ...] = ()  # each of name and arguments, where the engine reads calls

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tune2gguf.files.records import make_record
 from tune2gguf.runs.files import SAMPLES_FILE, read_json_lines
@@ -16,7 +17,7 @@ class Sample:
 
     Attributes:
         row: index of the validation row
-        prompt: messages, each {"role", "content"}
+        prompt: messages, each of "role" and "content", and of "tool_calls" where the assistant called
         reference: the row's own reply
         ended_by_itself: whether the reply ended before the limit of tokens
     """
@@ -24,7 +25,7 @@ class Sample:
     step: int
     epoch: int
     row: int
-    prompt: tuple[dict[str, str], ...]
+    prompt: tuple[dict[str, Any], ...]
     reference: str
     reply: str
     ended_by_itself: bool

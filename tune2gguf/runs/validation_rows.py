@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from tune2gguf.data.messages import detect_format, digest, read_conversation
-from tune2gguf.data.rows import Row, read_rows
+from tune2gguf.data.rows import Row, Source, read_rows
 from tune2gguf.data.tokenize import TokenizedRows
 from tune2gguf.files.records import make_record
 from tune2gguf.runs.curves import Validation
@@ -37,11 +37,18 @@ def format_validation_rows(validation: TokenizedRows, *, format: str) -> str:
     for source, expected in zip(sources, validation.digests(), strict=True):
         if source not in found or found[source] is None or digest(found[source]) != expected:
             raise ValueError(f"{source}: is not what it was a moment ago; leave data files alone while a run begins")
-    records = [
-        {"source": str(source), "messages": [vars(one) for one in found[source].messages], "text": found[source].text}
-        for source in sources
-    ]
+    records = [_make_record(source, found[source]) for source in sources]
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _make_record(source: Source, conversation: Conversation) -> dict[str, Any]:
+    """Return a row of heldout.jsonl; keys of tools stand in it only where there are some."""
+    messages = [
+        {key: value for key, value in vars(one).items() if key != "tool_calls" or value}
+        for one in conversation.messages
+    ]
+    record = {"source": str(source), "messages": messages, "text": conversation.text}
+    return record | ({"tools": conversation.tools} if conversation.tools else {})
 
 
 def _read_again(row: Row, format: str) -> Conversation | None:
@@ -61,14 +68,22 @@ def read_validation_rows(run_dir: Path) -> list[Conversation]:
         ValueError: if the run has no heldout.jsonl
     """
     return [
-        Conversation(messages=tuple(make_record(Message, message) for message in row["messages"]), text=row["text"])
+        Conversation(
+            messages=tuple(make_record(Message, message) for message in row["messages"]),
+            text=row["text"],
+            tools=tuple(row.get("tools", ())),
+        )
         for row in _read_rows(run_dir)
     ]
 
 
-class _Row(TypedDict):
+class _RowOfVersion1(TypedDict):
     messages: list[dict[str, Any]]
     text: str | None
+
+
+class _Row(_RowOfVersion1, total=False):
+    tools: list[dict[str, Any]]
 
 
 def _read_rows(run_dir: Path) -> list[_Row]:
@@ -98,7 +113,8 @@ def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[fl
         raise ValueError(f"{path}: has {len(records)} rows, but row {beyond + 1} was measured; is it another run's?")
     found = {}
     for index, loss, tokens in zip(indices, validation.row_losses, validation.row_tokens, strict=True):
-        content = json.dumps([records[index]["messages"], records[index]["text"], tokens], sort_keys=True)
+        tools = [records[index]["tools"]] if "tools" in records[index] else []
+        content = json.dumps([records[index]["messages"], records[index]["text"], tokens, *tools], sort_keys=True)
         found[hashlib.sha256(content.encode()).hexdigest()] = (loss, tokens)
     return found
 

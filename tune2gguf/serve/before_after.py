@@ -15,7 +15,7 @@ from tune2gguf.export.results import claim_folder, explain_write_errors
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.serve.llama_cpp import open_model
-from tune2gguf.tokenizer.conversation import cut_before_reply
+from tune2gguf.tokenizer.conversation import Prompt, cut_before_reply, describe_reply, make_request_messages
 
 MAX_REPLY_TOKENS = 100
 
@@ -73,14 +73,19 @@ def answer_before_and_after(run_dir: Path, *, gguf_path: Path | None = None, num
             Path(folder) / "base.gguf",
             quantization=quantization.name,
             chat_template=run.chat_template.name,
+            takes_tools=any(prompt.tools for prompt in prompts),
         )
         before = _ask(base_path, prompts, context_length=run.max_seq_len)
     return [
-        Answer(question=prompt[-1]["content"], reference=reference, before=said_before, after=said_after)
-        for (prompt, reference), said_before, said_after in zip(prompts, before, after, strict=True)
+        Answer(question=prompt.question, reference=prompt.reference, before=said_before, after=said_after)
+        for prompt, said_before, said_after in zip(prompts, before, after, strict=True)
     ]
 
 
-def _ask(gguf_path: Path, prompts: list[tuple[list[dict[str, str]], str]], *, context_length: int) -> list[str]:
+def _ask(gguf_path: Path, prompts: list[Prompt], *, context_length: int) -> list[str]:
     model = open_model(gguf_path, context_length=context_length + MAX_REPLY_TOKENS)
-    return [model.chat(prompt, max_tokens=MAX_REPLY_TOKENS).text.strip() for prompt, _ in prompts]
+    replies = [
+        model.chat(make_request_messages(prompt.messages), tools=prompt.tools, max_tokens=MAX_REPLY_TOKENS)
+        for prompt in prompts
+    ]
+    return [describe_reply(reply.text.strip(), reply.tool_calls) for reply in replies]

@@ -31,16 +31,18 @@ class LlamaCppModel:
 
     def chat(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[dict[str, Any]],
         *,
+        tools: Sequence[dict[str, Any]] = (),
         max_tokens: int = 256,
         temperature: float = 0.0,
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> Reply:
-        """Answer a conversation of {"role", "content"} messages.
+        """Answer a conversation of messages as OpenAI's API has them.
 
         Args:
+            tools: definitions of tools that may be called
             temperature: 0 is greedy
             on_text: called with each piece of the reply as it comes
 
@@ -58,6 +60,8 @@ class LlamaCppModel:
             "min_p": 0.0,
             "repeat_penalty": 1.0,
         }
+        if tools:
+            request["tools"] = list(tools)
         try:
             if on_text is None:
                 return _read_reply(_check(self.server.handle_chat_completions(request)))
@@ -89,9 +93,10 @@ class LlamaCppModel:
         choice = {"message": {"content": "".join(pieces)}, "finish_reason": last.get("finish_reason")}
         return _read_reply({"choices": [choice], "usage": usage})
 
-    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
+    def apply_template(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = ()) -> str:
         """Return the prompt that the file's chat template makes of the messages, up to where the reply begins."""
-        return self.post("/apply-template", {"messages": list(messages)})["prompt"]
+        request = {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
+        return self.post("/apply-template", request)["prompt"]
 
     def tokenize(self, text: str, *, adds_bos: bool = False) -> list[int]:
         """Return the ids of a text; special tokens in it are read as such."""
@@ -192,9 +197,11 @@ def _check(response: dict) -> dict:
 
 def _read_reply(response: dict) -> Reply:
     choice, usage = response["choices"][0], response.get("usage", {})
+    calls = [call["function"] for call in choice["message"].get("tool_calls") or []]
     return Reply(
-        text=choice["message"]["content"],
-        ended_by_itself=choice["finish_reason"] == "stop",
+        text=choice["message"]["content"] or "",
+        ended_by_itself=choice["finish_reason"] in ("stop", "tool_calls"),
         num_prompt_tokens=usage.get("prompt_tokens", 0),
         num_reply_tokens=usage.get("completion_tokens", 0),
+        tool_calls=tuple({"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls),
     )

@@ -22,7 +22,8 @@ from tune2gguf.export.measure.validation_set import load_validation_rows
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, ExportedModel
 from tune2gguf.runs.proof import ProofRecord
 from tune2gguf.serve.serving import MAX_REPLY_TOKENS, find_askable
-from tune2gguf.tokenizer.conversation import cut_before_reply
+from tune2gguf.tokenizer.conversation import Message, cut_before_reply, describe_reply, make_request_messages
+from tune2gguf.tokenizer.tools import sort_values
 
 DEFAULT_PORTS = {"": 11434, "http": 80, "https": 443}
 NUM_QUESTIONS = 3  # as the proof
@@ -54,19 +55,23 @@ class Ollama:
         if finished.returncode != 0:
             raise ValueError(f"{shlex.join(command)} ended with exit code {finished.returncode}")
 
-    def chat(self, name: str, messages: Sequence[dict[str, Any]]) -> str:
-        """Return the greedy reply of a model.
+    def chat(self, name: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
+        """Return the greedy reply of a model, with its calls.
 
         Raises:
             ValueError: if the server refuses the conversation
         """
         request = {
             "model": name,
-            "messages": list(messages),
+            "messages": make_request_messages(messages, arguments_as_text=False),
             "stream": False,
             "options": {"temperature": 0, "num_predict": MAX_REPLY_TOKENS},
         }
-        return _ask_server(self.address, "/api/chat", request)["message"]["content"]
+        if tools:
+            request["tools"] = list(tools)
+        message = _ask_server(self.address, "/api/chat", request)["message"]
+        calls = [call["function"] for call in message.get("tool_calls") or []]
+        return describe_reply(message["content"].strip(), sort_values(calls))
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,10 @@ def ask_as_proven(ollama: Ollama, name: str, export: Export, proof: ProofRecord 
     proven = [] if proof is None else proof.served_by_llama_cpp[export.models[0].quantization]["replies"]
     answers = []
     for number, conversation in enumerate(asked[: len(proven) or NUM_QUESTIONS]):
-        prompt, _ = cut_before_reply(conversation)
-        reply = ollama.chat(name, prompt)
+        prompt = cut_before_reply(conversation)
+        reply = ollama.chat(name, prompt.messages, prompt.tools)
         known = proven[number]["reply"] if number < len(proven) else None
-        answers.append(OllamaAnswer(prompt[-1]["content"], reply, known))
+        answers.append(OllamaAnswer(prompt.question, reply, known))
     return answers
 
 

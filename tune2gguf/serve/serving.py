@@ -10,7 +10,12 @@ import numpy as np
 
 from tune2gguf.export.measure.validation_set import ValidationRow
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
-from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply
+from tune2gguf.tokenizer.conversation import (
+    Conversation,
+    cut_before_reply,
+    describe_reply,
+    make_request_messages,
+)
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 MAX_SCORED_TOKENS = 128  # each costs a request
@@ -110,12 +115,13 @@ def find_askable(
     return [
         conversation
         for conversation in conversations
-        if conversation.messages and len(tokenizer.encode_prompt(_cut(conversation))) <= context_length
+        if conversation.messages and _count_prompt_tokens(conversation, tokenizer) <= context_length
     ]
 
 
-def _cut(conversation: Conversation) -> list[Message]:
-    return [Message(**message) for message in cut_before_reply(conversation)[0]]
+def _count_prompt_tokens(conversation: Conversation, tokenizer: ChatTokenizer) -> int:
+    prompt = cut_before_reply(conversation)
+    return len(tokenizer.encode_prompt(prompt.messages, prompt.tools))
 
 
 def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> TokenCheck:
@@ -128,7 +134,7 @@ def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, conversations: 
             num_skipped += 1
             continue
         if conversation.messages:
-            trained, _ = tokenizer.encode_conversation(conversation.messages)
+            trained, _ = tokenizer.encode_conversation(conversation.messages, conversation.tools)
             served = _serve(model, tokenizer, conversation)
         else:
             trained, _ = tokenizer.encode_document(conversation.text)
@@ -143,10 +149,12 @@ def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, conversations: 
 
 def _serve(model: LlamaCppModel, tokenizer: ChatTokenizer, chat: Conversation) -> list[int]:
     """Return the ids of the prompt as the server makes them, and those of the reply."""
-    prompt, reply = cut_before_reply(chat)
+    prompt = cut_before_reply(chat)
     chat_template = tokenizer.chat_template
-    generated = reply + chat_template.end_of_turn + chat_template.turn_separator
-    return model.tokenize(model.apply_template(prompt), adds_bos=True) + model.tokenize(generated)
+    [reply] = chat_template.write_out([prompt.reply], (), "")
+    generated = reply.content + chat_template.end_of_turn + chat_template.turn_separator
+    rendered = model.apply_template(make_request_messages(prompt.messages), tools=prompt.tools)
+    return model.tokenize(rendered, adds_bos=True) + model.tokenize(generated)
 
 
 def _describe_difference(trained: list[int], served: list[int], tokenizer: ChatTokenizer) -> str | None:
@@ -188,7 +196,8 @@ def ask_validation(model: LlamaCppModel, chats: Sequence[Conversation], *, max_t
     """Ask for the last reply of each conversation, greedily."""
     replies = []
     for chat in chats:
-        prompt, reference = cut_before_reply(chat)
-        reply = model.chat(prompt, max_tokens=max_tokens)
-        replies.append(ServedReply(prompt[-1]["content"], reference, reply.text, reply.ended_by_itself))
+        prompt = cut_before_reply(chat)
+        reply = model.chat(make_request_messages(prompt.messages), tools=prompt.tools, max_tokens=max_tokens)
+        text = describe_reply(reply.text, reply.tool_calls)
+        replies.append(ServedReply(prompt.question, prompt.reference, text, reply.ended_by_itself))
     return replies

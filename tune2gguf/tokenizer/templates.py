@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tune2gguf.tokenizer.tool_templates import make_chatml_go, make_chatml_jinja, make_llama_go, make_llama_jinja
+from tune2gguf.tokenizer.tools import LLAMA_SYSTEM_PREFIX, WriteOut, write_out_chatml, write_out_llama
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -21,8 +24,19 @@ class ChatTemplate:
     turn_separator: str  # after end_of_turn, never supervised
     jinja_template: str  # tokenizer.chat_template in the GGUF
     ollama_template: str  # TEMPLATE in the Modelfile; without BOS, which the runtime adds
-    stops: tuple[str, ...]
+    jinja_with_tools: str  # the same for conversations with tools as well
+    ollama_with_tools: str
+    write_out: WriteOut  # makes plain messages of those with tools, calls and results
+    stops: tuple[str, ...]  # those that the vocabulary has
     system_prefix: str = ""  # before the system message's content; with one, every conversation has a system message
+
+    def with_tools(self) -> ChatTemplate:
+        """Return the format with the templates that take tools."""
+        return replace(self, jinja_template=self.jinja_with_tools, ollama_template=self.ollama_with_tools)
+
+    @property
+    def takes_tools(self) -> bool:
+        return self.jinja_template == self.jinja_with_tools
 
 
 # Ollama's template goes over the messages so: {{ $i }} counts them, {{ $isOpen }} says that the last one is a prefill.
@@ -32,8 +46,11 @@ _RANGE = (
 )
 
 
+_CLOSE = ("{{ if not $isOpen }}", "{{ end }}")
+
+
 def _close_turn(end: str) -> str:
-    return "{{ if not $isOpen }}" + end + "{{ end }}"
+    return end.join(_CLOSE)
 
 
 # The jinja template is Llama 3.0's published one, but for its trim: it is the format torchtune trains on.
@@ -58,22 +75,25 @@ LLAMA3 = ChatTemplate(
         + "{{ end }}"
         + _close_turn("<|start_header_id|>assistant<|end_header_id|>\n\n")
     ),
-    stops=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    jinja_with_tools=make_llama_jinja(""),
+    ollama_with_tools=make_llama_go("", _RANGE, _CLOSE),
+    write_out=write_out_llama,
+    # Llama 3.1 and 3.2 may end a call with <|eom_id|>, which says that they wait for its result.
+    stops=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
 )
 
 # The framing of Meta's Llama 3.1 and 3.2 templates without tools. Their date is that of the request where the runtime
 # tells it; here it is the fixed one they fall back to, or what is served would differ from what was trained.
-_DATED_PREFIX = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 LLAMA3_1 = replace(
     LLAMA3,
     name="llama3_1",
-    system_prefix=_DATED_PREFIX,
+    system_prefix=LLAMA_SYSTEM_PREFIX,
     jinja_template=(
         "{% if messages[0]['role'] == 'system' %}"
         "{% set system_content = messages[0]['content'] %}{% set loop_messages = messages[1:] %}"
         "{% else %}{% set system_content = '' %}{% set loop_messages = messages %}{% endif %}"
         "{{ bos_token + '<|start_header_id|>system<|end_header_id|>\n\n"
-        + _DATED_PREFIX
+        + LLAMA_SYSTEM_PREFIX
         + "' + system_content + '<|eot_id|>' }}{% for message in loop_messages %}"
         "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
         " + message['content'] + '<|eot_id|>' }}{% endfor %}"
@@ -81,7 +101,7 @@ LLAMA3_1 = replace(
     ),
     ollama_template=(
         "<|start_header_id|>system<|end_header_id|>\n\n"
-        + _DATED_PREFIX
+        + LLAMA_SYSTEM_PREFIX
         + "{{ .System }}<|eot_id|>"
         + _RANGE
         + '{{ if ne .Role "system" }}<|start_header_id|>{{ .Role }}<|end_header_id|>\n\n{{ .Content }}'
@@ -89,6 +109,8 @@ LLAMA3_1 = replace(
         + "{{ end }}{{ end }}"
         + _close_turn("<|start_header_id|>assistant<|end_header_id|>\n\n")
     ),
+    jinja_with_tools=make_llama_jinja(LLAMA_SYSTEM_PREFIX),
+    ollama_with_tools=make_llama_go(LLAMA_SYSTEM_PREFIX, _RANGE, _CLOSE),
 )
 
 # No default system message: what is not in the training rows is not in the prompt that is served.
@@ -111,6 +133,9 @@ CHATML = ChatTemplate(
         + "{{ end }}"
         + _close_turn("<|im_start|>assistant\n")
     ),
+    jinja_with_tools=make_chatml_jinja(),
+    ollama_with_tools=make_chatml_go(_RANGE, _CLOSE),
+    write_out=write_out_chatml,
     stops=("<|im_start|>", "<|im_end|>"),
 )
 

@@ -19,16 +19,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tune2gguf.tokenizer.conversation import ROLES, Message
+from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 # Padding is never attended to and never supervised: any id is correct, these are the customary ones.
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>")
+_HEADERS = ("system", "user", "assistant", "ipython")
+Tools = Sequence[Mapping[str, Any]]  # definitions, each {"type": "function", "function": {…}}
 END_OF_TEXT_TOKENS = ("<|end_of_text|>", "<|endoftext|>")
 
 
@@ -82,7 +84,7 @@ class ChatTokenizer:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids at which generation ends."""
-        return tuple(self.special_ids[token] for token in self.chat_template.stops)
+        return tuple(self.special_ids[token] for token in self.chat_template.stops if token in self.special_ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the text alone: nothing is added, and special tokens spelled in it stay text."""
@@ -92,14 +94,14 @@ class ChatTokenizer:
         """Return the text of the ids, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
-    def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Return ids and supervised flags; supervised are the replies and their end-of-turn tokens, nothing else."""
-        [(ids, supervised)] = self.encode_segments([self.render_conversation(messages)])
+    def encode_conversation(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[list[int], list[bool]]:
+        """Return ids and supervised flags; supervised are replies, calls and their end-of-turn tokens, nothing else."""
+        [(ids, supervised)] = self.encode_segments([self.render_conversation(messages, tools)])
         return ids.tolist(), supervised.tolist()
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """Return the ids of the conversation so far and of the header of the reply that is to be generated."""
-        [(ids, _)] = self.encode_segments([self.render_prompt(messages)])
+        [(ids, _)] = self.encode_segments([self.render_prompt(messages, tools)])
         return ids.tolist()
 
     def encode_document(self, text: str) -> tuple[list[int], list[bool]]:
@@ -119,11 +121,11 @@ class ChatTokenizer:
         ids = np.fromiter(chain.from_iterable(pieces), np.int32, count=sum(lengths))
         return ids, np.repeat(np.array([segment.supervised for segment in row], bool), lengths)
 
-    def render_conversation(self, messages: Sequence[Message]) -> list[Segment]:
+    def render_conversation(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """Return the segments of a whole conversation, as it is trained."""
         segments = self._split(self.chat_template.beginning)
         separator = self._split(self.chat_template.turn_separator)
-        for message in self._add_prefix(messages):
+        for message in self.write_out(messages, tools):
             is_trained = message.role == "assistant" and message.is_trained
             segments += self._headers[message.role]
             segments.append(Segment(message.content, is_special=False, supervised=is_trained))
@@ -131,19 +133,14 @@ class ChatTokenizer:
             segments += separator
         return join_texts(segments)
 
-    def _add_prefix(self, messages: Sequence[Message]) -> list[Message]:
-        """Put the format's prefix before the system message, making one where there is none."""
-        prefix = self.chat_template.system_prefix
-        if not prefix:
-            return list(messages)
-        has_system = bool(messages) and messages[0].role == "system"
-        system_content = messages[0].content if has_system else ""
-        return [Message("system", prefix + system_content), *messages[has_system:]]
+    def write_out(self, messages: Sequence[Message], tools: Tools = ()) -> list[Message]:
+        """Return plain messages: tools, calls and results are text, and the format's prefix stands where it belongs."""
+        return self.chat_template.write_out(messages, tools, self.chat_template.system_prefix)
 
-    def render_prompt(self, messages: Sequence[Message]) -> list[Segment]:
+    def render_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
         """Return the segments of a conversation and of the header of the reply to come, as it is served."""
         unanswered = [replace(message, is_trained=False) for message in messages]
-        return join_texts(self.render_conversation(unanswered) + self._headers["assistant"])
+        return join_texts(self.render_conversation(unanswered, tools) + self._headers["assistant"])
 
     def render_document(self, text: str) -> list[Segment]:
         """Return the segments of raw text, between the beginning-of-text and end-of-text tokens that there are."""
@@ -166,7 +163,7 @@ class ChatTokenizer:
     @cached_property
     def _headers(self) -> dict[str, list[Segment]]:
         start, end = self.chat_template.role_start, self.chat_template.role_end
-        return {role: self._split(start + role + end) for role in ROLES}
+        return {role: self._split(start + role + end) for role in _HEADERS}
 
     def _split(self, text: str) -> list[Segment]:
         """Split the format's own text, never content, at its special tokens."""
@@ -206,7 +203,7 @@ def load_tokenizer(base_dir: str | Path, *, chat_template: str) -> ChatTokenizer
         backend,
         CHAT_TEMPLATES[chat_template],
         special_ids,
-        fingerprint=hashlib.sha256(path.read_bytes() + repr(CHAT_TEMPLATES[chat_template]).encode()).hexdigest(),
+        fingerprint=_compute_fingerprint(path, CHAT_TEMPLATES[chat_template]),
     )
     needed = _find_special_tokens(tokenizer.chat_template)
     missing = [token for token in needed if token not in special_ids]
@@ -215,6 +212,11 @@ def load_tokenizer(base_dir: str | Path, *, chat_template: str) -> ChatTokenizer
         way_out = f"; chat_template={' or '.join(fitting)} would fit" if fitting else ""
         raise ValueError(f"{path}: has no special token {', '.join(missing)} of chat_template={chat_template}{way_out}")
     return tokenizer
+
+
+def _compute_fingerprint(path: Path, chat_template: ChatTemplate) -> str:
+    values = vars(chat_template) | {"write_out": chat_template.write_out.__name__}
+    return hashlib.sha256(path.read_bytes() + repr(values).encode()).hexdigest()
 
 
 def find_tokenizer_file(base_dir: str | Path) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tune2gguf.model.generate import generate_together, kv_caches, make_reply
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.runs.samples import Sample
-from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply
+from tune2gguf.tokenizer.conversation import Conversation, cut_before_reply, make_request_messages
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
 
@@ -19,9 +20,13 @@ class Prompt:
     """A validation conversation up to its last reply."""
 
     row: int  # index of the validation row
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]  # as clients send them
+    ids: list[int]
     reference: str  # that reply
-    num_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
 
 
 def choose_prompts(
@@ -32,10 +37,10 @@ def choose_prompts(
     for row, conversation in enumerate(conversations):
         if not conversation.messages or len(prompts) == num_samples:
             continue
-        messages, reference = cut_before_reply(conversation)
-        num_tokens = len(_encode(messages, tokenizer))
-        if messages and num_tokens < max_seq_len:
-            prompts.append(Prompt(row, messages, reference, num_tokens))
+        prompt = cut_before_reply(conversation)
+        ids = tokenizer.encode_prompt(prompt.messages, prompt.tools)
+        if prompt.messages and len(ids) < max_seq_len:
+            prompts.append(Prompt(row, make_request_messages(prompt.messages), ids, prompt.reference))
     return prompts
 
 
@@ -72,7 +77,7 @@ def answer_prompts(
         max_tokens: of a reply
         agree: as in generate.AdapterModel
     """
-    ids = [_encode(prompt.messages, tokenizer) for prompt in prompts]
+    ids = [prompt.ids for prompt in prompts]
     num_places = max(map(len, ids)) + max_tokens
     caches = {"batch_size": len(ids), "num_places": num_places}
     with kv_caches(model, tokenizer, max_seq_len=max_seq_len, device=device, agree=agree, **caches) as adapter_model:
@@ -85,7 +90,3 @@ def answer_prompts(
         )
         samples.append(sample)
     return samples
-
-
-def _encode(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -> list[int]:
-    return tokenizer.encode_prompt([Message(turn["role"], turn["content"]) for turn in messages])

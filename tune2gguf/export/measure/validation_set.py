@@ -56,7 +56,7 @@ def make_rows(
     rows = []
     for conversation in conversations:
         if conversation.messages:
-            tokens, supervised = tokenizer.encode_conversation(conversation.messages)
+            tokens, supervised = tokenizer.encode_conversation(conversation.messages, conversation.tools)
         else:
             tokens, supervised = tokenizer.encode_document(conversation.text)
         row = ValidationRow(np.array(tokens[:max_seq_len]), np.array(supervised[:max_seq_len], bool))
