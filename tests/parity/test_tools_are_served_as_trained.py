@@ -8,22 +8,35 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from tests.conversations import make_prompts
 from tests.parity.go_renderer import render_messages, render_requests
 from tests.parity.llama_cpp_oracle import get_source
 from tests.parity.test_modelfile_renders_as_trained import read_template, render_trained
 from tests.parity.test_trained_equals_served import Served, make_base
-from tests.tool_conversations import TOOL_LISTS, calling, define, make_tool_conversations
+from tests.tool_conversations import (
+    ANSWER,
+    ASK,
+    CALLS,
+    DEPART,
+    LISTS,
+    PLAIN,
+    TOOL_LISTS,
+    calling,
+    make_tool_conversations,
+    result,
+)
 from tune2gguf.data.messages import read_conversation
 from tune2gguf.export.modelfile import make_modelfile
 from tune2gguf.export.pipeline import export_base
 from tune2gguf.serve.llama_cpp import open_model
-from tune2gguf.tokenizer.conversation import Conversation, Message, make_request_messages
+from tune2gguf.tokenizer.conversation import Conversation, Message, cut_before_reply, make_request_messages
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
@@ -261,21 +274,61 @@ def test_another_order_of_properties_would_be_found(served):
     assert serve(served, request) != served.tokenizer.encode_prompt(request.messages, changed)
 
 
-def test_a_call_is_read_back_by_the_chat_api(served):
-    """A model of random weights, held to the format by the server's grammar, makes a call; the server reads it."""
-    tool = define("choose", "Choose a quay.", {"quay": {"type": "string", "enum": ["Reed Quay", "Port Alm"]}}, "quay")
-    request = {
-        "messages": [{"role": "user", "content": "Which quay?"}],
-        "tools": [tool],
-        "tool_choice": "required",
-        "temperature": 0,
-        "max_tokens": 200,
-    }
-    [choice] = served.model.post("/v1/chat/completions", request)["choices"]
-    [made] = choice["message"]["tool_calls"]
-    assert made["function"]["name"] == "choose"
-    assert json.loads(made["function"]["arguments"])["quay"] in ("Reed Quay", "Port Alm")
-    assert choice["finish_reason"] == "tool_calls"
-    row = {"tools": [tool], "messages": [*request["messages"], calling(made)]}
-    conversation = read_conversation(row, format="openai")
-    assert conversation.messages[-1].tool_calls[0]["name"] == "choose", "what comes back is a row"
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_call_that_was_learned_is_read_back_by_the_chat_api(bases, tmp_path, name):
+    """A tiny model learns a few rows by heart; asked through the server's API, it calls as it was trained, or talks."""
+    base_dir = bases / name.removesuffix("_1")
+    if not base_dir.exists():
+        make_base(base_dir, base_dir.name)
+    tokenizer = load_tokenizer(base_dir, chat_template=name)
+    two = [DEPART, CALLS["book"][0]] if name == "chatml" else [DEPART]
+    rows = [
+        {"tools": [PLAIN, LISTS], "messages": [{"role": "user", "content": "When?"}, calling(DEPART)]},
+        {"tools": [PLAIN, LISTS], "messages": [{"role": "user", "content": "Both!"}, calling(*two)]},
+        {"tools": [PLAIN, LISTS], "messages": [{"role": "user", "content": "Hello"}, ANSWER]},
+        {"tools": [PLAIN, LISTS], "messages": [ASK, calling(DEPART), result("7:10"), ANSWER]},
+    ]
+    conversations = [read_conversation(row, format="openai") for row in rows]
+    learn_by_heart(
+        base_dir, tmp_path / "base", [tokenizer.encode_conversation(one.messages, one.tools) for one in conversations]
+    )
+    options = {"quantization": "F32", "chat_template": name, "takes_tools": True, "show": False}
+    model = open_model(export_base(tmp_path / "base", tmp_path / "x.gguf", **options), context_length=2048)
+    for conversation in conversations:
+        prompt = cut_before_reply(conversation)
+        request = {"messages": make_request_messages(prompt.messages), "tools": list(prompt.tools), "temperature": 0}
+        [choice] = model.post("/v1/chat/completions", request | {"max_tokens": 200})["choices"]
+        calls = [one["function"] for one in choice["message"].get("tool_calls", [])]
+        made = tuple({"name": one["name"], "arguments": json.loads(one["arguments"])} for one in calls)
+        assert made == prompt.reply.tool_calls
+        assert choice["finish_reason"] == ("tool_calls" if made else "stop")
+        assert made or choice["message"]["content"] == prompt.reply.content
+        reply = model.chat(request["messages"], tools=prompt.tools, max_tokens=200)
+        assert (reply.tool_calls, reply.ended_by_itself) == (made, True)
+
+
+def learn_by_heart(base_dir: Path, trained_dir: Path, rows: list[tuple[list[int], list[bool]]]) -> None:
+    """Train all weights of a base on rows until it says each of their supervised tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        num_wrong = 0
+        for ids, supervised in rows:
+            places = torch.tensor([place for place in range(1, len(ids)) if supervised[place]])
+            hidden = model.model(torch.tensor([ids])).last_hidden_state[0, places - 1]
+            logits, targets = model.lm_head(hidden), torch.tensor(ids)[places]
+            num_wrong += int((logits.argmax(-1) != targets).sum())
+            torch.nn.functional.cross_entropy(logits, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if num_wrong == 0:
+            break
+    assert num_wrong == 0, "it has to know them by heart"
+    shutil.copytree(base_dir, trained_dir)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    save_file(weights, trained_dir / "model.safetensors", metadata={"format": "pt"})
