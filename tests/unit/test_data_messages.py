@@ -128,11 +128,6 @@ def test_row_that_fits_no_format_says_what_was_looked_for():
         ([turn("system", "x"), ANSWER, QUESTION], "message 2 is the assistant's where the user's is due"),
         ([QUESTION, turn("system", "x"), ANSWER], "message 2 is the system's where the assistant's is due"),
         ([QUESTION, ANSWER, QUESTION], "the last message is the user's; a row ends with the assistant's reply"),
-        (
-            [QUESTION, turn("tool", "{}"), ANSWER],
-            r"messages\[1\] uses tools \(a tool message\), which are not supported",
-        ),
-        ([QUESTION, turn("assistant", "", tool_calls=[{"id": 1}])], r"messages\[1\] uses tools \(tool_calls\)"),
         ([turn("user", "a\0b"), ANSWER], r"messages\[0\]: 'content' holds a NUL byte at character 1"),
         ([turn("user", "a\ud83d"), ANSWER], r"messages\[0\]: 'content' holds half of a surrogate pair at character 1"),
         ([QUESTION, turn("assistant", "x", weight=0)], "every assistant turn has weight 0"),
@@ -148,9 +143,7 @@ def test_conversation_that_cannot_be_trained_on_is_refused(turns, said):
     ("format", "row", "said"),
     [
         ("openai", {"text": "x"}, "'messages' is missing; the row has text"),
-        ("openai", {"messages": [QUESTION, ANSWER], "tools": [{}]}, r"the row uses tools \(tools\)"),
         ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "unknown role 'bot'; known are human, gpt"),
-        ("sharegpt", {"conversations": [{"from": "observation", "value": "x"}]}, "uses tools"),
         ("sharegpt", {"conversations": [QUESTION]}, r"conversations\[0\] has no 'from'; it has role, content"),
         ("alpaca", {"instruction": "Hi"}, "'output' is missing; the row has instruction"),
         ("alpaca", {"instruction": "Hi", "input": 3, "output": "x"}, "'input' must be text, got int 3"),

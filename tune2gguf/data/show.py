@@ -55,6 +55,8 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
         f" + {ledger['truncated']} truncated + {ledger['dropped']} dropped"
     )
     yield f"messages: {', '.join(f'{count} {role}' for role, count in summary.roles.items())}"
+    if ledger["rows_with_tools"]:
+        yield f"rows with tools: {ledger['rows_with_tools']} of {ledger['training']['rows']} trained ones"
     if summary.dropped:
         yield f"dropped: {', '.join(f'{count} {kind}' for kind, count in summary.dropped.items())}"
     for row in ledger["rows_dropped"][:MAX_PROBLEMS_SHOWN]:

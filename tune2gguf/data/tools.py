@@ -34,6 +34,7 @@ def read_tools(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tupl
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{key!r} has two tools of the name {twice!r}")
+    _check_text(tools, repr(key))
     unwritten = tuple(dict.fromkeys(one for tool in tools for one in list_unwritten_keys(tool)))
     return tuple(canonicalize_tool(tool) for tool in tools), unwritten
 
@@ -110,6 +111,7 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
     arguments = {} if arguments in (None, "") else _parse(arguments, f"{place}: 'arguments'")
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{place}: 'arguments' must be an object, got {_describe(arguments)}")
+    _check_text([call["name"], arguments], place)
     return {"name": call["name"], "arguments": sort_values(arguments)}
 
 
@@ -165,6 +167,15 @@ def _parse(value: Any, place: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
         raise ValueError(f"{place}: malformed JSON: {reason}") from None
+
+
+def _check_text(value: Any, place: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{place} holds half of a surrogate pair") from None
+    except ValueError:
+        raise ValueError(f"{place} holds a number that JSON has not, such as NaN") from None
 
 
 def _require_object(value: Any, place: str) -> Mapping[str, Any]:
