@@ -258,7 +258,7 @@ def test_every_reply_and_call_is_trained_behind_the_prompt_it_is_served_with(ser
         assert ids[: len(prompt)] == prompt
         end = ids.index(served.tokenizer.end_of_turn_id, len(prompt))
         assert all(supervised[len(prompt) : end + 1]) and not any(supervised[end + 1 :])
-        [reply] = served.tokenizer.chat_template.write_out(conversation.messages[-1:], (), "")
+        *_, reply = served.tokenizer.write_out(conversation.messages, conversation.tools)
         assert served.tokenizer.decode(ids[len(prompt) : end]) == reply.content
         plain = served.tokenizer.write_out(conversation.messages, conversation.tools)
         num_trained = sum(one.role == "assistant" and one.is_trained for one in plain)

@@ -33,7 +33,7 @@ from tune2gguf.tokenizer.conversation import Message, cut_before_reply, make_req
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 from tune2gguf.tokenizer.tools import canonicalize_tool
 
-READ_CALL = {"name": "find_departures", "arguments": {"after": "07:00", "limit": 2, "origin": "Reed Quay"}}
+READ_CALL = {"name": "find_departures", "arguments": {"after": "07:00", "origin": "Reed Quay", "limit": 2}}
 AS_TEXT = {"name": "find_departures", "arguments": json.dumps(DEPART["function"]["arguments"])}
 TURNS = [{"from": "human", "value": ASK["content"]}, {"from": "function_call", "value": json.dumps(DEPART["function"])}]
 
@@ -238,7 +238,7 @@ def test_supervised_are_calls_and_replies_and_neither_results_nor_definitions(pr
     text = tokenizer.decode(row.tokens[row.supervised].tolist())
     assert text == (
         '<tool_call>\n{"name": "find_departures", "arguments": '
-        '{"after": "07:00", "limit": 2, "origin": "Reed Quay"}}\n</tool_call><|im_end|>At 7:10.<|im_end|>'
+        '{"after": "07:00", "origin": "Reed Quay", "limit": 2}}\n</tool_call><|im_end|>At 7:10.<|im_end|>'
     )
     rest = tokenizer.decode(row.tokens[~row.supervised].tolist())
     assert "<tool_response>\n7:10, said the timetable\n</tool_response>" in rest and "<tools>" in rest

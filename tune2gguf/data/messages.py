@@ -125,7 +125,7 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
     problem = tools.find_call_problem(messages, definitions, turns)
     if problem is not None:
         raise ValueError(problem)
-    read = _put_system_first(row, messages)
+    read = _put_system_first(row, [tools.order_calls(message, definitions) for message in messages])
     ended = [replace(message, content=_take_end_off(message.content)) for message in read]
     messages = [replace(message, content=message.content.strip()) for message in ended]
     _check_messages(messages)

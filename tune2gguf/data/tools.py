@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tune2gguf.tokenizer.conversation import Message
-from tune2gguf.tokenizer.tools import canonicalize_tool, list_unwritten_keys, sort_values, write_json
+from tune2gguf.tokenizer.tools import canonicalize_tool, list_unwritten_keys, order_arguments, sort_values, write_json
 
 ROW_KEYS = ("tools", "functions")  # the second is OpenAI's first form
 TURN_KEYS = ("tool_calls", "function_call", "tool_call_id")
@@ -113,6 +114,14 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: 'arguments' must be an object, got {_describe(arguments)}")
     _check_text([call["name"], arguments], place)
     return {"name": call["name"], "arguments": sort_values(arguments)}
+
+
+def order_calls(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
+    """Return a message whose calls have their arguments in the order they are written."""
+    if not message.tool_calls:
+        return message
+    calls = tuple({"name": call["name"], "arguments": order_arguments(call, tools)} for call in message.tool_calls)
+    return replace(message, tool_calls=calls)
 
 
 def read_result(content: Any) -> Any:

@@ -151,7 +151,7 @@ def _serve(model: LlamaCppModel, tokenizer: ChatTokenizer, chat: Conversation) -
     """Return the ids of the prompt as the server makes them, and those of the reply."""
     prompt = cut_before_reply(chat)
     chat_template = tokenizer.chat_template
-    [reply] = chat_template.write_out([prompt.reply], (), "")
+    *_, reply = tokenizer.write_out([*prompt.messages, prompt.reply], prompt.tools)
     generated = reply.content + chat_template.end_of_turn + chat_template.turn_separator
     rendered = model.apply_template(make_request_messages(prompt.messages), tools=prompt.tools)
     return model.tokenize(rendered, adds_bos=True) + model.tokenize(generated)

@@ -86,15 +86,24 @@ def write_jinja_tool(layout: _Layout) -> str:
     )  # fmt: skip
 
 
-# OpenAI's clients send arguments as JSON text; engines hand them on as an object, or as they are.
+def _write_jinja_arguments(condition: str) -> str:
+    return (
+        "{%- for key, value in call.arguments | dictsort(true) %}{%- if " + condition + " %}"
+        "{{- state.separator }}{{- key | tojson }}" + _say(": ") + "{{- value | tojson }}"
+        '{%- set state.separator = ", " %}{%- endif %}{%- endfor %}'
+    )  # fmt: skip
+
+
+# In the order of tools.order_arguments. OpenAI's clients send JSON text; engines hand on an object, or the text.
 _JINJA_ARGUMENTS = (
-    "{%- macro write_arguments(arguments) %}{%- if arguments is string %}{{- arguments }}{%- else %}"
+    "{%- macro write_arguments(call, tools) %}{%- if call.arguments is string %}{{- call.arguments }}{%- else %}"
+    '{%- set state = namespace(separator="", required=[]) %}'
+    "{%- if tools %}{%- for tool in tools %}"
+    "{%- if tool.function.name == call.name and tool.function.parameters and tool.function.parameters.required %}"
+    "{%- set state.required = tool.function.parameters.required %}{%- endif %}{%- endfor %}{%- endif %}"
     + _say("{")
-    + "{%- for key, value in arguments | dictsort(true) %}{{- key | tojson }}"
-    + _say(": ")
-    + "{{- value | tojson }}{%- if not loop.last %}"
-    + _say(", ")
-    + "{%- endif %}{%- endfor %}"
+    + _write_jinja_arguments("key in state.required")
+    + _write_jinja_arguments("key not in state.required")
     + _say("}")
     + "{%- endif %}{%- endmacro %}"
 )
@@ -124,7 +133,7 @@ def make_llama_jinja(prefix: str) -> str:
         + "{%- elif message.tool_calls %}"
         + "{%- set call = message.tool_calls[0].function %}"
         + _say(header.format("assistant") + '{"name": ') + "{{- call.name | tojson }}" + _say(', "parameters": ')
-        + "{{- write_arguments(call.arguments) }}" + _say("}" + end)
+        + "{{- write_arguments(call, tools) }}" + _say("}" + end)
         + "{%- else %}"
         + '{{- "<|start_header_id|>" + message.role + "<|end_header_id|>\\n\\n" }}'
         + "{%- if state.shows_tools and message.role == 'user' %}"
@@ -143,7 +152,7 @@ def make_chatml_jinja() -> str:
         "{%- for tool_call in message.tool_calls %}"
         "{%- if message.content or not loop.first %}" + _say("\n") + "{%- endif %}"
         + _say('<tool_call>\n{"name": ') + "{{- tool_call.function.name | tojson }}" + _say(', "arguments": ')
-        + "{{- write_arguments(tool_call.function.arguments) }}" + _say("}\n</tool_call>") + "{%- endfor %}"
+        + "{{- write_arguments(tool_call.function, tools) }}" + _say("}\n</tool_call>") + "{%- endfor %}"
     )  # fmt: skip
     return (
         write_jinja_tool(_Layout(None))
@@ -179,9 +188,23 @@ _GO_VALUE = (
     '{{ range $i, $value := . }}{{ if $i }}, {{ end }}{{ template "value" $value }}{{ end }}]'
     "{{ else }}{{ json . }}{{ end }}{{ end -}}"
 )
+
+
+def _write_go_arguments(condition: str) -> str:
+    return (
+        "{{ range $key, $value := .Function.Arguments }}{{ $isRequired := false }}"
+        "{{ range $.Tools }}{{ if eq .Function.Name $name }}{{ range .Function.Parameters.Required }}"
+        "{{ if eq . $key }}{{ $isRequired = true }}{{ end }}{{ end }}{{ end }}{{ end }}"
+        "{{ if " + condition + " }}{{ $separator }}"
+        '{{ printf "%q" $key }}: {{ template "value" $value }}{{ $separator = ", " }}{{ end }}{{ end }}'
+    )
+
+
 _GO_ARGUMENTS = (
-    '{{ "{" }}{{ $separator := "" }}{{ range $key, $value := .Function.Arguments }}{{ $separator }}'
-    '{{ printf "%q" $key }}: {{ template "value" $value }}{{ $separator = ", " }}{{ end }}{{ "}" }}'
+    '{{ $name := .Function.Name }}{{ $separator := "" }}{{ "{" }}'
+    + _write_go_arguments("$isRequired")
+    + _write_go_arguments("not $isRequired")
+    + '{{ "}" }}'
 )
 
 

@@ -87,6 +87,20 @@ def sort_values(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def order_arguments(call: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a call's arguments in the order they are written: the required ones first, each part by name.
+
+    llama.cpp's grammar demands the required ones first; Go knows no other order than that of names.
+    """
+    required = next(
+        ((tool["function"].get("parameters") or {}).get("required") or []
+         for tool in tools if tool["function"]["name"] == call["name"]),
+        [],
+    )  # fmt: skip
+    arguments = sort_values(call["arguments"])
+    return {key: arguments[key] for key in sorted(arguments, key=lambda key: (key not in required, key))}
+
+
 def write_json(value: Any, *, indent: int | None = None) -> str:
     """Return JSON as the engines' `tojson` writes it."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
@@ -117,10 +131,10 @@ def write_out_llama(messages: Sequence[Message], tools: Sequence[Mapping[str, An
     if tools and first is not None:
         definitions = "".join(write_json(canonicalize_tool(tool), indent=4) + "\n\n" for tool in tools)
         messages[first] = replace(messages[first], content=LLAMA_INSTRUCTION + definitions + messages[first].content)
-    return [_write_out_llama_turn(message) for message in messages]
+    return [_write_out_llama_turn(message, tools) for message in messages]
 
 
-def _write_out_llama_turn(message: Message) -> Message:
+def _write_out_llama_turn(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
     if message.role == "tool":
         return replace(message, role="ipython")
     if not message.tool_calls:
@@ -130,7 +144,7 @@ def _write_out_llama_turn(message: Message) -> Message:
     if message.content:
         raise ValueError(f"Llama's format has no text beside a call, here {message.content[:40]!r}; leave it out")
     call = message.tool_calls[0]
-    content = f'{{"name": {write_json(call["name"])}, "parameters": {write_json(sort_values(call["arguments"]))}}}'
+    content = f'{{"name": {write_json(call["name"])}, "parameters": {write_json(order_arguments(call, tools))}}}'
     return replace(message, content=content, tool_calls=())
 
 
@@ -149,16 +163,16 @@ def write_out_chatml(messages: Sequence[Message], tools: Sequence[Mapping[str, A
             results = [f"<tool_response>\n{message.content}\n</tool_response>" for message in group]
             written.append(Message("user", "\n".join(results)))
         else:
-            written += map(_write_out_chatml_turn, group)
+            written += (_write_out_chatml_turn(message, tools) for message in group)
     return written
 
 
-def _write_out_chatml_turn(message: Message) -> Message:
+def _write_out_chatml_turn(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
     if not message.tool_calls:
         return message
     parts = [message.content] if message.content else []
     for call in message.tool_calls:
-        arguments = write_json(sort_values(call["arguments"]))
+        arguments = write_json(order_arguments(call, tools))
         parts.append(f'<tool_call>\n{{"name": {write_json(call["name"])}, "arguments": {arguments}}}\n</tool_call>')
     return replace(message, content="\n".join(parts), tool_calls=())
 
