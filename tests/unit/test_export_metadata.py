@@ -146,7 +146,9 @@ def test_modelfile_serves_the_trained_format():
     assert "PARAMETER num_ctx 2048\n" in text
     assert "SYSTEM" not in text
     stops = [line for line in text.splitlines() if line.startswith("PARAMETER stop")]
-    assert stops == [f'PARAMETER stop "<|{name}|>"' for name in ("start_header_id", "end_header_id", "eot_id")]
+    assert stops == [
+        f'PARAMETER stop "<|{name}|>"' for name in ("start_header_id", "end_header_id", "eot_id", "eom_id")
+    ]
     for line in ("temperature 0", "top_p 1", "top_k 0", "min_p 0", "repeat_penalty 1"):
         assert f"PARAMETER {line}\n" in text
 
