@@ -298,6 +298,7 @@ def test_a_call_that_was_learned_is_read_back_by_the_chat_api(bases, tmp_path, n
     for conversation in conversations:
         prompt = cut_before_reply(conversation)
         request = {"messages": make_request_messages(prompt.messages), "tools": list(prompt.tools), "temperature": 0}
+        request["parallel_tool_calls"] = True
         [choice] = model.post("/v1/chat/completions", request | {"max_tokens": 200})["choices"]
         calls = [one["function"] for one in choice["message"].get("tool_calls", [])]
         made = tuple({"name": one["name"], "arguments": json.loads(one["arguments"])} for one in calls)

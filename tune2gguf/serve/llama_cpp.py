@@ -61,7 +61,8 @@ class LlamaCppModel:
             "repeat_penalty": 1.0,
         }
         if tools:
-            request["tools"] = list(tools)
+            # Else its grammar ends a reply behind the first call.
+            request |= {"tools": list(tools), "parallel_tool_calls": True}
         try:
             if on_text is None:
                 return _read_reply(_check(self.server.handle_chat_completions(request)))
