@@ -50,6 +50,7 @@ from tune2gguf.runs.curves import TrainingStep
 from tune2gguf.runs.lock import hold_run_folder
 from tune2gguf.runs.plan import LAYOUT_KEYS, Plan, write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
+from tune2gguf.train.compiling import compile_kernels_meanwhile
 from tune2gguf.train.plan import describe_plan
 from tune2gguf.train.record import RunRecord, check_learned
 from tune2gguf.train.resume import (
@@ -87,10 +88,12 @@ class LoRAFinetuneRecipe:
         with agree_on_errors():
             self._setup_data()
         self._plan_memory()
-        checkpoint = self._open_checkpoint()
-        with explain_out_of_memory(self.spec, self.device):
-            self._setup_model()
-            self._setup_optimizer()
+        scaling = self.cfg.lora_alpha / self.cfg.lora_rank
+        with compile_kernels_meanwhile(self.spec, scaling=scaling, device=self.world.device):
+            checkpoint = self._open_checkpoint()
+            with explain_out_of_memory(self.spec, self.device):
+                self._setup_model()
+                self._setup_optimizer()
         self._restore(broadcast_from_main(checkpoint))
         with agree_on_errors():
             self._setup_run_folder(checkpoint)

@@ -59,12 +59,12 @@ class BaseCheckpoint:
         tensor = self._read_stored(name)
         return tensor.dequantize() if isinstance(self.stored[name], StoredNf4) else tensor
 
-    def _is_as_wanted(self, name: str, dtype: torch.dtype | None) -> bool:
+    def _is_as_wanted(self, name: str, dtype: torch.dtype | None, *, is_copied: bool) -> bool:
         """Whether a weight can be used as it is stored. Norms are not worth a map; they become float32 anyway."""
         stored, spec = self.stored[name], self.specs[name]
         if isinstance(stored, StoredNf4) or spec.num_heads is not None or len(spec.shape) < 2:
             return False
-        return not spec.is_linear if dtype is None else get_torch_dtype(stored) == dtype
+        return is_copied or not spec.is_linear if dtype is None else get_torch_dtype(stored) == dtype
 
     def _read_stored(self, name: str) -> Tensor | Nf4Weight:
         stored, num_heads = self.stored[name], self.specs[name].num_heads
@@ -125,7 +125,9 @@ class BaseCheckpoint:
         # What 4-bit training sees, but for the scales, which it rounds to 8 bits on top.
         return quantize_nf4(torch.from_numpy(rows)).dequantize(torch.float32).numpy()
 
-    def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
+    def iterate_tensors(
+        self, *, dtype: torch.dtype | None = None, is_copied: bool = False
+    ) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
         """Yield (torchtune's parameter name, weight in torchtune's layout), one at a time, in the order of the files.
 
         Embedding and head, and with a dtype the layers' matrices, are views of the mapped file where they are stored as
@@ -134,10 +136,11 @@ class BaseCheckpoint:
 
         Args:
             dtype: convert to it; None keeps the stored dtype, and the layers' 4-bit weights as they are
+            is_copied: the caller copies every weight to a GPU, so that views serve for all that need no conversion
         """
         maps: dict[Path, Tensor] = {}
         for name in sorted(self.stored, key=lambda name: (self.stored[name].path, self.stored[name].begin)):
-            if self._is_as_wanted(name, dtype):
+            if self._is_as_wanted(name, dtype, is_copied=is_copied):
                 path = self.stored[name].path
                 if path not in maps:
                     maps[path] = map_file(path)

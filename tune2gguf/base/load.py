@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
 from tune2gguf.model.sharding import shard_like
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STAGED_BYTES = 64 << 20  # of each of two buffers on the way to a GPU
 
 
 def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weights: str, show: bool) -> None:
@@ -32,7 +34,7 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
     """
     base = open_base(base_dir)
     # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read.
-    weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights))
+    weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights), is_copied=device.type == "cuda")
     bar = tqdm(weights, total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
     fill_model(model, bar, device=device, base_weights=base_weights)
 
@@ -50,7 +52,10 @@ def fill_model(
         ValueError: if a weight has another shape than the model's
     """
     decoder = model.decoder
+    sender = GpuSender(device) if device.type == "cuda" else None
     for name, weight in weights:
+        if sender is not None and _choose_device(decoder, name, device, base_weights) == device:
+            weight = sender.send(weight)  # before it is quantized: a GPU is faster at that, too
         if base_weights == "nf4" and _is_layer_matrix(decoder, name):
             weight = weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight)
             weight = weight.to_torchao()
@@ -67,6 +72,33 @@ def fill_model(
                 module.rope_init()
     unfilled = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
     assert not unfilled, f"every base weight is to be given; not filled: {unfilled}"
+
+
+class GpuSender:
+    """Copies tensors to a GPU through two pinned buffers: all cores fill one while the other one travels.
+
+    Pages of a mapped file go 3 times as fast as with `Tensor.to`, whose copy is one thread's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        buffers = [torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._buffers = cycle([(buffer, torch.cuda.Event()) for buffer in buffers])
+
+    def send(self, weight: Tensor | Nf4Weight) -> Tensor | Nf4Weight:
+        """Return a tensor, or both parts of a 4-bit weight, on the GPU."""
+        if isinstance(weight, Nf4Weight):
+            return Nf4Weight(self.send(weight.codes), self.send(weight.scales), weight.shape)
+        if weight.device.type != "cpu":
+            return weight
+        sent = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
+        parts = (tensor.reshape(-1).view(torch.uint8).split(STAGED_BYTES) for tensor in (weight, sent))
+        for part, place in zip(*parts, strict=True):
+            buffer, has_left = next(self._buffers)
+            has_left.synchronize()
+            place.copy_(buffer[: len(part)].copy_(part), non_blocking=True)
+            has_left.record()
+        return sent
 
 
 def _choose_device(decoder: nn.Module, name: str, device: torch.device, base_weights: str) -> torch.device:

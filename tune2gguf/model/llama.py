@@ -39,7 +39,14 @@ class TokenEmbedding(nn.Embedding):
         """Map tokens [batch, seq] to [batch, seq, dim] on the tokens' device."""
         if self.weight.device == tokens.device:
             return super().forward(tokens)
-        return super().forward(tokens.to(self.weight.device)).to(tokens.device)
+        places = tokens.to(self.weight.device)
+        if not tokens.is_cuda:
+            return super().forward(places).to(tokens.device)
+        # Into pinned memory, from which the copy waits for nothing.
+        shape = (*tokens.shape, self.embedding_dim)
+        found = torch.empty(shape, dtype=self.weight.dtype, pin_memory=True)
+        torch.index_select(self.weight, 0, places.flatten(), out=found.view(-1, self.embedding_dim))
+        return found.to(tokens.device, non_blocking=True)
 
 
 class CausalLM(nn.Module):

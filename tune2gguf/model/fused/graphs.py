@@ -41,6 +41,7 @@ class Kind:
 
     length: int
     num_starts: int
+    is_long: bool
     trains: bool
     drops: bool
 
@@ -76,7 +77,7 @@ class LayerGraphs:
         if len(hidden) > MAX_GRAPHED_TOKENS:
             self._leave_room(len(hidden))
             return None
-        kind = Kind(len(hidden), len(layout.starts), torch.is_grad_enabled(), seeds is not None)
+        kind = Kind(len(hidden), len(layout.starts), layout.is_long, torch.is_grad_enabled(), seeds is not None)
         if kind not in self._met or hidden.requires_grad or kind.num_starts > MAX_GRAPHED_ROWS + 1:
             self._met.add(kind)
             return None
@@ -110,7 +111,7 @@ class LayerGraphs:
         if kind.length > self._longest or len(self.captured) >= MAX_GRAPHS:
             self.drop()
         self._longest = max(self._longest, kind.length)
-        layout = Layout(self._positions[: kind.length], self._starts[: kind.num_starts], kind.length)
+        layout = Layout(self._positions[: kind.length], self._starts[: kind.num_starts], kind.length, kind.is_long)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()

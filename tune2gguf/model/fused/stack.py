@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, pad_length
-from tune2gguf.model.fused.attention import Layout
+from tune2gguf.model.fused.attention import CUDNN_MIN_ROW, Layout
 from tune2gguf.model.fused.graphs import LayerGraphs, pad_rows
 from tune2gguf.model.fused.groups import (
     GROUPS,
@@ -59,6 +59,7 @@ def lay_out_pass(
         positions=functional.pad(input_pos.flatten(), (0, missing)),
         starts=functional.pad(row_starts, (0, missing_rows), value=length),
         longest=longest,
+        is_long=longest_row >= CUDNN_MIN_ROW,
     )
     return functional.pad(tokens.flatten(), (0, missing)), layout
 
