@@ -33,7 +33,7 @@ def describe_plan(
     if device == "cpu":
         lines.append(describe_cpu())
     else:
-        lines.append(describe_layers(spec.obstacle_to_fusing))
+        lines.append(describe_layers(spec.obstacle_to_fusing, longest_row=spec.longest_row))
     if world_size > 1:
         lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
     lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} for validation")

@@ -19,8 +19,6 @@ from torch.utils import deterministic
 
 from tune2gguf.model.fused import cudnn
 
-CUDNN_MIN_ROW = 1024  # tokens of a pass's longest row from which on cuDNN is faster
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -30,7 +28,7 @@ class Layout:
         positions: of each token in its own row, [tokens] int64
         starts: first token of each row, then the number of tokens, [rows + 1] int32
         longest: no row has more tokens
-        is_long: whether the longest row has CUDNN_MIN_ROW tokens
+        is_long: whether the longest row has cudnn.MIN_ROW tokens
     """
 
     positions: Tensor

@@ -1,8 +1,8 @@
 """cuDNN's attention over rows that lie one behind the other, for rows that are long.
 
-On a Hopper GPU its kernels compute long rows about twice as fast as the FlashAttention 2 of torch, also where they add
-in a fixed order. torch gives no access to that order; NVIDIA's package `nvidia-cudnn-frontend` does. Shapes and
-strides are those of the package's ragged layout: [rows, heads, longest, dim], whose rows begin at given offsets
+On Hopper GPUs its kernels are twice as fast as torch's FlashAttention 2 on long rows, with sums in a fixed order. torch
+does not offer that order, NVIDIA's package `nvidia-cudnn-frontend` does. Tensors have the package's ragged layout:
+[rows, heads, longest, head_dim], with an offset for each row
 (https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html).
 """
 
@@ -16,23 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LENGTH_STEP = 512  # lengths are rounded up to it, so that few plans are built
-NAMES = ("q", "k", "v", "out", "stats", "lengths", "q_offsets", "kv_offsets", "stats_offsets")
+MIN_ROW = 1024  # tokens of a pass's longest row: for less, building a plan takes longer than it saves
+
+
+MISSING = f"rows of {MIN_ROW} tokens and more are faster with cuDNN: pip install 'tune2gguf[cudnn]'"
 
 
 @cache
 def is_available() -> bool:
-    """Return whether the package and a cuDNN of version 9.6 or later are there, and a GPU for which it pays."""
-    if find_spec("cudnn") is None or torch.cuda.get_device_capability()[0] < 9:
+    """Return whether the package is installed, with cuDNN 9.6 or later, and the GPU is a Hopper or later one."""
+    if not pays() or find_spec("cudnn") is None:
         return False
     import cudnn
 
     return cudnn.backend_version() >= 90600
 
 
+def pays() -> bool:
+    """Return whether the GPU is one on which it is faster."""
+    return torch.cuda.get_device_capability()[0] >= 9
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What a plan is built for."""
+    """What a plan is built for; numbers that vary from pass to pass are rounded up to powers of two."""
 
     rows: int
     longest: int
@@ -43,8 +50,8 @@ class Shape:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, *, num_rows: int, longest: int) -> Shape:
-        longest = -(-longest // LENGTH_STEP) * LENGTH_STEP
-        return cls(num_rows, longest, q.shape[1], k.shape[1], q.shape[2], len(q))
+        longest, tokens = (1 << (number - 1).bit_length() for number in (longest, len(q)))
+        return cls(num_rows, longest, q.shape[1], k.shape[1], q.shape[2], tokens)
 
     def strides(self, heads: int) -> list[int]:
         return [self.longest * heads * self.head_dim, self.head_dim, heads * self.head_dim, 1]

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, pad_length
-from tune2gguf.model.fused.attention import CUDNN_MIN_ROW, Layout
+from tune2gguf.model.fused.attention import Layout
+from tune2gguf.model.fused.cudnn import MIN_ROW
 from tune2gguf.model.fused.graphs import LayerGraphs, pad_rows
 from tune2gguf.model.fused.groups import (
     GROUPS,
@@ -50,16 +51,16 @@ def lay_out_pass(
     if input_pos is None:
         input_pos = torch.arange(seq, device=device).expand(batch, seq)
     length, num_rows = pad_length(num_tokens), len(row_starts) - 1
-    missing = length - num_tokens
-    if length <= MAX_GRAPHED_TOKENS:
-        missing_rows, longest = pad_rows(num_rows + (missing > 0)) - num_rows, length
-    else:
-        missing_rows, longest = int(missing > 0), max(longest_row, missing)
+    missing, is_long = length - num_tokens, longest_row >= MIN_ROW
+    is_graphed = length <= MAX_GRAPHED_TOKENS
+    missing_rows = int(missing > 0)
+    if is_graphed or is_long:  # passes of few kinds, for which graphs are captured and plans are built
+        missing_rows = pad_rows(num_rows + missing_rows) - num_rows
     layout = Layout(
         positions=functional.pad(input_pos.flatten(), (0, missing)),
         starts=functional.pad(row_starts, (0, missing_rows), value=length),
-        longest=longest,
-        is_long=longest_row >= CUDNN_MIN_ROW,
+        longest=length if is_graphed else max(longest_row, missing),
+        is_long=is_long,
     )
     return functional.pad(tokens.flatten(), (0, missing)), layout
 
