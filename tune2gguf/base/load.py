@@ -7,7 +7,6 @@ from itertools import cycle
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchtune.modules.tied_linear import TiedLinear
 from tqdm import tqdm
 
@@ -15,7 +14,6 @@ from tune2gguf.base.checkpoint import open_base
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
-from tune2gguf.model.sharding import shard_like
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STAGED_BYTES = 64 << 20  # of each of two buffers on the way to a GPU
@@ -54,7 +52,7 @@ def fill_model(
     decoder = model.decoder
     sender = GpuSender(device) if device.type == "cuda" else None
     for name, weight in weights:
-        if sender is not None and _choose_device(decoder, name, device, base_weights) == device:
+        if sender is not None and _choose_device(model, name, device, base_weights) == device:
             weight = sender.send(weight)  # before it is quantized: a GPU is faster at that, too
         if base_weights == "nf4" and _is_layer_matrix(decoder, name):
             weight = weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight)
@@ -62,7 +60,9 @@ def fill_model(
         else:
             # The norms are computed in float32; a weight in another dtype sends them down torch's slow path.
             weight = weight.to(torch.float32 if weight.dim() == 1 else _DTYPES.get(base_weights, torch.bfloat16))
-        _set_frozen(decoder, name, weight.to(_choose_device(decoder, name, device, base_weights)))
+        _set_frozen(decoder, name, weight.to(_choose_device(model, name, device, base_weights)))
+        if model.sharded is not None:
+            model.sharded.split_filled()
     for module in decoder.modules():
         if isinstance(module, LoRALinear):
             module.lora_a.to_empty(device=device)
@@ -101,11 +101,10 @@ class GpuSender:
         return sent
 
 
-def _choose_device(decoder: nn.Module, name: str, device: torch.device, base_weights: str) -> torch.device:
+def _choose_device(model: CausalLM, name: str, device: torch.device, base_weights: str) -> torch.device:
     """Beside 4-bit layers an embedding that is not the head as well is a large part: it stays in the host's memory."""
-    is_looked_up_only = name == "tok_embeddings.weight" and not isinstance(decoder.output, TiedLinear)
-    is_sharded = isinstance(decoder.tok_embeddings.weight, DTensor)
-    return torch.device("cpu") if base_weights == "nf4" and is_looked_up_only and not is_sharded else device
+    is_looked_up_only = name == "tok_embeddings.weight" and not isinstance(model.decoder.output, TiedLinear)
+    return torch.device("cpu") if base_weights == "nf4" and is_looked_up_only and model.sharded is None else device
 
 
 def _is_layer_matrix(decoder: nn.Module, name: str) -> bool:
@@ -119,4 +118,4 @@ def _set_frozen(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     parameter = getattr(module, parameter_name)
     if tensor.shape != parameter.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)} in the base, the model needs {list(parameter.shape)}")
-    setattr(module, parameter_name, nn.Parameter(shard_like(tensor, parameter), requires_grad=False))
+    setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))

@@ -25,6 +25,7 @@ from tune2gguf.model.attention import Attention
 from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.loss import cross_entropy_of_supervised, find_supervised, select_supervised
+from tune2gguf.model.sharding import ShardedBase, run_layer
 
 if TYPE_CHECKING:
     from tune2gguf.model.fused.stack import FusedStack
@@ -50,16 +51,14 @@ class TokenEmbedding(nn.Embedding):
 
 
 class CausalLM(nn.Module):
-    """A decoder that returns the loss of its supervised positions, so that the head's product happens inside forward.
-
-    DDP and FSDP2 see forward only: the head's weight is at hand there even when it is sharded.
-    """
+    """A decoder that returns the loss of its supervised positions: the head's product happens inside forward."""
 
     def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
         self.decoder = decoder
         self.offloading: AbstractContextManager = nullcontext()
         self.stack: FusedStack | None = None  # trains the layers where prepare_training fuses them
+        self.sharded: ShardedBase | None = None  # gathers the weights where each process has a part of them
 
     @property
     def head_weight(self) -> Tensor:
@@ -85,13 +84,22 @@ class CausalLM(nn.Module):
 
             flat, layout = lay_out_pass(tokens, row_starts=row_starts, longest_row=longest_row, input_pos=input_pos)
             with self.offloading:
-                return self.stack.run(self.decoder.tok_embeddings(flat), layout)
+                return self.stack.run(self._embed(flat), layout, sharded=self.sharded)
         mask = None if row_starts is None else make_row_mask(row_starts, *tokens.shape)
-        hidden = self.decoder.tok_embeddings(tokens)
+        hidden = self._embed(tokens)
         with self.offloading:
-            for layer in self.decoder.layers:
-                hidden = layer(hidden, mask=mask, input_pos=input_pos)
+            for number, layer in enumerate(self.decoder.layers):
+                hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
         return hidden.flatten(0, 1)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        sharded = self.sharded
+        with nullcontext() if sharded is None else sharded.hold(sharded.embedding, then=sharded.head):
+            return self.decoder.tok_embeddings(tokens)
+
+    def _hold_head(self) -> AbstractContextManager:
+        sharded = self.sharded
+        return nullcontext() if sharded is None else sharded.hold(sharded.head, then=sharded.embedding)
 
     def forward(self, tokens: Tensor, labels: Tensor, supervised: Tensor | None = None, **rows) -> Tensor:
         """Return the cross entropy of each supervised position, [n] in float32, row by row.
@@ -106,7 +114,8 @@ class CausalLM(nn.Module):
         if supervised is None:
             supervised = find_supervised(labels)
         hidden, targets = select_supervised(hidden, labels, supervised)
-        return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
+        with self._hold_head():
+            return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
 
     def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
         """Return the logits of the token after each row, [batch, vocab] in float32; the decoder's caches grow.
@@ -118,7 +127,11 @@ class CausalLM(nn.Module):
         """
         # Compiled layers would be compiled anew for prompts, single tokens and caches, and crowd out those of training.
         with torch.compiler.set_stance("force_eager"):
-            return self.decoder(tokens, mask=mask, input_pos=input_pos)[:, -1].float()
+            hidden = self._embed(tokens)
+            for number, layer in enumerate(self.decoder.layers):
+                hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
+            with self._hold_head():
+                return self.decoder.unembed(hidden)[:, -1].float()
 
 
 def make_row_mask(row_starts: Tensor, batch: int, seq: int) -> Tensor:

@@ -10,7 +10,6 @@ from torch.nn import functional
 from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
 
 from tune2gguf.model.nf4 import dequantize_nf4_tensor
-from tune2gguf.model.sharding import shard_like
 
 
 class LoRALinear(nn.Module):
@@ -130,6 +129,5 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
         if isinstance(module, LoRALinear):
             bound = 1.0 / math.sqrt(module.weight.shape[1])
             draw = torch.empty(module.lora_a.weight.shape, dtype=torch.float32)
-            draw = draw.uniform_(-bound, bound, generator=generator).to(module.lora_a.weight.device)
-            module.lora_a.weight.copy_(shard_like(draw, module.lora_a.weight))
+            module.lora_a.weight.copy_(draw.uniform_(-bound, bound, generator=generator))
             module.lora_b.weight.zero_()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, pad_length
@@ -25,9 +24,12 @@ from tune2gguf.model.fused.groups import (
     list_weights,
 )
 from tune2gguf.model.fused.layer import Pass
+from tune2gguf.model.sharding import run_layer
 
 if TYPE_CHECKING:
     from torchtune.modules import TransformerSelfAttentionLayer
+
+    from tune2gguf.model.sharding import ShardedBase
 
 
 def lay_out_pass(
@@ -101,24 +103,23 @@ class FusedStack:
         groups = begin_pass(self.groups[number], None if seeds is None else seeds[number], share=self.share)
         return Pass(self.layers[number], self.linears[number], layout, groups, self.checkpointing)
 
-    def run(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """Return the last layer's output, [tokens, dim], from the first one's input."""
+    def run(self, hidden: Tensor, layout: Layout, *, sharded: ShardedBase | None = None) -> Tensor:
+        """Return the last layer's output, [tokens, dim], from the first one's input.
+
+        Args:
+            sharded: gathers the layers' weights; passes then have no graphs, which would have to hold the gathers
+        """
         seeds = self.draw_seeds(hidden.device) if self.layers[0].training and self.share > 0 else None
         weights = self.list_weights()
-        is_sharded = isinstance(weights[0], DTensor)
-        if not is_sharded:
-            self._cast(weights, hidden)
-        if self.graphs is not None and hidden.is_cuda and not is_sharded:
+        self._cast(weights, hidden)
+        if self.graphs is not None and hidden.is_cuda and sharded is None:
             out = self.graphs.run(hidden, layout, seeds, weights)
             if out is not None:
                 return out
         for number, layer in enumerate(self.layers):
-            # Through the module, whose hooks gather a sharded layer's weights.
-            hidden = layer(
-                hidden,
-                layout=layout,
-                groups=None if is_sharded else self.groups[number],
-                seeds=None if seeds is None else seeds[number],
+            own_seeds = None if seeds is None else seeds[number]
+            hidden = run_layer(
+                sharded, number, layer, hidden, layout=layout, groups=self.groups[number], seeds=own_seeds
             )
         return hidden
 
