@@ -201,11 +201,15 @@ def test_offloading_leaves_the_gpu_five_inputs_of_layers():
     assert count_kept_activations(spec) - count_kept_activations(offloaded) == (32 - 5) * an_input
 
 
-def test_shards_hold_their_part_and_replicas_all_of_it():
+def test_shards_hold_their_part_and_what_they_gather_and_replicas_all_of_it():
     spec = make_spec(LLAMA3_1_8B, device_type="cuda", num_devices=4)
     alone = estimate_memory(replace(spec, num_devices=1))
     assert estimate_memory(spec) == alone
-    assert estimate_memory(replace(spec, parallel="shard")).weights == alone.weights // 4
+    sharded, norms = estimate_memory(replace(spec, parallel="shard")), 65 * 4096 * 4
+    assert sharded.weights == pytest.approx((alone.weights - norms) / 4 + norms)
+    layer = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    assert sharded.work - alone.work == 2 * layer + 2 * 128_256 * 4096  # two layers, and the embedding or the head
+    assert (sharded.adapter, sharded.optimizer) == (alone.adapter, alone.optimizer)
 
 
 BIG = make_spec(LLAMA3_2_1B, device_type="cuda", tokens_per_pass=8192, longest_row=2048, lora_rank=16)

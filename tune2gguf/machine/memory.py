@@ -105,23 +105,26 @@ def estimate_memory(spec: RunSpec) -> Estimate:
     # Graphs write gradients to a place of their own, from which the parameters get a copy.
     is_graphed = spec.is_fused and parts == 1 and not spec.enable_activation_offloading
     num_gradients = 2 if is_graphed and _count_tokens(spec) <= MAX_GRAPHED_TOKENS else 1
-    # Sharded, the layer at work and the next one are gathered whole, and so is the head.
-    layer = sum(size for name, size in weights.items() if name.startswith("layers.0."))
-    gathered = 0 if parts == 1 else 2 * layer + max(weights.values())
+    split = {tensor.tune_name: weights[tensor.tune_name] for tensor in tensors if len(tensor.shape) > 1}
+    # Sharded, the layer at work and the next one are gathered whole, and so is the embedding or the head.
+    layer = sum(size for name, size in split.items() if name.startswith("layers.0."))
+    edge = max(size for name, size in split.items() if not name.startswith("layers."))
+    gathered = 0 if parts == 1 else 2 * layer + edge
     program = CUDA_BYTES
     if spec.device_type == "cpu":
         program = PROGRAM_BYTES + PROGRAM_BYTES_PER_TOKEN * spec.architecture.vocab_size
-    resident = sum(weights.values()) // parts
+    resident = sum(weights.values()) - sum(split.values()) * (parts - 1) // parts
     on_host = 2 * max(size for name, size in dense.items() if name.startswith("layers."))
     return Estimate(
         program=program,
         weights=resident,
-        adapter=adapter // parts,
-        gradients=num_gradients * adapter // parts,
-        optimizer=2 * adapter // parts,
+        adapter=adapter,
+        gradients=num_gradients * adapter,
+        optimizer=2 * adapter,
         activations=count_kept_activations(spec),
         work=_count_work(spec) + gathered,
-        loading=program + resident + (on_host if spec.device_type == "cpu" else 0),
+        # Sharded, a layer, or the embedding, is on the device whole until it is complete and split.
+        loading=program + resident + (on_host if spec.device_type == "cpu" else 0) + gathered + min(gathered, edge),
     )
 
 

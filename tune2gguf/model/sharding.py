@@ -77,6 +77,11 @@ class ShardedBase:
         self._waits: dict[int, Callable[[], None]] = {}  # for what is on its way into a buffer
         self._start: StartGather | None = None
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """This process's bytes of every unit, by the unit's number."""
+        return [unit.part for unit in self._units]
+
     @torch.no_grad()
     def split_filled(self) -> None:
         """Keep a part only of each unit whose weights have all come."""
@@ -117,7 +122,7 @@ class ShardedBase:
         if self._held.get(unit.buffer) is unit:
             return
         if self._start is None:
-            self._start = self._connect([one.part for one in self._units])
+            self._start = self._connect(self.parts)
         self._held[unit.buffer] = unit
         self._waits[unit.buffer] = self._start(unit.number, self._buffers[unit.buffer])
 
