@@ -47,7 +47,7 @@ def make_ours(arguments, device: str, world=None):
 
     from tune2gguf.base.layout import list_tensors
     from tune2gguf.base.load import fill_model
-    from tune2gguf.distributed.parallel import replicate, shard
+    from tune2gguf.distributed.parallel import shard
     from tune2gguf.model.architectures import ARCHITECTURES
     from tune2gguf.model.fused import why_not_fused
     from tune2gguf.model.llama import build_lora_llama, prepare_training
@@ -85,7 +85,6 @@ def make_ours(arguments, device: str, world=None):
     base_weights = "nf4" if arguments.kind == "qlora" else "bf16"
     fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
     initialize_adapters(model, 0)
-    trained = replicate(model, world) if world is not None and arguments.parallel == "replicate" else model
     tokens, labels, input_pos, _ = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
     row = arguments.seq // ROWS_PER_PACK
     row_starts = torch.arange(0, tokens.numel() + 1, row, dtype=torch.int32, device=device)
@@ -93,7 +92,7 @@ def make_ours(arguments, device: str, world=None):
     rows = {"row_starts": row_starts, "longest_row": row, "input_pos": input_pos}
 
     def compute_loss():
-        return trained(tokens, labels, places[:, :-1].flatten(), **rows).mean()
+        return model(tokens, labels, places[:, :-1].flatten(), **rows).mean()
 
     return model, compute_loss, architecture.vocab_size
 
@@ -158,8 +157,12 @@ def make_peft(arguments, device: str):
     return model, lambda: model(input_ids=tokens, labels=labels).loss, architecture.vocab_size
 
 
-def measure(arguments, make, device: str) -> dict:
-    """Train a few steps of what `make` makes and return tokens/s, peak memory and losses."""
+def measure(arguments, make, device: str, *, reduce=None) -> dict:
+    """Train a few steps of what `make` makes and return tokens/s, peak memory and losses.
+
+    Args:
+        reduce: sums the gradients of parameters over processes, if there are several
+    """
     import torch
 
     torch.manual_seed(0)
@@ -175,6 +178,8 @@ def measure(arguments, make, device: str) -> dict:
         started = time.perf_counter()
         loss = compute_loss()
         loss.backward()
+        if reduce is not None:
+            reduce(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronize(device)

@@ -42,6 +42,7 @@ def compile_kernels(spec: RunSpec, *, scaling: float, device: torch.device) -> N
     from tune2gguf.model.fused.layer import run_layer
     from tune2gguf.model.fused.stack import lay_out_pass
 
+    torch.cuda.set_device(device)  # of this thread, which else launches on the first
     shape = replace(spec.architecture, num_layers=NUM_LAYERS, vocab_size=VOCAB_SIZE)
     with torch.device("meta"):
         model = build_lora_llama(
