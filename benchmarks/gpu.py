@@ -28,18 +28,19 @@ from pathlib import Path
 MODELS = {"1b": "llama3_2_1b", "3b": "llama3_2_3b", "8b": "llama3_1_8b"}
 RANK, ALPHA, ROWS_PER_PACK = 16, 16.0, 4
 BF16_PEAK = 989e12  # dense, of the H100 SXM and H200, by the vendor's data sheet
+BASES = {"lora": "bf16", "fp8": "fp8", "qlora": "nf4"}  # what a kind keeps the base in
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
-def make_pack(vocab_size: int, batch: int, seq: int, device: str):
+def make_pack(vocab_size: int, batch: int, seq: int, device: str, *, rows_per_pack: int = ROWS_PER_PACK):
     """Return tokens, labels [batch, seq], input_pos [batch, seq] and the packs' row lengths."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (batch, seq), generator=generator).to(device)
-    row = seq // ROWS_PER_PACK
-    input_pos = torch.arange(row, device=device).repeat(ROWS_PER_PACK).expand(batch, seq).contiguous()
-    return tokens, tokens.clone(), input_pos, [torch.full((ROWS_PER_PACK,), row)] * batch
+    row = seq // rows_per_pack
+    input_pos = torch.arange(row, device=device).repeat(rows_per_pack).expand(batch, seq).contiguous()
+    return tokens, tokens.clone(), input_pos, [torch.full((rows_per_pack,), row)] * batch
 
 
 def make_ours(arguments, device: str, world=None):
@@ -82,12 +83,14 @@ def make_ours(arguments, device: str, world=None):
     if world is not None and arguments.parallel == "shard":
         shard(model, world)
     weights = ((spec.tune_name, draw(spec)) for spec in list_tensors(architecture))
-    base_weights = "nf4" if arguments.kind == "qlora" else "bf16"
-    fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
+    fill_model(model, weights, device=torch.device(device), base_weights=BASES[arguments.kind])
     initialize_adapters(model, 0)
     trained = replicate(model, world) if world is not None and arguments.parallel == "replicate" else model
-    tokens, labels, input_pos, _ = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
-    row = arguments.seq // ROWS_PER_PACK
+    rows_per_pack = getattr(arguments, "rows_per_pack", ROWS_PER_PACK)
+    tokens, labels, input_pos, _ = make_pack(
+        architecture.vocab_size, arguments.batch, arguments.seq, device, rows_per_pack=rows_per_pack
+    )
+    row = arguments.seq // rows_per_pack
     row_starts = torch.arange(0, tokens.numel() + 1, row, dtype=torch.int32, device=device)
     places = torch.arange(tokens.numel(), device=device).view(tokens.shape)
     rows = {"row_starts": row_starts, "longest_row": row, "input_pos": input_pos}
@@ -202,7 +205,7 @@ def estimate_peak(arguments) -> float:
 
     spec = RunSpec(
         architecture=ARCHITECTURES[MODELS[arguments.model]],
-        base_weights="nf4" if arguments.kind == "qlora" else "bf16",
+        base_weights=BASES[arguments.kind],
         dtype="bf16",
         lora_rank=RANK,
         lora_dropout=arguments.dropout,
@@ -246,7 +249,7 @@ def list_cases(arguments) -> list[dict]:
         for kind in arguments.kinds:
             for seq in arguments.seq_lengths:
                 for side in arguments.sides:
-                    if side == "peft" and kind == "qlora":
+                    if (side, kind) in (("stock", "fp8"), ("peft", "fp8"), ("peft", "qlora")):
                         continue  # bitsandbytes would be another library's number
                     case = {"side": side, "model": model, "kind": kind, "seq": seq, "batch": arguments.batch}
                     compile = side == "stock" and not arguments.no_compile
@@ -282,7 +285,7 @@ def describe_machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora"])
+    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora"], choices=BASES)
     parser.add_argument("--sides", nargs="+", default=["ours", "stock", "peft"])
     parser.add_argument("--seq-lengths", nargs="+", type=int, default=[2048, 4096])
     parser.add_argument("--batch", type=int, default=2, help="sequences a step")

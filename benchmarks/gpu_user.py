@@ -29,7 +29,7 @@ from make_rows import make_row
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELS = {"1b": "llama3_2_1b", "3b": "llama3_2_3b", "8b": "llama3_1_8b"}
 STOCK_CONFIGS = {"1b": "llama3_2/1B", "3b": "llama3_2/3B", "8b": "llama3_1/8B"}
-KINDS = {"lora": "bf16", "qlora": "nf4"}
+KINDS = gpu.BASES
 SIDES = ("ours", "stock", "stock best")
 ROWS_PER_STEP = 8
 SECONDS_BETWEEN_LOOKS = 0.002
@@ -146,7 +146,7 @@ def count_tokens(model: str, base_dir: Path, rows: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "qlora"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES])
     parser.add_argument("--rows", type=int, default=320)
     parser.add_argument("--folder", type=Path, required=True, help="where bases are, MODEL in each, and runs go")
