@@ -9,8 +9,8 @@ On a CPU the model is SmolLM2-135M-Instruct (scripts/download.py), whose weights
 Llama-3.1-8B of normal weights (standard deviation 0.02). `with outlier channels` is the same function with eight
 channels of every norm 50 times as large and the columns behind them 50 times as small.
 The reference is the same weights in float32, with an adapter of rank 16 whose B is not zero. Columns: error of what a
-layer adds to its input, mean and worst; cosine of all adapter gradients, and mean and least over the adapter's matrices;
-error of all gradients. Errors are root mean squares over those of the reference.
+layer adds to its input, mean and worst; cosine of all adapter gradients, mean and least of the adapter's matrices, and
+the error of all gradients. Errors are root mean squares over those of the reference.
 """
 
 from __future__ import annotations

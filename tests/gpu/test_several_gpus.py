@@ -41,7 +41,7 @@ def run_on_two(arguments: list[str], folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("base", ["fp32", "bf16", "fp8", "nf4"])
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
 def test_two_gpus_have_the_losses_of_one_with_the_same_rows_a_step(run_arguments, wide_base, tmp_path, base, parallel):
     dtype = "fp32" if base == "fp32" else "bf16"
