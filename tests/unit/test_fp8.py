@@ -6,7 +6,7 @@ import torch
 from tests.conftest import INTERPRETS_TRITON, TINY_UNTIED, write_tiny_base
 from tune2gguf.base.load import load_base
 from tune2gguf.model import fp8
-from tune2gguf.model.fp8 import CODES, FrozenLinear, Fp8Weight
+from tune2gguf.model.fp8 import CODES, Fp8Weight, FrozenLinear
 from tune2gguf.model.llama import lora_llama
 from tune2gguf.model.lora import LoRALinear
 
@@ -172,11 +172,11 @@ def test_kernels_quantize_and_transpose_as_torch_does():
             codes, scales = eight_bit.quantize_rows(*arguments)
             expected_codes, expected_scales = fp8.quantize_rows_plainly(*arguments)
             assert torch.equal(scales, expected_scales)
-            # The interpreter rounds ties away from zero and some of the least codes wrongly; tests/gpu asks for bits.
-            steps = (codes.view(torch.uint8).int() - expected_codes.view(torch.uint8).int()).abs()
-            is_least = expected_codes.float().abs() <= 2**-6
-            assert steps[~is_least].max() <= 1
-            assert (codes.float() - expected_codes.float()).abs()[is_least].max() <= 2**-6
+            # The interpreter rounds ties away from zero, and loses the carry of what it rounds up to a power of two;
+            # tests/gpu asks for the bits.
+            bits, expected_bits = (part.view(torch.uint8).int() for part in (codes, expected_codes))
+            is_power = expected_bits & 7 == 0
+            assert (bits - expected_bits)[~is_power].abs().max() <= 1
     weights = [draw(height, 96).to(CODES) for height in (48, 16, 160)]
     expected = torch.cat([weight.view(torch.uint8) for weight in weights]).T
     assert torch.equal(eight_bit.transpose_codes(weights).view(torch.uint8), expected)
