@@ -222,8 +222,9 @@ def compute_gradients(model: CausalLM, tokens: Tensor) -> tuple[float, dict[str,
 
 
 def compare_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
-    whole = [torch.cat([gradients[name].flatten() for name in expected]) for gradients in (found, expected)]
-    cosines = [torch.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0) for name in expected]
+    parts = [[gradients[name].flatten().double() for name in expected] for gradients in (found, expected)]
+    whole = [torch.cat(part) for part in parts]
+    cosines = [torch.cosine_similarity(*pair, dim=0) for pair in zip(*parts, strict=True)]
     return (
         f"{torch.cosine_similarity(*whole, dim=0):>12.5f}{torch.stack(cosines).mean():>12.5f}{min(cosines):>12.5f}"
         f"{measure_error(*whole):>12.4f}"

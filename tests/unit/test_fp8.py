@@ -172,11 +172,12 @@ def test_kernels_quantize_and_transpose_as_torch_does():
             codes, scales = eight_bit.quantize_rows(*arguments)
             expected_codes, expected_scales = fp8.quantize_rows_plainly(*arguments)
             assert torch.equal(scales, expected_scales)
-            # The interpreter rounds ties away from zero, and loses the carry of what it rounds up to a power of two;
-            # tests/gpu asks for the bits.
+            # The interpreter rounds ties away from zero, loses the carry of what it rounds up to a power of two, and
+            # takes the least values for zero; tests/gpu asks for the bits.
             bits, expected_bits = (part.view(torch.uint8).int() for part in (codes, expected_codes))
-            is_power = expected_bits & 7 == 0
-            assert (bits - expected_bits)[~is_power].abs().max() <= 1
+            is_sound = (expected_bits & 7 != 0) & (expected_bits & 127 > 8)
+            assert is_sound.float().mean() > 0.3
+            assert (bits - expected_bits)[is_sound].abs().max() <= 1
     weights = [draw(height, 96).to(CODES) for height in (48, 16, 160)]
     expected = torch.cat([weight.view(torch.uint8) for weight in weights]).T
     assert torch.equal(eight_bit.transpose_codes(weights).view(torch.uint8), expected)
