@@ -36,6 +36,7 @@ RANK, ALPHA = 16, 16.0
 ROWS_PER_SEQUENCE = {"full": 1, "packs": 4}
 WARMUP_STEPS = {"unsloth": 4, "unsloth offloaded": 4}  # Unsloth compiles again on its way; the others take two
 BF16_PEAK = 989e12  # dense, of the H100 SXM and H200, by the vendor's data sheet
+BASES = {"lora": "bf16", "fp8": "fp8", "qlora": "nf4"}  # what a kind keeps the base in
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
@@ -91,8 +92,7 @@ def make_ours(arguments, device: str, world=None):
     if world is not None and arguments.parallel == "shard":
         shard(model, world)
     weights = ((spec.tune_name, draw(spec)) for spec in list_tensors(architecture))
-    base_weights = "nf4" if arguments.kind == "qlora" else "bf16"
-    fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
+    fill_model(model, weights, device=torch.device(device), base_weights=BASES[arguments.kind])
     initialize_adapters(model, 0)
     kind = getattr(arguments, "rows", "packs")
     tokens, labels, input_pos, _ = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device, rows=kind)
@@ -256,7 +256,7 @@ def estimate_peak(arguments) -> float:
 
     spec = RunSpec(
         architecture=ARCHITECTURES[MODELS[arguments.model]],
-        base_weights="nf4" if arguments.kind == "qlora" else "bf16",
+        base_weights=BASES[arguments.kind],
         dtype="bf16",
         lora_rank=RANK,
         lora_dropout=arguments.dropout,
@@ -304,6 +304,8 @@ def list_cases(arguments) -> list[dict]:
         [mode == "on" for mode in arguments.checkpointing],
         arguments.sides,
     ):
+        if kind == "fp8" and side != "ours":
+            continue
         if (kind == "qlora" and not checkpointing) or (side == "unsloth offloaded" and not checkpointing):
             continue
         if side == "peft" and (kind == "qlora" or rows == "packs"):
@@ -342,7 +344,7 @@ def describe_machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora"])
+    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora"], choices=BASES)
     parser.add_argument("--sides", nargs="+", default=[*SIDES], choices=SIDES)
     parser.add_argument("--seq-lengths", nargs="+", type=int, default=[2048, 4096])
     parser.add_argument("--rows", nargs="+", default=[*ROWS_PER_SEQUENCE], choices=ROWS_PER_SEQUENCE)

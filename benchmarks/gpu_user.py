@@ -41,7 +41,7 @@ from make_rows import make_row
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELS = {"1b": "llama3_2_1b", "3b": "llama3_2_3b", "8b": "llama3_1_8b"}
 STOCK_CONFIGS = {"1b": "llama3_2/1B", "3b": "llama3_2/3B", "8b": "llama3_1/8B"}
-KINDS = {"lora": "bf16", "qlora": "nf4"}
+KINDS = gpu.BASES
 SIDES = ("ours", "ours shipped", "stock", "stock best", "unsloth", "unsloth best")
 ROWS_PER_STEP, MAX_SEQ_LEN, LEARNING_RATE, WARMUP_STEPS = 8, 2048, 1e-4, 10
 SECONDS_BETWEEN_LOOKS = 0.002
@@ -233,7 +233,7 @@ def merge(paths: list[Path]) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "qlora"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES])
     parser.add_argument("--rows", type=int, default=320)
     parser.add_argument("--warm", action="store_true", help="keep the compiled kernels of a run before")

@@ -28,6 +28,7 @@ PARALLEL = ["replicate", "shard"]
 BASES = {
     "fp32": (["dtype=fp32", "base_weights=fp32"], 1e-4),
     "bf16": (["dtype=bf16", "base_weights=bf16"], 0.02),
+    "fp8": (["dtype=bf16", "base_weights=fp8"], 0.02),
     "nf4": (["dtype=bf16", "base_weights=nf4"], 0.02),
 }
 # 20 rows in steps of 8 are two whole steps and one of 4 rows, in which some of eight processes have none.

@@ -129,7 +129,7 @@ WRONG = [
     (["scheduler=cosin"], "scheduler='cosin' is not one of cosine, linear, constant; did you mean cosine?"),
     (["quantization=q4_k_m"], "did you mean Q4_K_M?"),
     (["quantization=Q4_K_X"], "quantization='Q4_K_X' is not one of F32, F16, BF16, Q8_0, Q6_K, Q5_K_M"),
-    (["base_weights=int8"], "base_weights='int8' is not one of bf16, fp32, nf4"),
+    (["base_weights=int8"], "base_weights='int8' is not one of bf16, fp32, fp8, nf4"),
     (["dtype=fp16"], "dtype='fp16' is not one of bf16, fp32"),
     (["chat_template=llama2"], "chat_template='llama2' is not one of llama3"),
     (["model.lora_attn_modules=[q_proj,o_proj]"], "may hold only q_proj, k_proj, v_proj, output_proj"),

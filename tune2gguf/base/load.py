@@ -11,11 +11,13 @@ from torchtune.modules.tied_linear import TiedLinear
 from tqdm import tqdm
 
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.model.fp8 import quantize_weight
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# An 8-bit base is the bf16 base with its layers' matrices quantized.
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 STAGED_BYTES = 64 << 20  # of each of two buffers on the way to a GPU
 
 
@@ -23,8 +25,8 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
     """Load the frozen base into the model, make room for its adapters and build its rope tables, all on the device.
 
     Args:
-        base_weights: bf16 or fp32, the dtype of embedding, head and layers; nf4 for 4-bit layers between a bf16
-            embedding and head
+        base_weights: bf16 or fp32, the dtype of embedding, head and layers; fp8 and nf4 for 8-bit and
+            4-bit layers between a bf16 embedding and head
         show: whether to show a progress bar
 
     Raises:
@@ -57,6 +59,12 @@ def fill_model(
         if base_weights == "nf4" and _is_layer_matrix(decoder, name):
             weight = weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight)
             weight = weight.to_torchao()
+        elif base_weights == "fp8" and _is_layer_matrix(decoder, name):
+            # On the device: a GPU quantizes a layer in the time that the next one takes to arrive.
+            quantized = quantize_weight(weight.to(device))
+            weight = quantized.codes
+            # Few enough to be whole in every process.
+            decoder.get_submodule(name.rsplit(".", 1)[0]).weight_scales = quantized.scales
         else:
             # The norms are computed in float32; a weight in another dtype sends them down torch's slow path.
             weight = weight.to(torch.float32 if weight.dim() == 1 else _DTYPES.get(base_weights, torch.bfloat16))

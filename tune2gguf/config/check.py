@@ -84,8 +84,10 @@ def _find_key_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _find_precision_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     base_weights, dtype = valid.get("base_weights"), valid.get("dtype")
-    if None not in (base_weights, dtype) and base_weights not in ("nf4", dtype):
+    if None not in (base_weights, dtype) and base_weights not in ("fp8", "nf4", dtype):
         yield f"base_weights={base_weights} with dtype={dtype}: unquantized weights are kept in dtype"
+    if base_weights == "fp8" and valid.get("compile"):
+        yield "base_weights=fp8 with compile=true: the compiler has no 8-bit products; use compile=false"
 
 
 def _find_offloading_problems(valid: Mapping[str, Any]) -> Iterator[str]:

@@ -25,6 +25,7 @@ from tune2gguf.export.pipeline import check_room, find_export_problems
 from tune2gguf.files.atomic import check_name
 from tune2gguf.files.json_files import read_json
 from tune2gguf.model.architectures import ARCHITECTURES, check_architecture
+from tune2gguf.model.fp8 import DIVISOR
 from tune2gguf.model.nf4 import BLOCK_SIZE
 from tune2gguf.runs.files import is_run_folder
 from tune2gguf.runs.folder import find_path_problems
@@ -144,6 +145,14 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
             yield (
                 f"base_weights=nf4: {ragged[0].hf_name} has {shape} weights, which do not divide into blocks of "
                 f"{BLOCK_SIZE}; use base_weights=bf16"
+            )
+    if valid.get("base_weights") == "fp8":
+        linear = (spec for spec in list_tensors(architecture) if spec.is_linear)
+        odd = next((spec for spec in linear if any(size % DIVISOR for size in spec.shape)), None)
+        if odd is not None:
+            yield (
+                f"base_weights=fp8: {odd.hf_name} is {list(odd.shape)}, 8-bit products take multiples of {DIVISOR}; "
+                "use base_weights=bf16"
             )
 
 

@@ -34,7 +34,7 @@ class RunSpec:
     """What the memory of a run depends on; `parallel` is replicate or shard."""
 
     architecture: Architecture
-    base_weights: str  # bf16 | fp32 | nf4
+    base_weights: str  # bf16 | fp32 | fp8 | nf4
     dtype: str  # bf16 | fp32
     lora_rank: int
     lora_dropout: float
@@ -48,6 +48,7 @@ class RunSpec:
     num_devices: int = 1
     parallel: str = "replicate"
     compile: bool = False
+    multiplies_fp8: bool = False  # the device has products of 8-bit numbers
 
     @property
     def obstacle_to_fusing(self) -> str | None:
@@ -189,8 +190,17 @@ def _count_work(spec: RunSpec) -> int:
     # torchtune's norm has its input and its result in float32.
     loss += 2 * tokens * a.embed_dim * 4 if spec.device_type == "cuda" else 0
     largest = max(math.prod(tensor.shape) for tensor in list_tensors(a) if tensor.is_linear)
-    dense = largest * c if spec.base_weights == "nf4" else 0
+    dense = largest * c if spec.base_weights in ("fp8", "nf4") else 0
     upstream = 2 * tokens * a.embed_dim * c
+    if spec.base_weights == "fp8":
+        # Codes of the activation's product, or of an upstream gradient beside a weight's with its dimensions exchanged;
+        # without 8-bit products float32 values on their way into codes, or both operands in dtype.
+        if spec.is_fused:
+            dense = max(tokens * a.intermediate_dim, tokens * a.embed_dim + largest)
+        else:
+            dense = tokens * a.intermediate_dim + max(
+                4 * tokens * a.intermediate_dim, c * tokens * a.intermediate_dim + dense
+            )
     if spec.is_fused:
         # The activation's product beside gate and up, which their gradients overwrite.
         return max(loss, 2 * upstream + tokens * a.intermediate_dim * c + dense)
@@ -217,6 +227,8 @@ def _count_weight_bytes(tensor: TensorSpec, base_weights: str) -> int:
         return 4 * size  # norms stay in float32
     if base_weights == "nf4":
         return round(size * (NF4_BYTES_PER_WEIGHT if tensor.is_linear else BYTES["bf16"]))
+    if base_weights == "fp8":
+        return size + 4 * tensor.shape[0] if tensor.is_linear else BYTES["bf16"] * size  # a byte, a scale for each row
     return size * BYTES[base_weights]
 
 

@@ -22,6 +22,7 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture, check_architecture, read_architecture
 from tune2gguf.model.attention import Attention
+from tune2gguf.model.fp8 import FrozenLinear
 from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.loss import cross_entropy_of_supervised, find_supervised, select_supervised
@@ -222,7 +223,7 @@ def build_lora_llama(
     def make_linear(in_dim: int, out_dim: int, has_lora: bool) -> nn.Module:
         if has_lora:
             return LoRALinear(in_dim, out_dim, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
-        return nn.Linear(in_dim, out_dim, bias=False)
+        return FrozenLinear(in_dim, out_dim)
 
     shape, rope = architecture, _make_rope(architecture, max_seq_len)
     layers = nn.ModuleList()

@@ -1,0 +1,116 @@
+"""Kernels around 8-bit products: rows quantized side by side, and the codes of weights transposed."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tune2gguf.model.fp8 import CODES, LARGEST_CODE, LEAST_MAGNITUDE
+
+MAX_PARTS = 3
+QUANTIZE_BLOCK = 4096  # columns that a program takes at a time
+TRANSPOSE_TILE = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}  # in words of four codes
+
+
+@triton.jit
+def _raise_largest(values, factors, row, largest, WIDTH: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr):
+    for start in range(0, WIDTH, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        tile = tl.load(values + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        if HAS_FACTORS:
+            tile *= tl.load(factors + columns, mask=columns < WIDTH, other=0.0)
+        largest = tl.maximum(largest, tl.abs(tile))
+    return largest
+
+
+@triton.jit
+def _write_codes(
+    values, factors, row, codes, at, inverse, WIDTH: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr
+):
+    for start in range(0, WIDTH, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        tile = tl.load(values + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+        if HAS_FACTORS:
+            tile *= tl.load(factors + columns, mask=columns < WIDTH, other=0.0)
+        tl.store(codes + at + columns, (tile * inverse).to(codes.dtype.element_ty), mask=columns < WIDTH)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    first, second, third, first_factors, second_factors, third_factors, codes, scales,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, HAS_FACTORS: tl.constexpr,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program reads a row twice: for its largest magnitude, then, from the cache, for its codes."""
+    row = tl.program_id(0).to(tl.int64)
+    tops = tl.zeros((BLOCK,), tl.float32)
+    tops = _raise_largest(first, first_factors, row, tops, FIRST, HAS_FACTORS, BLOCK)
+    tops = _raise_largest(second, second_factors, row, tops, SECOND, HAS_FACTORS, BLOCK)
+    tops = _raise_largest(third, third_factors, row, tops, THIRD, HAS_FACTORS, BLOCK)
+    largest = tl.maximum(tl.max(tops, axis=0), LEAST)
+    top_code = tl.full((), LARGEST, tl.float32)
+    tl.store(scales + row, tl.div_rn(largest, top_code))
+    inverse = tl.div_rn(top_code, largest)
+    at = row * (FIRST + SECOND + THIRD)
+    _write_codes(first, first_factors, row, codes, at, inverse, FIRST, HAS_FACTORS, BLOCK)
+    _write_codes(second, second_factors, row, codes, at + FIRST, inverse, SECOND, HAS_FACTORS, BLOCK)
+    _write_codes(third, third_factors, row, codes, at + FIRST + SECOND, inverse, THIRD, HAS_FACTORS, BLOCK)
+
+
+def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Return what `fp8.quantize_rows_plainly` returns, of up to three contiguous parts, in one kernel."""
+    num_rows, widths = len(parts[0]), [part.shape[1] for part in parts]
+    assert len(parts) <= MAX_PARTS and all(part.is_contiguous() for part in parts)
+    codes = torch.empty(num_rows, sum(widths), dtype=CODES, device=parts[0].device)
+    scales = torch.empty(num_rows, 1, dtype=torch.float32, device=parts[0].device)
+    missing = MAX_PARTS - len(parts)
+    _quantize_rows_kernel[(num_rows,)](
+        *parts, *parts[:1] * missing, *(factors or parts), *(factors or parts)[:1] * missing, codes, scales,
+        *widths, *[0] * missing, HAS_FACTORS=factors is not None, LARGEST=LARGEST_CODE, LEAST=LEAST_MAGNITUDE,
+        BLOCK=min(QUANTIZE_BLOCK, triton.next_power_of_2(max(widths))), num_warps=8,
+    )  # fmt: skip
+    return codes, scales
+
+
+@triton.jit
+def _transpose_kernel(
+    source, out, num_rows, num_columns, out_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Transpose blocks of 4 x 4 bytes within words, then the words: bytes alone would be slow to exchange.
+
+    Sizes are in words: a tile has 4 ROWS of COLUMNS words.
+    """
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    at = source + 4 * rows[:, None] * num_columns + columns[None, :]
+    a = tl.load(at, mask=mask, other=0)
+    b = tl.load(at + num_columns, mask=mask, other=0)
+    c = tl.load(at + 2 * num_columns, mask=mask, other=0)
+    d = tl.load(at + 3 * num_columns, mask=mask, other=0)
+    to = out + 4 * columns[:, None] * out_stride + rows[None, :]
+    for byte in tl.static_range(4):
+        low = ((a >> (8 * byte)) & 255) | (((b >> (8 * byte)) & 255) << 8)
+        high = ((c >> (8 * byte)) & 255) | (((d >> (8 * byte)) & 255) << 8)
+        tl.store(to + byte * out_stride, tl.trans(low | (high << 16)), mask=tl.trans(mask))
+
+
+def transpose_codes(weights: list[Tensor]) -> Tensor:
+    """Return the codes of weights [out, in] side by side, each transposed: [in, sum of out].
+
+    Their dimensions are multiples of 4.
+    """
+    heights, width = [len(weight) for weight in weights], weights[0].shape[1]
+    out = torch.empty(width, sum(heights), dtype=CODES, device=weights[0].device)
+    words, begin = out.view(torch.int32), 0
+    for weight in weights:
+        num_rows, num_columns = len(weight) // 4, width // 4
+        tile = TRANSPOSE_TILE
+        grid = (triton.cdiv(num_columns, tile["COLUMNS"]), triton.cdiv(num_rows, tile["ROWS"]))
+        _transpose_kernel[grid](
+            weight.view(torch.int32), words[:, begin:], num_rows, num_columns, words.shape[1], **tile
+        )
+        begin += num_rows
+    return out
