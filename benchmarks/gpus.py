@@ -320,6 +320,7 @@ def list_row_jobs(counts: list[int], *, base: Path, rows: Path, timeout: int) ->
 
 def run_jobs(jobs: list[Job], *, num_gpus: int, deadline: float) -> Iterator[tuple[Job, dict | str]]:
     """Run jobs in their order, side by side where there are GPUs for the next; yield each as it ends."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
     free, waiting, running = list(range(num_gpus)), list(jobs), {}
     with ThreadPoolExecutor(max_workers=num_gpus) as threads:
         while waiting or running:
@@ -328,7 +329,7 @@ def run_jobs(jobs: list[Job], *, num_gpus: int, deadline: float) -> Iterator[tup
             while waiting and waiting[0].num_gpus <= len(free):
                 job = waiting.pop(0)
                 mine = [free.pop(0) for _ in range(job.num_gpus)]
-                environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
+                environment = {"CUDA_VISIBLE_DEVICES": ",".join(visible[one] for one in mine)}
                 running[threads.submit(job.run, environment)] = job, mine
             done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done if running else set()
             for future in done:
