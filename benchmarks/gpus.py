@@ -6,9 +6,10 @@
 
 packs  per GPU a case of benchmarks/gpu.py, 8B: lora 2 x 4096, qlora 2 x 2048 with checkpointing. `shard by NCCL`
        gathers as across machines. `stock` shards as torchtune's lora_finetune_distributed does, compiled.
-rows   `tune run recipes/lora_finetune.py` with the shipped 8B config without dropout, whose masks differ from GPU to
-       GPU, on conversations of real length (make_rows.py), 8 rows a GPU and step; `stock` is torchtune's
-       lora_finetune_distributed with these values on the same rows. Tokens/s: tokens of an average step over the
+rows   `tune run recipes/lora_finetune.py` with the shipped 8B config on conversations of real length (make_rows.py),
+       8 rows a GPU and step; without dropout, whose masks differ from GPU to GPU, and with a constant learning rate,
+       so that runs of other lengths have the same losses. `stock` is torchtune's lora_finetune_distributed with these
+       values on the same rows. Tokens/s: tokens of an average step over the
        median seconds of a step, of the last two thirds of the steps. `worst loss`: the largest relative difference of
        the first losses to those of one GPU with the same rows a step. `saved`: seconds for which a checkpoint stops
        the training, and until it is whole. Every run begins without compiled kernels.
@@ -204,6 +205,7 @@ def run_ours(
         "dataset.files": f"[{rows}]",
         "dataset.validation_split": "null",
         "lora_dropout": 0.0,
+        "scheduler": "constant",
         "gradient_accumulation_steps": rows_per_gpu // 2,
         "epochs": 1,
         "max_steps_per_epoch": steps,
@@ -227,8 +229,9 @@ def run_ours(
 
 
 def describe_run(out: Path, moments: list[float], whole: float | None) -> dict:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = [record for record in records if "loss" in record][len(records) // 3 :]
+    lines = zip(moments, map(json.loads, (out / "metrics.jsonl").read_text().splitlines()), strict=False)
+    moments, records = zip(*[(moment, record) for moment, record in lines if "loss" in record], strict=True)
+    timed = records[len(records) // 3 :]
     result = {
         "tokens_per_second": round(
             statistics.mean(record["tokens"] for record in timed)
@@ -237,7 +240,7 @@ def describe_run(out: Path, moments: list[float], whole: float | None) -> dict:
         "tokens_per_step": round(statistics.mean(record["tokens"] for record in timed)),
         "first_step_s": round(moments[0], 1),
         "peak_gib": round(max(record["peak_memory_bytes"] for record in timed) / 2**30, 2),
-        "losses": [record["loss"] for record in records if "loss" in record][:COMPARED_STEPS],
+        "losses": [record["loss"] for record in records[:COMPARED_STEPS]],
     }
     said = re.search(r"memory: about ([\d.]+) GB .*program ([\d.]+)\)", out.with_suffix(".output.txt").read_text())
     result["estimated_gib"] = round((float(said[1]) - float(said[2])) * 1e9 / 2**30, 2)
@@ -317,20 +320,24 @@ def list_row_jobs(counts: list[int], *, base: Path, rows: Path, timeout: int) ->
 
 def run_jobs(jobs: list[Job], *, num_gpus: int, deadline: float) -> Iterator[tuple[Job, dict | str]]:
     """Run jobs in their order, side by side where there are GPUs for the next; yield each as it ends."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
     free, waiting, running = list(range(num_gpus)), list(jobs), {}
     with ThreadPoolExecutor(max_workers=num_gpus) as threads:
         while waiting or running:
             while waiting and time.perf_counter() > deadline:
                 yield waiting.pop(0), "not run: no time left"
             while waiting and waiting[0].num_gpus <= len(free):
-                job, mine = waiting.pop(0), [free.pop(0) for _ in range(waiting[0].num_gpus)]
-                environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))}
+                job = waiting.pop(0)
+                mine = [free.pop(0) for _ in range(job.num_gpus)]
+                environment = {"CUDA_VISIBLE_DEVICES": ",".join(visible[one] for one in mine)}
                 running[threads.submit(job.run, environment)] = job, mine
             done: set[Future] = wait(running, return_when=FIRST_COMPLETED).done if running else set()
             for future in done:
                 job, mine = running.pop(future)
                 free = sorted([*free, *mine])
-                yield job, future.result()
+                # A case that breaks must not cost the others their turn on the machine.
+                error = future.exception()
+                yield job, future.result() if error is None else f"failed: {error!r}"
 
 
 def compare(results: dict[tuple[str, str, int], dict]) -> list[str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ ROWS = {
     4: ["batch_size=1", "gradient_accumulation_steps=2"],
     8: ["batch_size=1", "gradient_accumulation_steps=1"],
 }
-HARD = [*BASES["bf16"][0], "lora_dropout=0.1", "dataset.packing=true", "save_every_n_steps=1", "epochs=12"]
+HARD = [*BASES["bf16"][0], "lora_dropout=0.1", "dataset.packing=true", "save_every_n_steps=1", "epochs=20"]
 SECONDS = 240  # for processes to start, load and compile, and train all runs
 
 
@@ -109,15 +110,14 @@ def runs(request, tmp_path_factory, small_base) -> Runs:
     log = folder / "all.log"
     all_runs = start_runs(num_gpus, alone, together, log)
     killed = {parallel: [*arguments, f"output_dir={folder}/{parallel}-killed"] for parallel, arguments in hard.items()}
-    # Started side by side, killed one after the other: most of a start is waiting.
-    launchers = {
-        parallel: start(num_gpus, ["recipes/lora_finetune.py", *arguments], folder / f"{parallel}.log")
-        for parallel, arguments in killed.items()
-    }
-    exit_codes = {
-        parallel: kill_one_process(launcher, folder / f"{parallel}-killed/metrics.jsonl", folder / f"{parallel}.log")
-        for parallel, launcher in launchers.items()
-    }
+
+    def start_and_kill(parallel: str) -> int:
+        own_log = folder / f"{parallel}.log"
+        launcher = start(num_gpus, ["recipes/lora_finetune.py", *killed[parallel]], own_log)
+        return kill_one_process(launcher, folder / f"{parallel}-killed/metrics.jsonl", own_log)
+
+    with ThreadPoolExecutor() as threads:  # most of a start is waiting
+        exit_codes = dict(zip(PARALLEL, threads.map(start_and_kill, PARALLEL), strict=True))
     finish(all_runs, log)
     log = folder / "resumed.log"
     finish(start_runs(num_gpus, [], [[*arguments, "resume=auto"] for arguments in killed.values()], log), log)

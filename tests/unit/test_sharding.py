@@ -30,19 +30,21 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 class Reads:
     """Reads of both processes' parts; `events` notes each as it begins and as it is waited for."""
 
+    can_be_captured = False
+
     def __init__(self) -> None:
         self.other: ShardedBase | None = None
         self.events: list[tuple[str, int]] = []
         self.is_broken = False
 
     def connect(self, parts: list[torch.Tensor]):
-        def start(number: int, buffer: torch.Tensor):
-            self.events.append(("gather", number))
-            buffer.fill_(255)  # until it is waited for
-            return lambda: self._end(number, buffer)
-
         self._of_all = [parts, self.other.parts]
-        return start
+        return self
+
+    def start(self, number: int, buffer: torch.Tensor):
+        self.events.append(("gather", number))
+        buffer.fill_(255)  # until it is waited for
+        return lambda: self._end(number, buffer)
 
     def _end(self, number: int, buffer: torch.Tensor) -> None:
         self.events.append(("wait", number))
@@ -149,3 +151,29 @@ def test_a_forward_pass_without_gradients_ends_by_calling_the_first_layer(bases)
         model(**vars(BATCH))
     gathered = [number for what, number in reads.events if what == "gather" and number < NUM_LAYERS]
     assert gathered == [1, 2, 3, 0]
+
+
+def test_graphs_of_all_layers_find_the_two_that_they_begin_with_and_gather_the_others(bases):
+    """What is captured: the gathers of a pass; replayed after another pass, they must find what they found."""
+    model, reads = make_sharded(bases["untied"], "fp32")
+    compute(model, BATCH)
+    sharded, directions = model.sharded, ((False, range(NUM_LAYERS)), (True, reversed(range(NUM_LAYERS))))
+    gathered = {}
+    for backward, numbers in directions:
+        sharded.begin_graph(backward=backward)
+        del reads.events[:]
+        for number in numbers:
+            (sharded.go_back if backward else sharded.go_forward)(number)
+        gathered[backward] = [number for what, number in reads.events if what == "gather"]
+        # A graph must not end before what it has begun.
+        assert gathered[backward] == [number for what, number in reads.events if what == "wait"]
+    assert gathered == {False: [2, 3], True: [1, 0]}
+    with torch.no_grad():  # calls the first layer at its end
+        model(**vars(BATCH))
+    del reads.events[:]
+    sharded.begin_graph(backward=False)
+    sharded.end_graph(backward=False)
+    sharded.begin_graph(backward=True)
+    assert [number for what, number in reads.events if what == "gather"] == [1]
+    sharded.end_graph(backward=True)
+    assert len(reads.events) == 3

@@ -10,52 +10,60 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from tune2gguf.distributed.world import World, gather_over_ranks, wait_for_all
-from tune2gguf.model.sharding import StartGather
+from tune2gguf.model.sharding import Gather
 
 
-def connect(parts: list[Tensor], *, world: World) -> StartGather:
+def connect(parts: list[Tensor], *, world: World) -> Gather:
     """Return how units are gathered: by copies from GPU to GPU where all processes are on one machine.
 
     Args:
         parts: this process's bytes of each unit, uint8
     """
     opened = _open_parts_of_others(parts, world) if world.device.type == "cuda" else None
-    return _gather_together(parts) if opened is None else _read_from_others(opened, world)
+    return Collective(parts) if opened is None else PeerCopies(opened, world)
 
 
-def _gather_together(parts: list[Tensor]) -> StartGather:
-    """Return a gather by a collective, which waits for what was computed before, and which others compute beside."""
+class Collective:
+    """Gathers together with the other processes, on a GPU beside what it computes, behind what it has computed.
 
-    def start(number: int, buffer: Tensor) -> Callable[[], None]:
-        return dist.all_gather_into_tensor(buffer, parts[number], async_op=True).wait
+    Graphs could hold NCCL's kernels, too, but all processes would have to capture and replay the same ones.
+    """
 
-    return start
+    can_be_captured = False
+
+    def __init__(self, parts: list[Tensor]) -> None:
+        self._parts = parts
+
+    def start(self, number: int, buffer: Tensor) -> Callable[[], None]:
+        """Begin to gather a unit; every process has to."""
+        return dist.all_gather_into_tensor(buffer, self._parts[number], async_op=True).wait
 
 
-def _read_from_others(parts: list[list[Tensor]], world: World) -> StartGather:
-    """Return a gather by the GPU's copy engines.
+class PeerCopies:
+    """Reads the parts in the other GPUs' memory by this one's copy engines.
 
     They take no multiprocessor from the products meanwhile, as NCCL's kernels do, and as parts never change, no
     process waits for another.
-
-    Args:
-        parts: of each process, the bytes of each unit
     """
-    stream = torch.cuda.Stream(world.device)
-    # Each begins with its own part and goes round, so that no two read from the same GPU.
-    order = [(world.rank + step) % world.size for step in range(world.size)]
 
-    def start(number: int, buffer: Tensor) -> Callable[[], None]:
-        places = buffer.view(world.size, -1)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for rank in order:
-                places[rank].copy_(parts[rank][number])
+    can_be_captured = True
+
+    def __init__(self, parts: list[list[Tensor]], world: World) -> None:
+        """Take the parts of all processes, by process and unit."""
+        self._parts, self._stream = parts, torch.cuda.Stream(world.device)
+        # Each begins with its own part and goes round, so that no two read from the same GPU.
+        self._order = [(world.rank + step) % world.size for step in range(world.size)]
+
+    def start(self, number: int, buffer: Tensor) -> Callable[[], None]:
+        """Begin to gather a unit, behind what was computed so far."""
+        places = buffer.view(len(self._parts), -1)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            for rank in self._order:
+                places[rank].copy_(self._parts[rank][number])
             done = torch.cuda.Event()
             done.record()
         return lambda: torch.cuda.current_stream().wait_event(done)
-
-    return start
 
 
 def _open_parts_of_others(parts: list[Tensor], world: World) -> list[list[Tensor]] | None:

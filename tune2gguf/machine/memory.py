@@ -104,7 +104,7 @@ def estimate_memory(spec: RunSpec) -> Estimate:
     adapter = 4 * count_adapter_weights(spec)
     parts = spec.num_devices if spec.parallel == "shard" else 1
     # Graphs write gradients to a place of their own, from which the parameters get a copy.
-    is_graphed = spec.is_fused and parts == 1 and not spec.enable_activation_offloading
+    is_graphed = spec.is_fused and not spec.enable_activation_offloading
     num_gradients = 2 if is_graphed and _count_tokens(spec) <= MAX_GRAPHED_TOKENS else 1
     split = {tensor.tune_name: weights[tensor.tune_name] for tensor in tensors if len(tensor.shape) > 1}
     # Sharded, the layer at work and the next one are gathered whole, and so is the embedding or the head.

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,14 @@ from torchtune.modules.tied_linear import TiedLinear
 # A weight begins at a multiple of so many bytes: kernels read 16 at a time.
 ALIGNMENT = 256
 
-# Begins to gather a unit, given its number and its buffer; what it returns lets the computation wait for the end.
-StartGather = Callable[[int, Tensor], Callable[[], None]]
+
+class Gather(Protocol):
+    """How the parts of a unit come together."""
+
+    can_be_captured: bool  # in a CUDA graph
+
+    def start(self, number: int, buffer: Tensor) -> Callable[[], None]:
+        """Begin to fill a unit's buffer; what is returned lets the computation wait for the end."""
 
 
 @dataclass(eq=False)
@@ -58,7 +64,7 @@ class ShardedBase:
     EVEN, ODD, EDGE = range(3)  # buffers
 
     def __init__(
-        self, decoder: TransformerDecoder, *, rank: int, size: int, connect: Callable[[list[Tensor]], StartGather]
+        self, decoder: TransformerDecoder, *, rank: int, size: int, connect: Callable[[list[Tensor]], Gather]
     ) -> None:
         """Take a decoder whose weights are not there yet.
 
@@ -75,7 +81,7 @@ class ShardedBase:
         self._buffers: dict[int, Tensor] = {}
         self._held: dict[int, Unit] = {}  # by buffer
         self._waits: dict[int, Callable[[], None]] = {}  # for what is on its way into a buffer
-        self._start: StartGather | None = None
+        self._gather: Gather | None = None
 
     @property
     def parts(self) -> list[Tensor]:
@@ -91,14 +97,13 @@ class ShardedBase:
 
     def run_layer(self, number: int, layer: nn.Module, hidden: Tensor, **arguments: Any) -> Tensor:
         """Return layer(hidden, **arguments), with whole weights now and in backward."""
-        self._need(self._layers[number])
-        after = number + 1
-        if after == len(self._layers) and not torch.is_grad_enabled():
-            after = 0  # backward begins with this layer and the one before, which are here
-        self._prefetch_layer(after, beside=number)
+        self.go_forward(number)
+        # Backward begins with the last two layers, which are here then; another forward pass does not.
+        if number == len(self._layers) - 1 and not torch.is_grad_enabled():
+            self._prefetch_layer(0, beside=number)
         out = layer(hidden, **arguments)
         if out.requires_grad:
-            out.register_hook(lambda _: self._go_back(number))
+            out.register_hook(lambda _: self.go_back(number))
         return out
 
     @contextmanager
@@ -108,10 +113,30 @@ class ShardedBase:
         yield
         self._prefetch(then)
 
-    def _go_back(self, number: int) -> None:
+    def go_forward(self, number: int) -> None:
+        """Make a layer whole that computes next, after those before it."""
+        self._need(self._layers[number])
+        self._prefetch_layer(number + 1, beside=number)
+
+    def go_back(self, number: int) -> None:
         """Make a layer whole whose output has its gradient: those after it have given theirs back."""
         self._need(self._layers[number])
         self._prefetch_layer(number - 1, beside=number)
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph may hold the gathers; not before the first of them."""
+        return self._gather is not None and self._gather.can_be_captured
+
+    def begin_graph(self, *, backward: bool) -> None:
+        """Have the two layers whole that a graph of all layers begins with: the first, or in backward the last."""
+        for unit in self._layers[-2:] if backward else self._layers[:2]:
+            self._need(unit)
+
+    def end_graph(self, *, backward: bool) -> None:
+        """Note which two layers a graph of all layers has left in the buffers."""
+        for unit in self._layers[:2] if backward else self._layers[-2:]:
+            self._held[unit.buffer] = unit
 
     def _prefetch_layer(self, number: int, *, beside: int) -> None:
         if 0 <= number < len(self._layers) and number % 2 != beside % 2:
@@ -121,10 +146,10 @@ class ShardedBase:
         """Begin to gather a unit. What has been computed with its buffer so far comes first."""
         if self._held.get(unit.buffer) is unit:
             return
-        if self._start is None:
-            self._start = self._connect(self.parts)
+        if self._gather is None:
+            self._gather = self._connect(self.parts)
         self._held[unit.buffer] = unit
-        self._waits[unit.buffer] = self._start(unit.number, self._buffers[unit.buffer])
+        self._waits[unit.buffer] = self._gather.start(unit.number, self._buffers[unit.buffer])
 
     def _need(self, unit: Unit) -> None:
         self._prefetch(unit)

@@ -107,13 +107,13 @@ class FusedStack:
         """Return the last layer's output, [tokens, dim], from the first one's input.
 
         Args:
-            sharded: gathers the layers' weights; passes then have no graphs, which would have to hold the gathers
+            sharded: gathers the layers' weights
         """
         seeds = self.draw_seeds(hidden.device) if self.layers[0].training and self.share > 0 else None
         weights = self.list_weights()
         self._cast(weights, hidden)
-        if self.graphs is not None and hidden.is_cuda and sharded is None:
-            out = self.graphs.run(hidden, layout, seeds, weights)
+        if self.graphs is not None and hidden.is_cuda and (sharded is None or sharded.can_be_captured):
+            out = self.graphs.run(hidden, layout, seeds, weights, sharded=sharded)
             if out is not None:
                 return out
         for number, layer in enumerate(self.layers):
