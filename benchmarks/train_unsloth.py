@@ -28,6 +28,7 @@ def make_environment(site: Path, work: Path) -> dict[str, str]:
         "HF_DATASETS_OFFLINE": "1",
         "HF_HOME": str(work / "hf"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # Unsloth's own, which has to be there before torch is
         "UNSLOTH_COMPILE_LOCATION": str(work / "unsloth_compiled_cache"),
         "TOKENIZERS_PARALLELISM": "false",
     }
