@@ -75,6 +75,21 @@ def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Te
 
 
 @triton.jit
+def _keep_tile(tile, codes, scales, rows, row_mask, at, mask, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+    """Write a float32 tile [rows, columns] in 8 bits, with a scale for each of its rows."""
+    largest = tl.maximum(tl.max(tl.abs(tile), axis=1), LEAST)
+    tl.store(scales + rows, largest / LARGEST, mask=row_mask)
+    tl.store(codes + at, (tile * (LARGEST / largest)[:, None]).to(codes.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _read_tile(codes, scales, rows, row_mask, at, mask):
+    """Return what `_keep_tile` has written, in float32."""
+    scale = tl.load(scales + rows, mask=row_mask, other=0.0)
+    return tl.load(codes + at, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
+
+
+@triton.jit
 def _transpose_kernel(
     source, out, num_rows, num_columns, out_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
