@@ -255,7 +255,13 @@ def keep_activations() -> Iterator[None]:
         rows = rows if factors is None else rows.float() * torch.cat(factors)
         return rows, rows.new_ones(len(rows), 1, dtype=torch.float32)
 
-    with patch.object(fp8, "quantize_rows", keep):
+    decode = fp8.decode
+    with (
+        patch.object(fp8, "quantize_rows", keep),
+        patch.object(
+            fp8, "decode", lambda codes, dtype: decode(codes, dtype) if fp8.is_fp8(codes) else codes.to(dtype)
+        ),
+    ):
         yield
 
 
@@ -307,18 +313,16 @@ def report_gradients(arguments) -> Iterator[str]:
 
 
 def report_training(arguments) -> Iterator[str]:
-    """Yield the held-out loss of one epoch of the quickstart for each kind and seed."""
-    yield (
-        f"held-out loss after {arguments.epochs} epoch of the quickstart"
-        + "".join(f"{f'seed {seed}':>10}" for seed in arguments.seeds)
-        + f"{'mean':>10}"
-    )
-    for kind in ("fp32", *KINDS):
-        losses = [train(kind, seed, arguments.epochs) for seed in arguments.seeds]
-        yield f"{kind:<48}" + "".join(f"{loss:>10.4f}" for loss in [*losses, statistics.mean(losses)])
+    """Yield the held-out loss after an epoch of the quickstart for each kind and seed."""
+    extent = "one epoch" if arguments.steps is None else f"{arguments.steps} steps of 4 rows"
+    yield f"held-out loss of {arguments.val_rows} rows after {extent} of the quickstart"
+    yield f"{'':<8}" + "".join(f"{f'seed {seed}':>10}" for seed in arguments.seeds) + f"{'mean':>10}"
+    for kind in arguments.kinds:
+        losses = [train(kind, seed, arguments) for seed in arguments.seeds]
+        yield f"{kind:<8}" + "".join(f"{loss:>10.4f}" for loss in [*losses, statistics.mean(losses)])
 
 
-def train(kind: str, seed: int, epochs: int) -> float:
+def train(kind: str, seed: int, arguments) -> float:
     """Run the recipe and return its last validation loss."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -327,10 +331,11 @@ def train(kind: str, seed: int, epochs: int) -> float:
             "dtype": "fp32" if kind == "fp32" else "bf16",
             "base_weights": kind,
             "seed": seed,
-            "epochs": epochs,
+            "epochs": 1,
             "num_samples": 0,
             "eval_every_n_steps": 100_000,
-            "max_val_rows": 40,
+            "max_val_rows": arguments.val_rows,
+            "max_steps_per_epoch": arguments.steps or "null",
             "save_every_n_steps": 100_000,
             "output_dir": out,
         }
@@ -443,7 +448,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the trainings")
-    parser.add_argument("--epochs", type=int, default=1, help="of a training")
+    parser.add_argument("--kinds", nargs="+", default=["fp32", *KINDS], help="of base that are trained on")
+    parser.add_argument("--steps", type=int, help="of four rows in a training, where not the whole epoch is wanted")
+    parser.add_argument("--val-rows", type=int, default=40, help="held-out rows of a training")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     lines = []
