@@ -369,52 +369,48 @@ def time_on_gpu(work: Callable[[], object], repeats: int = 20) -> float:
 
 def report_products(arguments) -> Iterator[str]:
     """Yield the time of the large products of 8B in bf16 and in 8 bits, with what comes before these."""
+    yield f"microseconds for {TOKENS} tokens; `slow sums` and `one scale` are other ways to multiply 8-bit numbers"
+    for name, (num_rows, num_columns) in SHAPES.items():
+        works, error = list_products(num_rows, num_columns)
+        us = {what: time_on_gpu(work) for what, work in works.items()}
+        rate = 2 * TOKENS * num_rows * num_columns / 1e6
+        yield f"{name}: [{num_rows}, {num_columns}], fp8 {us['bf16'] / us['fp8']:.2f} x bf16, error of its sums {error:.1e}"
+        for what, spent in us.items():
+            products = what not in ("quantize", "quantize back", "transpose")
+            yield f"  {what:<16}{spent:>8.0f}" + f"{rate / spent:>8.0f} TFLOP/s" * products
+    yield f"quantizing all matrices of 8B: {measure_quantizing():.2f} s"
+
+
+def list_products(num_rows: int, num_columns: int) -> tuple[dict[str, Callable[[], object]], float]:
+    """Return what a matrix does with TOKENS tokens in forward and backward, and the error of the sums in 8 bits."""
     from tune2gguf.model.fused.eight_bit import transpose_codes
 
-    device = torch.device("cuda")
-    yield (
-        f"us, {TOKENS} tokens{'':>4}{'bf16':>10}{'TFLOP/s':>10}{'fp8':>10}{'TFLOP/s':>10}{'slow sums':>10}{'error':>10}"
-        f"{'slow error':>12}{'quantize':>10}{'back: bf16':>12}{'fp8':>10}{'quantize':>10}{'transpose':>10}"
-    )
-    for name, (num_rows, num_columns) in SHAPES.items():
-        x, gradient = (torch.randn(TOKENS, n, device=device, dtype=torch.bfloat16) for n in (num_columns, num_rows))
-        weight = torch.randn(num_rows, num_columns, device=device, dtype=torch.bfloat16) * 0.02
-        quantized = fp8.quantize_weight(weight)
-        (codes, scales), columns = fp8.quantize_rows([x]), quantized.scales.unsqueeze(0)
-        flops = 2 * TOKENS * num_rows * num_columns
+    def draw_bf16(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
-        def multiply(is_fast: bool, codes=codes, scales=scales, columns=columns, quantized=quantized) -> Tensor:
-            right = quantized.codes.t()
-            return torch._scaled_mm(codes, right, scales, columns, out_dtype=torch.bfloat16, use_fast_accum=is_fast)
+    x, gradient, weight = draw_bf16(TOKENS, num_columns), draw_bf16(TOKENS, num_rows), draw_bf16(num_rows, num_columns)
+    quantized = fp8.quantize_weight(weight)
+    right, columns = quantized.codes.t(), quantized.scales.unsqueeze(0)
+    codes, scales = fp8.quantize_rows([x])
+    upstream, its_scales = fp8.quantize_rows([gradient], [quantized.scales])
+    turned, ones, one = transpose_codes([quantized.codes]).t(), scales.new_ones(1, num_columns), scales.new_ones(())
 
-        exact = (codes[:512].double() @ quantized.codes.double().T) * scales[:512] * columns
-        errors = [measure_error(multiply(is_fast)[:512], exact) for is_fast in (True, False)]
-        turned = transpose_codes([quantized.codes])
-        upstream, its_scales = fp8.quantize_rows([gradient], [quantized.scales])
-        ones = scales.new_ones(1, num_columns)
-        times = {
-            "bf16": lambda x=x, weight=weight: x @ weight.T,
-            "fp8": lambda multiply=multiply: multiply(True),
-            "slow": lambda multiply=multiply: multiply(False),
-            "quantize": lambda x=x: fp8.quantize_rows([x]),
-            "back": lambda gradient=gradient, weight=weight: gradient @ weight,
-            "fp8 back": lambda upstream=upstream, turned=turned, its_scales=its_scales, ones=ones: torch._scaled_mm(
-                upstream, turned.t(), its_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=True
-            ),
-            "quantize back": lambda gradient=gradient, quantized=quantized: fp8.quantize_rows(
-                [gradient], [quantized.scales]
-            ),
-            "transpose": lambda quantized=quantized: transpose_codes([quantized.codes]),
-        }
-        us = {what: time_on_gpu(work) for what, work in times.items()}
-        rates = {what: flops / us[what] / 1e6 for what in ("bf16", "fp8")}
-        yield (
-            f"{name:<20}{us['bf16']:>10.0f}{rates['bf16']:>10.0f}{us['fp8']:>10.0f}{rates['fp8']:>10.0f}"
-            f"{us['slow']:>10.0f}{errors[0]:>10.5f}{errors[1]:>12.5f}{us['quantize']:>10.0f}{us['back']:>12.0f}"
-            f"{us['fp8 back']:>10.0f}{us['quantize back']:>10.0f}{us['transpose']:>10.0f}"
-        )
-        del x, gradient, weight, quantized, codes, exact, turned, upstream
-    yield f"quantizing all matrices of 8B: {measure_quantizing():.2f} s"
+    def multiply(*operands: Tensor, is_fast: bool = True) -> Tensor:
+        return torch._scaled_mm(*operands, out_dtype=torch.bfloat16, use_fast_accum=is_fast)
+
+    exact = codes[:256].double() @ right.double() * scales[:256] * columns
+    works = {
+        "bf16": lambda: x @ weight.T,
+        "fp8": lambda: multiply(codes, right, scales, columns),
+        "slow sums": lambda: multiply(codes, right, scales, columns, is_fast=False),
+        "one scale": lambda: multiply(codes, right, one, one),
+        "quantize": lambda: fp8.quantize_rows([x]),
+        "bf16 back": lambda: gradient @ weight,
+        "fp8 back": lambda: multiply(upstream, turned, its_scales, ones),
+        "quantize back": lambda: fp8.quantize_rows([gradient], [quantized.scales]),
+        "transpose": lambda: transpose_codes([quantized.codes]),
+    }
+    return works, measure_error(works["fp8"]()[:256], exact)
 
 
 def measure_quantizing() -> float:
