@@ -41,8 +41,11 @@ def is_fp8(weight: Tensor) -> bool:
 
 @cache
 def multiplies_fp8(device: torch.device) -> bool:
-    """Return whether a device has 8-bit products: an NVIDIA GPU of the Ada or Hopper generation, or a later one."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    """Return whether a device has 8-bit products: an NVIDIA GPU of the Ada or Hopper generation, or a later one.
+
+    Triton has to be there as well, whose kernels make the codes.
+    """
+    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -102,7 +105,7 @@ def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None = None) -> t
         parts: [rows, width] each
         factors: of each part's columns, float32 [width], multiplied in before
     """
-    if multiplies_fp8(parts[0].device) and find_spec("triton") is not None:
+    if multiplies_fp8(parts[0].device):
         from tune2gguf.model.fused.eight_bit import quantize_rows as quantize_in_one_kernel
 
         return quantize_in_one_kernel(parts, factors)
@@ -149,7 +152,7 @@ def multiply_fp8_back(gradients: list[Tensor], weights: list[Fp8Weight]) -> Tens
 
 def _uses_units(codes: Tensor, dtype: torch.dtype) -> bool:
     # With a scale for each row torch's product gives bf16 only.
-    return dtype == torch.bfloat16 and multiplies_fp8(codes.device) and find_spec("triton") is not None
+    return dtype == torch.bfloat16 and multiplies_fp8(codes.device)
 
 
 def _multiply(codes: Tensor, scales: Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
