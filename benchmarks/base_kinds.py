@@ -374,7 +374,8 @@ def report_products(arguments) -> Iterator[str]:
         works, error = list_products(num_rows, num_columns)
         us = {what: time_on_gpu(work) for what, work in works.items()}
         rate = 2 * TOKENS * num_rows * num_columns / 1e6
-        yield f"{name}: [{num_rows}, {num_columns}], fp8 {us['bf16'] / us['fp8']:.2f} x bf16, its sums' error {error:.1e}"
+        ratio = us["bf16"] / us["fp8"]
+        yield f"{name}: [{num_rows}, {num_columns}], fp8 {ratio:.2f} x bf16, its sums' error {error:.1e}"
         for what, spent in us.items():
             products = what not in ("quantize", "quantize back", "transpose")
             yield f"  {what:<16}{spent:>8.0f}" + f"{rate / spent:>8.0f} TFLOP/s" * products
