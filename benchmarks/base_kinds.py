@@ -34,7 +34,7 @@ from torch import Tensor
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.base.load import fill_model
-from tune2gguf.model import fp8
+from tune2gguf.model import fp8, layers
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture
 from tune2gguf.model.fused.attention import Layout
 from tune2gguf.model.llama import CausalLM, build_lora_llama, prepare_training
@@ -255,7 +255,28 @@ def keep_activations() -> Iterator[None]:
         rows = rows if factors is None else rows.float() * torch.cat(factors)
         return rows, rows.new_ones(len(rows), 1, dtype=torch.float32)
 
-    with patch.object(fp8, "quantize_rows", keep):
+    decode = fp8.decode
+    with (
+        patch.object(fp8, "quantize_rows", keep),
+        patch.object(
+            fp8, "decode", lambda codes, dtype: decode(codes, dtype) if fp8.is_fp8(codes) else codes.to(dtype)
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def keep_gates_in_8_bits() -> Iterator[None]:
+    """Keep gate and up for backward as the fused layers do: in 8 bits, with a scale for 128 values of a row."""
+
+    def keep(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        kept = [
+            round_by_largest(value.float().reshape(-1, 128)).view(value.shape).to(value.dtype) for value in (gate, up)
+        ]
+        ctx.save_for_backward(*kept)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    with patch.object(layers._GatedProduct, "forward", staticmethod(keep)):
         yield
 
 
@@ -266,6 +287,7 @@ def report_gradients(arguments) -> Iterator[str]:
     ways: dict[str, tuple[str, Callable]] = {kind: (kind, nullcontext) for kind in KINDS}
     if device.type == "cpu":
         ways["fp8, gradients e5m2"] = ("fp8", take_gradients_in_e5m2)
+        ways["fp8, kept in 8 bits"] = ("fp8", keep_gates_in_8_bits)
         ways["fp8, weights only"] = ("fp8", keep_activations)
     for outliers in (False, True):
         yield f"{'with outlier channels' if outliers else 'as it is'}, {tokens.numel()} tokens"
@@ -281,8 +303,8 @@ def report_gradients(arguments) -> Iterator[str]:
             with way():
                 errors = measure_layers(model, recorded)
                 loss, found = compute_gradients(model, tokens)
-            layers = f"{statistics.mean(errors):>12.4f}{max(errors):>12.4f}"
-            yield f"{name:<22}{loss:>9.4f}{layers}{compare_gradients(found, expected)}"
+            both = f"{statistics.mean(errors):>12.4f}{max(errors):>12.4f}"
+            yield f"{name:<22}{loss:>9.4f}{both}{compare_gradients(found, expected)}"
             del model, found
         yield ""
 
@@ -291,18 +313,16 @@ def report_gradients(arguments) -> Iterator[str]:
 
 
 def report_training(arguments) -> Iterator[str]:
-    """Yield the held-out loss of one epoch of the quickstart for each kind and seed."""
-    yield (
-        f"held-out loss after {arguments.epochs} epoch of the quickstart"
-        + "".join(f"{f'seed {seed}':>10}" for seed in arguments.seeds)
-        + f"{'mean':>10}"
-    )
-    for kind in ("fp32", *KINDS):
-        losses = [train(kind, seed, arguments.epochs) for seed in arguments.seeds]
-        yield f"{kind:<48}" + "".join(f"{loss:>10.4f}" for loss in [*losses, statistics.mean(losses)])
+    """Yield the held-out loss after an epoch of the quickstart for each kind and seed."""
+    extent = "one epoch" if arguments.steps is None else f"{arguments.steps} steps of 4 rows"
+    yield f"held-out loss of {arguments.val_rows} rows after {extent} of the quickstart"
+    yield f"{'':<8}" + "".join(f"{f'seed {seed}':>10}" for seed in arguments.seeds) + f"{'mean':>10}"
+    for kind in arguments.kinds:
+        losses = [train(kind, seed, arguments) for seed in arguments.seeds]
+        yield f"{kind:<8}" + "".join(f"{loss:>10.4f}" for loss in [*losses, statistics.mean(losses)])
 
 
-def train(kind: str, seed: int, epochs: int) -> float:
+def train(kind: str, seed: int, arguments) -> float:
     """Run the recipe and return its last validation loss."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
@@ -311,10 +331,11 @@ def train(kind: str, seed: int, epochs: int) -> float:
             "dtype": "fp32" if kind == "fp32" else "bf16",
             "base_weights": kind,
             "seed": seed,
-            "epochs": epochs,
+            "epochs": 1,
             "num_samples": 0,
             "eval_every_n_steps": 100_000,
-            "max_val_rows": 40,
+            "max_val_rows": arguments.val_rows,
+            "max_steps_per_epoch": arguments.steps or "null",
             "save_every_n_steps": 100_000,
             "output_dir": out,
         }
@@ -348,52 +369,49 @@ def time_on_gpu(work: Callable[[], object], repeats: int = 20) -> float:
 
 def report_products(arguments) -> Iterator[str]:
     """Yield the time of the large products of 8B in bf16 and in 8 bits, with what comes before these."""
+    yield f"microseconds for {TOKENS} tokens; `slow sums` and `one scale` are other ways to multiply 8-bit numbers"
+    for name, (num_rows, num_columns) in SHAPES.items():
+        works, error = list_products(num_rows, num_columns)
+        us = {what: time_on_gpu(work) for what, work in works.items()}
+        rate = 2 * TOKENS * num_rows * num_columns / 1e6
+        ratio = us["bf16"] / us["fp8"]
+        yield f"{name}: [{num_rows}, {num_columns}], fp8 {ratio:.2f} x bf16, its sums' error {error:.1e}"
+        for what, spent in us.items():
+            products = what not in ("quantize", "quantize back", "transpose")
+            yield f"  {what:<16}{spent:>8.0f}" + f"{rate / spent:>8.0f} TFLOP/s" * products
+    yield f"quantizing all matrices of 8B: {measure_quantizing():.2f} s"
+
+
+def list_products(num_rows: int, num_columns: int) -> tuple[dict[str, Callable[[], object]], float]:
+    """Return what a matrix does with TOKENS tokens in forward and backward, and the error of the sums in 8 bits."""
     from tune2gguf.model.fused.eight_bit import transpose_codes
 
-    device = torch.device("cuda")
-    yield (
-        f"us, {TOKENS} tokens{'':>4}{'bf16':>10}{'TFLOP/s':>10}{'fp8':>10}{'TFLOP/s':>10}{'slow sums':>10}{'error':>10}"
-        f"{'slow error':>12}{'quantize':>10}{'back: bf16':>12}{'fp8':>10}{'quantize':>10}{'transpose':>10}"
-    )
-    for name, (num_rows, num_columns) in SHAPES.items():
-        x, gradient = (torch.randn(TOKENS, n, device=device, dtype=torch.bfloat16) for n in (num_columns, num_rows))
-        weight = torch.randn(num_rows, num_columns, device=device, dtype=torch.bfloat16) * 0.02
-        quantized = fp8.quantize_weight(weight)
-        (codes, scales), columns = fp8.quantize_rows([x]), quantized.scales.unsqueeze(0)
-        flops = 2 * TOKENS * num_rows * num_columns
+    def draw_bf16(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
-        def multiply(is_fast: bool, codes=codes, scales=scales, columns=columns, quantized=quantized) -> Tensor:
-            right = quantized.codes.t()
-            return torch._scaled_mm(codes, right, scales, columns, out_dtype=torch.bfloat16, use_fast_accum=is_fast)
+    x, gradient, weight = draw_bf16(TOKENS, num_columns), draw_bf16(TOKENS, num_rows), draw_bf16(num_rows, num_columns)
+    quantized = fp8.quantize_weight(weight)
+    right, columns = quantized.codes.t(), quantized.scales.unsqueeze(0)
+    codes, scales = fp8.quantize_rows([x])
+    upstream, its_scales = fp8.quantize_rows([gradient], [quantized.scales])
+    turned, ones, one = transpose_codes([quantized.codes]).t(), scales.new_ones(1, num_columns), scales.new_ones(())
 
-        exact = (codes[:512].double() @ quantized.codes.double().T) * scales[:512] * columns
-        errors = [measure_error(multiply(is_fast)[:512], exact) for is_fast in (True, False)]
-        turned = transpose_codes([quantized.codes])
-        upstream, its_scales = fp8.quantize_rows([gradient], [quantized.scales])
-        ones = scales.new_ones(1, num_columns)
-        times = {
-            "bf16": lambda x=x, weight=weight: x @ weight.T,
-            "fp8": lambda multiply=multiply: multiply(True),
-            "slow": lambda multiply=multiply: multiply(False),
-            "quantize": lambda x=x: fp8.quantize_rows([x]),
-            "back": lambda gradient=gradient, weight=weight: gradient @ weight,
-            "fp8 back": lambda upstream=upstream, turned=turned, its_scales=its_scales, ones=ones: torch._scaled_mm(
-                upstream, turned.t(), its_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=True
-            ),
-            "quantize back": lambda gradient=gradient, quantized=quantized: fp8.quantize_rows(
-                [gradient], [quantized.scales]
-            ),
-            "transpose": lambda quantized=quantized: transpose_codes([quantized.codes]),
-        }
-        us = {what: time_on_gpu(work) for what, work in times.items()}
-        rates = {what: flops / us[what] / 1e6 for what in ("bf16", "fp8")}
-        yield (
-            f"{name:<20}{us['bf16']:>10.0f}{rates['bf16']:>10.0f}{us['fp8']:>10.0f}{rates['fp8']:>10.0f}"
-            f"{us['slow']:>10.0f}{errors[0]:>10.5f}{errors[1]:>12.5f}{us['quantize']:>10.0f}{us['back']:>12.0f}"
-            f"{us['fp8 back']:>10.0f}{us['quantize back']:>10.0f}{us['transpose']:>10.0f}"
-        )
-        del x, gradient, weight, quantized, codes, exact, turned, upstream
-    yield f"quantizing all matrices of 8B: {measure_quantizing():.2f} s"
+    def multiply(*operands: Tensor, is_fast: bool = True) -> Tensor:
+        return torch._scaled_mm(*operands, out_dtype=torch.bfloat16, use_fast_accum=is_fast)
+
+    exact = codes[:256].double() @ right.double() * scales[:256] * columns
+    works = {
+        "bf16": lambda: x @ weight.T,
+        "fp8": lambda: multiply(codes, right, scales, columns),
+        "slow sums": lambda: multiply(codes, right, scales, columns, is_fast=False),
+        "one scale": lambda: multiply(codes, right, one, one),
+        "quantize": lambda: fp8.quantize_rows([x]),
+        "bf16 back": lambda: gradient @ weight,
+        "fp8 back": lambda: multiply(upstream, turned, its_scales, ones),
+        "quantize back": lambda: fp8.quantize_rows([gradient], [quantized.scales]),
+        "transpose": lambda: transpose_codes([quantized.codes]),
+    }
+    return works, measure_error(works["fp8"]()[:256], exact)
 
 
 def measure_quantizing() -> float:
@@ -427,7 +445,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the trainings")
-    parser.add_argument("--epochs", type=int, default=1, help="of a training")
+    parser.add_argument("--kinds", nargs="+", default=["fp32", *KINDS], help="of base that are trained on")
+    parser.add_argument("--steps", type=int, help="of four rows in a training, where not the whole epoch is wanted")
+    parser.add_argument("--val-rows", type=int, default=40, help="held-out rows of a training")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     lines = []

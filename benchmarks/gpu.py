@@ -251,8 +251,11 @@ def measure(arguments, make, device: str, *, reduce=None) -> dict:
 
 def estimate_peak(arguments) -> float:
     """Return what estimate_memory.py says of a case, GiB, without the CUDA context that torch does not count either."""
+    import torch
+
     from tune2gguf.machine.memory import RunSpec, estimate_memory
     from tune2gguf.model.architectures import ARCHITECTURES
+    from tune2gguf.model.fp8 import multiplies_fp8
 
     spec = RunSpec(
         architecture=ARCHITECTURES[MODELS[arguments.model]],
@@ -269,6 +272,7 @@ def estimate_peak(arguments) -> float:
         num_devices=getattr(arguments, "num_gpus", 1),
         parallel=getattr(arguments, "parallel", "replicate"),
         compile=arguments.compile,
+        multiplies_fp8=multiplies_fp8(torch.device("cuda")),
     )
     estimate = estimate_memory(spec)
     return round((estimate.training - estimate.program) / 2**30, 2)

@@ -59,6 +59,32 @@ def test_codes_are_transposed():
     assert torch.equal(transpose_codes(weights).view(torch.uint8), expected)
 
 
+def test_gate_and_up_are_kept_in_8_bits_with_a_scale_for_128_of_a_row():
+    from tune2gguf.model.fused import launch
+
+    gate, up, gradient = (draw(70, 320, seed=seed).float() for seed in range(3))
+    kept = launch.KeptInputs.make(gate)
+    none = {"adapted_gate": None, "adapted_up": None}
+    product = launch.swiglu(gate, up, kept=kept, **none)
+    assert torch.equal(product, launch.swiglu(gate, up, **none))
+    scales = kept.scales.transpose(1, 2).repeat_interleave(128, dim=2)[:, :, :320]
+    decoded = kept.codes.float() * scales
+    for found, exact in zip(decoded, (gate, up), strict=True):
+        blocks = torch.nn.functional.pad(exact, (0, 64)).view(-1, 128)
+        codes, block_scales = fp8.quantize_rows_plainly([blocks], None)
+        expected = (codes.float() * block_scales).view(70, 384)[:, :320]
+        # Divided in another order, a tie may be rounded the other way.
+        assert ((found - expected).abs() > 1e-6 * expected.abs()).float().mean() < 1e-3
+        assert 0.01 < measure_error(found, exact.double()) < 0.03
+    results = []
+    for inputs, known in (((torch.empty_like(gate), torch.empty_like(up)), kept), ((decoded[0], decoded[1]), None)):
+        parts = [gradient.clone(), inputs[0].clone(), inputs[1].clone()]
+        launch.swiglu_backward(*parts, adapted_down=None, kept=known, **none)
+        results.append(parts)
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_products_are_those_of_the_codes_to_rounding():
     """bf16 rounds by 0.17 % root mean square; sums in the tensor cores have fewer bits than float32."""
     x, gradients = draw(300, 4096, seed=0), [draw(300, 1024, seed=1), draw(300, 512, seed=2)]

@@ -13,10 +13,10 @@ from tests.recipes.test_resume import HARD
 from tests.recipes.test_training import measure_difference, read_records
 
 
-@pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "nf4"])
+@pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "fp8", "nf4"])
 def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
     precision = {"fp32": ["dtype=fp32", "base_weights=fp32"], "bf16": ["dtype=bf16", "base_weights=bf16"]}
-    precision["nf4"] = ["dtype=fp32", "base_weights=nf4"]
+    precision |= {kind: ["dtype=fp32", f"base_weights={kind}"] for kind in ("fp8", "nf4")}
     arguments = [*run_arguments, *precision[base], f"base_dir={wide_base}", "batch_size=2", "learning_rate=0.01"]
     arguments += ["gradient_accumulation_steps=2"]
     for parallel in ("replicate", "shard"):

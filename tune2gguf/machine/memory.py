@@ -62,6 +62,11 @@ class RunSpec:
         )
 
     @property
+    def keeps_8_bits(self) -> bool:
+        """Whether the fused layers keep gate and up in 8 bits."""
+        return self.is_fused and self.base_weights == "fp8" and self.multiplies_fp8
+
+    @property
     def is_fused(self) -> bool:
         """Whether the layers are the fused ones there; a machine with a GPU has Triton, this one need not."""
         return self.obstacle_to_fusing in (None, NO_TRITON)
@@ -140,9 +145,8 @@ def list_layer_activations(spec: RunSpec) -> list[int]:
     d, i, q = a.embed_dim, a.intermediate_dim, a.num_heads * a.head_dim
     if spec.is_fused:
         # Input and middle, q and the attention's result, k and v, gate and up; norms' factors and log of normalizers.
-        per_token = (
-            2 * [d * c] + 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + 2 * [i * c] + [8, 4 * a.num_heads]
-        )
+        kept = 2 * [i + i // 32] if spec.keeps_8_bits else 2 * [i * c]  # with a float32 scale for 128
+        per_token = 2 * [d * c] + 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + kept + [8, 4 * a.num_heads]
         return [size * _count_tokens(spec) for size in [*per_token, _count_low_rank(spec)]]
     adapted = {tensor.tune_name.split(".")[-2]: tensor.shape[1] for tensor in _list_adapted(spec)}
     # q, k, v and output; torchtune expands k and v to all heads, and its kernel keeps the log of the normalizers.
@@ -190,17 +194,10 @@ def _count_work(spec: RunSpec) -> int:
     # torchtune's norm has its input and its result in float32.
     loss += 2 * tokens * a.embed_dim * 4 if spec.device_type == "cuda" else 0
     largest = max(math.prod(tensor.shape) for tensor in list_tensors(a) if tensor.is_linear)
-    dense = largest * c if spec.base_weights in ("fp8", "nf4") else 0
-    upstream = 2 * tokens * a.embed_dim * c
+    dense = largest * c if spec.base_weights == "nf4" else 0
     if spec.base_weights == "fp8":
-        # Codes of the activation's product, or of an upstream gradient beside a weight's with its dimensions exchanged;
-        # without 8-bit products float32 values on their way into codes, or both operands in dtype.
-        if spec.is_fused:
-            dense = max(tokens * a.intermediate_dim, tokens * a.embed_dim + largest)
-        else:
-            dense = tokens * a.intermediate_dim + max(
-                4 * tokens * a.intermediate_dim, c * tokens * a.intermediate_dim + dense
-            )
+        dense = _count_fp8_work(spec, largest)
+    upstream = 2 * tokens * a.embed_dim * c
     if spec.is_fused:
         # The activation's product beside gate and up, which their gradients overwrite.
         return max(loss, 2 * upstream + tokens * a.intermediate_dim * c + dense)
@@ -209,6 +206,17 @@ def _count_work(spec: RunSpec) -> int:
     if spec.device_type == "cpu":
         gaps = LAYERS_IN_GAPS * sum(size for size in list_layer_activations(spec) if size < RETURNED_BYTES)
     return max(loss, mlp) + round(gaps)
+
+
+def _count_fp8_work(spec: RunSpec, largest: int) -> int:
+    """Return what 8-bit products take in an MLP, from the weights of the largest matrix."""
+    a, c, tokens = spec.architecture, BYTES[spec.dtype], _count_tokens(spec)
+    values = tokens * a.intermediate_dim
+    if spec.keeps_8_bits:
+        # Gate and up themselves, and codes of their product, or of a gradient beside those of a weight, transposed.
+        return 2 * values * c + max(values, tokens * a.embed_dim + largest)
+    # Codes; float32 values on their way into them, or both operands in dtype.
+    return values + max(4 * values, (values + largest) * c)
 
 
 def _count_low_rank(spec: RunSpec) -> int:

@@ -41,10 +41,27 @@ def is_fp8(weight: Tensor) -> bool:
 
 @cache
 def multiplies_fp8(device: torch.device) -> bool:
-    """Return whether a device has 8-bit products: an NVIDIA GPU of the Ada or Hopper generation, or a later one."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    """Return whether a device has 8-bit products: an NVIDIA GPU of the Ada or Hopper generation, or a later one.
+
+    Triton has to be there as well, whose kernels make the codes.
+    """
+    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@cache
+def _list_values(codes: torch.dtype, dtype: torch.dtype) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(codes).to(dtype)
+
+
+def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of codes, which every wider dtype holds exactly."""
+    if codes.device.type != "cpu":
+        return codes.to(dtype)
+    # A CPU converts one by one, at a fifth of the speed.
+    places = codes.view(torch.uint8).flatten().int()
+    return _list_values(codes.dtype, dtype).index_select(0, places).view(codes.shape)
 
 
 def quantize_weight(weight: Tensor) -> Fp8Weight:
@@ -68,7 +85,13 @@ def _quantize_with_best_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.full_like(largest, torch.inf)
     for number in range(SCALES_PER_OCTAVE):
         scales = largest * (2 ** (number / SCALES_PER_OCTAVE) / LARGEST_CODE)
-        errors = (weight / scales).to(CODES).float().mul_(scales).sub_(weight).square_().sum(dim=1, keepdim=True)
+        errors = (
+            decode((weight / scales).to(CODES), torch.float32)
+            .mul_(scales)
+            .sub_(weight)
+            .square_()
+            .sum(dim=1, keepdim=True)
+        )
         best, least = torch.where(errors < least, scales, best), torch.minimum(errors, least)
     return (weight / best).to(CODES), best.squeeze(1)
 
@@ -82,7 +105,7 @@ def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None = None) -> t
         parts: [rows, width] each
         factors: of each part's columns, float32 [width], multiplied in before
     """
-    if multiplies_fp8(parts[0].device) and find_spec("triton") is not None:
+    if multiplies_fp8(parts[0].device):
         from tune2gguf.model.fused.eight_bit import quantize_rows as quantize_in_one_kernel
 
         return quantize_in_one_kernel(parts, factors)
@@ -129,21 +152,21 @@ def multiply_fp8_back(gradients: list[Tensor], weights: list[Fp8Weight]) -> Tens
 
 def _uses_units(codes: Tensor, dtype: torch.dtype) -> bool:
     # With a scale for each row torch's product gives bf16 only.
-    return dtype == torch.bfloat16 and multiplies_fp8(codes.device) and find_spec("triton") is not None
+    return dtype == torch.bfloat16 and multiplies_fp8(codes.device)
 
 
 def _multiply(codes: Tensor, scales: Tensor, weight: Fp8Weight, dtype: torch.dtype) -> Tensor:
     columns = weight.scales.unsqueeze(0)
     if _uses_units(codes, dtype):
         return torch._scaled_mm(codes, weight.codes.t(), scales, columns, out_dtype=dtype, use_fast_accum=True)
-    return (codes.to(dtype) @ weight.codes.to(dtype).T * scales).mul_(columns).to(dtype)
+    return (decode(codes, dtype) @ decode(weight.codes, dtype).T * scales).mul_(columns).to(dtype)
 
 
 def _multiply_back_plainly(codes: Tensor, scales: Tensor, weights: list[Fp8Weight], dtype: torch.dtype) -> Tensor:
     parts = codes.split([len(weight.codes) for weight in weights], dim=1)
-    product = parts[0].to(dtype) @ weights[0].codes.to(dtype)
+    product = decode(parts[0], dtype) @ decode(weights[0].codes, dtype)
     for part, weight in zip(parts[1:], weights[1:], strict=True):
-        product.addmm_(part.to(dtype), weight.codes.to(dtype))
+        product.addmm_(decode(part, dtype), decode(weight.codes, dtype))
     return (product * scales).to(dtype)
 
 

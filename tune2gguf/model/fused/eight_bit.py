@@ -60,9 +60,10 @@ def _quantize_rows_kernel(
 
 
 def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return what `fp8.quantize_rows_plainly` returns, of up to three contiguous parts, in one kernel."""
+    """Return what `fp8.quantize_rows_plainly` returns, of up to three parts, in one kernel."""
+    assert len(parts) <= MAX_PARTS
+    parts = [part.contiguous() for part in parts]
     num_rows, widths = len(parts[0]), [part.shape[1] for part in parts]
-    assert len(parts) <= MAX_PARTS and all(part.is_contiguous() for part in parts)
     codes = torch.empty(num_rows, sum(widths), dtype=CODES, device=parts[0].device)
     scales = torch.empty(num_rows, 1, dtype=torch.float32, device=parts[0].device)
     missing = MAX_PARTS - len(parts)
@@ -72,6 +73,21 @@ def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Te
         BLOCK=min(QUANTIZE_BLOCK, triton.next_power_of_2(max(widths))), num_warps=8,
     )  # fmt: skip
     return codes, scales
+
+
+@triton.jit
+def _keep_tile(tile, codes, scales, rows, row_mask, at, mask, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+    """Write a float32 tile [rows, columns] in 8 bits, with a scale for each of its rows."""
+    largest = tl.maximum(tl.max(tl.abs(tile), axis=1), LEAST)
+    tl.store(scales + rows, largest / LARGEST, mask=row_mask)
+    tl.store(codes + at, (tile * (LARGEST / largest)[:, None]).to(codes.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _read_tile(codes, scales, rows, row_mask, at, mask):
+    """Return what `_keep_tile` has written, in float32."""
+    scale = tl.load(scales + rows, mask=row_mask, other=0.0)
+    return tl.load(codes + at, mask=mask).to(tl.float32) * scale[:, None]
 
 
 @triton.jit

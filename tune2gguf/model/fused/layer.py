@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tune2gguf.model.fp8 import get_fp8_weight, is_fp8, multiply_fp8, multiply_fp8_back
+from tune2gguf.model.fp8 import get_fp8_weight, is_fp8, multiplies_fp8, multiply_fp8, multiply_fp8_back
 from tune2gguf.model.fused import launch
 from tune2gguf.model.fused.attention import Layout, attend, attend_back
 from tune2gguf.model.fused.groups import (
@@ -30,7 +30,7 @@ from tune2gguf.model.fused.groups import (
     list_adapted,
     list_weights,
 )
-from tune2gguf.model.fused.launch import Adapted
+from tune2gguf.model.fused.launch import Adapted, KeptInputs
 from tune2gguf.model.lora import to_dense
 
 if TYPE_CHECKING:
@@ -77,6 +77,13 @@ class Pass:
     second_rstd: Tensor | None = None
     gate: Tensor | None = None
     up: Tensor | None = None
+    kept_inputs: KeptInputs | None = None  # instead of gate and up
+
+    @property
+    def keeps_8_bits(self) -> bool:
+        """Whether gate and up, half of what a layer keeps, are kept in 8 bits: where products are of 8 bits, too."""
+        weight = self.linears["w1"].weight
+        return is_fp8(weight) and multiplies_fp8(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, [tokens, dim]; with checkpointing little else is kept."""
@@ -119,16 +126,26 @@ class Pass:
 
     def finish(self) -> Tensor:
         """Return the layer's output, [rows, dim]."""
-        gate_up, down = self.groups[GATE_UP], self.groups[DOWN]
-        product = launch.swiglu(self.gate, self.up, adapted_gate=gate_up.add_to("w1"), adapted_up=gate_up.add_to("w3"))
+        down = self.groups[DOWN]
+        product = self._activate(keeps=self.keeps_8_bits and not self.checkpointing)
         down.reduce(product)
         (out,) = multiply(product, self.linears["w2"])
         return launch.add(out, down.add_to("w2"), residual=self.middle)
+
+    def _activate(self, *, keeps: bool) -> Tensor:
+        gate_up, kept = self.groups[GATE_UP], KeptInputs.make(self.gate) if keeps else None
+        adapted = {"adapted_gate": gate_up.add_to("w1"), "adapted_up": gate_up.add_to("w3")}
+        product = launch.swiglu(self.gate, self.up, kept=kept, **adapted)
+        if keeps:
+            self.kept_inputs, self.gate, self.up = kept, None, None
+        return product
 
     def backward(self, x: Tensor, upstream: Tensor, *, needs_input: bool) -> tuple[Tensor | None, dict]:
         """Return the gradient of the layer's input and those of every [A, B], float32, by the projection's name."""
         if self.checkpointing:
             self.run_attention(x, again=True)
+            if self.keeps_8_bits:
+                self._activate(keeps=True)  # rounded as without checkpointing
         gradients = {name: [None, None] for group in self.groups.values() for name in group.names}
         middle_gradient = self._backward_mlp(upstream, gradients)
         heads = self._backward_attention(middle_gradient, gradients)
@@ -156,6 +173,8 @@ class Pass:
         gate_up, down = self.groups[GATE_UP], self.groups[DOWN]
         low_rank = down.reduce_gradients({"w2": upstream}, gradients)
         product = multiply_back([upstream], self.linears["w2"])
+        if self.kept_inputs is not None:
+            self.gate, self.up = torch.empty_like(product), torch.empty_like(product)
         launch.swiglu_backward(
             product,
             self.gate,
@@ -163,7 +182,9 @@ class Pass:
             adapted_gate=gate_up.add_to("w1"),
             adapted_up=gate_up.add_to("w3"),
             adapted_down=Adapted(low_rank, down.stacked_a, down.dropout) if down.names else None,
+            kept=self.kept_inputs,
         )
+        self.kept_inputs = None
         down.finish_gradients(low_rank, gradients, product, is_dropped=True)
 
     def _backward_attention(self, middle_gradient: Tensor, gradients: dict) -> dict[str, Tensor]:
