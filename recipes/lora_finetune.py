@@ -22,7 +22,15 @@ from tqdm import tqdm
 from tune2gguf.base.load import load_base
 from tune2gguf.base.source import name_base
 from tune2gguf.commands import format_command
-from tune2gguf.config import build_component, build_metric_logger, check_config, check_plan, get_run_spec, load_config
+from tune2gguf.config import (
+    build_component,
+    build_metric_logger,
+    build_optimizer,
+    check_config,
+    check_plan,
+    get_run_spec,
+    load_config,
+)
 from tune2gguf.data import lay_out_passes, plan_epoch
 from tune2gguf.distributed.failures import end_together
 from tune2gguf.distributed.parallel import choose_parallel, shard
@@ -178,7 +186,7 @@ class LoRAFinetuneRecipe:
 
     def _setup_optimizer(self) -> None:
         self.adapter_params = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = build_component(self.cfg.optimizer, self.adapter_params)
+        self.optimizer = build_optimizer(self.cfg.optimizer, self.adapter_params)
         self.schedule = build_component(self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_steps)
 
     def _restore(self, checkpoint) -> None:

@@ -67,7 +67,7 @@ def compile_kernels(spec: RunSpec, *, scaling: float, device: torch.device) -> N
     for number, layer in enumerate(model.decoder.layers):
         one = seeds[number] if spec.lora_dropout > 0 else None
         hidden = run_layer(layer, hidden, layout=layout, seeds=one, checkpointing=checkpointing)
-    hidden.sum().backward()
+    hidden.backward(torch.zeros_like(hidden))
     logits = torch.zeros(2, spec.architecture.vocab_size, dtype=torch.bfloat16, device=device)
     targets = torch.zeros(2, dtype=torch.long, device=device)
     for with_gradient in (True, False):

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 MIN_ROW = 1024  # tokens of a pass's longest row: for less, building a plan takes longer than it saves
+# For its fixed order backward writes the gradient of every score, bf16 [tokens, heads, longest]. As many heads go at a
+# time as stay below this; it is less than what the layer's other half has just given back.
+BACKWARD_BYTES = 512 << 20
 
 
 MISSING = f"rows of {MIN_ROW} tokens and more are faster with cuDNN: pip install 'tune2gguf[cudnn]'"
@@ -47,14 +50,29 @@ class Shape:
     kv_heads: int
     head_dim: int
     tokens: int
+    groups: int  # of heads, of which one is computed at a time
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, *, num_rows: int, longest: int) -> Shape:
+    def of(cls, q: Tensor, k: Tensor, *, num_rows: int, longest: int, is_backward: bool) -> Shape:
         longest, tokens = (1 << (number - 1).bit_length() for number in (longest, len(q)))
-        return cls(num_rows, longest, q.shape[1], k.shape[1], q.shape[2], tokens)
+        heads, kv_heads, groups = q.shape[1], k.shape[1], 1
+        while is_backward and 2 * tokens * longest * heads > groups * BACKWARD_BYTES and kv_heads % (2 * groups) == 0:
+            groups *= 2
+        return cls(num_rows, longest, heads, kv_heads, q.shape[2], tokens, groups)
 
-    def strides(self, heads: int) -> list[int]:
+    def get_dim(self, heads: int) -> list[int]:
+        return [self.rows, heads // self.groups, self.longest, self.head_dim]
+
+    def get_stride(self, heads: int) -> list[int]:
         return [self.longest * heads * self.head_dim, self.head_dim, heads * self.head_dim, 1]
+
+    @property
+    def stats_dim(self) -> list[int]:
+        return [self.rows, self.heads // self.groups, self.longest, 1]
+
+    @property
+    def stats_stride(self) -> list[int]:
+        return [self.longest * self.heads, 1, self.heads, 1]
 
 
 class Plan:
@@ -76,7 +94,9 @@ class Plan:
         )
         self._put_out(out, self.shape.heads, tensors["q_offsets"])
         stats.set_output(True).set_data_type(torch.float32)
-        stats.set_dim(self._stats_dim).set_stride(self._stats_stride).set_ragged_offset(tensors["stats_offsets"])
+        stats.set_dim(self.shape.stats_dim).set_stride(self.shape.stats_stride).set_ragged_offset(
+            tensors["stats_offsets"]
+        )
         return self._build(graph), tensors | {"out": out, "stats": stats}
 
     @cached_property
@@ -86,8 +106,8 @@ class Plan:
         for name in ("out", "gradient"):
             tensors[name] = self._tensor(graph, shape.heads, tensors["q_offsets"])
         tensors["stats"] = graph.tensor(
-            dim=self._stats_dim,
-            stride=self._stats_stride,
+            dim=shape.stats_dim,
+            stride=shape.stats_stride,
             data_type=torch.float32,
             ragged_offset=tensors["stats_offsets"],
         )
@@ -110,14 +130,6 @@ class Plan:
             tensors[name] = one
         return self._build(graph), tensors
 
-    @property
-    def _stats_dim(self) -> list[int]:
-        return [self.shape.rows, self.shape.heads, self.shape.longest, 1]
-
-    @property
-    def _stats_stride(self) -> list[int]:
-        return [self.shape.longest * self.shape.heads, 1, self.shape.heads, 1]
-
     def _begin(self) -> tuple[Any, dict[str, Any]]:
         import cudnn
 
@@ -136,18 +148,12 @@ class Plan:
         return graph, tensors
 
     def _tensor(self, graph, heads: int, offsets):
-        shape = self.shape
-        return graph.tensor(
-            dim=[shape.rows, heads, shape.longest, shape.head_dim],
-            stride=shape.strides(heads),
-            data_type=torch.bfloat16,
-            ragged_offset=offsets,
-        )
+        dim, stride = self.shape.get_dim(heads), self.shape.get_stride(heads)
+        return graph.tensor(dim=dim, stride=stride, data_type=torch.bfloat16, ragged_offset=offsets)
 
     def _put_out(self, tensor, heads: int, offsets) -> None:
-        shape = self.shape
-        tensor.set_output(True).set_dim([shape.rows, heads, shape.longest, shape.head_dim])
-        tensor.set_stride(shape.strides(heads)).set_ragged_offset(offsets)
+        tensor.set_output(True).set_dim(self.shape.get_dim(heads))
+        tensor.set_stride(self.shape.get_stride(heads)).set_ragged_offset(offsets)
 
     def _choose(self, tensors: dict[str, Any]) -> dict[str, Any]:
         import cudnn
@@ -190,7 +196,7 @@ class RaggedRows:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, longest: int) -> tuple[Tensor, Tensor]:
     """Return causal attention within each row, [tokens, heads, head_dim], and log-sum-exps, float32 [tokens, heads]."""
-    plan = _get_plan(Shape.of(q, k, num_rows=len(rows.lengths), longest=longest))
+    plan = _get_plan(Shape.of(q, k, num_rows=len(rows.lengths), longest=longest, is_backward=False))
     out = torch.empty_like(q)
     stats = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _execute(plan.forward, {"q": q, "k": k, "v": v, "out": out, "stats": stats, **vars(rows)})
@@ -201,10 +207,12 @@ def attend_back(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, rows: RaggedRows, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; the same bits each time."""
-    plan = _get_plan(Shape.of(q, k, num_rows=len(rows.lengths), longest=longest))
+    plan = _get_plan(Shape.of(q, k, num_rows=len(rows.lengths), longest=longest, is_backward=True))
     found = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
-    given = {"q": q, "k": k, "v": v, "out": out, "gradient": gradient, "stats": stats}
-    _execute(plan.backward, {**given, **found, **vars(rows)})
+    given = {"q": q, "k": k, "v": v, "out": out, "gradient": gradient, "stats": stats, **found}
+    groups = {name: part.chunk(plan.shape.groups, dim=1) for name, part in given.items()}
+    for number in range(plan.shape.groups):
+        _execute(plan.backward, {name: parts[number] for name, parts in groups.items()} | vars(rows))
     return found["dq"], found["dk"], found["dv"]
 
 
