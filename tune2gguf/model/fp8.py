@@ -118,7 +118,9 @@ def quantize_rows_plainly(parts: list[Tensor], factors: list[Tensor] | None) -> 
     if factors is not None:
         rows *= torch.cat(factors)
     largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True).clamp_(min=LEAST_MAGNITUDE)
-    return rows.mul_(LARGEST_CODE / largest).to(CODES), largest / LARGEST_CODE
+    # Of two tensors: by or of a number torch divides with one more rounding.
+    top_code = torch.full_like(largest, LARGEST_CODE)
+    return rows.mul_(top_code / largest).to(CODES), largest / top_code
 
 
 def multiply_fp8(x: Tensor, weights: list[Fp8Weight]) -> list[Tensor]:

@@ -10,53 +10,51 @@ from torch import Tensor
 from tune2gguf.model.fp8 import CODES, LARGEST_CODE, LEAST_MAGNITUDE
 
 MAX_PARTS = 3
-QUANTIZE_BLOCK = 4096  # columns that a program takes at a time
+VALUES_PER_WARP = 1024  # of a row that a warp holds in registers: 32 a thread
 TRANSPOSE_TILE = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}  # in words of four codes
 
 
 @triton.jit
-def _raise_largest(values, factors, row, largest, WIDTH: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr):
-    for start in range(0, WIDTH, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        tile = tl.load(values + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        if HAS_FACTORS:
-            tile *= tl.load(factors + columns, mask=columns < WIDTH, other=0.0)
-        largest = tl.maximum(largest, tl.abs(tile))
-    return largest
+def _read_row(values, factors, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_FACTORS: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    values = tl.load(values + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    if HAS_FACTORS:
+        values *= tl.load(factors + columns, mask=columns < WIDTH, other=0.0)
+    return values
 
 
 @triton.jit
-def _write_codes(
-    values, factors, row, codes, at, inverse, WIDTH: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr
-):
-    for start in range(0, WIDTH, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        tile = tl.load(values + row * WIDTH + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-        if HAS_FACTORS:
-            tile *= tl.load(factors + columns, mask=columns < WIDTH, other=0.0)
-        tl.store(codes + at + columns, (tile * inverse).to(codes.dtype.element_ty), mask=columns < WIDTH)
+def _write_codes(values, inverse, codes, at, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    tl.store(codes + at + columns, (values * inverse).to(codes.dtype.element_ty), mask=columns < WIDTH)
 
 
 @triton.jit
 def _quantize_rows_kernel(
     first, second, third, first_factors, second_factors, third_factors, codes, scales,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, HAS_FACTORS: tl.constexpr,
-    LARGEST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr,
+    FIRST_BLOCK: tl.constexpr, SECOND_BLOCK: tl.constexpr, THIRD_BLOCK: tl.constexpr, HAS_FACTORS: tl.constexpr,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """A program reads a row twice: for its largest magnitude, then, from the cache, for its codes."""
+    """A program holds a row in registers, from its largest magnitude to its codes."""
     row = tl.program_id(0).to(tl.int64)
-    tops = tl.zeros((BLOCK,), tl.float32)
-    tops = _raise_largest(first, first_factors, row, tops, FIRST, HAS_FACTORS, BLOCK)
-    tops = _raise_largest(second, second_factors, row, tops, SECOND, HAS_FACTORS, BLOCK)
-    tops = _raise_largest(third, third_factors, row, tops, THIRD, HAS_FACTORS, BLOCK)
-    largest = tl.maximum(tl.max(tops, axis=0), LEAST)
+    one = _read_row(first, first_factors, row, FIRST, FIRST_BLOCK, HAS_FACTORS)
+    largest = tl.maximum(tl.max(tl.abs(one), axis=0), LEAST)
+    if SECOND > 0:
+        two = _read_row(second, second_factors, row, SECOND, SECOND_BLOCK, HAS_FACTORS)
+        largest = tl.maximum(largest, tl.max(tl.abs(two), axis=0))
+    if THIRD > 0:
+        three = _read_row(third, third_factors, row, THIRD, THIRD_BLOCK, HAS_FACTORS)
+        largest = tl.maximum(largest, tl.max(tl.abs(three), axis=0))
     top_code = tl.full((), LARGEST, tl.float32)
     tl.store(scales + row, tl.div_rn(largest, top_code))
     inverse = tl.div_rn(top_code, largest)
     at = row * (FIRST + SECOND + THIRD)
-    _write_codes(first, first_factors, row, codes, at, inverse, FIRST, HAS_FACTORS, BLOCK)
-    _write_codes(second, second_factors, row, codes, at + FIRST, inverse, SECOND, HAS_FACTORS, BLOCK)
-    _write_codes(third, third_factors, row, codes, at + FIRST + SECOND, inverse, THIRD, HAS_FACTORS, BLOCK)
+    _write_codes(one, inverse, codes, at, FIRST, FIRST_BLOCK)
+    if SECOND > 0:
+        _write_codes(two, inverse, codes, at + FIRST, SECOND, SECOND_BLOCK)
+    if THIRD > 0:
+        _write_codes(three, inverse, codes, at + FIRST + SECOND, THIRD, THIRD_BLOCK)
 
 
 def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -69,8 +67,9 @@ def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Te
     missing = MAX_PARTS - len(parts)
     _quantize_rows_kernel[(num_rows,)](
         *parts, *parts[:1] * missing, *(factors or parts), *(factors or parts)[:1] * missing, codes, scales,
-        *widths, *[0] * missing, HAS_FACTORS=factors is not None, LARGEST=LARGEST_CODE, LEAST=LEAST_MAGNITUDE,
-        BLOCK=min(QUANTIZE_BLOCK, triton.next_power_of_2(max(widths))), num_warps=8,
+        *widths, *[0] * missing, *map(triton.next_power_of_2, widths), *[0] * missing,
+        HAS_FACTORS=factors is not None, LARGEST=LARGEST_CODE, LEAST=LEAST_MAGNITUDE,
+        num_warps=min(16, max(4, triton.next_power_of_2(sum(widths)) // VALUES_PER_WARP)),
     )  # fmt: skip
     return codes, scales
 
