@@ -73,8 +73,7 @@ def round_by_largest(weight: Tensor) -> Tensor:
 
 
 def round_by_best(weight: Tensor) -> Tensor:
-    quantized = fp8.quantize_weight(weight)
-    return quantized.codes.float() * quantized.scales.unsqueeze(1)
+    return fp8.quantize_weight(weight).dequantize(torch.float32)
 
 
 def round_blocks(weight: Tensor, size: int = 128) -> Tensor:

@@ -1,6 +1,7 @@
 """Training on an 8-bit base, quantized on load."""
 
 import pytest
+import torch
 
 from tests.recipes.launch import read_outcome, run_to_end
 from tests.recipes.test_resume import HARD, kill_and_resume
@@ -8,6 +9,7 @@ from tests.recipes.test_training import measure_difference, read_records, run_re
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merge_choice import choose_merge_base
+from tune2gguf.model.fp8 import quantize_weight
 from tune2gguf.runs.run import open_run
 
 
@@ -29,7 +31,14 @@ def test_run_on_fp8_learns_close_to_a_bf16_run_and_is_merged_into_its_base(
     assert measure_difference(tmp_path / "fp8", tmp_path / "bf16") > 1e-3
     run = open_run(tmp_path / "fp8")
     choice = choose_merge_base(run, read_adapter(run.adapter_dir, open_base(tiny_base).specs), None)
-    assert (choice.kind, choice.chosen.base_dir) == (None, tiny_base)
+    assert choice.kind is None
+    name, stored = "layers.1.attn.q_proj.weight", open_base(tiny_base)
+    exact = torch.from_numpy(stored.read_rows(name, 0, 32))
+    assert torch.equal(torch.from_numpy(choice.chosen.read_rows(name, 0, 32)), exact)
+    # What a proof compares with is what was trained over.
+    expected = quantize_weight(exact.bfloat16()).dequantize(torch.float32)
+    assert torch.equal(torch.from_numpy(choice.trained.read_rows(name, 0, 32)), expected)
+    assert not torch.equal(expected, exact)
 
 
 def test_killed_on_fp8_and_resumed_equals_never_stopped(fp8_arguments, tmp_path):

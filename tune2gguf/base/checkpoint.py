@@ -45,14 +45,14 @@ MAX_LISTED = 5  # tensors named in one error
 class BaseCheckpoint:
     """An opened base folder; no weights are in memory. `specs` and `stored` are keyed by torchtune's names.
 
-    With `rounds_to_nf4` the rows of the layers' matrices are what NF4 leaves of them.
+    With `rounds_to`, fp8 or nf4, the rows of the layers' matrices are what that leaves of them.
     """
 
     base_dir: Path
     architecture: Architecture
     specs: dict[str, TensorSpec]
     stored: dict[str, StoredTensor | StoredNf4]
-    rounds_to_nf4: bool = False
+    rounds_to: str | None = None
 
     def read_tensor(self, name: str) -> Tensor:
         """Read the tensor with this torchtune name, rows in torchtune's order, in the stored dtype; NF4 as float32."""
@@ -85,8 +85,12 @@ class BaseCheckpoint:
         """Whether the folder itself holds 4-bit weights."""
         return any(isinstance(stored, StoredNf4) for stored in self.stored.values())
 
+    def round_to_fp8(self) -> BaseCheckpoint:
+        """Return this base with `rounds_to` 8 bits."""
+        return replace(self, rounds_to="fp8")
+
     def round_to_nf4(self) -> BaseCheckpoint:
-        """Return this base with `rounds_to_nf4`.
+        """Return this base with `rounds_to` 4 bits.
 
         Raises:
             ValueError: if rows do not hold whole 4-bit blocks
@@ -94,12 +98,12 @@ class BaseCheckpoint:
         uneven = [spec.hf_name for spec in self.specs.values() if spec.is_linear and spec.shape[1] % BLOCK_SIZE]
         if uneven:
             raise ValueError(f"{self.base_dir}: rows of {uneven[0]} do not hold whole 4-bit blocks of {BLOCK_SIZE}")
-        return replace(self, rounds_to_nf4=True)
+        return replace(self, rounds_to="nf4")
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
         """Read rows [begin, end) in torchtune's order, which is GGUF's, as float32 [end - begin, in].
 
-        Torch is needed for 4 bits only.
+        Torch is needed for 8 and 4 bits only.
         """
         spec = self.specs[name]
         if spec.num_heads is None:
@@ -118,10 +122,15 @@ class BaseCheckpoint:
                 return read_nf4(stored, begin=begin, end=end).dequantize().numpy()
             return read_nf4(stored).dequantize()[begin:end].numpy()
         rows = read_float32_rows(stored, begin, end)
-        if not (self.rounds_to_nf4 and self.specs[name].is_linear):
+        if self.rounds_to is None or not self.specs[name].is_linear:
             return rows
         import torch
 
+        if self.rounds_to == "fp8":
+            from tune2gguf.model.fp8 import quantize_weight
+
+            # Training quantizes bf16.
+            return quantize_weight(torch.from_numpy(rows).bfloat16()).dequantize(torch.float32).numpy()
         # What 4-bit training sees, but for the scales, which it rounds to 8 bits on top.
         return quantize_nf4(torch.from_numpy(rows)).dequantize(torch.float32).numpy()
 

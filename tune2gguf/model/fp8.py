@@ -33,6 +33,10 @@ class Fp8Weight:
     codes: Tensor
     scales: Tensor
 
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense weight: value of the code times scale, computed in float32 and rounded once to dtype."""
+        return decode(self.codes, torch.float32).mul_(self.scales.unsqueeze(1)).to(dtype)
+
 
 def is_fp8(weight: Tensor) -> bool:
     """Return whether a base weight is one of 8-bit codes."""
