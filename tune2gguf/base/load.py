@@ -33,8 +33,11 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
         ValueError: if the checkpoint is incomplete, damaged or of another shape than the model
     """
     base = open_base(base_dir)
-    # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read.
-    weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights), is_copied=device.type == "cuda")
+    # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read. What a CPU turns
+    # into 8 bits is not mapped: pages that were looked at would stay in memory.
+    is_read_as_stored = base_weights == "nf4" or (base_weights == "fp8" and device.type == "cpu")
+    dtype = None if is_read_as_stored else _DTYPES[base_weights]
+    weights = base.iterate_tensors(dtype=dtype, is_copied=device.type == "cuda")
     bar = tqdm(weights, total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
     fill_model(model, bar, device=device, base_weights=base_weights)
 
@@ -61,7 +64,9 @@ def fill_model(
             weight = weight.to_torchao()
         elif base_weights == "fp8" and _is_layer_matrix(decoder, name):
             # On the device: a GPU quantizes a layer in the time that the next one takes to arrive.
-            quantized = quantize_weight(weight.to(device))
+            if isinstance(weight, Nf4Weight):
+                weight = weight.dequantize(torch.bfloat16)
+            quantized = quantize_weight(weight.to(device).bfloat16())
             weight = quantized.codes
             # Few enough to be whole in every process.
             decoder.get_submodule(name.rsplit(".", 1)[0]).weight_scales = quantized.scales

@@ -215,8 +215,8 @@ def _count_fp8_work(spec: RunSpec, largest: int) -> int:
     if spec.keeps_8_bits:
         # Gate and up themselves, and codes of their product, or of a gradient beside those of a weight, transposed.
         return 2 * values * c + max(values, tokens * a.embed_dim + largest)
-    # Codes; float32 values on their way into them, or both operands in dtype.
-    return values + max(4 * values, (values + largest) * c)
+    # Codes, and both operands in dtype.
+    return values + (values + largest) * c
 
 
 def _count_low_rank(spec: RunSpec) -> int:

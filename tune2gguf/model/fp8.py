@@ -11,6 +11,7 @@ activations' dtype, which holds them exactly: the result differs by its rounding
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -64,8 +65,12 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     if codes.device.type != "cpu":
         return codes.to(dtype)
     # A CPU converts one by one, at a fifth of the speed.
-    places = codes.view(torch.uint8).flatten().int()
-    return _list_values(codes.dtype, dtype).index_select(0, places).view(codes.shape)
+    flat, values = codes.view(torch.uint8).flatten(), _list_values(codes.dtype, dtype)
+    out = torch.empty(codes.numel(), dtype=dtype)
+    for begin in range(0, len(out), CHUNK_WEIGHTS):
+        chunk = slice(begin, begin + CHUNK_WEIGHTS)
+        torch.index_select(values, 0, flat[chunk].int(), out=out[chunk])
+    return out.view(codes.shape)
 
 
 def quantize_weight(weight: Tensor) -> Fp8Weight:
@@ -73,14 +78,17 @@ def quantize_weight(weight: Tensor) -> Fp8Weight:
 
     The first scale makes the largest magnitude 448; the others make it smaller, down to 224.
     """
-    num_rows, num_columns = weight.shape
     codes = torch.empty(weight.shape, dtype=CODES, device=weight.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=weight.device)
-    chunk = max(1, CHUNK_WEIGHTS // num_columns) if weight.device.type == "cpu" else num_rows
-    for begin in range(0, num_rows, chunk):
-        rows = slice(begin, begin + chunk)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for rows in _cut_rows(*weight.shape, weight.device):
         codes[rows], scales[rows] = _quantize_with_best_scales(weight[rows].float())
     return Fp8Weight(codes, scales)
+
+
+def _cut_rows(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
+    """Yield parts of rows as large as a device computes best."""
+    chunk = max(1, CHUNK_WEIGHTS // num_columns) if device.type == "cpu" else num_rows
+    yield from (slice(begin, begin + chunk) for begin in range(0, num_rows, max(1, chunk)))
 
 
 def _quantize_with_best_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,13 +126,19 @@ def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None = None) -> t
 
 def quantize_rows_plainly(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Tensor, Tensor]:
     """The same in torch's operations."""
-    rows = torch.cat(parts, dim=1).float()
-    if factors is not None:
-        rows *= torch.cat(factors)
-    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True).clamp_(min=LEAST_MAGNITUDE)
-    # Of two tensors: by or of a number torch divides with one more rounding.
-    top_code = torch.full_like(largest, LARGEST_CODE)
-    return rows.mul_(top_code / largest).to(CODES), largest / top_code
+    num_rows, device = len(parts[0]), parts[0].device
+    codes = torch.empty(num_rows, sum(part.shape[1] for part in parts), dtype=CODES, device=device)
+    scales = torch.empty(num_rows, 1, dtype=torch.float32, device=device)
+    for chunk in _cut_rows(*codes.shape, device):
+        rows = torch.cat([part[chunk] for part in parts], dim=1).float()
+        if factors is not None:
+            rows *= torch.cat(factors)
+        largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True).clamp_(min=LEAST_MAGNITUDE)
+        # Of two tensors: by or of a number torch divides with one more rounding.
+        top_code = torch.full_like(largest, LARGEST_CODE)
+        codes[chunk] = rows.mul_(top_code / largest).to(CODES)
+        scales[chunk] = largest / top_code
+    return codes, scales
 
 
 def multiply_fp8(x: Tensor, weights: list[Fp8Weight]) -> list[Tensor]:
@@ -165,7 +179,7 @@ def _multiply(codes: Tensor, scales: Tensor, weight: Fp8Weight, dtype: torch.dty
     columns = weight.scales.unsqueeze(0)
     if _uses_units(codes, dtype):
         return torch._scaled_mm(codes, weight.codes.t(), scales, columns, out_dtype=dtype, use_fast_accum=True)
-    return (decode(codes, dtype) @ decode(weight.codes, dtype).T * scales).mul_(columns).to(dtype)
+    return _scale(decode(codes, dtype) @ decode(weight.codes, dtype).T, scales, columns)
 
 
 def _multiply_back_plainly(codes: Tensor, scales: Tensor, weights: list[Fp8Weight], dtype: torch.dtype) -> Tensor:
@@ -173,7 +187,14 @@ def _multiply_back_plainly(codes: Tensor, scales: Tensor, weights: list[Fp8Weigh
     product = decode(parts[0], dtype) @ decode(weights[0].codes, dtype)
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         product.addmm_(decode(part, dtype), decode(weight.codes, dtype))
-    return (product * scales).to(dtype)
+    return _scale(product, scales, scales.new_ones(1))
+
+
+def _scale(product: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Multiply a product of codes, [rows, columns], by its scales, in place."""
+    for chunk in _cut_rows(*product.shape, product.device):
+        product[chunk] = (product[chunk] * rows[chunk]).mul_(columns)
+    return product
 
 
 def describe_products(device: torch.device) -> str:
