@@ -8,6 +8,7 @@ import torch
 
 from tests.gpu.models import CUDA, MARKS, make_model, make_rows, pack
 from tests.gpu.test_graphs import make_fused, train
+from tune2gguf.data import Batch
 from tune2gguf.distributed.gather import PeerCopies
 from tune2gguf.distributed.world import World
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS
@@ -20,6 +21,11 @@ pytestmark = MARKS
 def shard_alone(model: CausalLM) -> None:
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cuda", 0))
     model.sharded = ShardedBase(model.decoder, rank=0, size=1, connect=lambda parts: PeerCopies([parts], world))
+
+
+@torch.no_grad()
+def validate(model: CausalLM, batch: Batch) -> torch.Tensor:
+    return model.eval()(**vars(batch.to(CUDA)))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
@@ -35,7 +41,8 @@ def test_gathers_in_graphs_and_between_them_give_the_bits_of_a_whole_base(small_
     found, expected = train(model, batches), train(whole, batches)
     assert len(model.stack.graphs.captured) >= 3
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.equal(validate(model, batches[2]), validate(whole, batches[2]))
     # Negative control: parts that are not those of the base.
     for part in model.sharded.parts:
         part.zero_()
-    assert not torch.equal(train(model, batches)[-1], expected[-1])
+    assert not torch.equal(validate(model, batches[2]), validate(whole, batches[2]))
