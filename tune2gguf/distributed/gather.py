@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,5 @@ def _open(handle: tuple, device: torch.device) -> Tensor:
     Opened on its own device, as torch would do, it would cost a context of some hundred MB there, and copies would be
     made by the other GPU, in the order of that one's stream. All has been waited for: there is no event to wait for.
     """
-    names = rebuild_cuda_tensor.__code__.co_varnames[: rebuild_cuda_tensor.__code__.co_argcount]
-    arguments = dict(zip(names, handle, strict=True))
+    arguments = signature(rebuild_cuda_tensor).bind(*handle).arguments
     return rebuild_cuda_tensor(**arguments | {"storage_device": device.index, "event_sync_required": False})
