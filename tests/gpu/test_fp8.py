@@ -117,7 +117,7 @@ def test_fused_layers_are_as_near_to_bf16_as_those_with_plain_products(small_bas
     with torch.no_grad():
         for _, weight in list_adapter(model):
             weight.zero_()
-    assert measure_errors(compute(model, batch), exact)[0] > 2 * errors[0]
+    assert measure_errors(compute(model, batch), exact)[0] > 1.5 * errors[0]
 
 
 def test_checkpointing_and_graphs_change_no_bit(small_base):

@@ -145,8 +145,10 @@ def list_layer_activations(spec: RunSpec) -> list[int]:
     d, i, q = a.embed_dim, a.intermediate_dim, a.num_heads * a.head_dim
     if spec.is_fused:
         # Input and middle, q and the attention's result, k and v, gate and up; norms' factors and log of normalizers.
-        kept = 2 * [i + i // 32] if spec.keeps_8_bits else 2 * [i * c]  # with a float32 scale for 128
-        per_token = 2 * [d * c] + 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + kept + [8, 4 * a.num_heads]
+        kept = [q * c, *2 * [i * c]]
+        if spec.keeps_8_bits:  # with a float32 scale for a token, and for 128 of its values
+            kept = [q + 4, *2 * [i + i // 32]]
+        per_token = 2 * [d * c] + [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + kept + [8, 4 * a.num_heads]
         return [size * _count_tokens(spec) for size in [*per_token, _count_low_rank(spec)]]
     adapted = {tensor.tune_name.split(".")[-2]: tensor.shape[1] for tensor in _list_adapted(spec)}
     # q, k, v and output; torchtune expands k and v to all heads, and its kernel keeps the log of the normalizers.

@@ -147,8 +147,12 @@ def multiply_fp8(x: Tensor, weights: list[Fp8Weight]) -> list[Tensor]:
     Args:
         x: [rows, in]
     """
-    codes, scales = quantize_rows([x])
-    return [_multiply(codes, scales, weight, x.dtype) for weight in weights]
+    return multiply_codes(*quantize_rows([x]), weights, dtype=x.dtype)
+
+
+def multiply_codes(codes: Tensor, scales: Tensor, weights: list[Fp8Weight], *, dtype: torch.dtype) -> list[Tensor]:
+    """Return the products of what `quantize_rows` returned, [rows, out] each."""
+    return [_multiply(codes, scales, weight, dtype) for weight in weights]
 
 
 def multiply_fp8_back(gradients: list[Tensor], weights: list[Fp8Weight]) -> Tensor:

@@ -75,6 +75,21 @@ def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Te
 
 
 @triton.jit
+def _decode_rows_kernel(codes, scales, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    values = tl.load(codes + row * WIDTH + columns, mask=columns < WIDTH).to(tl.float32) * tl.load(scales + row)
+    tl.store(out + row * WIDTH + columns, values.to(out.dtype.element_ty), mask=columns < WIDTH)
+
+
+def decode_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of codes [rows, width] with scales float32 [rows, 1]."""
+    num_rows, width = codes.shape
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    _decode_rows_kernel[(num_rows,)](codes, scales, out, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=4)
+    return out
+
+
+@triton.jit
 def _keep_tile(tile, codes, scales, rows, row_mask, at, mask, LARGEST: tl.constexpr, LEAST: tl.constexpr):
     """Write a float32 tile [rows, columns] in 8 bits, with a scale for each of its rows."""
     largest = tl.maximum(tl.max(tl.abs(tile), axis=1), LEAST)

@@ -11,6 +11,7 @@ what is not larger, a longer pass than any before starts the pool anew.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -164,9 +165,16 @@ class LayerGraphs:
 
     def _record(self, work) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: NCCL's asks whether its work is done, a checkpoint is written.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        # Graphs that Python finds unused meanwhile must not be destroyed meanwhile.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            # Other threads go on: NCCL's asks whether its work is done, a checkpoint is written.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            if collects:
+                gc.enable()
         return graph
 
     def _run_forward(self, layout: Layout, kind: Kind) -> None:

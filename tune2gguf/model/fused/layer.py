@@ -14,9 +14,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tune2gguf.model.fp8 import get_fp8_weight, is_fp8, multiplies_fp8, multiply_fp8, multiply_fp8_back
+from tune2gguf.model.fp8 import (
+    get_fp8_weight,
+    is_fp8,
+    multiplies_fp8,
+    multiply_codes,
+    multiply_fp8,
+    multiply_fp8_back,
+    quantize_rows,
+)
 from tune2gguf.model.fused import launch
 from tune2gguf.model.fused.attention import Layout, attend, attend_back
+from tune2gguf.model.fused.eight_bit import decode_rows
 from tune2gguf.model.fused.groups import (
     DOWN,
     GATE_UP,
@@ -78,10 +87,11 @@ class Pass:
     gate: Tensor | None = None
     up: Tensor | None = None
     kept_inputs: KeptInputs | None = None  # instead of gate and up
+    kept_attended: tuple[Tensor, Tensor] | None = None  # instead of attended: codes and scales of its product
 
     @property
     def keeps_8_bits(self) -> bool:
-        """Whether gate and up, half of what a layer keeps, are kept in 8 bits: where products are of 8 bits, too."""
+        """Whether attended, gate and up, most of what a layer keeps, are kept in 8 bits: where products are of those."""
         weight = self.linears["w1"].weight
         return is_fp8(weight) and multiplies_fp8(weight.device)
 
@@ -114,7 +124,7 @@ class Pass:
         flat = self.attended.flatten(1)
         if not again:
             output.reduce(flat)
-        (delta,) = multiply(flat, linears["output_proj"])
+        delta = self._multiply_attended(flat, linears["output_proj"])
         norm = self.layer.mlp_norm
         adapted_output = output.add_to("output_proj")
         self.middle, normed, self.second_rstd = launch.norm(
@@ -123,6 +133,12 @@ class Pass:
         if not again:
             self.groups[GATE_UP].reduce(normed)
         self.gate, self.up = multiply(normed, linears["w1"], linears["w3"])
+
+    def _multiply_attended(self, flat: Tensor, linear: nn.Module) -> Tensor:
+        if not self.keeps_8_bits or self.checkpointing:
+            return multiply(flat, linear)[0]
+        self.kept_attended, self.attended = quantize_rows([flat]), None
+        return multiply_codes(*self.kept_attended, [get_fp8_weight(linear)], dtype=flat.dtype)[0]
 
     def finish(self) -> Tensor:
         """Return the layer's output, [rows, dim]."""
@@ -189,6 +205,9 @@ class Pass:
 
     def _backward_attention(self, middle_gradient: Tensor, gradients: dict) -> dict[str, Tensor]:
         output = self.groups[OUTPUT]
+        if self.kept_attended is not None:
+            self.attended = decode_rows(*self.kept_attended, middle_gradient.dtype).view_as(self.heads[0])
+            self.kept_attended = None
         low_rank = output.reduce_gradients({"output_proj": middle_gradient}, gradients)
         output.finish_gradients(low_rank, gradients, self.attended.flatten(1))
         gradient = multiply_back([middle_gradient], self.linears["output_proj"])
