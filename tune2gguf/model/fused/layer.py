@@ -91,7 +91,7 @@ class Pass:
 
     @property
     def keeps_8_bits(self) -> bool:
-        """Whether attended, gate and up, most of what a layer keeps, are kept in 8 bits: where products are of those."""
+        """Whether attended, gate and up, most of what a layer keeps, are kept in 8 bits, as products take them."""
         weight = self.linears["w1"].weight
         return is_fp8(weight) and multiplies_fp8(weight.device)
 
@@ -124,7 +124,7 @@ class Pass:
         flat = self.attended.flatten(1)
         if not again:
             output.reduce(flat)
-        delta = self._multiply_attended(flat, linears["output_proj"])
+        delta = self._multiply_attended(flat, linears["output_proj"], keeps=again or not self.checkpointing)
         norm = self.layer.mlp_norm
         adapted_output = output.add_to("output_proj")
         self.middle, normed, self.second_rstd = launch.norm(
@@ -134,8 +134,8 @@ class Pass:
             self.groups[GATE_UP].reduce(normed)
         self.gate, self.up = multiply(normed, linears["w1"], linears["w3"])
 
-    def _multiply_attended(self, flat: Tensor, linear: nn.Module) -> Tensor:
-        if not self.keeps_8_bits or self.checkpointing:
+    def _multiply_attended(self, flat: Tensor, linear: nn.Module, *, keeps: bool) -> Tensor:
+        if not (self.keeps_8_bits and keeps):
             return multiply(flat, linear)[0]
         self.kept_attended, self.attended = quantize_rows([flat]), None
         return multiply_codes(*self.kept_attended, [get_fp8_weight(linear)], dtype=flat.dtype)[0]
