@@ -101,6 +101,7 @@ def report_weights(arguments) -> Iterator[str]:
     }
     base = open_base(SMOLLM2)
     names = [name for name, spec in base.specs.items() if spec.is_linear]
+    torch.manual_seed(0)  # of the distribution that takes no generator
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(1024, 1024, generator=generator) * 0.02
     sets = {

@@ -24,7 +24,8 @@ LARGEST_CODE = 448.0
 LEAST_MAGNITUDE = 1e-30  # of a row: below it float32 has no inverse of the scale
 DIVISOR = 16  # of a weight's shape: what the GPU's product takes
 SCALES_PER_OCTAVE = 8  # that a weight's row tries; the format repeats itself at every power of two
-CHUNK_WEIGHTS = 1 << 18  # on a CPU: temporaries that stay in the cache of a core
+# That become codes at a time: on a CPU temporaries stay in the cache of a core, on a GPU they are small beside a layer.
+CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
     # A CPU converts one by one, at a fifth of the speed.
     flat, values = codes.view(torch.uint8).flatten(), _list_values(codes.dtype, dtype)
     out = torch.empty(codes.numel(), dtype=dtype)
-    for begin in range(0, len(out), CHUNK_WEIGHTS):
-        chunk = slice(begin, begin + CHUNK_WEIGHTS)
+    for begin in range(0, len(out), CHUNK_VALUES["cpu"]):
+        chunk = slice(begin, begin + CHUNK_VALUES["cpu"])
         torch.index_select(values, 0, flat[chunk].int(), out=out[chunk])
     return out.view(codes.shape)
 
@@ -87,8 +88,8 @@ def quantize_weight(weight: Tensor) -> Fp8Weight:
 
 def _cut_rows(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
     """Yield parts of rows as large as a device computes best."""
-    chunk = max(1, CHUNK_WEIGHTS // num_columns) if device.type == "cpu" else num_rows
-    yield from (slice(begin, begin + chunk) for begin in range(0, num_rows, max(1, chunk)))
+    chunk = max(1, CHUNK_VALUES[device.type] // num_columns)
+    yield from (slice(begin, begin + chunk) for begin in range(0, num_rows, chunk))
 
 
 def _quantize_with_best_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
