@@ -5,6 +5,7 @@ torchrun --standalone --nproc-per-node N tests/recipes/several_runs.py RUNS.json
 RUNS.json holds lists of arguments: each of those `alone` is one process's, in those `together` all take part.
 """
 
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,9 @@ def run(arguments: list[str]) -> None:
     recipe.setup()
     recipe.train()
     recipe.save()
+    # What it has of other processes' memory is given back before they use it for the next run.
+    del recipe
+    gc.collect()
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-from tune2gguf.distributed.world import World, gather_over_ranks, wait_for_all
+from tune2gguf.distributed.world import AgreedError, World, agree_on_errors, gather_over_ranks
 from tune2gguf.model.sharding import Gather
 
 
@@ -79,19 +80,30 @@ def _open_parts_of_others(parts: list[Tensor], world: World) -> list[list[Tensor
     )
     if not all(gather_over_ranks(can_read)):
         return None
-    handles = gather_over_ranks([reduce_tensor(part)[1] for part in parts])
     torch.cuda.synchronize(world.device)  # what others are about to read is there
-    wait_for_all()
-    opened, problem = [], None
     try:
-        for rank, theirs in enumerate(handles):
-            opened.append(parts if rank == world.rank else [_open(handle, world.device) for handle in theirs])
-    except RuntimeError as error:
-        problem = str(error).splitlines()[0]
-    problems = [found for found in gather_over_ranks(problem) if found is not None]
-    if problems and world.is_main:
-        print(f"note: the GPUs cannot read each other's memory ({problems[0]}); the base is gathered by NCCL, slower")
-    return None if problems else opened
+        with _agree_on_obstacles():
+            own = [reduce_tensor(part)[1] for part in parts]
+        handles = gather_over_ranks(own)
+        with _agree_on_obstacles():
+            return [
+                parts if rank == world.rank else [_open(handle, world.device) for handle in theirs]
+                for rank, theirs in enumerate(handles)
+            ]
+    except AgreedError as obstacle:
+        if world.is_main:
+            print(f"note: the GPUs cannot read each other's memory ({obstacle}); the base is gathered by NCCL, slower")
+        return None
+
+
+@contextmanager
+def _agree_on_obstacles() -> Iterator[None]:
+    """Leave the block together: what CUDA refuses to one process stands in the way of all."""
+    with agree_on_errors():
+        try:
+            yield
+        except RuntimeError as error:
+            raise ValueError(str(error).splitlines()[0]) from error
 
 
 def _open(handle: tuple, device: torch.device) -> Tensor:

@@ -5,9 +5,9 @@ with an even number are gathered into one buffer, those with an odd number into 
 one after it arrives, in forward as in backward. Token embedding and head share a third buffer. A weight is a view of
 its buffer; it has the same address whenever its layer computes, as autograd and compiled code ask for.
 
-This replaces FSDP2, which copies each weight into a buffer before it is sent and out of one after it has arrived, has
-no use of weights that stay the same, and shards the adapters, too, whose gradients it then reduces layer by layer.
-Adapters are small: every process has them whole, as where it replicates the base.
+FSDP2 would copy each weight into a buffer before it is sent and out of one after it has arrived, gather again what has
+not changed, and reduce the adapters' gradients layer by layer, pass by pass. Adapters are small: every process has them
+whole, as where the base is replicated.
 """
 
 from __future__ import annotations
