@@ -23,11 +23,12 @@ OPTIONS = ["batch_size=3", "gradient_accumulation_steps=2", "epochs=6", "learnin
 
 def start_recipe(arguments: list[str], log: Path) -> subprocess.Popen:
     command = [sys.executable, "recipes/lora_finetune.py", *arguments]
+    python_path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     with log.open("a") as output:
         return subprocess.Popen(
             command,
             cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+            env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "2"},  # several runs share the cores
             stdout=output,
             stderr=output,
         )
@@ -47,24 +48,26 @@ def read_losses(folder: Path, key: str) -> list[float]:
 def start_runs(pool: ThreadPoolExecutor, base_dir: Path, folder: Path) -> dict[tuple[str, str], Future]:
     """Start all runs of these tests side by side, those first that take longest; each gives its folder."""
     arguments = [*make_run_arguments(folder, base_dir), f"base_dir={base_dir}", *OPTIONS]
+    exact = ["dtype=bf16", "base_weights=bf16", "device=cuda", "lora_dropout=0.1", "save_every_n_steps=1"]
+    kept = ["device=cuda", "lora_dropout=0.1", "enable_activation_checkpointing=true"]
+    named: dict[tuple[str, str], list[str]] = {
+        ("kept", "false"): kept,
+        ("offloaded", "false"): [*kept, "enable_activation_offloading=true"],
+    }
     runs = {}
     for packing in ("false", "true"):
-        exact = ["dtype=bf16", "base_weights=bf16", "device=cuda", "lora_dropout=0.1", "save_every_n_steps=1"]
-        exact = [*arguments, *exact, f"dataset.packing={packing}"]
-        runs["killed", packing] = pool.submit(kill_and_resume, exact, _name(folder, f"killed-{packing}"))
-        named = {"whole": exact, "again": exact, "other": [*exact, "seed=43"]}
-        for device in ("cpu", "cuda"):
-            named[device] = [*arguments, f"dataset.packing={packing}", f"device={device}"]
-        if packing == "false":
-            named["kept"] = [*arguments, "device=cuda", "lora_dropout=0.1", "enable_activation_checkpointing=true"]
-            named["offloaded"] = [*named["kept"], "enable_activation_offloading=true"]
-        for name, own in named.items():
-            runs[name, packing] = pool.submit(run_to_end, own, _name(folder, f"{name}-{packing}"))
+        named |= {("whole", packing): exact, ("again", packing): exact, ("other", packing): [*exact, "seed=43"]}
+        named |= {(device, packing): [f"device={device}"] for device in ("cpu", "cuda")}
+        own = [*arguments, *exact, f"dataset.packing={packing}"]
+        runs["killed", packing] = pool.submit(kill_and_resume, own, _place(folder, f"killed-{packing}"))
+    for (name, packing), own in named.items():
+        own = [*arguments, *own, f"dataset.packing={packing}"]
+        runs[name, packing] = pool.submit(run_to_end, own, _place(folder, f"{name}-{packing}"))
     return runs
 
 
-def _name(folder: Path, name: str) -> Path:
-    """Return where a run goes: alone in its folder, as runs in one keep a ledger together."""
+def _place(folder: Path, name: str) -> Path:
+    """Return where a run goes: alone in a folder, as the runs of one keep a ledger together."""
     (folder / name).mkdir()
     return folder / name / "run"
 
