@@ -120,10 +120,11 @@ def make_stock_command(
         "epochs": 1,
         "optimizer.lr": LEARNING_RATE,
         "lr_scheduler.num_warmup_steps": WARMUP_STEPS,
-        "compile": best,
-        "enable_activation_checkpointing": not best,
+        "clip_grad_norm": 1.0,
         "metric_logger.filename": "log.txt",
     }
+    if best:
+        options |= {"compile": True, "enable_activation_checkpointing": False}
     command = ["tune", "run", "lora_finetune_single_device", "--config", f"{STOCK_CONFIGS[model]}_{kind}_single_device"]
     return [*command, *(f"{key}={value}" for key, value in options.items())], out / "logs/log.txt"
 
