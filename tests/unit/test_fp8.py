@@ -7,7 +7,7 @@ from tests.conftest import INTERPRETS_TRITON, TINY_UNTIED, write_tiny_base
 from tune2gguf.base.load import load_base
 from tune2gguf.model import fp8
 from tune2gguf.model.fp8 import CODES, Fp8Weight, FrozenLinear
-from tune2gguf.model.llama import lora_llama
+from tune2gguf.model.llama import build_lora_llama, lora_llama
 from tune2gguf.model.lora import LoRALinear
 
 CPU = torch.device("cpu")
@@ -184,25 +184,65 @@ def test_kernels_quantize_and_transpose_as_torch_does():
 
 
 @pytest.mark.skipif(not INTERPRETS_TRITON, reason="needs Triton's interpreter; tests/gpu has the kernels themselves")
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-def test_a_fused_layer_is_as_near_to_exact_as_the_plain_one(checkpointing):
+def test_checkpointing_changes_no_bit_where_activations_are_kept_in_8_bits(monkeypatch):
     from tune2gguf.model.fused.attention import Layout
-    from tune2gguf.model.fused.layer import run_layer
-    from tune2gguf.model.llama import build_lora_llama
+    from tune2gguf.model.fused.layer import Pass, run_layer
 
+    layer, x, upstream = make_layer(), draw(20, 32), draw(20, 32, seed=1)
+    quantize_layer(layer)
+    layout = Layout(torch.arange(20), torch.tensor([0, 20], dtype=torch.int32), 20)
+
+    def compute(*, checkpointing: bool) -> list[torch.Tensor]:
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        out = run_layer(layer, leaf, layout=layout, checkpointing=checkpointing)
+        out.backward(upstream)
+        return [
+            out.detach(),
+            leaf.grad,
+            *(weight.grad.clone() for weight in layer.parameters() if weight.requires_grad),
+        ]
+
+    exact = compute(checkpointing=False)
+    # As on a GPU with 8-bit products; this machine has none.
+    monkeypatch.setattr(Pass, "keeps_8_bits", True)
+    kept, again = (compute(checkpointing=checkpointing) for checkpointing in (False, True))
+    assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
+    # Negative control: what is kept has been rounded.
+    assert not torch.equal(kept[1], exact[1])
+
+
+def make_layer() -> torch.nn.Module:
     torch.manual_seed(0)
     model = build_lora_llama(
         TINY_UNTIED,
         lora_rank=4,
         lora_alpha=4.0,
         lora_dropout=0.0,
-        lora_attn_modules=["q_proj", "v_proj"],
+        lora_attn_modules=["q_proj", "v_proj", "output_proj"],
         apply_lora_to_mlp=True,
         max_seq_len=32,
     )
-    layer, x = model.decoder.layers[0], draw(20, 32)
+    layer = model.decoder.layers[0]
     for parameter in layer.parameters():
         parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
+    return layer
+
+
+def quantize_layer(layer: torch.nn.Module) -> None:
+    for module in layer.modules():
+        if isinstance(module, (LoRALinear, FrozenLinear)):
+            weight = fp8.quantize_weight(module.weight)
+            module.weight, module.weight_scales = torch.nn.Parameter(weight.codes, False), weight.scales
+
+
+@pytest.mark.skipif(not INTERPRETS_TRITON, reason="needs Triton's interpreter; tests/gpu has the kernels themselves")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_a_fused_layer_is_as_near_to_exact_as_the_plain_one(checkpointing):
+    from tune2gguf.model.fused.attention import Layout
+    from tune2gguf.model.fused.layer import run_layer
+
+    layer, x = make_layer(), draw(20, 32)
     layout = Layout(torch.arange(20), torch.tensor([0, 20], dtype=torch.int32), 20)
     upstream = draw(20, 32, seed=1)
 
@@ -218,10 +258,7 @@ def test_a_fused_layer_is_as_near_to_exact_as_the_plain_one(checkpointing):
         return layer(leaf[None])[0]
 
     exact = compute(run_plainly)
-    for module in layer.modules():
-        if isinstance(module, (LoRALinear, FrozenLinear)):
-            weight = fp8.quantize_weight(module.weight)
-            module.weight, module.weight_scales = torch.nn.Parameter(weight.codes, False), weight.scales
+    quantize_layer(layer)
     plain = compute(run_plainly)
     fused = compute(lambda leaf: run_layer(layer, leaf, layout=layout, checkpointing=checkpointing))
     errors = [[measure_error(*pair) for pair in zip(found, exact, strict=True)] for found in (fused, plain)]
