@@ -19,7 +19,7 @@ from torch import Tensor
 MIN_ROW = 1024  # tokens of a pass's longest row: for less, building a plan takes longer than it saves
 # For its fixed order backward writes the gradient of every score, bf16 [tokens, heads, longest]. As many heads go at a
 # time as stay below this; it is less than what the layer's other half has just given back.
-BACKWARD_BYTES = 1 << 30
+BACKWARD_BYTES = 512 << 20
 
 
 MISSING = f"rows of {MIN_ROW} tokens and more are faster with cuDNN: pip install 'tune2gguf[cudnn]'"
