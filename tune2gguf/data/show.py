@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tune2gguf.data.ledger import locate_row
+from tune2gguf.data.ledger import RowLedger, locate_row
 from tune2gguf.data.summary import DataSummary
 from tune2gguf.data.tokenize import TokenizedRow
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
@@ -49,11 +49,17 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
     ledger = summary.data.ledger
     for file in ledger["files"]:
         shape = summary.shapes[file["file"]] or "no shape found"
-        yield f"{escape(file['file'])}: {file['read']} rows, {shape}"
+        revision = f", revision {file['revision']}" if file["revision"] else ""
+        yield f"{escape(file['file'])}: {file['read']} rows, {shape}{revision}"
+        mapping = summary.mappings[file["file"]]
+        if mapping:
+            yield f"  {escape(mapping)}"
+    not_drawn = f" + {ledger['not_drawn']} not drawn" if ledger["not_drawn"] else ""
     yield (
         f"rows: {ledger['read']} read = {ledger['trained']} trained + {ledger['validated']} validated"
-        f" + {ledger['truncated']} truncated + {ledger['dropped']} dropped"
+        f" + {ledger['truncated']} truncated + {ledger['dropped']} dropped{not_drawn}"
     )
+    yield from _format_sources(ledger)
     yield f"messages: {', '.join(f'{count} {role}' for role, count in summary.roles.items())}"
     if summary.dropped:
         yield f"dropped: {', '.join(f'{count} {kind}' for kind, count in summary.dropped.items())}"
@@ -61,6 +67,19 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
         yield f"  {escape(locate_row(ledger, row))}: {escape(row['reason'])}"
     if ledger["dropped"] > MAX_PROBLEMS_SHOWN:
         yield f"  and {ledger['dropped'] - MAX_PROBLEMS_SHOWN} more"
+
+
+def _format_sources(ledger: RowLedger) -> Iterator[str]:
+    """Say what each source gives to an epoch, where there are several."""
+    if len(ledger["sources"]) == 1:
+        return
+    total = ledger["training"]["tokens"]
+    for number, source in enumerate(ledger["sources"]):
+        yield (
+            f"source {number}, {escape(', '.join(source['files']))}: {source['read']} read, {source['trained']} trained, "
+            f"{source['validated']} validated; an epoch takes {source['rows_per_epoch']} rows, "
+            f"{source['tokens_per_epoch'] / total:.1%} of its tokens"
+        )
 
 
 def _format_lengths(summary: DataSummary) -> Iterator[str]:
