@@ -26,6 +26,10 @@ PATH_KEYS = (
     "dataset.validation_files",
     "metric_logger.log_dir",
 )
+# Keys that hold text, and null where there is none.
+TEXT_KEYS = ("dataset.prompt",)
+# Keys that hold names under names.
+MAPPING_KEYS = ("dataset.columns",)
 # Keys that hold a text or a list of texts.
 TEXTS_KEYS = ("dataset.files", "dataset.validation_files")
 

@@ -156,12 +156,21 @@ def test_conversation_that_cannot_be_trained_on_is_refused(turns, said):
         ("alpaca", {"instruction": "Hi", "input": 3, "output": "x"}, "'input' must be text, got int 3"),
         ("alpaca", {"instruction": "Hi", "output": "x", "history": [["a", "b"]]}, "'history' is not supported"),
         ("prompt_completion", {"prompt": "Hi", "completion": ""}, "message 2, the assistant's, is empty"),
-        ("prompt_completion", {"prompt": ["Hi"], "completion": "x"}, r"prompt\[0\] must be an object with 'role' and 'content', got str 'Hi'"),
+        (
+            "prompt_completion",
+            {"prompt": ["Hi"], "completion": "x"},
+            r"prompt\[0\] must be an object with 'role' and 'content', got str 'Hi'",
+        ),
         ("openai", {"system": 3, "messages": [QUESTION, ANSWER]}, "'system' must be text, got int 3"),
         ("openai", {"system": "x", "messages": [turn("system", "y"), QUESTION, ANSWER]}, "'system' beside a system m"),
         (
             "openai",
-            {"messages": [turn("user", [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]), ANSWER]},
+            {
+                "messages": [
+                    turn("user", [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]),
+                    ANSWER,
+                ]
+            },
             r"messages\[0\].content\[1\] is of type 'image_url'; only parts of type 'text' can be trained",
         ),
         ("text", {"text": None}, "'text' must be text, got null"),

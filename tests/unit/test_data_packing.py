@@ -34,7 +34,9 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
     )
     tokens = np.arange(lengths.sum(), dtype=np.int32)
     file = TokenizedFile("x.jsonl", RowReader(), tokens, np.ones(len(tokens), bool), index)
-    picks = np.stack([np.zeros(len(lengths), np.int64), np.arange(len(lengths)), np.zeros(len(lengths), np.int64)], axis=1)
+    picks = np.stack(
+        [np.zeros(len(lengths), np.int64), np.arange(len(lengths)), np.zeros(len(lengths), np.int64)], axis=1
+    )
     return TokenizedRows([file], picks, max_seq_len)
 
 

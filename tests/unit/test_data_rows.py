@@ -11,7 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tune2gguf.data.rows import MAX_ROW_BYTES, Source, compute_content_digest, find_files, measure_file, read_blocks, read_rows
+from tune2gguf.data.rows import (
+    MAX_ROW_BYTES,
+    Source,
+    compute_content_digest,
+    find_files,
+    measure_file,
+    read_blocks,
+    read_rows,
+)
 
 ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer\n{number}."} for number in range(3)]
 

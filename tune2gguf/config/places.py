@@ -20,7 +20,9 @@ from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.base.source import parse_base_source, read_source
 from tune2gguf.config.plan import find_plan_problems
 from tune2gguf.data import check_files
-from tune2gguf.data.rows import find_files, is_hub, read_rows
+from tune2gguf.data.rows import is_hub, read_rows
+from tune2gguf.data.select import Share
+from tune2gguf.data.sources import list_sources
 from tune2gguf.export.pipeline import check_room, find_export_problems
 from tune2gguf.files.atomic import check_name
 from tune2gguf.files.json_files import read_json
@@ -191,7 +193,7 @@ def find_data_problems(
     if problems or any(name not in valid for name in needed):
         return
     try:
-        num_rows = _count_rows(dataset["files"])
+        num_rows = _count_rows(dataset)
     except ValueError as error:
         yield str(error)
         return
@@ -210,13 +212,16 @@ def find_data_problems(
     )
 
 
-def _count_rows(files: str | list[str]) -> int | None:
-    """Return how many rows small files hold at most, None for any other: then the recipe counts them later.
+def _count_rows(dataset: Mapping[str, Any]) -> int | None:
+    """Return how many rows small files hold at most, None for any other data: then the recipe counts them later.
 
     Raises:
         ValueError: if a file cannot be read to its end
     """
-    names = find_files(files)
+    sources = list_sources(dataset)
+    if dataset.get("on_long_row") == "split" or any(source.share != Share() for source in sources):
+        return None
+    names = [name for source in sources for name in source.files]
     if any(is_hub(name) for name in names) or sum(Path(name).stat().st_size for name in names) > MAX_COUNTED_BYTES:
         return None
     return sum(1 for name in names for _ in read_rows(name))

@@ -144,7 +144,8 @@ def _rename_turns(value: Any, in_turns: Mapping[str, str]) -> Any:
         return value
     names = {name: part for part, name in in_turns.items()}
     return [
-        {names.get(key, key): held for key, held in turn.items() if key not in in_turns or key in names} for turn in value
+        {names.get(key, key): held for key, held in turn.items() if key not in in_turns or key in names}
+        for turn in value
     ]
 
 

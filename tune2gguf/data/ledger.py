@@ -114,9 +114,7 @@ def _count_rows(rows: TokenizedRows) -> int:
     return len(np.unique(rows.picks[:, :2], axis=0))
 
 
-def _describe_file(
-    number: int, file: TokenizedFile, selection: Selection, validation: TokenizedRows
-) -> dict[str, Any]:
+def _describe_file(number: int, file: TokenizedFile, selection: Selection, validation: TokenizedRows) -> dict[str, Any]:
     held_out = np.unique(validation.picks[validation.picks[:, 0] == number, 1])
     return {
         "file": file.name,

@@ -227,7 +227,9 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _read_side(row: Mapping[str, Any], key: str, role: str) -> list[Message]:
-    return _read_turns(row[key], _OPENAI, key) if isinstance(row.get(key), list) else [Message(role, _read_text(row, key))]
+    return (
+        _read_turns(row[key], _OPENAI, key) if isinstance(row.get(key), list) else [Message(role, _read_text(row, key))]
+    )
 
 
 def _read_text(row: Mapping[str, Any], key: str) -> str:

@@ -195,9 +195,7 @@ def _require_columns(files: Sequence[TokenizedFile]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def _require_rows(
-    selection: Selection, files: Sequence[TokenizedFile], roles: Sequence[Role], *, seed: int
-) -> None:
+def _require_rows(selection: Selection, files: Sequence[TokenizedFile], roles: Sequence[Role], *, seed: int) -> None:
     if not len(selection.train):
         dropped = f"; {len(selection.dropped)} rows were dropped" if selection.dropped else ""
         validation_rows = f"; {len(selection.validation)} are for validation" if len(selection.validation) else ""

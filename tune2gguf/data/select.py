@@ -234,7 +234,9 @@ def _note_long_rows(
 ) -> None:
     for split, rows in rows_by_split.items():
         lengths = np.diff(file.index.offsets)[rows]
-        for row, length in zip(rows[lengths > limits.max_seq_len].tolist(), lengths[lengths > limits.max_seq_len].tolist(), strict=True):
+        for row, length in zip(
+            rows[lengths > limits.max_seq_len].tolist(), lengths[lengths > limits.max_seq_len].tolist(), strict=True
+        ):
             source = file.locate(int(file.index.lines[row]))
             if _is_split(file, row, limits):
                 pieces = len(range(0, length - limits.overlap, limits.max_seq_len - limits.overlap))

@@ -91,4 +91,3 @@ def summarize_data(
         },
         fill=packed.fill,
     )
-

@@ -11,7 +11,16 @@ import numpy as np
 
 from tune2gguf.data.columns import RowReader
 from tune2gguf.data.messages import DIGEST_BYTES, AmbiguousFormatError, digest
-from tune2gguf.data.rows import MAX_ROW_BYTES, Block, Row, Source, describe_too_long, parse_block, read_blocks, read_rows
+from tune2gguf.data.rows import (
+    MAX_ROW_BYTES,
+    Block,
+    Row,
+    Source,
+    describe_too_long,
+    parse_block,
+    read_blocks,
+    read_rows,
+)
 from tune2gguf.tokenizer.conversation import Conversation, trim
 
 if TYPE_CHECKING:
@@ -354,7 +363,9 @@ def join_indices(parts: Sequence[TokenIndex]) -> TokenIndex:
 
     none = np.empty(0, np.int64)
     return TokenIndex(
-        offsets=concatenate((part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)), np.int64([0])),
+        offsets=concatenate(
+            (part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)), np.int64([0])
+        ),
         lines=concatenate((part.lines for part in parts), none),
         num_supervised=concatenate((part.num_supervised for part in parts), none),
         first_supervised=concatenate((part.first_supervised for part in parts), none),

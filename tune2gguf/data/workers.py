@@ -154,4 +154,3 @@ def _receive(pipe: BinaryIO) -> bytes:
     if len(size) < 8 or len(message) < int.from_bytes(size, "little"):
         raise EOFError
     return message
-

@@ -40,7 +40,8 @@ def describe_plan(
         lines.append(describe_products(torch.device(device)))
     if world_size > 1:
         lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
-    lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} for validation")
+    formats = ", ".join(dict.fromkeys(file["format"] for file in data.ledger["files"] if file["format"]))
+    lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} for validation; read as {formats}")
     lines.append(validation.describe())
     samples = describe_prompts(
         prompts,
