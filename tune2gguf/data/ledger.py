@@ -207,8 +207,8 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
     if selection.pieces:
         pieces = sum(row.num_pieces for row in selection.pieces)
         notes.append(
-            f"texts longer than max_seq_len={train.max_seq_len}, which are split: {len(selection.pieces)}, into {pieces} "
-            f"pieces; each begins with {train.overlap} token{'s' * (train.overlap > 1)} of the one before"
+            f"texts longer than max_seq_len={train.max_seq_len}, which are split: {len(selection.pieces)}, into "
+            f"{pieces} pieces; a later one begins with the last {train.overlap} of the one before"
         )
     if selection.dropped:
         reasons = _list_some([f"{row.source}: {row.reason}" for row in selection.dropped], "; ")

@@ -8,7 +8,7 @@ from typing import Any
 from tune2gguf.commands import format_command, format_overrides
 
 # What public data sets call the parts of a row, the likeliest first.
-_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input", "user", "human", "source", "title")
+_PROMPTS = ("prompt", "question", "instruction", "query", "problem", "input", "user", "human", "customer", "request")
 _CONTEXTS = ("context", "input", "passage", "document", "background")
 _COMPLETIONS = (
     *("completion", "response", "answer", "output", "reply", "chosen", "solution", "target"),

@@ -81,8 +81,8 @@ def chat_dataset(
             and prompt of their own, and with `weight`, how often an epoch takes each row, or `rows`, how many rows it
             takes; what a source does not say it has from above
         on_bad_row: error | drop, for rows that cannot be trained on and for repeated ones
-        on_long_row: truncate | split | drop | error, for rows of more than max_seq_len tokens; split cuts raw texts into
-            pieces of max_seq_len, and truncates conversations
+        on_long_row: truncate | split | drop | error, for rows of more than max_seq_len tokens; split cuts raw texts
+            into pieces of max_seq_len, and truncates conversations
         long_row_overlap: tokens of the piece before that a later piece begins with; they are not trained again. With 1
             every token of the text is trained that would be if it fitted
         packing: train on sequences of max_seq_len that hold several rows, none of which sees another
@@ -159,8 +159,8 @@ def _find_option_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
     overlap = dataset.get("long_row_overlap", 1)
     if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1:
         yield (
-            f"dataset.long_row_overlap={overlap} must be a whole number of at least 1: the first token of a piece is not "
-            "trained, so that it has to be one that the piece before trains"
+            f"dataset.long_row_overlap={overlap} must be a whole number of at least 1: the first token of a piece is "
+            "not trained, so that it has to be one that the piece before trains"
         )
     elif overlap > 1 and dataset.get("on_long_row") != "split":
         yield f"dataset.long_row_overlap={overlap} does nothing without dataset.on_long_row=split"

@@ -1,6 +1,7 @@
 """Files to rows: JSONL, JSON array, CSV and Parquet, each row with the file and line it came from.
 
-A file is read in blocks, in order; a block is parsed by itself, in any process. `datasets` reads hub data sets only: of local files it tells neither a row's line nor every fault at once.
+A file is read in blocks, in order; a block is parsed by itself, in any process. `datasets` reads hub data sets only: of
+local files it tells neither a row's line nor every fault at once.
 """
 
 from __future__ import annotations

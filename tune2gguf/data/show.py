@@ -76,8 +76,8 @@ def _format_sources(ledger: RowLedger) -> Iterator[str]:
     total = ledger["training"]["tokens"]
     for number, source in enumerate(ledger["sources"]):
         yield (
-            f"source {number}, {escape(', '.join(source['files']))}: {source['read']} read, {source['trained']} trained, "
-            f"{source['validated']} validated; an epoch takes {source['rows_per_epoch']} rows, "
+            f"source {number}, {escape(', '.join(source['files']))}: {source['read']} read, {source['trained']} trained"
+            f", {source['validated']} validated; an epoch takes {source['rows_per_epoch']} rows, "
             f"{source['tokens_per_epoch'] / total:.1%} of its tokens"
         )
 

@@ -362,10 +362,9 @@ def join_indices(parts: Sequence[TokenIndex]) -> TokenIndex:
         return dict(total)
 
     none = np.empty(0, np.int64)
+    ends = (part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))
     return TokenIndex(
-        offsets=concatenate(
-            (part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)), np.int64([0])
-        ),
+        offsets=concatenate(ends, np.int64([0])),
         lines=concatenate((part.lines for part in parts), none),
         num_supervised=concatenate((part.num_supervised for part in parts), none),
         first_supervised=concatenate((part.first_supervised for part in parts), none),
