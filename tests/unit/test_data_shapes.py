@@ -155,7 +155,8 @@ def test_file_is_read_and_trained_as_its_tool_means_it(tokenizer, name, override
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides"), [(name, overrides) for name, overrides, *_ in READ if overrides and name != "chat_in_csv.csv"]
+    ("name", "overrides"),
+    [(name, overrides) for name, overrides, *_ in READ if overrides and name != "chat_in_csv.csv"],
 )
 def test_refusal_names_the_override_that_reads_the_file(tokenizer, name, overrides):
     with pytest.raises(ValueError) as error:
@@ -190,7 +191,9 @@ def test_rows_labelled_as_bad_replies_are_dropped_by_name(tokenizer):
     assert data.ledger["dropped"] == 1
 
 
-@pytest.mark.parametrize("name", ["openai_chat.jsonl", "axolotl_train.jsonl", "gsm8k.jsonl", "text.jsonl", "dolly.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["openai_chat.jsonl", "axolotl_train.jsonl", "gsm8k.jsonl", "text.jsonl", "dolly.jsonl"]
+)
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl.gz", ".json"])
 def test_same_rows_in_another_file_format_train_the_same(tmp_path, tokenizer, name, suffix):
     overrides, trained = next((row[1], row[4]) for row in READ if row[0] == name)

@@ -51,7 +51,9 @@ class RowReader:
         """
         if self.format != "auto":
             return self.format
-        return detect_format(self._map(row)[0], among=self.formats, is_mapped=bool(self.columns or self.prompt))
+        if not self.columns and self.prompt is None:
+            return detect_format(row)
+        return detect_format(self._map(row)[0], among=self.formats, is_mapped=True)
 
     def read(self, row: Mapping[str, Any], *, format: str) -> Conversation:
         """Return the conversation of a row of this format.
