@@ -2,8 +2,8 @@
 
     python benchmarks/large_files.py --rows 1000000 --out benchmarks/results/large_files_cpu.txt
 
-The rows are conversations of make_rows.py of about 200 tokens, the tokenizer is Llama 3's. Ours is `chat_dataset`: read,
-checked row by row, tokenized, split, compared with each other, accounted for in the ledger. The other is what
+The rows are conversations of make_rows.py of about 200 tokens, the tokenizer is Llama 3's. Ours is `chat_dataset`:
+read, checked row by row, tokenized, split, compared with each other, accounted for in the ledger. The other is what
 `load_dataset("json", …).map(…, batched=True, num_proc=cores)` takes to make input_ids and labels with the same
 rendering and the same tokenizer; it checks and compares nothing. Both begin without a cache, and start a second time
 with it. Each is a process of its own; memory is the most that it and its processes held together (proportional set
@@ -201,8 +201,8 @@ def main() -> None:
         files = write_files(folder, arguments.rows, load_tokenizer(base_dir, chat_template="llama3"))
         load = os.getloadavg()[0]
         lines = [
-            f"{date.today()}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} at the start, "
-            f"python {platform.python_version()}, tokenizers {version('tokenizers')}, datasets {version('datasets')}",
+            f"{date.today()}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} at the start"
+            f", python {platform.python_version()}, tokenizers {version('tokenizers')}, datasets {version('datasets')}",
             f"{arguments.rows} rows; JSONL {files['JSONL'].stat().st_size / 1e6:.0f} MB",
         ]
         for name in arguments.formats:

@@ -16,6 +16,7 @@ from tests.conftest import REPOSITORY, TINY_TIED
 from tests.tokenizer_files import find_llama3_tokenizer, make_random_texts, write_smollm2_tokenizer
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.data import Message
+from tune2gguf.data.messages import read_conversation
 from tune2gguf.export.pipeline import export_base
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model
@@ -141,6 +142,26 @@ def test_any_text_is_tokenized_as_llama_cpp_does(served):
         text for text in make_random_texts(1000) if served.tokenizer.encode(text) != served.model.tokenize(text)
     ]
     assert different == []
+
+
+@pytest.mark.parametrize(
+    "texts", [["one"], ["one", "two"], ["one\n", " two", "three"], ["", "one"], ["one", ""], ["one", "", "two"]]
+)
+def test_content_in_parts_is_trained_as_it_is_served(served, texts):
+    content = [{"type": "text", "text": text} for text in texts]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
+    messages = read_conversation({"messages": turns}, format="openai").messages
+    ids, _ = served.tokenizer.encode_conversation(messages)
+    rendered = served.model.apply_template(turns[:1])
+    beginning = served.tokenizer.chat_template.beginning
+    prompt = served.model.tokenize(
+        rendered.removeprefix(beginning) if beginning else rendered, adds_bos=bool(beginning)
+    )
+    assert ids[: len(prompt)] == prompt
+    glued = [Message("user", "".join(texts)), messages[1]]
+    # The parts glued together are other ids: the line break between them is what is compared.
+    is_glued = served.tokenizer.encode_conversation(glued)[0][: len(prompt)] == prompt
+    assert is_glued == (len([text for text in texts if text]) < 2 and texts[-1] != "" or texts == ["one", ""])
 
 
 def test_white_space_is_trimmed_as_the_template_trims_it(served):

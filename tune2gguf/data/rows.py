@@ -36,7 +36,7 @@ _HUB_NAME = re.compile(
 )
 BLOCK_BYTES = 2**20  # what a process parses at a time
 _BLOCK_ROWS = 1000
-_COMMIT = re.compile(r"[@/]([0-9a-f]{40})(?:/|$)")
+_COMMIT = re.compile("[0-9a-f]{40}")
 # How surrogateescape spells a byte that is no UTF-8.
 _INVALID_BYTE = re.compile("[\udc80-\udcff]")
 # How files begin that are not the text they are named as.
@@ -451,11 +451,14 @@ def _read_hub(name: str) -> Iterator[Row]:
 
 
 def find_revision(name: str) -> str | None:
-    """Return the commit of a hub data set, as far as its cache tells; None for a file."""
-    if not is_hub(name):
-        return None
-    commits = {found[1] for url in _load_hub(name).download_checksums or {} if (found := _COMMIT.search(url))}
-    return commits.pop() if len(commits) == 1 else None
+    """Return the commit of a hub data set as it was read; None for a file."""
+    return _find_commit(_load_hub(name)) if is_hub(name) else None
+
+
+def _find_commit(data: Dataset) -> str | None:
+    """Return the commit after which `datasets` names the folder of its cache; None for a folder beside the run."""
+    names = {Path(file["filename"]).parent.name for file in data.cache_files}
+    return next((name for name in names if _COMMIT.fullmatch(name)), None)
 
 
 def _load_hub(name: str) -> Dataset:
@@ -464,8 +467,24 @@ def _load_hub(name: str) -> Dataset:
 
     match = _HUB_NAME.fullmatch(name)
     assert match is not None, "find_files has checked the name"
-    split, revision = match["split"] or "train", match["revision"]
+    path, revision = match["path"], match["revision"]
     try:
-        return load_dataset(match["path"], match["config"], split=split, revision=revision)
+        if revision is not None and not _COMMIT.fullmatch(revision):
+            revision = _resolve_revision(path, revision)
+        data = load_dataset(path, match["config"], split=match["split"] or "train", revision=revision)
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"{name}: cannot be loaded from the hub ({error})") from None
+        raise ValueError(f"{name}: cannot be loaded from the hub ({' '.join(str(error).split())})") from None
+    commit = _find_commit(data)
+    if revision is not None and commit != revision:
+        # Without the hub `datasets` takes what is in its cache, whatever the revision.
+        raise ValueError(
+            f"{name}: commit {revision} is not in the cache, which holds {commit}, and the hub is not reached"
+        )
+    return data
+
+
+def _resolve_revision(path: str, revision: str) -> str:
+    """Return the commit that a branch or tag names now; OSError or ValueError where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(path, revision=revision).sha

@@ -44,7 +44,7 @@ def tokenize_blocks(
         stop_at_problem: behind the first bad row only look for more of them
 
     Raises:
-        ValueError: as BlockTokenizer.tokenize
+        ValueError: as BlockTokenizer.tokenize, or if a process ends
     """
     has_problem = False
     if num_workers == 0:
@@ -116,8 +116,10 @@ class _Workers:
             _send(process.stdin, pickle.dumps((block, only_check), protocol=5))
             answer = pickle.loads(_receive(process.stdout))
         except (OSError, EOFError):
-            raise RuntimeError(
-                f"a process that tokenizes {block.name} has ended with exit code {process.poll()}; was the memory full?"
+            process.wait()
+            raise ValueError(
+                f"a process that tokenizes {block.name} has ended with exit code {process.returncode}; "
+                "was the memory full?"
             ) from None
         finally:
             self.idle.put(process)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -59,6 +59,11 @@ class ChatTokenizer:
     chat_template: ChatTemplate
     special_ids: dict[str, int]  # every special token of the vocabulary
     fingerprint: str  # of all that decides the ids: the tokenizer's file and the chat template
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be what was pickled for another process: the library forgets that special tokens in a text stay text."""
+        vars(self).update(state)
+        self.backend.encode_special_tokens = True
 
     @property
     def vocab_size(self) -> int:
