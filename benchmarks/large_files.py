@@ -218,8 +218,8 @@ def main() -> None:
             rows, tokens = counts.pop()
             lines += ["", f"{name}: {tokens / rows:.0f} tokens a row", *format_runs(name, runs)]
             print("\n".join(lines[-8:]), flush=True)
-        arguments.out.parent.mkdir(exist_ok=True)
-        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            arguments.out.parent.mkdir(exist_ok=True)
+            arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {arguments.out}")
 
 
