@@ -45,7 +45,7 @@ def test_prompt_is_text_however_it_is_quoted(typed, run_arguments):
 def test_line_break_of_a_prompt_may_be_spelled_or_quoted(run_arguments):
     spelled = read_config(Path(run_arguments[1]), [r"dataset.prompt={a}\n\n{b}"]).dataset.prompt
     quoted = read_config(Path(run_arguments[1]), [r'dataset.prompt="{a}\n\n{b}"']).dataset.prompt
-    assert read_template(spelled) == read_template(quoted) == [("", "a"), ("\n\n", "b")]
+    assert read_template(spelled) == read_template(quoted) == (("", "a"), ("\n\n", "b"))
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,10 @@ def test_template_is_filled_as_written(template, filled):
     assert read({"q": "Hi", "completion": "Ho"}, prompt=template).messages[0].content == filled
 
 
-def test_column_whose_name_has_spaces_and_colons_is_a_column():
-    assert read({"my col.": "Hi", "completion": "Ho"}, prompt="{my col.}") == talk("Hi", "Ho")
+@pytest.mark.parametrize("name", ["my col.", "q: 1", "a!r", "a!r:b", "frage, kurz", "ключ"])
+def test_column_of_any_name_is_a_column(name):
+    assert read({name: "Hi", "completion": "Ho"}, prompt=f"{{{name}}}") == talk("Hi", "Ho")
+    assert read({name: "Hi", "completion": "Ho"}, columns={"prompt": name}) == talk("Hi", "Ho")
 
 
 @pytest.mark.parametrize("template", ["no column", "{", "{q", "q}", "{}", "{q} { }"])

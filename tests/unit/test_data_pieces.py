@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import SENTENCES, make_conversations, write_rows
 from tune2gguf.data import PreparedData, chat_dataset, check_files
 from tune2gguf.export.measure.validation_set import make_rows
+from tune2gguf.inspect_data import inspect_files
 from tune2gguf.runs.files import VALIDATION_FILE
 from tune2gguf.runs.validation_rows import format_validation_rows, read_validation_rows
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
@@ -69,6 +70,14 @@ def test_ledger_counts_a_split_text_as_a_row_and_lists_its_pieces(tmp_path, toke
     assert data.train.lengths().tolist() == [len(row.tokens) for row in data.train]
     assert any("texts longer than max_seq_len=40, which are split: 2, into" in note for note in ledger["notes"])
     assert json.loads(json.dumps(ledger)) == ledger
+
+
+def test_inspection_says_how_many_texts_are_split(tmp_path, tiny_base):
+    path = str(write_texts(tmp_path / "a.jsonl", 1, 9, 17))
+    options = {"chat_template": "chatml", "max_seq_len": 40, "num_rows": 0}
+    split = inspect_files([path, "dataset.on_long_row=split"], tiny_base, **options).format(colored=False)
+    assert "max_seq_len=40 cuts 0 rows and splits 2 texts;" in split
+    assert "max_seq_len=40 cuts 2 rows;" in inspect_files([path], tiny_base, **options).format(colored=False)
 
 
 def test_conversations_are_truncated_and_said_so(tmp_path, tokenizer):

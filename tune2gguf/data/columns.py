@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from tune2gguf.data.messages import FORMATS, PARTS, detect_format, read_conversation
@@ -75,7 +76,7 @@ class RowReader:
         """Return the row by its parts, the columns that it has nothing under, and the keys that a part takes over."""
         columns = dict(self.columns)
         in_turns = {part: columns.pop(part) for part in _TURN_PARTS if part in columns}
-        pieces = [] if self.prompt is None else read_template(self.prompt)
+        pieces = () if self.prompt is None else read_template(self.prompt)
         in_prompt = [name for _, name in pieces if name is not None]
         taken = {*columns.values(), *in_prompt}
         covered = {*columns, *(["prompt"] if pieces else [])}
@@ -90,7 +91,8 @@ class RowReader:
         return mapped, absent, unused
 
 
-def read_template(template: str) -> list[tuple[str, str | None]]:
+@lru_cache
+def read_template(template: str) -> tuple[tuple[str, str | None], ...]:
     r"""Return the pieces of a prompt's template: text, and the column that follows it, or None at the end.
 
     A column stands in braces; {{ and }} are braces; \n and \t may be spelled with a backslash.
@@ -104,16 +106,19 @@ def read_template(template: str) -> list[tuple[str, str | None]]:
     except ValueError as error:
         raise ValueError(f"{error}; a brace itself is written {{{{ or }}}}") from None
     pieces = []
-    for before, name, _spec, _conversion in parsed:
-        if name is not None and not name.strip():
-            raise ValueError("there are braces without the name of a column")
+    for before, name, spec, conversion in parsed:
+        if name is not None:
+            # A name may hold ! and :, behind which the library looks for how to print a value.
+            name += (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            if not name.strip():
+                raise ValueError("there are braces without the name of a column")
         pieces.append((before, name))
     if not any(name is not None for _, name in pieces):
         raise ValueError("it names no column; write one in braces, such as {question}")
-    return pieces
+    return tuple(pieces)
 
 
-def _fill_template(pieces: list[tuple[str, str | None]], row: Mapping[str, Any]) -> str:
+def _fill_template(pieces: Sequence[tuple[str, str | None]], row: Mapping[str, Any]) -> str:
     """Join texts and columns; of a column that is missing or empty the text before it goes, too."""
     filled = ""
     for before, name in pieces:

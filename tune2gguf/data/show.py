@@ -93,7 +93,10 @@ def _format_lengths(summary: DataSummary) -> Iterator[str]:
         bar = "█" * -(-entry.count * BAR_WIDTH // largest)
         limit = " ◄ max_seq_len" if entry.start <= summary.max_seq_len < (entry.stop or np.inf) else ""
         yield f"  {label:<{2 * width + 3}} {bar} {entry.count}{limit}"
-    yield f"max_seq_len={summary.max_seq_len} cuts {(summary.lengths > summary.max_seq_len).sum()} rows;" + ",".join(
+    num_split = len(summary.data.ledger["rows_split"])
+    num_cut = (summary.lengths > summary.max_seq_len).sum() - num_split
+    split = f" and splits {num_split} texts" if num_split else ""
+    yield f"max_seq_len={summary.max_seq_len} cuts {num_cut} rows{split};" + ",".join(
         f" {length} keeps {share:.0%} whole" for share, length in summary.max_seq_lens.items()
     )
     yield f"supervised: {summary.supervised_share:.1%} of the tokens that are trained on"
