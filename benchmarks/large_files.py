@@ -67,6 +67,39 @@ lengths = sum(map(len, (row for batch in data.with_format("arrow").iter(10_000) 
 print(len(split["train"]) + len(split["test"]), lengths)
 """
 
+# What the process that reads a file holds of its rows, whatever their text: index, selection and ledger of random rows.
+INDEX = """
+import resource, sys, time
+import numpy as np
+from tune2gguf.data.columns import RowReader
+from tune2gguf.data.ledger import make_ledger
+from tune2gguf.data.select import Limits, Role, Share, select_rows
+from tune2gguf.data.sources import DataSource
+from tune2gguf.data.tokenize import TOKEN_DTYPE, TokenIndex, TokenizedFile, TokenizedRows, join_indices
+num_rows, block, generator = int(sys.argv[1]), 1250, np.random.default_rng(0)
+measure = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+before, started = measure(), time.process_time()
+parts = [
+    TokenIndex(
+        offsets=np.arange(block + 1) * 200, lines=np.arange(block) + start + 1, num_supervised=np.full(block, 100),
+        first_supervised=np.full(block, 50), digests=generator.integers(0, 256, (block, 16), dtype=np.uint8),
+        problems=[], num_characters=1, num_text_tokens=1, role_counts={"user": block}, unit="line",
+        lines_that_spell_special=[], format="openai", absent_columns={}, num_ended=0, unused_keys={},
+        system_prompts=[None], system_numbers=np.zeros(block, np.int64),
+    )
+    for start in range(0, num_rows, block)
+]
+file = TokenizedFile("x", RowReader(), np.empty(0, TOKEN_DTYPE), np.empty(0, bool), join_indices(parts))
+del parts
+roles = [Role(0, False, 0.01)]
+selection = select_rows([file], roles, [Share()], seed=42, limits=Limits(2048, "truncate"))
+train, validation = (TokenizedRows([file], picks, 2048) for picks in (selection.train, selection.validation))
+source = DataSource(["x"], [], 0.01, RowReader(), Share())
+make_ledger([file], roles, [source], selection, train=train, validation=validation)
+print(measure() - before, time.process_time() - started)
+"""
+INDEX_ROWS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Run:
@@ -130,6 +163,15 @@ def measure(program: str, path: Path, base_dir: Path, cache: Path) -> Run:
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     rows, tokens = map(int, output.split())
     return Run(wall, cpu, peak, rows, tokens)
+
+
+def measure_index() -> str:
+    command = [sys.executable, "-c", INDEX, str(INDEX_ROWS)]
+    memory, seconds = map(float, subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split())
+    return (
+        f"index, selection and ledger of {INDEX_ROWS} rows, whatever their text: {memory:.0f} MB at the peak, "
+        f"{memory * 1e6 / INDEX_ROWS:.0f} bytes a row, {seconds:.1f} CPU-s"
+    )
 
 
 class _Watch:
@@ -204,6 +246,7 @@ def main() -> None:
             f"{date.today()}, {platform.machine()}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} at the start"
             f", python {platform.python_version()}, tokenizers {version('tokenizers')}, datasets {version('datasets')}",
             f"{arguments.rows} rows; JSONL {files['JSONL'].stat().st_size / 1e6:.0f} MB",
+            measure_index(),
         ]
         for name in arguments.formats:
             runs = {}
