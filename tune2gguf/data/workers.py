@@ -3,9 +3,9 @@
 They are programs of their own, not forks: a fork would inherit the threads and the GPU of a run, and Python's own
 pools would import the recipe once more in each of them. They get work through their standard input and end with it.
 
-Memory: two blocks of rows.BLOCK_BYTES (of a Parquet file, 1000 rows) a process, a tokenizer in each, 120 MB with Llama
-3's, and at the most 260 bytes a row here for index, selection and ledger; it does not grow with the text
-(benchmarks/large_files.py). A JSON array is held whole.
+Memory: two blocks of rows.BLOCK_BYTES (of a Parquet file, 1000 rows) a process, a tokenizer in each (with
+Llama 3's 190 MB while it starts, 120 MB then), and at the most 260 bytes a row here for index, selection and ledger; it
+does not grow with the text (benchmarks/large_files.py). A JSON array is held whole.
 """
 
 from __future__ import annotations
