@@ -1,45 +1,55 @@
-"""Training speed and memory on one GPU: this package, stock torchtune 0.6.1 and transformers + PEFT, side by side.
+"""Training speed and memory on one GPU: this package, torchtune 0.6.1, Unsloth, transformers + PEFT, side by side.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu.txt            # everything, in one command
-    python benchmarks/gpu.py --models 8b --kinds lora --seq-lengths 4096 # a part of it
+    python benchmarks/gpu.py --models 8b --kinds lora --seq-lengths 4096 --rows full   # a part of it
 
-Random weights in the true shapes, made on the GPU; rank 16, alpha 16, all linear layers, no dropout, AdamW, bf16. A
-sequence is a pack of four rows, which attend to themselves only (ours and stock; PEFT attends causally to the whole
-sequence). All tokens are supervised: the hardest case for this package, which skips the head for all others. 4-bit
-bases run with activation checkpointing. Every case is a process of its own: two steps to warm up and compile, then the
-median of the timed steps. Model-FLOP utilization counts 4 N floating point operations a token (2 N forward, 2 N
-backward through frozen weights; attention and adapters not counted) against the device's dense bf16 peak. Needs torch,
-torchtune 0.6.1, torchao 0.13; transformers and peft for their side.
+Random weights in the true shapes; rank 16, alpha 16, all linear layers, no dropout, AdamW, bf16. A sequence is one row
+(`full`), or a pack of four rows that attend to themselves only (`packs`; PEFT has none, and runs full rows). All tokens
+are supervised: the hardest case for this package, which skips the head for all others. Checkpointing is torch's own on
+every side; `unsloth offloaded` is Unsloth's default, which keeps what is checkpointed in the host's memory. 4-bit bases
+always run with it. Every case is a process of its own: some steps to warm up and compile, then the median of the timed
+steps. Model-FLOP utilization counts 4 N floating point operations a token (2 N forward, 2 N backward through frozen
+weights; attention and adapters not counted) against the device's dense bf16 peak. Needs torch, torchtune 0.6.1,
+torchao 0.13; transformers and peft for their side; for Unsloth a folder of its packages (train_unsloth.py says which)
+and one with bases: MODEL/ of scripts/make_random_base.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 MODELS = {"1b": "llama3_2_1b", "3b": "llama3_2_3b", "8b": "llama3_1_8b"}
-RANK, ALPHA, ROWS_PER_PACK = 16, 16.0, 4
+SIDES = ("ours", "stock", "unsloth", "unsloth offloaded", "peft")
+RANK, ALPHA = 16, 16.0
+ROWS_PER_SEQUENCE = {"full": 1, "packs": 4}
+WARMUP_STEPS = {"unsloth": 4, "unsloth offloaded": 4}  # Unsloth compiles again on its way; the others take two
 BF16_PEAK = 989e12  # dense, of the H100 SXM and H200, by the vendor's data sheet
+BASES = {"lora": "bf16", "fp8": "fp8", "qlora": "nf4"}  # what a kind keeps the base in
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
-def make_pack(vocab_size: int, batch: int, seq: int, device: str):
-    """Return tokens, labels [batch, seq], input_pos [batch, seq] and the packs' row lengths."""
+def make_pack(vocab_size: int, batch: int, seq: int, device: str, *, rows: str = "packs"):
+    """Return tokens, labels [batch, seq], input_pos [batch, seq] and the sequences' row lengths."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocab_size, (batch, seq), generator=generator).to(device)
-    row = seq // ROWS_PER_PACK
-    input_pos = torch.arange(row, device=device).repeat(ROWS_PER_PACK).expand(batch, seq).contiguous()
-    return tokens, tokens.clone(), input_pos, [torch.full((ROWS_PER_PACK,), row)] * batch
+    count = ROWS_PER_SEQUENCE[rows]
+    row = seq // count
+    input_pos = torch.arange(row, device=device).repeat(count).expand(batch, seq).contiguous()
+    return tokens, tokens.clone(), input_pos, [torch.full((count,), row)] * batch
 
 
 def make_ours(arguments, device: str, world=None):
@@ -47,7 +57,7 @@ def make_ours(arguments, device: str, world=None):
 
     from tune2gguf.base.layout import list_tensors
     from tune2gguf.base.load import fill_model
-    from tune2gguf.distributed.parallel import replicate, shard
+    from tune2gguf.distributed.parallel import shard
     from tune2gguf.model.architectures import ARCHITECTURES
     from tune2gguf.model.fused import why_not_fused
     from tune2gguf.model.llama import build_lora_llama, prepare_training
@@ -82,24 +92,23 @@ def make_ours(arguments, device: str, world=None):
     if world is not None and arguments.parallel == "shard":
         shard(model, world)
     weights = ((spec.tune_name, draw(spec)) for spec in list_tensors(architecture))
-    base_weights = "nf4" if arguments.kind == "qlora" else "bf16"
-    fill_model(model, weights, device=torch.device(device), base_weights=base_weights)
+    fill_model(model, weights, device=torch.device(device), base_weights=BASES[arguments.kind])
     initialize_adapters(model, 0)
-    trained = replicate(model, world) if world is not None and arguments.parallel == "replicate" else model
-    tokens, labels, input_pos, _ = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device)
-    row = arguments.seq // ROWS_PER_PACK
+    kind = getattr(arguments, "rows", "packs")
+    tokens, labels, input_pos, _ = make_pack(architecture.vocab_size, arguments.batch, arguments.seq, device, rows=kind)
+    row = arguments.seq // ROWS_PER_SEQUENCE[kind]
     row_starts = torch.arange(0, tokens.numel() + 1, row, dtype=torch.int32, device=device)
     places = torch.arange(tokens.numel(), device=device).view(tokens.shape)
     rows = {"row_starts": row_starts, "longest_row": row, "input_pos": input_pos}
 
     def compute_loss():
-        return trained(tokens, labels, places[:, :-1].flatten(), **rows).mean()
+        return model(tokens, labels, places[:, :-1].flatten(), **rows).mean()
 
     return model, compute_loss, architecture.vocab_size
 
 
 def make_stock(arguments, device: str):
-    """Stock torchtune with its best settings: packed with flex attention, model and loss compiled, chunked loss."""
+    """Stock torchtune with its best settings: packs with flex attention, model and loss compiled, chunked loss."""
     import torch
     from torchtune import training
     from torchtune.models import llama3_1, llama3_2
@@ -127,11 +136,13 @@ def make_stock(arguments, device: str):
         training.compile_model(model)
         loss_module = training.compile_loss(loss_module)
     vocab_size = model.tok_embeddings.num_embeddings
-    tokens, labels, input_pos, row_lengths = make_pack(vocab_size, arguments.batch, arguments.seq, device)
-    mask = packed_block_causal_mask(row_lengths)
+    rows = getattr(arguments, "rows", "packs")
+    tokens, labels, input_pos, row_lengths = make_pack(vocab_size, arguments.batch, arguments.seq, device, rows=rows)
+    # A row alone needs no mask: torchtune attends causally without one, through a faster kernel.
+    inputs = {"mask": packed_block_causal_mask(row_lengths), "input_pos": input_pos} if rows == "packs" else {}
     ignored = torch.full((arguments.batch, 1), loss_module.ignore_index, device=device)
     shifted = torch.hstack((labels[:, 1:], ignored))
-    return model, lambda: loss_module(model(tokens, mask=mask, input_pos=input_pos), shifted), vocab_size
+    return model, lambda: loss_module(model(tokens, **inputs), shifted), vocab_size
 
 
 def make_peft(arguments, device: str):
@@ -158,8 +169,48 @@ def make_peft(arguments, device: str):
     return model, lambda: model(input_ids=tokens, labels=labels).loss, architecture.vocab_size
 
 
-def measure(arguments, make, device: str) -> dict:
-    """Train a few steps of what `make` makes and return tokens/s, peak memory and losses."""
+def make_unsloth(arguments, device: str):
+    """Unsloth's model and its own batches without padding: one row of all, their lengths, positions that start anew."""
+    from train_unsloth import describe_attention, link_base, load_model
+
+    checkpointing = "unsloth" if arguments.side == "unsloth offloaded" else arguments.checkpointing
+    base_dir = Path(arguments.bases) / MODELS[arguments.model]
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = load_model(
+            link_base(base_dir, Path(folder) / "base"),
+            kind=arguments.kind,
+            rank=RANK,
+            alpha=ALPHA,
+            max_seq_len=arguments.seq,
+            checkpointing=checkpointing,
+        )
+    import torch
+    from unsloth import FastLanguageModel
+
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
+    print(f"attention without padding: {describe_attention()}", flush=True)
+    vocab_size = model.config.vocab_size
+    tokens, labels, input_pos, row_lengths = make_pack(
+        vocab_size, arguments.batch, arguments.seq, device, rows=arguments.rows
+    )
+    inputs = {"input_ids": tokens, "labels": labels}
+    if arguments.rows == "packs":
+        inputs = {"input_ids": tokens.view(1, -1), "labels": labels.view(1, -1), "position_ids": input_pos.view(1, -1)}
+        inputs["packed_seq_lengths"] = torch.cat(row_lengths).int()
+
+    def compute_loss():
+        with torch.autocast(device, dtype=torch.bfloat16):  # as its Trainer does with bf16=True
+            return model(**inputs, use_cache=False).loss
+
+    return model, compute_loss, vocab_size
+
+
+def measure(arguments, make, device: str, *, reduce=None) -> dict:
+    """Train a few steps of what `make` makes and return tokens/s, peak memory and losses.
+
+    Args:
+        reduce: sums the gradients of parameters over processes, if there are several
+    """
     import torch
 
     torch.manual_seed(0)
@@ -170,17 +221,20 @@ def measure(arguments, make, device: str) -> dict:
     seconds, losses = [], []
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(arguments.steps + 2):
+    warmup = WARMUP_STEPS.get(getattr(arguments, "side", "ours"), 2)
+    for _ in range(arguments.steps + warmup):
         synchronize(device)
         started = time.perf_counter()
         loss = compute_loss()
         loss.backward()
+        if reduce is not None:
+            reduce(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
         losses.append(loss.item())
-    step = statistics.median(seconds[2:])
+    step = statistics.median(seconds[warmup:])
     weights = count_weights(arguments.model)
     assert losses[-1] != losses[0], "nothing was learned"
     tokens_per_second = arguments.batch * arguments.seq / step
@@ -197,12 +251,15 @@ def measure(arguments, make, device: str) -> dict:
 
 def estimate_peak(arguments) -> float:
     """Return what estimate_memory.py says of a case, GiB, without the CUDA context that torch does not count either."""
+    import torch
+
     from tune2gguf.machine.memory import RunSpec, estimate_memory
     from tune2gguf.model.architectures import ARCHITECTURES
+    from tune2gguf.model.fp8 import multiplies_fp8
 
     spec = RunSpec(
         architecture=ARCHITECTURES[MODELS[arguments.model]],
-        base_weights="nf4" if arguments.kind == "qlora" else "bf16",
+        base_weights=BASES[arguments.kind],
         dtype="bf16",
         lora_rank=RANK,
         lora_dropout=arguments.dropout,
@@ -215,6 +272,7 @@ def estimate_peak(arguments) -> float:
         num_devices=getattr(arguments, "num_gpus", 1),
         parallel=getattr(arguments, "parallel", "replicate"),
         compile=arguments.compile,
+        multiplies_fp8=multiplies_fp8(torch.device("cuda")),
     )
     estimate = estimate_memory(spec)
     return round((estimate.training - estimate.program) / 2**30, 2)
@@ -242,22 +300,30 @@ def synchronize(device: str) -> None:
 
 def list_cases(arguments) -> list[dict]:
     cases = []
-    for model in arguments.models:
-        for kind in arguments.kinds:
-            for seq in arguments.seq_lengths:
-                for side in arguments.sides:
-                    if side == "peft" and kind == "qlora":
-                        continue  # bitsandbytes would be another library's number
-                    case = {"side": side, "model": model, "kind": kind, "seq": seq, "batch": arguments.batch}
-                    compile = side == "stock" and not arguments.no_compile
-                    cases.append(case | {"compile": compile, "checkpointing": kind == "qlora"})
+    for model, kind, seq, rows, checkpointing, side in itertools.product(
+        arguments.models,
+        arguments.kinds,
+        arguments.seq_lengths,
+        arguments.rows,
+        [mode == "on" for mode in arguments.checkpointing],
+        arguments.sides,
+    ):
+        if kind == "fp8" and side != "ours":
+            continue
+        if (kind == "qlora" and not checkpointing) or (side == "unsloth offloaded" and not checkpointing):
+            continue
+        if side == "peft" and (kind == "qlora" or rows == "packs"):
+            continue  # bitsandbytes would be another library's number; PEFT has no packs
+        case = {"side": side, "model": model, "kind": kind, "seq": seq, "batch": arguments.batch, "rows": rows}
+        compile = side == "stock" and not arguments.no_compile
+        cases.append(case | {"compile": compile, "checkpointing": checkpointing})
     return cases
 
 
-def run_in_process(command: list[str], timeout: int) -> dict | str:
+def run_in_process(command: list[str], timeout: int, *, environment: dict[str, str] | None = None) -> dict | str:
     """Run a case in a process of its own and return its result, or why there is none."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired:
         return f"stopped after {timeout} s"
     found = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -273,7 +339,7 @@ def describe_machine() -> str:
         except PackageNotFoundError:
             return "absent"
 
-    names = ("torch", "torchtune", "torchao", "transformers", "peft")
+    names = ("torch", "triton", "torchtune", "torchao", "transformers", "peft")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     packages = ", ".join(f"{name} {get_version(name)}" for name in names)
     return f"{date.today()}, {device}, CUDA {torch.version.cuda}, python {platform.python_version()}, {packages}"
@@ -282,9 +348,13 @@ def describe_machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora"])
-    parser.add_argument("--sides", nargs="+", default=["ours", "stock", "peft"])
+    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora"], choices=BASES)
+    parser.add_argument("--sides", nargs="+", default=[*SIDES], choices=SIDES)
     parser.add_argument("--seq-lengths", nargs="+", type=int, default=[2048, 4096])
+    parser.add_argument("--rows", nargs="+", default=[*ROWS_PER_SEQUENCE], choices=ROWS_PER_SEQUENCE)
+    parser.add_argument("--checkpointing", nargs="+", default=["off", "on"], choices=["off", "on"])
+    parser.add_argument("--unsloth-site", type=Path, help="a folder with Unsloth's packages")
+    parser.add_argument("--bases", type=Path, help="a folder with the bases that Unsloth loads")
     parser.add_argument("--batch", type=int, default=2, help="sequences a step")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--no-compile", action="store_true", help="stock torchtune without its compiler")
@@ -296,23 +366,50 @@ def main() -> None:
     parser.add_argument("--case", help="run one case, given as JSON, and print its result (used by the script itself)")
     arguments = parser.parse_args()
     if arguments.case:
-        case = json.loads(arguments.case)
-        make = {"ours": make_ours, "stock": make_stock, "peft": make_peft}[case["side"]]
-        print("RESULT " + json.dumps(measure(argparse.Namespace(**case), make, case["device"])))
+        case = argparse.Namespace(**json.loads(arguments.case))
+        print("RESULT " + json.dumps(measure(case, MAKERS[case.side], case.device)))
         return
-    shared = {"steps": arguments.steps, "dropout": arguments.dropout, "device": arguments.device}
+    shared = {"steps": arguments.steps, "dropout": arguments.dropout, "device": arguments.device, "rows": "packs"}
+    shared |= {"bases": str(arguments.bases)}
     lines = [describe_machine(), "command: python benchmarks/gpu.py " + " ".join(sys.argv[1:]), ""]
     print("\n".join(lines), flush=True)
     for case in arguments.cases or list_cases(arguments):
-        command = [sys.executable, __file__, "--case", json.dumps(case | shared)]
-        result = json.dumps(run_in_process(command, arguments.timeout))
-        settings = ("compile" * case["compile"], "checkpointing" * case["checkpointing"])
-        label = f"{case['model']} {case['kind']} {case['batch']}x{case['seq']} {case['side']}"
-        label = " ".join(filter(None, (label, *settings)))
-        lines.append(f"{label:50} {result}")
+        case = shared | case
+        environment = None
+        if case["side"].startswith("unsloth"):
+            if arguments.unsloth_site is None or arguments.bases is None:
+                sys.exit("the sides of Unsloth need --unsloth-site and --bases")
+            environment = make_unsloth_environment(arguments.unsloth_site)
+        command = [sys.executable, __file__, "--case", json.dumps(case)]
+        result = json.dumps(run_in_process(command, arguments.timeout, environment=environment))
+        lines.append(f"{label_case(case):60} {result}")
         print(lines[-1], flush=True)
         if arguments.out:
             arguments.out.write_text("\n".join(lines) + "\n")
+
+
+def label_case(case: dict) -> str:
+    settings = ("compile" * case["compile"], "checkpointing" * case["checkpointing"])
+    label = f"{case['model']} {case['kind']} {case['batch']}x{case['seq']} {case['rows']} {case['side']}"
+    return " ".join(filter(None, (label, *settings)))
+
+
+def make_unsloth_environment(site: Path) -> dict[str, str]:
+    """Return the environment of Unsloth's process: its packages, and this repository for the models' shapes."""
+    from train_unsloth import make_environment
+
+    environment = make_environment(site, Path(tempfile.gettempdir()) / "unsloth")
+    repository = str(Path(__file__).resolve().parents[1])
+    return environment | {"PYTHONPATH": os.pathsep.join([environment["PYTHONPATH"], repository])}
+
+
+MAKERS = {
+    "ours": make_ours,
+    "stock": make_stock,
+    "unsloth": make_unsloth,
+    "unsloth offloaded": make_unsloth,
+    "peft": make_peft,
+}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.base_dir, attn_implementation="sdpa", **options)
     model.config.use_cache = False
     config = peft.LoraConfig(
-        r=arguments.rank, lora_alpha=arguments.alpha, lora_dropout=0.0, target_modules="all-linear"
+        r=arguments.rank, lora_alpha=arguments.alpha, lora_dropout=arguments.dropout, target_modules="all-linear"
     )
     return peft.get_peft_model(model, config).train()
 
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--base-weights", required=True, choices=["bf16", "fp32", "nf4"])
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--alpha", required=True, type=int)
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--learning-rate", required=True, type=float)
     parser.add_argument("--clip-grad-norm", required=True, type=float)
     parser.add_argument("--out", required=True, type=Path)

@@ -22,10 +22,18 @@ from tqdm import tqdm
 from tune2gguf.base.load import load_base
 from tune2gguf.base.source import name_base
 from tune2gguf.commands import format_command
-from tune2gguf.config import build_component, build_metric_logger, check_config, check_plan, get_run_spec, load_config
+from tune2gguf.config import (
+    build_component,
+    build_metric_logger,
+    build_optimizer,
+    check_config,
+    check_plan,
+    get_run_spec,
+    load_config,
+)
 from tune2gguf.data import lay_out_passes, plan_epoch
 from tune2gguf.distributed.failures import end_together
-from tune2gguf.distributed.parallel import choose_parallel, replicate, shard
+from tune2gguf.distributed.parallel import choose_parallel, shard
 from tune2gguf.distributed.signals import StopSignals
 from tune2gguf.distributed.world import (
     agree_on_errors,
@@ -50,6 +58,7 @@ from tune2gguf.runs.curves import TrainingStep
 from tune2gguf.runs.lock import hold_run_folder
 from tune2gguf.runs.plan import LAYOUT_KEYS, Plan, write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
+from tune2gguf.train.compiling import compile_kernels_meanwhile
 from tune2gguf.train.plan import describe_plan
 from tune2gguf.train.record import RunRecord, check_learned
 from tune2gguf.train.resume import (
@@ -87,10 +96,12 @@ class LoRAFinetuneRecipe:
         with agree_on_errors():
             self._setup_data()
         self._plan_memory()
-        checkpoint = self._open_checkpoint()
-        with explain_out_of_memory(self.spec, self.device):
-            self._setup_model()
-            self._setup_optimizer()
+        scaling = self.cfg.lora_alpha / self.cfg.lora_rank
+        with compile_kernels_meanwhile(self.spec, scaling=scaling, device=self.world.device):
+            checkpoint = self._open_checkpoint()
+            with explain_out_of_memory(self.spec, self.device):
+                self._setup_model()
+                self._setup_optimizer()
         self._restore(broadcast_from_main(checkpoint))
         with agree_on_errors():
             self._setup_run_folder(checkpoint)
@@ -171,12 +182,11 @@ class LoRAFinetuneRecipe:
                 show=world.is_main,
             )
         initialize_adapters(self.model, cfg.seed)
-        self.trained_model = replicate(self.model, world) if self.parallel == "replicate" else self.model
         seed_dropout(cfg.seed, rank=world.rank)
 
     def _setup_optimizer(self) -> None:
         self.adapter_params = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = build_component(self.cfg.optimizer, self.adapter_params)
+        self.optimizer = build_optimizer(self.cfg.optimizer, self.adapter_params)
         self.schedule = build_component(self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_steps)
 
     def _restore(self, checkpoint) -> None:
@@ -286,7 +296,7 @@ class LoRAFinetuneRecipe:
         passes = [[rows[index] for index in one] for one in layout]
         counts = count_step(passes)
         loss, position_losses = accumulate_gradients(
-            self.trained_model, passes, counts, world=self.world, stop=self.stop
+            self.model, self.adapter_params, passes, counts, world=self.world, stop=self.stop
         )
         grad_norm = compute_grad_norm(self.adapter_params, clip_to=self.cfg.clip_grad_norm)
         record = {"step": self.progress.step + 1, "epoch": self.progress.epoch}
@@ -343,15 +353,14 @@ class LoRAFinetuneRecipe:
         stop_world()
 
     def _save_adapter(self, name: str) -> str | None:
-        weights, config = self.collect_adapter()
-        return save_adapter(self.folder / name, weights, config) if self.world.is_main else None
+        return save_adapter(self.folder / name, *self.collect_adapter()) if self.world.is_main else None
 
     def _save_checkpoint(self) -> None:
         """Begin to write all that the run needs to go on from its last whole step."""
-        adapter, adapter_config = self.collect_adapter()
-        optimizer = copy_to_cpu(self.optimizer.state_dict()["state"])
-        state = {"optimizer": optimizer, "random": gather_over_ranks(self.random_state)}
+        random_states = gather_over_ranks(self.random_state)
         if self.world.is_main:
+            adapter, adapter_config = self.collect_adapter()
+            state = {"optimizer": copy_to_cpu(self.optimizer.state_dict()["state"]), "random": random_states}
             progress = {**vars(self.progress), "recorded_bytes": self.record.sync(), "run": self.run}
             self.writer.start(self.progress.step, Checkpoint(adapter, adapter_config, state, progress))
 

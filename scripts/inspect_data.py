@@ -17,7 +17,9 @@ from tune2gguf.inspect_data import check_outputs, inspect_config, inspect_files
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arguments", nargs="*", help="data files and dataset.KEY=VALUE; with --config, any KEY=VALUE")
+    parser.add_argument(
+        "arguments", nargs="*", help="data files, dataset.KEY=VALUE, seed=N; with --config, any KEY=VALUE"
+    )
     parser.add_argument("--config", type=expand_path, help="a run's YAML; data, tokenizer and step are taken from it")
     parser.add_argument("--base-dir", type=expand_path, help="without --config: the base folder whose tokenizer counts")
     parser.add_argument("--chat-template", default="llama3", help="without --config: llama3 | llama3_1 | chatml")

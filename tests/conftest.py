@@ -135,7 +135,7 @@ def tiny_untied_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def wide_base(tmp_path_factory) -> Path:
-    """A base whose layers are wide enough for 4-bit blocks to be split over two processes."""
+    """A base whose 4-bit weights have more than one block of scales."""
     wide = Architecture(**{**vars(TINY_TIED), "embed_dim": 256, "intermediate_dim": 256, "head_dim": 64})
     return write_tiny_base(tmp_path_factory.mktemp("bases") / "wide", wide)
 

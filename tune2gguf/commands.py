@@ -26,6 +26,10 @@ PATH_KEYS = (
     "dataset.validation_files",
     "metric_logger.log_dir",
 )
+# Keys that hold text, and null where there is none.
+TEXT_KEYS = ("dataset.prompt",)
+# Keys that hold names under names.
+MAPPING_KEYS = ("dataset.columns",)
 # Keys that hold a text or a list of texts.
 TEXTS_KEYS = ("dataset.files", "dataset.validation_files")
 
@@ -110,14 +114,21 @@ def format_value(value: Any) -> str:
     """Return a value as YAML that every reader takes for what it is: 2.0e-4, as 2e-4 is text to some."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(_quote(str(one), in_list=True) for one in value)}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_format_inner(key)}: {_format_inner(one)}' for key, one in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_format_inner, value))}]"
     if isinstance(value, (str, Path)):
         return _quote(str(value))
     if not isinstance(value, float) or value == 0 or 0.001 <= abs(value) < 1e16:
         return str(value)
     mantissa, exponent = f"{Decimal(repr(value)):e}".split("e")
     return f"{mantissa if '.' in mantissa else f'{mantissa}.0'}e{exponent}"
+
+
+def _format_inner(value: Any) -> str:
+    """Return a value within brackets or braces."""
+    return _quote(str(value), in_list=True) if isinstance(value, (str, Path)) else format_value(value)
 
 
 def _quote(text: str, *, in_list: bool = False) -> str:

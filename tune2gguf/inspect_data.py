@@ -12,20 +12,25 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from tune2gguf.commands import TEXTS_KEYS, read_override, read_texts
 from tune2gguf.config import read_config
 from tune2gguf.config.check import check_values
+from tune2gguf.config.keys import KEYS, find_value_problems
 from tune2gguf.config.names import suggest
+from tune2gguf.config.plan import raise_problems
+from tune2gguf.config.read import apply_overrides
 from tune2gguf.data.html import draw_png, make_html
 from tune2gguf.data.prepare import chat_dataset, check_files
 from tune2gguf.data.show import format_row, format_summary
 from tune2gguf.data.summary import DataSummary, summarize_data
 from tune2gguf.data.tokenize import TokenizedRow
 from tune2gguf.files.atomic import write_file
+from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 # The guide's batch size at the configs' accumulation, for files without a config.
 BATCH_SIZE, ACCUMULATION_STEPS = 2, 4
+# A run's, unless its config says another: the same rows are held out.
+_GUIDE_SEED = next(parameter.default for parameter in GUIDE_PARAMETERS if parameter.key == "seed")
 
 
 @dataclass(frozen=True)
@@ -94,37 +99,39 @@ def inspect_files(
     """Look at data files with the tokenizer of a base folder.
 
     Args:
-        arguments: files as chat_dataset takes them, and its other options as dataset.KEY=VALUE
+        arguments: files as chat_dataset takes them, its other options as dataset.KEY=VALUE, and seed=N
 
     Raises:
         ValueError: if tokenizer or data cannot be read, or an option is wrong
     """
     if max_seq_len < 2:  # one to predict from, one to predict
         raise ValueError(f"max_seq_len={max_seq_len} must be at least 2")
-    overrides = [argument for argument in arguments if re.match(r"dataset\.\w+=", argument)]
+    overrides = [argument for argument in arguments if re.match(r"(dataset\.[\w.]+|seed)=", argument)]
     files = [argument for argument in arguments if argument not in overrides]
+    options, seed = _read_options(overrides)
     return _inspect(
-        {"files": files, **_read_options(overrides)},
+        {**({"files": files} if files or "sources" not in options else {}), **options},
         base_dir=base_dir,
         chat_template=chat_template,
         num_rows=num_rows,
         max_seq_len=max_seq_len,
-        seed=0,
+        seed=seed,
         batch_size=BATCH_SIZE,
         accumulation_steps=ACCUMULATION_STEPS,
     )
 
 
-def _read_options(overrides: list[str]) -> dict[str, Any]:
-    options = {}
-    for key, _, text in (override.partition("=") for override in overrides):
-        value = read_texts(text) if key in TEXTS_KEYS else read_override(text, is_text=False)
-        options[key.removeprefix("dataset.")] = value
+def _read_options(overrides: list[str]) -> tuple[dict[str, Any], int]:
+    """Return the options of chat_dataset, and the seed, as a run would read them."""
+    config = OmegaConf.create({"dataset": {}, "seed": _GUIDE_SEED})
+    apply_overrides(config, overrides)
+    raise_problems(find_value_problems("seed", config.seed, KEYS["seed"]))
+    options = OmegaConf.to_container(config.dataset)
     known = inspect.signature(chat_dataset).parameters.keys() - {"files", "tokenizer", "max_seq_len", "seed"}
     for key in options:
         if key not in known:
             raise ValueError(f"unknown key 'dataset.{key}'{suggest(f'dataset.{key}', sorted(known))}")
-    return options
+    return options, config.seed
 
 
 def _inspect(

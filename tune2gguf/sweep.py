@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from omegaconf import OmegaConf
+
 from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.config import check_config, read_config
+from tune2gguf.data.sources import holds_rows_out
 from tune2gguf.report.compare import format_groups, group_runs, write_comparison
 from tune2gguf.runs import config_file
 from tune2gguf.runs.files import METRICS_FILE, shorten_path
@@ -91,7 +94,7 @@ def _check_point(config_path: Path, point: Point) -> DictConfig:
         check_config(config)
     except ValueError as error:
         raise ValueError(f"{point.values}: {error}") from None
-    if not (config.dataset.get("validation_files") or config.dataset.get("validation_split")):
+    if not holds_rows_out(OmegaConf.to_container(config.dataset, resolve=True)):
         raise ValueError("a sweep ranks by validation loss; hold rows out with dataset.validation_split=0.1")
     return config
 

@@ -1,4 +1,6 @@
-import dataclasses
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,32 @@ def small_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wide_base(tmp_path_factory) -> Path:
-    """A base whose 4-bit weights have more than one block of scales, so that two processes can share them."""
-    wide = dataclasses.replace(SMALL, embed_dim=256, head_dim=64, intermediate_dim=512)
-    return write_tiny_base(tmp_path_factory.mktemp("bases") / "wide", wide, std=256**-0.5)
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads, each of which waits for a process: most of the time of a start is Python's, and leaves the GPU idle."""
+    pool = ThreadPoolExecutor(max(2, min(8, (os.cpu_count() or 1) // 2)))
+    yield pool
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def recipe_runs(pool, small_base, tmp_path_factory) -> dict[tuple[str, str], Future]:
+    """Give the runs of test_recipe, all of them started."""
+    from tests.gpu.test_recipe import start_runs
+
+    return start_runs(pool, small_base, tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="session")
+def compiled_cases(pool, small_base, tmp_path_factory) -> dict[tuple, Future]:
+    """Give the cases of test_compiled_equals_eager, all of them started."""
+    from tests.gpu.compiled_case import start_cases
+
+    return start_cases(pool, small_base, tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_takes_longest_goes_first(request) -> None:
+    """Start the processes that tests of this session wait for, so that they run beside the tests before these."""
+    for name in ("recipe_runs", "compiled_cases"):
+        if any(name in item.fixturenames for item in request.session.items):
+            request.getfixturevalue(name)

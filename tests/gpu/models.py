@@ -1,5 +1,6 @@
 """A Llama small enough to compute anywhere and large enough for a GPU's kernels, and what a forward pass gives."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +36,19 @@ SMALL = Architecture(
 STD = 128**-0.5  # keeps the size of activations, so that rounding is not amplified
 
 
-def make_model(base_dir: Path, device: torch.device, *, base_weights: str, dropout: float = 0.0) -> CausalLM:
-    """Load a base with an adapter that is the same on every device, and has no zeros, so that no gradient is zero."""
+def make_model(
+    base_dir: Path,
+    device: torch.device,
+    *,
+    base_weights: str,
+    dropout: float = 0.0,
+    shard: Callable[[CausalLM], None] | None = None,
+) -> CausalLM:
+    """Load a base with an adapter that is the same on every device, and has no zeros, so that no gradient is zero.
+
+    Args:
+        shard: splits the base before it is loaded
+    """
     model = lora_llama(
         str(base_dir),
         architecture=None,
@@ -47,6 +59,8 @@ def make_model(base_dir: Path, device: torch.device, *, base_weights: str, dropo
         apply_lora_to_mlp=True,
         max_seq_len=2048,
     )
+    if shard is not None:
+        shard(model)
     load_base(model, str(base_dir), device=device, base_weights=base_weights, show=False)
     generator = torch.Generator().manual_seed(0)
     for _, weight in list_adapter(model):

@@ -37,7 +37,7 @@ def train(model: CausalLM, batches: list) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("base_weights", ["bf16", "nf4"])
+@pytest.mark.parametrize("base_weights", ["bf16", "fp8", "nf4"])
 def test_graphed_passes_have_the_bits_of_others_with_dropout_over_lengths_and_steps(
     small_base, base_weights, checkpointing
 ):

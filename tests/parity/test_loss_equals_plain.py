@@ -13,13 +13,12 @@ from torch.nn import functional
 from tests.conftest import TINY_TIED
 from tests.recipes.launch import CONTEXT, find_free_port
 from tune2gguf.base.load import load_base
-from tune2gguf.distributed.parallel import replicate, shard
+from tune2gguf.distributed.parallel import shard, sum_gradients
 from tune2gguf.distributed.world import start_world
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.loss import IGNORED_LABEL
 from tune2gguf.model.nf4 import dequantize_nf4_tensor
-from tune2gguf.model.sharding import full_tensor, shard_like
 
 BATCH, SEQ = 4, 24
 
@@ -41,7 +40,7 @@ def build(base: Path, *, base_weights: str = "fp32", parallel: str = "replicate"
     load_base(model, str(base), device=torch.device("cpu"), base_weights=base_weights, show=False)
     generator = torch.Generator().manual_seed(0)
     for _, weight in list_adapter(model):
-        weight.data.copy_(shard_like(torch.randn(weight.shape, generator=generator) * 0.1, weight))
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
     return model.train()
 
 
@@ -149,13 +148,13 @@ def compute_part(base: Path, parallel: str, rank: int, port: str, out: Path) -> 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     world = start_world("cpu")
     model = build(base, parallel=parallel, world=world)
-    model = replicate(model, world) if parallel == "replicate" else model
     tokens, labels = make_rows()
     num_supervised = (labels[:, 1:] != IGNORED_LABEL).sum()
     losses = model(tokens[rank::2], labels[rank::2])
-    (losses.sum() * (world.size / num_supervised)).backward()
+    (losses.sum() / num_supervised).backward()
+    sum_gradients([weight for _, weight in list_adapter(model)], world)
     loss = sum_over_ranks(losses.detach().sum()) / num_supervised
-    gradients = {name: full_tensor(weight.grad) for name, weight in list_adapter(model)}
+    gradients = {name: weight.grad for name, weight in list_adapter(model)}
     if rank == 0:
         torch.save((loss, gradients), out)
     stop_world()

@@ -139,6 +139,25 @@ def test_any_text_is_tokenized_as_llama_cpp_does(served):
     assert different == []
 
 
+@pytest.mark.parametrize(
+    "texts", [["one"], ["one", "two"], ["one\n", " two", "three"], ["", "one"], ["one", "", "two"]]
+)
+def test_content_in_parts_is_trained_as_it_is_served(served, texts):
+    content = [{"type": "text", "text": text} for text in texts]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes."}]
+    messages = read_conversation({"messages": turns}, format="openai").messages
+    ids, _ = served.tokenizer.encode_conversation(messages)
+    rendered = served.model.apply_template(turns[:1])
+    beginning = served.tokenizer.chat_template.beginning
+    prompt = served.model.tokenize(
+        rendered.removeprefix(beginning) if beginning else rendered, adds_bos=bool(beginning)
+    )
+    assert ids[: len(prompt)] == prompt
+    if texts == ["one", "two"]:
+        glued = [Message("user", "".join(texts)), messages[1]]
+        assert served.tokenizer.encode_conversation(glued)[0][: len(prompt)] != prompt
+
+
 def test_any_white_space_around_a_content_is_served_as_it_is_sent(served):
     """Every character below U+3001 that might be called white space, before and behind a word."""
     candidates = [chr(code) for code in range(1, 0x3001) if chr(code).isspace() or code < 0x20]

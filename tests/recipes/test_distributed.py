@@ -13,10 +13,10 @@ from tests.recipes.test_resume import HARD
 from tests.recipes.test_training import measure_difference, read_records
 
 
-@pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "nf4"])
+@pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "fp8", "nf4"])
 def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
     precision = {"fp32": ["dtype=fp32", "base_weights=fp32"], "bf16": ["dtype=bf16", "base_weights=bf16"]}
-    precision["nf4"] = ["dtype=fp32", "base_weights=nf4"]
+    precision |= {kind: ["dtype=fp32", f"base_weights={kind}"] for kind in ("fp8", "nf4")}
     arguments = [*run_arguments, *precision[base], f"base_dir={wide_base}", "batch_size=2", "learning_rate=0.01"]
     arguments += ["gradient_accumulation_steps=2"]
     for parallel in ("replicate", "shard"):
@@ -71,21 +71,24 @@ def make_unequal_rows(count: int) -> list[dict]:
 
 @pytest.mark.slow
 def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_base, tmp_path):
-    """1 x 8 = 2 x 4 = 4 x 2 rows; 19 rows leave a tail of 3, in which one of four processes has none."""
+    """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1 rows; 19 rows leave a tail of 3, in which some of the processes have none."""
     train = write_rows(tmp_path / "unequal.jsonl", make_unequal_rows(19))
     arguments = [*run_arguments, f"dataset.files=[{train}]", "max_seq_len=512", "epochs=2", f"seed={SEED}"]
-    for size in (1, 2, 4):
-        cut = [f"batch_size={8 // size}", f"output_dir={tmp_path / str(size)}"]
-        run_to_end([*arguments, *cut], tmp_path / f"{size}.log", num_processes=size)
-    for size in (2, 4):
-        assert measure_difference(tmp_path / "1", tmp_path / str(size)) < 1e-5
+    cases = [(1, "replicate"), (2, "replicate"), (4, "replicate"), (4, "shard"), (8, "replicate"), (8, "shard")]
+    folders = {(size, parallel): tmp_path / f"{size}-{parallel}" for size, parallel in cases}
+    for (size, parallel), folder in folders.items():
+        cut = [f"batch_size={8 // size}", f"parallel={parallel}", f"output_dir={folder}"]
+        run_to_end([*arguments, *cut], folder.with_suffix(".log"), num_processes=size)
+    alone = folders[1, "replicate"]
+    for folder in folders.values():
+        assert measure_difference(alone, folder) < 1e-5
         for key in ("loss", "val_loss"):
-            one, other = ([record[key] for record in read_records(tmp_path / str(n), key)] for n in (1, size))
+            one, other = ([record[key] for record in read_records(run, key)] for run in (alone, folder))
             assert one == pytest.approx(other, abs=1e-5)
     # Negative control: the mean of the processes' own means, which is not the mean over the step's tokens.
     losses = measure_first_step(tiny_base, train, num_processes=2)
     own = [one.mean() for one in losses]
-    first = read_records(tmp_path / "2", "loss")[0]["loss"]
+    first = read_records(folders[2, "replicate"], "loss")[0]["loss"]
     assert first == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
     assert abs(first - float(sum(own) / 2)) > 1e-3
 
@@ -118,20 +121,29 @@ def measure_first_step(base_dir: Path, train: Path, *, num_processes: int) -> li
         return [model(**vars(collate([data.sequences[row] for row in share]))) for share in shares]
 
 
-@pytest.mark.parametrize("parallel", ["replicate", pytest.param("shard", marks=pytest.mark.slow)])
-def test_two_processes_killed_and_resumed_equal_never_stopped(run_arguments, tmp_path, parallel):
+@pytest.mark.parametrize(
+    ("size", "parallel"),
+    [
+        (2, "replicate"),
+        pytest.param(2, "shard", marks=pytest.mark.slow),
+        pytest.param(4, "shard", marks=pytest.mark.slow),
+        pytest.param(8, "replicate", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_killed_and_resumed_equal_never_stopped(run_arguments, tmp_path, size, parallel):
     """With dropout, each process draws its own masks and gets its own random numbers back; one of them is killed."""
     arguments = [*run_arguments, *HARD, "save_every_n_steps=1", f"parallel={parallel}", "batch_size=1"]
-    run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "whole.log", num_processes=2)
+    arguments += [f"gradient_accumulation_steps={max(1, 4 // size)}"]
+    run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "whole.log", num_processes=size)
     arguments += [f"output_dir={tmp_path / 'killed'}", "resume=auto"]
     metrics, log = tmp_path / "killed/metrics.jsonl", tmp_path / "killed.log"
-    for rank, lines in ((1, 3), (0, 8)):
-        launch = Launch(arguments, log, num_processes=2)
+    for rank, lines in ((size - 1, 3), (0, 8)):
+        launch = Launch(arguments, log, num_processes=size)
         launch.wait_until(lambda lines=lines: count_lines(metrics) >= lines)
         launch.signal(signal.SIGKILL, rank=rank)
         codes = launch.wait(timeout=30)
-        assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, log.read_text()
+        assert codes.pop(rank) == -signal.SIGKILL and set(codes) == {1}, log.read_text()
     assert log.read_text().count("error: another process of the run is gone") == 2
     assert "Traceback" not in log.read_text()
-    run_to_end(arguments, log, num_processes=2)
+    run_to_end(arguments, log, num_processes=size)
     assert read_outcome(tmp_path / "killed") == read_outcome(tmp_path / "whole")

@@ -5,9 +5,11 @@ import re
 import shlex
 
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY, make_conversations, write_rows
 from tests.recipes.test_commands import run_command
+from tune2gguf.data.columns import RowReader
 from tune2gguf.data.messages import FORMATS, detect_format, read_conversation
 
 
@@ -29,6 +31,13 @@ def test_every_format_has_a_row_in_the_readme_that_is_detected_as_such():
         read_conversation(json.loads(row), format=format)
 
 
+def test_every_mapping_of_the_readme_is_one_of_its_format():
+    shown = re.findall(r"^\| `(\w+)` \|.*\| `(\{[^{}]*\})` \|$", read_section(), flags=re.MULTILINE)
+    assert [format for format, _ in shown] == list(FORMATS)
+    for format, columns in shown:
+        assert format in RowReader(columns=tuple(yaml.safe_load(columns).items())).formats
+
+
 @pytest.mark.slow
 def test_commands_for_your_own_data_run_in_their_order(tmp_path, tiny_base, run_arguments):
     rows = write_rows(tmp_path / "my.jsonl", make_conversations(60))
@@ -42,7 +51,6 @@ def test_commands_for_your_own_data_run_in_their_order(tmp_path, tiny_base, run_
         "inspect_data.py",
         "run",
         "export.py",
-        "show_result.py",
     ]
     for command in commands:
         command = [

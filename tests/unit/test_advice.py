@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY
 from tests.unit.synthetic_curves import approach, make_curves
+from tune2gguf.commands import format_overrides
 from tune2gguf.config import check_values, load_config, read_config
 from tune2gguf.runs.config_file import flatten_config
 from tune2gguf.runs.curves import Curves
@@ -154,6 +155,17 @@ def test_what_cannot_be_judged_is_made_judgeable(curves, figures, expected, tmp_
         data = {"training": {"rows": 90}, "validation": {"rows": 10}, "rows_truncated": []}
     situation = make_situation(tmp_path, data=data)
     assert list_changes(advise_label(INCONCLUSIVE, situation, curves=curves, figures=figures)) == expected
+
+
+def test_sources_hold_out_each_its_share_of_the_rows_that_are_needed(tmp_path):
+    sources = [{"files": "a.jsonl", "weight": 2}, {"files": ["b.jsonl"], "validation_files": "c.jsonl"}]
+    own = ["dataset.files=null", "dataset.validation_files=null", *format_overrides({"dataset.sources": sources})]
+    advice = advise_label(INCONCLUSIVE, make_situation(tmp_path, *own), figures={"rows_needed": 30})
+    expected = [
+        {"files": ["a.jsonl"], "weight": 2, "validation_split": 0.3},
+        {"files": ["b.jsonl", "c.jsonl"], "validation_split": 0.3},
+    ]
+    assert list_changes(advice) == [{"dataset.sources": expected}]
 
 
 def test_validation_rows_that_were_not_measured_come_before_new_ones(tmp_path):

@@ -16,7 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipes.lora_finetune import recipe_main
-from tests.conftest import REPOSITORY, make_conversations, write_rows, write_tiny_tokenizer
+from tests.conftest import (
+    REPOSITORY,
+    TINY_TIED,
+    make_conversations,
+    write_rows,
+    write_tiny_base,
+    write_tiny_tokenizer,
+)
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.base.safetensors_file import TensorToWrite
 from tune2gguf.config import check_config, load_config, read_config
@@ -129,7 +136,7 @@ WRONG = [
     (["scheduler=cosin"], "scheduler='cosin' is not one of cosine, linear, constant; did you mean cosine?"),
     (["quantization=q4_k_m"], "did you mean Q4_K_M?"),
     (["quantization=Q4_K_X"], "quantization='Q4_K_X' is not one of F32, F16, BF16, Q8_0, Q6_K, Q5_K_M"),
-    (["base_weights=int8"], "base_weights='int8' is not one of bf16, fp32, nf4"),
+    (["base_weights=int8"], "base_weights='int8' is not one of bf16, fp32, fp8, nf4"),
     (["dtype=fp16"], "dtype='fp16' is not one of bf16, fp32"),
     (["chat_template=llama2"], "chat_template='llama2' is not one of llama3"),
     (["model.lora_attn_modules=[q_proj,o_proj]"], "may hold only q_proj, k_proj, v_proj, output_proj"),
@@ -146,6 +153,7 @@ WRONG = [
     (["optimizer.betas=[2,3]"], "optimizer refuses its keys: ValueError: Invalid beta parameter at index 0: 2"),
     # What does not fit together.
     (["dtype=bf16"], "base_weights=fp32 with dtype=bf16: unquantized weights are kept in dtype"),
+    (["base_weights=fp8", "compile=true"], "base_weights=fp8 with compile=true: the compiler has no 8-bit products"),
     (["device=gpu"], "device='gpu' is not one of cpu, cuda, cuda:0, cuda:1, …"),
     (["device=cuda:99"], "device=cuda:99"),
     (["max_seq_len=513"], "was made for at most 512 tokens"),
@@ -374,8 +382,15 @@ def test_check_takes_under_a_second_and_touches_no_weight(run_arguments, tmp_pat
     assert (base / "model.safetensors").stat().st_blocks * 512 < 1e6
 
 
+def test_matrices_that_8_bit_products_do_not_take_are_refused(run_arguments, tmp_path):
+    base = write_tiny_base(tmp_path / "odd", replace(TINY_TIED, intermediate_dim=72))
+    arguments = [*run_arguments, f"base_dir={base}"]
+    assert check_config(load_config(arguments)) == []
+    error = find_error([*arguments, "base_weights=fp8"])
+    assert "mlp.gate_proj.weight is [72, 32], 8-bit products take multiples of 16; use base_weights=bf16" in error
+
+
 def test_four_bit_base_with_16_bit_settings_warns(run_arguments, tmp_path):
-    from tests.conftest import TINY_TIED
     from tune2gguf.base.random_base import write_random_base
 
     narrow = write_random_base(TINY_TIED, tmp_path / "narrow", kind="bnb-4bit")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import make_conversations, write_rows
+from tune2gguf.data.columns import RowReader
 from tune2gguf.data.token_cache import KEPT_DAYS, tokenize_once
 from tune2gguf.data.tokenize import tokenize_file
 from tune2gguf.files.digest import digest_file
@@ -28,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def tokenize(path, tokenizer, **options):
-    options = {"format": "auto", "stop_at_problem": True, "min_cached_bytes": 0} | options
+    options = {"reader": RowReader(), "stop_at_problem": True, "min_cached_bytes": 0} | options
     return tokenize_once(str(path), tokenizer, **options)
 
 
@@ -43,7 +44,7 @@ def assert_equal(first, second) -> None:
 def test_cached_file_is_the_tokenized_file_and_mapped_into_memory(tmp_path, tokenizer, cache):
     rows = [*make_conversations(20), {"messages": []}, *make_conversations(1, start=50)]
     path = write_rows(tmp_path / "a.jsonl", rows)
-    fresh = tokenize_file(str(path), tokenizer, format="auto", stop_at_problem=False)
+    fresh = tokenize_file(str(path), tokenizer, reader=RowReader(), stop_at_problem=False)
     cold = tokenize(path, tokenizer, stop_at_problem=False)
     [folder] = cache.iterdir()
     warm = tokenize(path, tokenizer, stop_at_problem=False)
@@ -77,7 +78,7 @@ def test_same_content_under_another_name_is_the_same_entry_with_its_own_name(tmp
 def test_other_content_tokenizer_or_format_is_another_entry(tmp_path, tmp_path_factory, tiny_base, tokenizer, cache):
     path = write_rows(tmp_path / "a.jsonl", make_conversations(3))
     tokenize(path, tokenizer)
-    tokenize(path, tokenizer, format="openai")
+    tokenize(path, tokenizer, reader=RowReader("openai"))
     other_base = tmp_path_factory.mktemp("other")
     content = json.loads((tiny_base / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][:-1]
@@ -121,7 +122,7 @@ def test_what_was_not_used_for_long_is_deleted_when_another_file_is_kept(tmp_pat
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_damaged_entry_is_made_again(tmp_path, tokenizer, cache, damaged, share):
     path = write_rows(tmp_path / "a.jsonl", make_conversations(20))
-    fresh = tokenize_file(str(path), tokenizer, format="auto", stop_at_problem=True)
+    fresh = tokenize_file(str(path), tokenizer, reader=RowReader(), stop_at_problem=True)
     tokenize(path, tokenizer)
     [folder] = cache.iterdir()
     content = (folder / damaged).read_bytes()
@@ -134,7 +135,7 @@ def test_damaged_entry_is_made_again(tmp_path, tokenizer, cache, damaged, share)
 @pytest.mark.parametrize("name", ["tokens.bin", "supervised.bin", "lines.npy", "index.json", "sha256.json"])
 def test_entry_with_a_flipped_bit_is_made_again(tmp_path, tokenizer, cache, name, bit):
     path = write_rows(tmp_path / "a.jsonl", make_conversations(20))
-    fresh = tokenize_file(str(path), tokenizer, format="auto", stop_at_problem=True)
+    fresh = tokenize_file(str(path), tokenizer, reader=RowReader(), stop_at_problem=True)
     tokenize(path, tokenizer)
     [folder] = cache.iterdir()
     content = bytearray((folder / name).read_bytes())
@@ -170,12 +171,13 @@ def test_of_several_processes_one_tokenizes(tmp_path, tokenizer, tiny_base, cach
     program = """
 import sys
 from tune2gguf.data import token_cache
+from tune2gguf.data.columns import RowReader
 from tune2gguf.tokenizer import load_tokenizer
 base, path = sys.argv[1:]
 fill = token_cache._fill
 token_cache._fill = lambda *arguments, **options: print("filled") or fill(*arguments, **options)
 tokenizer = load_tokenizer(base, chat_template="chatml")
-found = token_cache.tokenize_once(path, tokenizer, format="auto", stop_at_problem=True, min_cached_bytes=0)
+found = token_cache.tokenize_once(path, tokenizer, reader=RowReader(), stop_at_problem=True, min_cached_bytes=0)
 print(len(found.tokens))
 """
     command = [sys.executable, "-c", program, str(tiny_base), str(path)]

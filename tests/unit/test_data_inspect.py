@@ -200,3 +200,36 @@ def test_wrong_option_is_refused(tmp_path, tiny_base, argument, options, said):
 def test_misspelled_key_of_a_config_is_refused(run_arguments):
     with pytest.raises(ValueError, match="unknown config key 'datset'; did you mean 'dataset'"):
         inspect_config(run_arguments[1], [*run_arguments[2:], "datset.format=text"], num_rows=1)
+
+
+def test_rows_that_an_inspection_holds_out_are_those_of_the_run(tmp_path, tiny_base, run_arguments):
+    path = write_rows(tmp_path / "mine.jsonl", make_conversations(200))
+    split = "dataset.validation_split=0.2"
+    files = inspect_files([str(path), split], tiny_base, chat_template="chatml", max_seq_len=512, num_rows=0)
+    overrides = [*run_arguments[2:], f"dataset.files=[{path}]", "dataset.validation_files=null", split]
+    run = inspect_config(run_arguments[1], overrides, num_rows=0)
+    assert run.summary.data.ledger["fingerprint"] == files.summary.data.ledger["fingerprint"]
+    other = inspect_files([str(path), split, "seed=7"], tiny_base, chat_template="chatml", max_seq_len=512, num_rows=0)
+    assert other.summary.data.ledger["fingerprint"] != files.summary.data.ledger["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dataset.columns={prompt: question, completion: answer}"],
+        ["dataset.columns.prompt=question", "dataset.columns.completion=answer"],
+    ],
+)
+def test_mapping_of_the_columns_is_shown(tmp_path, tiny_base, overrides):
+    path = write_rows(tmp_path / "a.jsonl", [{"question": f"Hi {number}?", "answer": "Ho."} for number in range(3)])
+    inspection = inspect_files([str(path), *overrides], tiny_base, chat_template="chatml", max_seq_len=99, num_rows=1)
+    text = inspection.format(colored=False)
+    assert f"{path}: 3 rows, prompt_completion\n  prompt = column 'question', completion = column 'answer'\n" in text
+
+
+def test_misspelled_part_of_a_mapping_is_refused(tmp_path, tiny_base):
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "Hi?", "answer": "Ho."}])
+    with pytest.raises(ValueError, match=r"'promt' is no part of a format; did you mean 'prompt'\?"):
+        inspect_files(
+            [str(path), "dataset.columns.promt=question"], tiny_base, chat_template="chatml", max_seq_len=99, num_rows=0
+        )

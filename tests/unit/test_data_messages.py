@@ -118,7 +118,7 @@ def test_row_that_fits_no_format_says_what_was_looked_for():
         ([turn(None, "Hi")], r"messages\[0\]: unknown role None"),
         ([QUESTION, turn("assistant", None)], r"messages\[1\]: 'content' must be text, got null"),
         ([QUESTION, turn("assistant", 7)], r"messages\[1\]: 'content' must be text, got int 7"),
-        ([turn("user", [{"type": "image_url"}])], r"'content' must be text, got a list of 1"),
+        ([turn("user", [{"type": "image_url"}])], r"content\[0\] is of type 'image_url'; only parts"),
         ([QUESTION, turn("assistant", " \n\u00a0")], "message 2, the assistant's, is empty"),
         ([turn("user", ""), ANSWER], "message 1, the user's, is empty"),
         ([QUESTION], "there is no assistant turn to learn from"),
@@ -149,13 +149,22 @@ def test_conversation_that_cannot_be_trained_on_is_refused(turns, said):
         ("alpaca", {"instruction": "Hi", "input": 3, "output": "x"}, "'input' must be text, got int 3"),
         ("alpaca", {"instruction": "Hi", "output": "x", "history": [["a", "b"]]}, "'history' is not supported"),
         ("prompt_completion", {"prompt": "Hi", "completion": ""}, "message 2, the assistant's, is empty"),
-        ("prompt_completion", {"prompt": ["Hi"], "completion": "x"}, "'prompt' must be text, got a list of 1"),
+        (
+            "prompt_completion",
+            {"prompt": ["Hi"], "completion": "x"},
+            r"prompt\[0\] must be an object with 'role' and 'content', got str 'Hi'",
+        ),
         ("openai", {"system": 3, "messages": [QUESTION, ANSWER]}, "'system' must be text, got int 3"),
         ("openai", {"system": "x", "messages": [turn("system", "y"), QUESTION, ANSWER]}, "'system' beside a system m"),
         (
             "openai",
-            {"messages": [turn("user", [{"text": "a"}, {"text": "b"}])]},
-            "of a list of parts only",
+            {
+                "messages": [
+                    turn("user", [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]),
+                    ANSWER,
+                ]
+            },
+            r"messages\[0\].content\[1\] is of type 'image_url'; only parts of type 'text' can be trained",
         ),
         ("text", {"text": None}, "'text' must be text, got null"),
         ("text", {"text": " \n"}, "'text' is empty"),

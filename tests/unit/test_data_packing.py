@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tune2gguf.data import Pack, Source, TokenizedRow, TokenizedRows, collate
+from tune2gguf.data.columns import RowReader
 from tune2gguf.data.packing import pack_rows
 from tune2gguf.data.tokenize import TokenIndex, TokenizedFile
 from tune2gguf.model.llama import make_row_mask
@@ -24,6 +25,8 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
         role_counts={},
         unit="line",
         lines_that_spell_special=[],
+        format="text",
+        absent_columns={},
         num_ended=0,
         num_stripped=0,
         has_tools=np.zeros(len(lengths), bool),
@@ -33,8 +36,10 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
         system_numbers=np.zeros(len(lengths), np.int64),
     )
     tokens = np.arange(lengths.sum(), dtype=np.int32)
-    file = TokenizedFile("x.jsonl", tokens, np.ones(len(tokens), bool), index)
-    picks = np.stack([np.zeros(len(lengths), np.int64), np.arange(len(lengths))], axis=1)
+    file = TokenizedFile("x.jsonl", RowReader(), tokens, np.ones(len(tokens), bool), index)
+    picks = np.stack(
+        [np.zeros(len(lengths), np.int64), np.arange(len(lengths)), np.zeros(len(lengths), np.int64)], axis=1
+    )
     return TokenizedRows([file], picks, max_seq_len)
 
 

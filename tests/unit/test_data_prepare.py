@@ -51,7 +51,7 @@ BAD_LINES = {
         b'{"prompt": "Hi", "completion": "x"}',
         "its shape is prompt_completion, but the file's is openai since line 1",
     ),
-    15: (json.dumps({"messages": [{"role": "tool", "content": "x"}]}).encode(), "uses tools"),
+    15: (json.dumps({"messages": [{"role": "tool", "content": "x"}]}).encode(), "is a result, but no call before it waits for one"),
     16: (b"[]", "a row must be a JSON object, got a list"),
     17: (b'{"question": "Hi"}', "fit no format"),
 }
@@ -75,11 +75,10 @@ def prepare_bad(bad_file: Path, tokenizer: ChatTokenizer, **options) -> Prepared
 def test_every_kind_of_bad_row_is_an_error_that_names_its_line(bad_file, tokenizer):
     with pytest.raises(ValueError) as error:
         prepare_bad(bad_file, tokenizer)
-    *rows, way_out = str(error.value).splitlines()
-    named = {int(row.split(", line ")[1].split(":")[0]) for row in rows}
-    # The rows that only a comparison or the token count shows come to light when the others are mended.
-    assert named == BAD_LINES.keys() - {8, 9, 10}
+    *rows, way_out, longer = str(error.value).splitlines()
+    assert {int(row.split(", line ")[1].split(":")[0]) for row in rows} == BAD_LINES.keys()
     assert way_out.endswith("dataset.on_bad_row=drop")
+    assert longer.startswith("A larger max_seq_len")
 
 
 def test_ledger_accounts_for_a_file_with_every_kind_of_bad_row(bad_file, tokenizer):
@@ -216,7 +215,7 @@ def test_keys_that_are_not_used_are_noted(tmp_path, tokenizer):
     rows[0]["messages"][1]["thinking"] = "Hm."
     path = write_rows(tmp_path / "a.jsonl", rows)
     data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1)
-    assert data.ledger["notes"] == [f"{path}: not used: topic (3 rows), messages[].thinking (1 rows)"]
+    assert data.ledger["notes"] == [f"{path}: read as openai; not used: topic (3 rows), messages[].thinking (1 rows)"]
 
 
 def test_limit_of_a_row_holds_in_files_without_lines_too(tmp_path, tokenizer):
@@ -321,7 +320,7 @@ def test_fingerprint_changes_with_rows_order_split_and_limit(tmp_path, tokenizer
     [
         ({"format": "chat"}, "dataset.format=chat is not one of auto, openai, sharegpt"),
         ({"on_bad_row": "ignore"}, "dataset.on_bad_row=ignore is not one of error, drop"),
-        ({"on_long_row": None}, "dataset.on_long_row=None is not one of truncate, drop, error"),
+        ({"on_long_row": None}, "dataset.on_long_row=None is not one of truncate, split, drop, error"),
         ({"validation_split": 1.0}, "dataset.validation_split=1.0 must be a fraction"),
         ({"validation_split": "0.1"}, "dataset.validation_split=0.1 must be a fraction"),
         ({"validation_split": 0.1, "validation_files": ["{file}"]}, "are both given; set one of them to null"),
@@ -450,7 +449,7 @@ def test_end_of_turn_that_a_row_brings_along_is_taken_off_once_and_counted(tmp_p
         "rows with an end-of-turn token at the end of a turn: 1"
     ] * 2
     assert clean.ledger["notes"] == []
-    lines = format_validation_rows(ended.validation, format="auto").splitlines()
+    lines = format_validation_rows(ended.validation).splitlines()
     assert "<|" not in "".join(lines) and len(lines) == 1
 
 
@@ -483,4 +482,4 @@ def test_white_space_around_contents_is_taken_off_counted_and_gone_from_the_vali
     assert [note.partition(": ")[2].partition(";")[0] for note in spaced.ledger["notes"]] == [
         "rows with white space around a content: 1"
     ] * 2
-    assert "\u3000" not in format_validation_rows(spaced.validation, format="auto")
+    assert "\u3000" not in format_validation_rows(spaced.validation)

@@ -11,7 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tune2gguf.data.rows import MAX_ROW_BYTES, Source, compute_content_digest, count_rows, find_files, read_rows
+from tune2gguf.data.rows import (
+    MAX_ROW_BYTES,
+    Source,
+    compute_content_digest,
+    find_files,
+    measure_file,
+    read_blocks,
+    read_rows,
+)
 
 ROWS = [{"prompt": f"Question {number}?", "completion": f"Answer\n{number}."} for number in range(3)]
 
@@ -227,10 +235,22 @@ def test_file_whose_name_holds_glob_characters_is_found(tmp_path):
     assert find_files(f"{tmp_path}/a[1].jsonl") == [f"{tmp_path}/a[1].jsonl"]
 
 
-def test_rows_are_counted_for_the_progress_bar(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl")
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    assert count_rows(str(tmp_path / "a.jsonl")) == count_rows(str(tmp_path / "a.parquet")) == 3
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "array.json"])
+def test_progress_goes_from_nothing_to_the_measure_of_the_file(tmp_path, name):
+    rows = [{"prompt": f"Question {number}?", "completion": f"Answer {number}. " * 20} for number in range(8000)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    total, unit = measure_file(str(tmp_path / name))
+    positions = [block.position for block in read_blocks(str(tmp_path / name))]
+    assert len(positions) > 1 and positions == sorted(positions) and positions[-1] <= total
+    assert positions[-1] == total or name == "array.json"
+    assert unit == ("row" if name == "a.parquet" else "B")
 
 
 def test_source_reads_as_a_place():

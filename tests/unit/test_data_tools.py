@@ -256,7 +256,7 @@ def test_ledger_and_figures_know_rows_with_tools(prepared):
 
 def test_validation_rows_keep_tools_and_calls(prepared, tmp_path):
     _, _, data = prepared
-    record = json.loads(format_validation_rows(data.validation, format="auto"))
+    record = json.loads(format_validation_rows(data.validation))
     assert record["tools"] == [canonicalize_tool(PLAIN)]
     assert record["messages"][1]["tool_calls"] == [
         {"name": "find_departures", "arguments": {"after": "no-break\u00a0space"}}

@@ -2,9 +2,11 @@
 
 import os
 import time
+from inspect import signature
 
 import pytest
 import torch.distributed as dist
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from tests.recipes.launch import CONTEXT
 from tune2gguf.distributed import world as distributed
@@ -49,6 +51,11 @@ def end(processes: list, *, seconds: float) -> list[int]:
 def list_addresses(store: dist.TCPStore) -> set[str]:
     """Return the keys under which gloo's processes leave each other their addresses."""
     return {key for key in store.list_keys() if "//cpu//" in key}
+
+
+def test_torch_opens_other_processes_tensors_by_the_arguments_that_are_replaced():
+    """A GPU reads the others' parts at addresses of its own; torch would open them on the device that they are on."""
+    assert {"storage_device", "event_sync_required"} <= signature(rebuild_cuda_tensor).parameters.keys()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.merge_choice import DEQUANTIZED, ORIGINAL
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.model.architectures import Architecture
-from tune2gguf.serve.proof import prove_export
+from tune2gguf.serve.proof import MERGED, prove_export
 
 ARCHITECTURE = Architecture(**{**vars(TINY_TIED), "embed_dim": 64, "intermediate_dim": 128, "head_dim": 16})
 
@@ -98,6 +98,26 @@ def test_a_rounded_16_bit_base_is_the_4_bit_base(tmp_path):
         assert abs(rows[0] - rows[1]).max() < 0.01 * largest
         is_changed = abs(rows[0] - rows[2]).max() > 0.05 * largest
         assert is_changed == spec.is_linear, "only the layers' matrices are in 4 bits"
+
+
+def test_an_8_bit_run_is_merged_into_its_base_and_proven_against_what_it_was_trained_over(tmp_path):
+    base_dir = write_base(tmp_path / "Tiny", kind="bf16")
+    runs = {
+        kind: write_run(
+            base_dir,
+            tmp_path / kind,
+            f"base_weights={kind}",
+            chat_template="chatml",
+            validation=make_conversations(4),
+        )
+        for kind in ("fp8", "bf16")
+    }
+    exported = {kind: export(run_dir) for kind, run_dir in runs.items()}
+    assert exported["fp8"].merge.kind is None and exported["fp8"].merge.describe() is None
+    steps = {kind: prove_export(one, num_replies=0, show=False).steps for kind, one in exported.items()}
+    # What 8 bits made of the base is lost in merging, and the proof says how much that is.
+    assert steps["bf16"][MERGED]["kl_to_adapter"] < steps["fp8"][MERGED]["kl_to_adapter"] / 2
+    assert abs(steps["fp8"][MERGED]["increase"]) < 0.02
 
 
 def test_an_original_of_another_model_is_refused(tmp_path):

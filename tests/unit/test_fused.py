@@ -282,6 +282,6 @@ def test_what_keeps_a_run_from_the_fused_layers_is_said(changed, reason):
     architecture = dataclasses.replace(TINY_TIED, head_dim=options.pop("head_dim"))
     obstacle = why_not_fused(architecture=architecture, **options)
     assert obstacle == reason
-    assert describe_layers(obstacle) == "layers: " + (
+    assert describe_layers(obstacle, longest_row=500) == "layers: " + (
         "fused kernels" if reason is None else f"torchtune's, not the fused ones ({reason})"
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, write_tiny_tokenizer
+from tune2gguf.commands import format_command
 from tune2gguf.machine.devices import Device
 from tune2gguf.machine.fit import advise, explain_out_of_memory, find_fitting_change, find_warning, fits, list_changes
 from tune2gguf.machine.memory import (
@@ -154,6 +155,7 @@ MEDIUM = Architecture(
         {"tokens_per_pass": 4096, "enable_activation_checkpointing": True},
         {"dtype": "fp32", "base_weights": "fp32", "lora_dropout": 0.0},
         {"base_weights": "nf4", "lora_rank": 64},
+        {"base_weights": "fp8"},
     ],
     ids=str,
 )
@@ -192,6 +194,31 @@ def test_batch_rank_and_base_add_what_they_hold():
     nf4 = estimate_memory(replace(small, base_weights="nf4")).weights
     in_bf16 = 2 * 128_256 * 4096 * 2
     assert nf4 == pytest.approx(in_bf16 + (8_030_261_248 - 2 * 128_256 * 4096) * 0.515869, rel=1e-3)
+    # A byte a weight and four for each row: 4096 of q, o and down, 1024 of k and v, 14336 of gate and up.
+    fp8 = estimate_memory(replace(small, base_weights="fp8")).weights
+    norms = 65 * 4096
+    scales = 4 * 32 * (3 * 4096 + 2 * 1024 + 2 * 14336)
+    assert fp8 == in_bf16 + (8_030_261_248 - 2 * 128_256 * 4096 - norms) + scales + 4 * norms
+
+
+def test_most_is_kept_in_8_bits_where_the_gpu_multiplies_them():
+    spec = make_spec(LLAMA3_1_8B, device_type="cuda", base_weights="fp8", tokens_per_pass=8192)
+    kept_less = count_kept_activations(spec) - count_kept_activations(replace(spec, multiplies_fp8=True))
+    gate_and_up, attended = 2 * (14336 * 2 - 14336 - 4 * 112), 4096 * 2 - 4096 - 4  # a scale for 128, and for a token
+    assert kept_less == 8192 * 32 * (gate_and_up + attended)
+    in_bf16 = replace(spec, base_weights="bf16")
+    assert count_kept_activations(replace(in_bf16, multiplies_fp8=True)) == count_kept_activations(in_bf16)
+
+
+def test_an_8_bit_base_is_advised_before_what_costs_time_where_the_gpu_multiplies_8_bits():
+    spec = replace(BIG, architecture=LLAMA3_1_8B, multiplies_fp8=True, tokens_per_pass=2048)
+    free = estimate_memory(replace(spec, base_weights="fp8")).peak
+    assert find_fitting_change(spec, free) == {"base_weights": "fp8"}
+    assert advise(spec, free) == f"This would make it fit, and faster: {format_command('base_weights=fp8')}"
+    # Without such products it saves memory only, and what gives the same adapter comes first.
+    changes = list(list_changes(replace(spec, multiplies_fp8=False)))
+    first = changes.index({"base_weights": "fp8"})
+    assert {"enable_activation_checkpointing": True} in changes[:first] and {"base_weights": "nf4"} in changes[first:]
 
 
 def test_offloading_leaves_the_gpu_five_inputs_of_layers():
@@ -201,11 +228,15 @@ def test_offloading_leaves_the_gpu_five_inputs_of_layers():
     assert count_kept_activations(spec) - count_kept_activations(offloaded) == (32 - 5) * an_input
 
 
-def test_shards_hold_their_part_and_replicas_all_of_it():
+def test_shards_hold_their_part_and_what_they_gather_and_replicas_all_of_it():
     spec = make_spec(LLAMA3_1_8B, device_type="cuda", num_devices=4)
     alone = estimate_memory(replace(spec, num_devices=1))
     assert estimate_memory(spec) == alone
-    assert estimate_memory(replace(spec, parallel="shard")).weights == alone.weights // 4
+    sharded, norms = estimate_memory(replace(spec, parallel="shard")), 65 * 4096 * 4
+    assert sharded.weights == pytest.approx((alone.weights - norms) / 4 + norms)
+    layer = 2 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    assert sharded.work - alone.work == 2 * layer + 2 * 128_256 * 4096  # two layers, and the embedding or the head
+    assert sharded.adapter + sharded.gradients + sharded.optimizer == alone.adapter + alone.gradients + alone.optimizer
 
 
 BIG = make_spec(LLAMA3_2_1B, device_type="cuda", tokens_per_pass=8192, longest_row=2048, lora_rank=16)

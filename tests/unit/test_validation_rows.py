@@ -38,7 +38,7 @@ def write_prompts(path) -> None:
 def test_lines_are_the_validation_rows_in_their_order(tmp_path, tiny_base, name, format):
     write_prompts(tmp_path / name)
     data = prepare(tmp_path / name, tiny_base, format=format)
-    records = [json.loads(line) for line in format_validation_rows(data.validation, format=format).splitlines()]
+    records = [json.loads(line) for line in format_validation_rows(data.validation).splitlines()]
     assert 0 < len(records) < 30
     tokenizer = load_tokenizer(tiny_base, chat_template="chatml")
     for record, row in zip(records, data.validation, strict=True):
@@ -54,7 +54,7 @@ def test_file_that_has_changed_since_is_refused(tmp_path, tiny_base):
     for changed in (rows[::-1], rows[:1], [{"messages": []}] * 30, [{"text": "x"}] * 30):
         write_rows(path, changed)
         with pytest.raises(ValueError, match=r"a\.jsonl, line \d+: is not what it was a moment ago"):
-            format_validation_rows(validation, format="auto")
+            format_validation_rows(validation)
     path.write_bytes(b"{\n" * 30)
     with pytest.raises(ValueError, match=r"a\.jsonl, line \d+"):
-        format_validation_rows(validation, format="auto")
+        format_validation_rows(validation)

@@ -45,26 +45,26 @@ MAX_LISTED = 5  # tensors named in one error
 class BaseCheckpoint:
     """An opened base folder; no weights are in memory. `specs` and `stored` are keyed by torchtune's names.
 
-    With `rounds_to_nf4` the rows of the layers' matrices are what NF4 leaves of them.
+    With `rounds_to`, fp8 or nf4, the rows of the layers' matrices are what that leaves of them.
     """
 
     base_dir: Path
     architecture: Architecture
     specs: dict[str, TensorSpec]
     stored: dict[str, StoredTensor | StoredNf4]
-    rounds_to_nf4: bool = False
+    rounds_to: str | None = None
 
     def read_tensor(self, name: str) -> Tensor:
         """Read the tensor with this torchtune name, rows in torchtune's order, in the stored dtype; NF4 as float32."""
         tensor = self._read_stored(name)
         return tensor.dequantize() if isinstance(self.stored[name], StoredNf4) else tensor
 
-    def _is_as_wanted(self, name: str, dtype: torch.dtype | None) -> bool:
+    def _is_as_wanted(self, name: str, dtype: torch.dtype | None, *, is_copied: bool) -> bool:
         """Whether a weight can be used as it is stored. Norms are not worth a map; they become float32 anyway."""
         stored, spec = self.stored[name], self.specs[name]
         if isinstance(stored, StoredNf4) or spec.num_heads is not None or len(spec.shape) < 2:
             return False
-        return not spec.is_linear if dtype is None else get_torch_dtype(stored) == dtype
+        return is_copied or not spec.is_linear if dtype is None else get_torch_dtype(stored) == dtype
 
     def _read_stored(self, name: str) -> Tensor | Nf4Weight:
         stored, num_heads = self.stored[name], self.specs[name].num_heads
@@ -85,8 +85,12 @@ class BaseCheckpoint:
         """Whether the folder itself holds 4-bit weights."""
         return any(isinstance(stored, StoredNf4) for stored in self.stored.values())
 
+    def round_to_fp8(self) -> BaseCheckpoint:
+        """Return this base with `rounds_to` 8 bits."""
+        return replace(self, rounds_to="fp8")
+
     def round_to_nf4(self) -> BaseCheckpoint:
-        """Return this base with `rounds_to_nf4`.
+        """Return this base with `rounds_to` 4 bits.
 
         Raises:
             ValueError: if rows do not hold whole 4-bit blocks
@@ -94,12 +98,12 @@ class BaseCheckpoint:
         uneven = [spec.hf_name for spec in self.specs.values() if spec.is_linear and spec.shape[1] % BLOCK_SIZE]
         if uneven:
             raise ValueError(f"{self.base_dir}: rows of {uneven[0]} do not hold whole 4-bit blocks of {BLOCK_SIZE}")
-        return replace(self, rounds_to_nf4=True)
+        return replace(self, rounds_to="nf4")
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
         """Read rows [begin, end) in torchtune's order, which is GGUF's, as float32 [end - begin, in].
 
-        Torch is needed for 4 bits only.
+        Torch is needed for 8 and 4 bits only.
         """
         spec = self.specs[name]
         if spec.num_heads is None:
@@ -118,14 +122,21 @@ class BaseCheckpoint:
                 return read_nf4(stored, begin=begin, end=end).dequantize().numpy()
             return read_nf4(stored).dequantize()[begin:end].numpy()
         rows = read_float32_rows(stored, begin, end)
-        if not (self.rounds_to_nf4 and self.specs[name].is_linear):
+        if self.rounds_to is None or not self.specs[name].is_linear:
             return rows
         import torch
 
+        if self.rounds_to == "fp8":
+            from tune2gguf.model.fp8 import quantize_weight
+
+            # Training quantizes bf16.
+            return quantize_weight(torch.from_numpy(rows).bfloat16()).dequantize(torch.float32).numpy()
         # What 4-bit training sees, but for the scales, which it rounds to 8 bits on top.
         return quantize_nf4(torch.from_numpy(rows)).dequantize(torch.float32).numpy()
 
-    def iterate_tensors(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
+    def iterate_tensors(
+        self, *, dtype: torch.dtype | None = None, is_copied: bool = False
+    ) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
         """Yield (torchtune's parameter name, weight in torchtune's layout), one at a time, in the order of the files.
 
         Embedding and head, and with a dtype the layers' matrices, are views of the mapped file where they are stored as
@@ -134,10 +145,11 @@ class BaseCheckpoint:
 
         Args:
             dtype: convert to it; None keeps the stored dtype, and the layers' 4-bit weights as they are
+            is_copied: the caller copies every weight to a GPU, so that views serve for all that need no conversion
         """
         maps: dict[Path, Tensor] = {}
         for name in sorted(self.stored, key=lambda name: (self.stored[name].path, self.stored[name].begin)):
-            if self._is_as_wanted(name, dtype):
+            if self._is_as_wanted(name, dtype, is_copied=is_copied):
                 path = self.stored[name].path
                 if path not in maps:
                     maps[path] = map_file(path)

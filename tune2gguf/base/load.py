@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchtune.modules.tied_linear import TiedLinear
 from tqdm import tqdm
 
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.model.fp8 import quantize_weight
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
-from tune2gguf.model.sharding import shard_like
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# An 8-bit base is the bf16 base with its layers' matrices quantized.
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
+STAGED_BYTES = 64 << 20  # of each of two buffers on the way to a GPU
 
 
 def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weights: str, show: bool) -> None:
     """Load the frozen base into the model, make room for its adapters and build its rope tables, all on the device.
 
     Args:
-        base_weights: bf16 or fp32, the dtype of embedding, head and layers; nf4 for 4-bit layers between a bf16
-            embedding and head
+        base_weights: bf16 or fp32, the dtype of embedding, head and layers; fp8 and nf4 for 8-bit and
+            4-bit layers between a bf16 embedding and head
         show: whether to show a progress bar
 
     Raises:
         ValueError: if the checkpoint is incomplete, damaged or of another shape than the model
     """
     base = open_base(base_dir)
-    # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read.
-    weights = base.iterate_tensors(dtype=_DTYPES.get(base_weights))
+    # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read. What a CPU turns
+    # into 8 bits is not mapped: pages that were looked at would stay in memory.
+    is_read_as_stored = base_weights == "nf4" or (base_weights == "fp8" and device.type == "cpu")
+    dtype = None if is_read_as_stored else _DTYPES[base_weights]
+    weights = base.iterate_tensors(dtype=dtype, is_copied=device.type == "cuda")
     bar = tqdm(weights, total=len(base.specs), desc="loading the base", unit="tensor", disable=not show, leave=False)
     fill_model(model, bar, device=device, base_weights=base_weights)
 
@@ -50,14 +55,27 @@ def fill_model(
         ValueError: if a weight has another shape than the model's
     """
     decoder = model.decoder
+    sender = GpuSender(device) if device.type == "cuda" else None
     for name, weight in weights:
+        if sender is not None and _choose_device(model, name, device, base_weights) == device:
+            weight = sender.send(weight)  # before it is quantized: a GPU is faster at that, too
         if base_weights == "nf4" and _is_layer_matrix(decoder, name):
             weight = weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight)
             weight = weight.to_torchao()
+        elif base_weights == "fp8" and _is_layer_matrix(decoder, name):
+            # On the device: a GPU quantizes a layer in the time that the next one takes to arrive.
+            if isinstance(weight, Nf4Weight):
+                weight = weight.dequantize(torch.bfloat16)
+            quantized = quantize_weight(weight.to(device).bfloat16())
+            weight = quantized.codes
+            # Few enough to be whole in every process.
+            decoder.get_submodule(name.rsplit(".", 1)[0]).weight_scales = quantized.scales
         else:
             # The norms are computed in float32; a weight in another dtype sends them down torch's slow path.
             weight = weight.to(torch.float32 if weight.dim() == 1 else _DTYPES.get(base_weights, torch.bfloat16))
-        _set_frozen(decoder, name, weight.to(_choose_device(decoder, name, device, base_weights)))
+        _set_frozen(decoder, name, weight.to(_choose_device(model, name, device, base_weights)))
+        if model.sharded is not None:
+            model.sharded.split_filled()
     for module in decoder.modules():
         if isinstance(module, LoRALinear):
             module.lora_a.to_empty(device=device)
@@ -69,11 +87,34 @@ def fill_model(
     assert not unfilled, f"every base weight is to be given; not filled: {unfilled}"
 
 
-def _choose_device(decoder: nn.Module, name: str, device: torch.device, base_weights: str) -> torch.device:
+class GpuSender:
+    """Copies tensors to a GPU through two pinned buffers: all cores fill one while the other one travels."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        buffers = [torch.empty(STAGED_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._buffers = cycle([(buffer, torch.cuda.Event()) for buffer in buffers])
+
+    def send(self, weight: Tensor | Nf4Weight) -> Tensor | Nf4Weight:
+        """Return a tensor, or both parts of a 4-bit weight, on the GPU."""
+        if isinstance(weight, Nf4Weight):
+            return Nf4Weight(self.send(weight.codes), self.send(weight.scales), weight.shape)
+        if weight.device.type != "cpu":
+            return weight
+        sent = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
+        parts = (tensor.reshape(-1).view(torch.uint8).split(STAGED_BYTES) for tensor in (weight, sent))
+        for part, place in zip(*parts, strict=True):
+            buffer, has_left = next(self._buffers)
+            has_left.synchronize()
+            place.copy_(buffer[: len(part)].copy_(part), non_blocking=True)
+            has_left.record()
+        return sent
+
+
+def _choose_device(model: CausalLM, name: str, device: torch.device, base_weights: str) -> torch.device:
     """Beside 4-bit layers an embedding that is not the head as well is a large part: it stays in the host's memory."""
-    is_looked_up_only = name == "tok_embeddings.weight" and not isinstance(decoder.output, TiedLinear)
-    is_sharded = isinstance(decoder.tok_embeddings.weight, DTensor)
-    return torch.device("cpu") if base_weights == "nf4" and is_looked_up_only and not is_sharded else device
+    is_looked_up_only = name == "tok_embeddings.weight" and not isinstance(model.decoder.output, TiedLinear)
+    return torch.device("cpu") if base_weights == "nf4" and is_looked_up_only and model.sharded is None else device
 
 
 def _is_layer_matrix(decoder: nn.Module, name: str) -> bool:
@@ -87,4 +128,4 @@ def _set_frozen(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     parameter = getattr(module, parameter_name)
     if tensor.shape != parameter.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)} in the base, the model needs {list(parameter.shape)}")
-    setattr(module, parameter_name, nn.Parameter(shard_like(tensor, parameter), requires_grad=False))
+    setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))

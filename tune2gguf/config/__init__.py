@@ -2,12 +2,13 @@
 
 from tune2gguf.config.check import check_config, check_values
 from tune2gguf.config.plan import check_plan
-from tune2gguf.config.read import build_component, build_metric_logger, load_config, read_config
+from tune2gguf.config.read import build_component, build_metric_logger, build_optimizer, load_config, read_config
 from tune2gguf.config.run_spec import get_run_spec
 
 __all__ = [
     "build_component",
     "build_metric_logger",
+    "build_optimizer",
     "check_config",
     "check_plan",
     "check_values",

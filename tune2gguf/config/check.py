@@ -20,6 +20,7 @@ from tune2gguf.config.places import (
     find_output_problems,
 )
 from tune2gguf.config.plan import raise_problems
+from tune2gguf.data.sources import holds_rows_out
 from tune2gguf.guide import RATIO_ADVICE, RATIO_LIMITS
 
 WAY_OUT = "hold rows out with dataset.validation_split or dataset.validation_files"
@@ -84,8 +85,10 @@ def _find_key_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _find_precision_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     base_weights, dtype = valid.get("base_weights"), valid.get("dtype")
-    if None not in (base_weights, dtype) and base_weights not in ("nf4", dtype):
+    if None not in (base_weights, dtype) and base_weights not in ("fp8", "nf4", dtype):
         yield f"base_weights={base_weights} with dtype={dtype}: unquantized weights are kept in dtype"
+    if base_weights == "fp8" and valid.get("compile"):
+        yield "base_weights=fp8 with compile=true: the compiler has no 8-bit products; use compile=false"
 
 
 def _find_offloading_problems(valid: Mapping[str, Any]) -> Iterator[str]:
@@ -110,7 +113,7 @@ def _find_ratio_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
 def _find_validation_problems(valid: Mapping[str, Any], dataset: Mapping[str, Any] | None) -> Iterator[str]:
     """Yield why the keys of validation cannot do what they say."""
     patience = valid.get("early_stopping_patience")
-    if patience is not None and dataset is not None and not _holds_rows_out(dataset):
+    if patience is not None and dataset is not None and not holds_rows_out(dataset):
         yield (
             f"early_stopping_patience={patience}: there are no validation rows, so that no best can be known; {WAY_OUT}"
         )
@@ -118,12 +121,8 @@ def _find_validation_problems(valid: Mapping[str, Any], dataset: Mapping[str, An
 
 def _find_validation_warnings(valid: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
     """Yield which keys of validation are set for nothing."""
-    if _holds_rows_out(dataset):
+    if holds_rows_out(dataset):
         return
     for name in ("eval_every_n_steps", "max_val_rows"):
         if valid[name] is not None:
             yield f"{name}={valid[name]} does nothing: there are no validation rows; {WAY_OUT}"
-
-
-def _holds_rows_out(dataset: Mapping[str, Any]) -> bool:
-    return dataset.get("validation_files") is not None or bool(dataset.get("validation_split"))

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tune2gguf.commands import MAPPING_KEYS
 from tune2gguf.config.keys import KEYS, Key, find_value_problems
 from tune2gguf.config.names import suggest
 from tune2gguf.guide import REFERENCES
@@ -90,8 +91,8 @@ def _find_name_problems(component: str, options: dict, settable: list[str], *, t
         name = f"{component}.{key}"
         if key not in settable and (not takes_any or difflib.get_close_matches(key, settable, cutoff=0.8)):
             yield f"unknown config key {name!r}{suggest(name, settable, flat=KEYS)}"
-        elif isinstance(value, dict):
-            # No component takes a mapping; without this, what is too deep would reach it as a value.
+        elif isinstance(value, dict) and name not in MAPPING_KEYS:
+            # No other component takes a mapping; without this, what is too deep would reach it as a value.
             for inner in value:
                 yield f"unknown config key {f'{name}.{inner}'!r}; {name} holds a value, not keys"
 

@@ -47,7 +47,7 @@ KEYS = {
     "clip_grad_norm": Key(float, above=0, optional=True, why_not="null turns clipping off"),
     "base_dir": Key(str),
     "base_source": Key(str, optional=True),
-    "base_weights": Key(str, choices=("bf16", "fp32", "nf4")),
+    "base_weights": Key(str, choices=("bf16", "fp32", "fp8", "nf4")),
     "chat_template": Key(str, choices=tuple(CHAT_TEMPLATES)),
     "output_dir": Key(str),
     "device": Key(str),

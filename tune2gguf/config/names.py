@@ -24,6 +24,9 @@ _TORCHTUNE_NAMES = {
     "dataset.data_files": "dataset.files",
     "dataset.conversation_style": "dataset.format",
     "dataset_val": "dataset.validation_files",
+    "dataset.column_map": "dataset.columns",
+    "dataset.prompt_template": "dataset.prompt",
+    "dataset.datasets": "dataset.sources",
 }
 
 _TORCHTUNE_REASONS = {
@@ -35,7 +38,6 @@ _TORCHTUNE_REASONS = {
     "save_adapter_weights_only": "only the adapter is saved; scripts/export.py merges it",
     "optimizer_in_bwd": "the adapter's optimizer is small",
     "tokenizer.max_seq_len": "set max_seq_len",
-    "dataset.column_map": "rows name their columns as the formats do; set dataset.format",
     "dataset.train_on_input": "only the assistant's replies are supervised",
     "dataset.split": "a hub data set is written hub:OWNER/NAME:SPLIT in dataset.files",
     "model.apply_lora_to_output": "the output head gets no adapter",

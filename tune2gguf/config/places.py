@@ -20,11 +20,14 @@ from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.base.source import parse_base_source, read_source
 from tune2gguf.config.plan import find_plan_problems
 from tune2gguf.data import check_files
-from tune2gguf.data.rows import find_files, is_hub, read_rows
+from tune2gguf.data.rows import is_hub, read_rows
+from tune2gguf.data.select import Share
+from tune2gguf.data.sources import list_sources
 from tune2gguf.export.pipeline import check_room, find_export_problems
 from tune2gguf.files.atomic import check_name
 from tune2gguf.files.json_files import read_json
 from tune2gguf.model.architectures import ARCHITECTURES, check_architecture
+from tune2gguf.model.fp8 import DIVISOR
 from tune2gguf.model.nf4 import BLOCK_SIZE
 from tune2gguf.runs.files import is_run_folder
 from tune2gguf.runs.folder import find_path_problems
@@ -145,6 +148,14 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
                 f"base_weights=nf4: {ragged[0].hf_name} has {shape} weights, which do not divide into blocks of "
                 f"{BLOCK_SIZE}; use base_weights=bf16"
             )
+    if valid.get("base_weights") == "fp8":
+        linear = (spec for spec in list_tensors(architecture) if spec.is_linear)
+        odd = next((spec for spec in linear if any(size % DIVISOR for size in spec.shape)), None)
+        if odd is not None:
+            yield (
+                f"base_weights=fp8: {odd.hf_name} is {list(odd.shape)}, 8-bit products take multiples of {DIVISOR}; "
+                "use base_weights=bf16"
+            )
 
 
 def find_base_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
@@ -182,7 +193,7 @@ def find_data_problems(
     if problems or any(name not in valid for name in needed):
         return
     try:
-        num_rows = _count_rows(dataset["files"])
+        num_rows = _count_rows(dataset)
     except ValueError as error:
         yield str(error)
         return
@@ -201,13 +212,16 @@ def find_data_problems(
     )
 
 
-def _count_rows(files: str | list[str]) -> int | None:
-    """Return how many rows small files hold at most, None for any other: then the recipe counts them later.
+def _count_rows(dataset: Mapping[str, Any]) -> int | None:
+    """Return how many rows small files hold at most, None for any other data: then the recipe counts them later.
 
     Raises:
         ValueError: if a file cannot be read to its end
     """
-    names = find_files(files)
+    sources = list_sources(dataset)
+    if dataset.get("on_long_row") == "split" or any(source.share != Share() for source in sources):
+        return None
+    names = [name for source in sources for name in source.files]
     if any(is_hub(name) for name in names) or sum(Path(name).stat().st_size for name in names) > MAX_COUNTED_BYTES:
         return None
     return sum(1 for name in names for _ in read_rows(name))

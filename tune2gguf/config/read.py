@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tune2gguf.base.source import BaseSource, parse_base_source
-from tune2gguf.commands import PATH_KEYS, TEXTS_KEYS, escape_references, expand_path, read_override, read_texts
+from tune2gguf.commands import (
+    MAPPING_KEYS,
+    PATH_KEYS,
+    TEXT_KEYS,
+    TEXTS_KEYS,
+    escape_references,
+    expand_path,
+    read_override,
+    read_texts,
+)
 from tune2gguf.config.keys import KEYS
 from tune2gguf.guide import REFERENCES
 from tune2gguf.runs.config_file import ADDED_KEYS, flatten_config, rename_components
@@ -45,19 +55,14 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
     Raises:
         ValueError: if the file is missing or not a YAML mapping, or an override is not key=value
     """
-    parts = [override.partition("=") for override in overrides]
-    # OmegaConf takes ??? as "no value", and would keep the YAML's without a word.
-    malformed = ["".join(one) for one in parts if not (one[0].strip() and one[1]) or one[2] == "???"]
-    if malformed:
-        raise ValueError(f"overrides are written key=value; got {' '.join(malformed)}")
+    _check_overrides(overrides)
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
             raise ValueError(f"{path}: a config is a mapping of keys to values")
         # The config.yaml of an old run is a config, too.
         config = OmegaConf.create(ADDED_KEYS | rename_components(OmegaConf.to_container(config)))
-        for key, _, text in parts:
-            OmegaConf.update(config, key, _read_value(key.strip(), text, config), force_add=True)
+        apply_overrides(config, overrides)
         base_dir = derive_base_dir(config.get("base_source"))
         if config.get("base_dir", "") is None and base_dir is not None:
             config.base_dir = base_dir
@@ -71,6 +76,26 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
         raise ValueError(f"{path}: cannot be read as YAML with these overrides: {reason}") from None
 
 
+def _check_overrides(overrides: list[str]) -> None:
+    parts = [override.partition("=") for override in overrides]
+    # OmegaConf takes ??? as "no value", and would keep the YAML's without a word.
+    malformed = ["".join(one) for one in parts if not (one[0].strip() and one[1]) or one[2] == "???"]
+    if malformed:
+        raise ValueError(f"overrides are written key=value; got {' '.join(malformed)}")
+
+
+def apply_overrides(config: DictConfig, overrides: list[str]) -> None:
+    """Put `key=value` overrides into a config, those of a mapping as a whole.
+
+    Raises:
+        ValueError: if one is not key=value
+    """
+    _check_overrides(overrides)
+    for key, _, text in (override.partition("=") for override in overrides):
+        value = _read_value(key.strip(), text, config)
+        OmegaConf.update(config, key, value, force_add=True, merge=key.strip() not in MAPPING_KEYS)
+
+
 def _read_value(key: str, text: str, config: DictConfig) -> Any:
     """Return the value of an override; where the key holds text, now or always, it is text."""
     if key in TEXTS_KEYS:
@@ -82,7 +107,8 @@ def _read_value(key: str, text: str, config: DictConfig) -> Any:
     now = OmegaConf.to_container(config)
     for name in key.split("."):
         now = now.get(name) if isinstance(now, dict) else None
-    return read_override(text, is_text=isinstance(now, str) or key in PATH_KEYS)
+    is_column = key.rpartition(".")[0] in MAPPING_KEYS
+    return read_override(text, is_text=isinstance(now, str) or is_column or key in PATH_KEYS + TEXT_KEYS)
 
 
 def _settle_environment(config: DictConfig) -> None:
@@ -105,7 +131,9 @@ def _expand_paths(config: DictConfig) -> None:
 
 
 def _map_texts(change: Callable[[str], str], value: Any) -> Any:
-    """Return a text changed, or a list with each of its texts changed; anything else as it is."""
+    """Return a text changed, or a list or mapping with each of its texts changed; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: _map_texts(change, one) for key, one in value.items()}
     if isinstance(value, list):
         return [_map_texts(change, one) for one in value]
     return change(value) if isinstance(value, str) else value
@@ -134,6 +162,18 @@ def build_metric_logger(config: DictConfig) -> Any:
         name = config.metric_logger._component_.rpartition(".")[2]
         raise ValueError(f"metric_logger: {name} cannot be opened: {' '.join(str(error).split())}") from error
     return logger
+
+
+def build_optimizer(node: DictConfig, parameters: list[Any]) -> Any:
+    """Build the optimizer, a fused one where torch has it and the config chooses no kind itself.
+
+    One call then updates all weights: hundreds of small ones took longer than the update.
+    """
+    from torchtune.config._utils import _get_component_from_path
+
+    settable = inspect.signature(_get_component_from_path(node["_component_"])).parameters
+    is_fused = "fused" in settable and not {"fused", "foreach", "differentiable"} & node.keys()
+    return build_component(node, parameters, **({"fused": True} if is_fused else {}))
 
 
 def build_component(node: DictConfig, *arguments: Any, **given: Any) -> Any:

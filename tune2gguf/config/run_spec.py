@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from omegaconf import DictConfig
 
 from tune2gguf.machine.memory import RunSpec
 from tune2gguf.machine.passes import AUTO
 from tune2gguf.model.architectures import ARCHITECTURES, read_architecture
+from tune2gguf.model.fp8 import multiplies_fp8
 
 
 def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> RunSpec:
@@ -34,4 +36,5 @@ def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, para
         num_devices=num_devices,
         parallel=parallel,
         compile=config.compile,
+        multiplies_fp8=torch.cuda.is_available() and multiplies_fp8(torch.device(config.device)),
     )

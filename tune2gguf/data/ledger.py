@@ -9,8 +9,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from tune2gguf.data.rows import Source
-from tune2gguf.data.select import Selection
+from tune2gguf.data.rows import Source, find_revision
+from tune2gguf.data.select import Role, Selection
+from tune2gguf.data.sources import DataSource
 from tune2gguf.data.tokenize import RAW_TEXT, TokenizedFile, TokenizedRows
 
 MAX_LINES_SHOWN = 5
@@ -42,37 +43,45 @@ class RowLedger(_RowLedgerOfVersion1, total=False):
     Cut and dropped rows are listed with file, line and reason, validation ones with file and line; all others are
     trained on. In files whose `unit` is row, a line is the number of a row. `system_prompt` is the one that every
     training row has, or None; `rows_with_tools` counts training rows that define tools.
+
+    `rows_split` lists raw texts that are used whole, in pieces of max_seq_len, and that `trained` and `validated` count
+    as a row each; `training` and `validation` count pieces. `not_drawn` counts rows that the share of their source
+    leaves out, which stand in `lines_not_drawn` of their file: read = trained + validated + truncated + dropped +
+    not_drawn. `sources` says what each source gave. A row that an epoch takes twice is two rows of `training`.
     """
 
     system_prompt: str | None
     rows_with_tools: int
+    not_drawn: int
+    rows_split: list[dict[str, Any]]
+    sources: list[dict[str, Any]]
 
 
 def make_ledger(
-    files: Sequence[TokenizedFile], selection: Selection, *, train: TokenizedRows, validation: TokenizedRows
+    files: Sequence[TokenizedFile],
+    roles: Sequence[Role],
+    sources: Sequence[DataSource],
+    selection: Selection,
+    *,
+    train: TokenizedRows,
+    validation: TokenizedRows,
 ) -> RowLedger:
     """Return what data.json holds."""
     cut = Counter(row.split for row in selection.truncated)
     return {
         "read": sum(file.index.num_read for file in files),
-        "trained": len(train) - cut["train"],
-        "validated": len(validation) - cut["validation"],
+        "trained": _count_rows(train) - cut["train"],
+        "validated": _count_rows(validation) - cut["validation"],
         "truncated": len(selection.truncated),
         "dropped": len(selection.dropped),
+        "not_drawn": sum(map(len, selection.not_drawn.values())),
         "max_seq_len": train.max_seq_len,
         "training": _count_tokens(train),
         "validation": _count_tokens(validation),
         "fingerprint": compute_fingerprint(train, validation),
         "notes": list_notes(files, selection, train=train),
-        "files": [
-            {
-                "file": file.name,
-                "unit": file.index.unit,
-                "read": file.index.num_read,
-                "validation_lines": file.index.lines[validation.picks[validation.picks[:, 0] == index, 1]].tolist(),
-            }
-            for index, file in enumerate(files)
-        ],
+        "sources": [*_describe_sources(files, roles, sources, train=train, validation=validation)],
+        "files": [_describe_file(number, file, selection, validation) for number, file in enumerate(files)],
         "rows_truncated": [
             {
                 "file": row.source.file,
@@ -82,6 +91,16 @@ def make_ledger(
                 "reason": f"{row.num_tokens} tokens; the last {row.num_tokens - train.max_seq_len} were cut",
             }
             for row in selection.truncated
+        ],
+        "rows_split": [
+            {
+                "file": row.source.file,
+                "line": row.source.line,
+                "split": row.split,
+                "tokens": row.num_tokens,
+                "pieces": row.num_pieces,
+            }
+            for row in selection.pieces
         ],
         "rows_dropped": [
             {"file": row.source.file, "line": row.source.line, "kind": row.kind, "reason": row.reason}
@@ -93,6 +112,46 @@ def make_ledger(
             for number, file in enumerate(train.files)
         ),
     }
+
+
+def _count_rows(rows: TokenizedRows) -> int:
+    """Return how many rows these are, those that are picked more than once or in pieces counted once."""
+    return len(np.unique(rows.picks[:, :2], axis=0))
+
+
+def _describe_file(number: int, file: TokenizedFile, selection: Selection, validation: TokenizedRows) -> dict[str, Any]:
+    held_out = np.unique(validation.picks[validation.picks[:, 0] == number, 1])
+    return {
+        "file": file.name,
+        "revision": find_revision(file.name),
+        "format": file.index.format,
+        "unit": file.index.unit,
+        "read": file.index.num_read,
+        "validation_lines": file.index.lines[held_out].tolist(),
+        "lines_not_drawn": file.index.lines[selection.not_drawn.get(number, [])].tolist(),
+    }
+
+
+def _describe_sources(
+    files: Sequence[TokenizedFile],
+    roles: Sequence[Role],
+    sources: Sequence[DataSource],
+    *,
+    train: TokenizedRows,
+    validation: TokenizedRows,
+) -> Iterator[dict[str, Any]]:
+    source_of = np.array([role.source for role in roles])
+    for number, source in enumerate(sources):
+        own = train.take(np.flatnonzero(source_of[train.picks[:, 0]] == number))
+        held_out = validation.take(np.flatnonzero(source_of[validation.picks[:, 0]] == number))
+        yield {
+            "files": [*source.files, *source.validation_files],
+            "read": sum(file.index.num_read for file, role in zip(files, roles, strict=True) if role.source == number),
+            "trained": _count_rows(own),
+            "validated": _count_rows(held_out),
+            "rows_per_epoch": len(own),
+            "tokens_per_epoch": int(own.lengths().sum()),
+        }
 
 
 def _count_system_prompts(train: TokenizedRows) -> Counter[str | None]:
@@ -150,13 +209,22 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
             f"rows longer than max_seq_len={train.max_seq_len}, which will be cut: {len(selection.truncated)}; "
             f"max_seq_len={longest} would keep every row whole"
         )
+    if selection.pieces:
+        pieces = sum(row.num_pieces for row in selection.pieces)
+        notes.append(
+            f"texts longer than max_seq_len={train.max_seq_len}, which are split: {len(selection.pieces)}, into "
+            f"{pieces} pieces; a later one begins with the last {train.overlap} of the one before"
+        )
     if selection.dropped:
         reasons = _list_some([f"{row.source}: {row.reason}" for row in selection.dropped], "; ")
         notes.append(f"rows dropped: {len(selection.dropped)} ({reasons}); data.json lists them")
     for file in files:
         if file.index.unused_keys:
             unused = [f"{key} ({count} rows)" for key, count in file.index.unused_keys.items()]
-            notes.append(f"{file.name}: not used: {_list_some(unused)}")
+            notes.append(f"{file.name}: read as {file.index.format}; not used: {_list_some(unused)}")
+        if file.index.absent_columns:
+            absent = [f"{name} ({count} rows)" for name, count in file.index.absent_columns.items()]
+            notes.append(f"{file.name}: columns that are empty or missing, and left out: {_list_some(absent)}")
         if file.index.num_ended:
             notes.append(
                 f"{file.name}: rows with an end-of-turn token at the end of a turn: {file.index.num_ended}; "
@@ -193,6 +261,8 @@ def compute_fingerprint(train: TokenizedRows, validation: TokenizedRows) -> str:
     hasher = hashlib.blake2b(digest_size=16)
     for rows in (train, validation):
         hasher.update(np.int64([len(rows), rows.max_seq_len]).tobytes())
-        for file_index, row in rows.picks.tolist():
-            hasher.update(rows.files[file_index].index.digests[row].tobytes())
+        hasher.update(rows.row_digests().tobytes())
+        if rows.picks[:, 2].any():
+            hasher.update(rows.picks[:, 2].tobytes())
+            hasher.update(np.int64([rows.overlap]).tobytes())
     return hasher.hexdigest()

@@ -7,11 +7,13 @@ torchtune's message transforms are not used: they need four seconds of imports b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tune2gguf.data import tools
+from tune2gguf.data.content import FLAG_KEYS, WEIGHT_KEYS, join_parts, read_is_trained
+from tune2gguf.data.misfit import describe_misfit, describe_special_row
 from tune2gguf.tokenizer.conversation import ROLES, Conversation, Message
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import END_OF_TEXT_TOKENS
@@ -30,12 +32,17 @@ _REQUIRED_KEYS = {
 }
 FORMATS = tuple(_REQUIRED_KEYS)
 
+_LISTS = ("openai", "sharegpt")
+
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}, **tools.SHAREGPT_ROLES}
 
 # What a row may have besides, and what its turns may have besides role and content. Other keys are counted as unused.
 _OPTIONAL_KEYS = {"openai": ("system",), "sharegpt": ("system",), "alpaca": ("input", "system")}
 _OPTIONAL_KEYS |= {"prompt_completion": ("system",), "text": ()}
-_OPTIONAL_TURN_KEYS = ("weight",)
+_OPTIONAL_TURN_KEYS = WEIGHT_KEYS + FLAG_KEYS
+# What dataset.columns may name: the parts of each format, and those of a turn.
+_TURN_PARTS = {"openai": ("conversations", "role", "content"), "sharegpt": ("messages", "from", "value")}
+PARTS = {name: (*_REQUIRED_KEYS[name], *_OPTIONAL_KEYS[name], *_TURN_PARTS.get(name, ())) for name in FORMATS}
 
 
 @dataclass(frozen=True)
@@ -67,28 +74,41 @@ def digest(conversation: Conversation) -> bytes:
     return hashlib.blake2b(repr(tuple(content)).encode(), digest_size=DIGEST_BYTES).digest()
 
 
-def detect_format(row: Mapping[str, Any]) -> str:
+def detect_format(row: Mapping[str, Any], *, among: Sequence[str] = FORMATS, is_mapped: bool = False) -> str:
     """Return the format of a row, by its keys.
+
+    Args:
+        among: the formats that it may have
+        is_mapped: whether the user has said what the keys are
 
     Raises:
         AmbiguousFormatError: if more than one format fits
         ValueError: if none fits
     """
-    fitting = [name for name, keys in _REQUIRED_KEYS.items() if all(row.get(key) is not None for key in keys)]
+    special = None if is_mapped else describe_special_row(row)
+    if special is not None:
+        raise ValueError(special)
+    fitting = [name for name in among if _has_keys(row, name, among)]
+    if fitting == ["alpaca", "text"]:
+        fitting.remove("text")  # the published file has its row rendered beside its parts
     if len(fitting) > 1:
         raise AmbiguousFormatError(
             f"its keys fit the formats {' and '.join(fitting)}; say which with dataset.format={fitting[0]}"
         )
     if not fitting:
-        keys = ", ".join(f"{key}: null" if value is None else str(key) for key, value in row.items()) or "none"
-        known = "; ".join(f"{name}: {', '.join(required)}" for name, required in _REQUIRED_KEYS.items())
-        raise ValueError(f"its keys ({keys}) fit no format ({known})")
+        raise ValueError(describe_misfit(row, {name: _REQUIRED_KEYS[name] for name in among}))
     # The list is named either way in the wild; the keys inside tell which of the two it is.
-    if fitting[0] in ("openai", "sharegpt"):
+    if set(_LISTS) <= set(among) and fitting[0] in _LISTS:
         turns = row[_REQUIRED_KEYS[fitting[0]][0]]
         if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
             return "sharegpt" if "from" in turns[0] and "role" not in turns[0] else "openai"
     return fitting[0]
+
+
+def _has_keys(row: Mapping[str, Any], format: str, among: Sequence[str]) -> bool:
+    if format in _LISTS and not set(_LISTS) <= set(among):
+        return any(row.get(_REQUIRED_KEYS[name][0]) is not None for name in _LISTS)  # the list goes by either name
+    return all(row.get(key) is not None for key in _REQUIRED_KEYS[format])
 
 
 def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
@@ -114,7 +134,7 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
     if format == "alpaca":
         messages = _read_alpaca(row)
     elif format == "prompt_completion":
-        messages = [Message("user", _read_text(row, "prompt")), Message("assistant", _read_text(row, "completion"))]
+        messages = _read_prompt_completion(row)
     else:
         shape = _OPENAI if format == "openai" else _SHAREGPT
         key = _find_list_key(row, shape)
@@ -152,14 +172,17 @@ def _find_unused(values: Mapping[str, Any], used: Collection[str]) -> tuple[str,
 
 def _find_unused_in_turns(turns: list[Mapping[str, Any]], shape: _Shape, list_key: str) -> tuple[str, ...]:
     used = (shape.role_key, shape.content_key, *_OPTIONAL_TURN_KEYS, *tools.TURN_KEYS)
-    in_results = (*used, "name")  # of the function that was called
-    keys = (
-        key
-        for turn in turns
-        if len(turn) > 2
-        for key in _find_unused(turn, in_results if shape.roles[turn[shape.role_key]] == "tool" else used)
-    )
-    return tuple(f"{list_key}[].{key}" for key in dict.fromkeys(keys))
+    names: list[str] = []
+    for turn in turns:
+        if len(turn) > 2:
+            role = shape.roles[turn[shape.role_key]]
+            # A result may name the function that was called.
+            known = (*used, "name") if role == "tool" else used
+            names += [f"{list_key}[].{key}" for key in _find_unused(turn, known)]
+            # Only replies are trained, whatever another turn says of itself.
+            asked = [key for key in _OPTIONAL_TURN_KEYS if turn.get(key) and role != "assistant"]
+            names += [f"{list_key}[].{key} of the {role}" for key in asked]
+    return tuple(dict.fromkeys(names))
 
 
 def _put_system_first(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -204,22 +227,11 @@ def _read_turn(turn: Any, shape: _Shape, place: str) -> Message:
         content = tools.read_result(content)
     elif calls and content is None:
         content = ""
-    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], Mapping) and "text" in content[0]:
-        content = content[0]["text"]  # OpenAI's long form of a text
+    content = join_parts(content, f"{place}.{shape.content_key}")
     if not isinstance(content, str):
-        hint = "; of a list of parts only a single text can be used" if isinstance(content, list) else ""
-        raise ValueError(f"{place}: {shape.content_key!r} must be text, got {_describe(content)}{hint}")
+        raise ValueError(f"{place}: {shape.content_key!r} must be text, got {_describe(content)}")
     _check_text(content, f"{place}: {shape.content_key!r}")
-    return Message(shape.roles[role], content, is_trained=_read_weight(turn, place), tool_calls=calls)
-
-
-def _read_weight(turn: Mapping[str, Any], place: str) -> bool:
-    weight = turn.get("weight")
-    if weight is None:
-        return True
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise ValueError(f"{place}: 'weight' must be 0 (not trained) or 1, got {weight!r}")
-    return weight == 1
+    return Message(shape.roles[role], content, is_trained=read_is_trained(turn, place), tool_calls=calls)
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
@@ -230,6 +242,21 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
     if row.get("input") is not None and _read_text(row, "input").strip():
         prompt += "\n\n" + row["input"]
     return [Message("user", prompt), Message("assistant", _read_text(row, "output"))]
+
+
+def _read_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
+    """Return prompt and completion, each a text or a list of messages; replies within the prompt are not trained."""
+    prompt, completion = _read_side(row, "prompt", "user"), _read_side(row, "completion", "assistant")
+    if len(completion) > len(prompt) and completion[: len(prompt)] == prompt:
+        completion = completion[len(prompt) :]  # a chosen reply often has the prompt before it once more
+    prompt = [replace(one, is_trained=False) if one.role == "assistant" else one for one in prompt]
+    return prompt + completion
+
+
+def _read_side(row: Mapping[str, Any], key: str, role: str) -> list[Message]:
+    return (
+        _read_turns(row[key], _OPENAI, key) if isinstance(row.get(key), list) else [Message(role, _read_text(row, key))]
+    )
 
 
 def _read_text(row: Mapping[str, Any], key: str) -> str:

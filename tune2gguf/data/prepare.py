@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tune2gguf.data.ledger import RowLedger, make_ledger
-from tune2gguf.data.messages import FORMATS
 from tune2gguf.data.packing import PackedRows, pack_rows
-from tune2gguf.data.rows import find_files
-from tune2gguf.data.select import Selection, find_smallest_split, select_rows
+from tune2gguf.data.select import Limits, Role, Selection, find_smallest_split, select_rows
+from tune2gguf.data.sources import DataSource, find_source_problems, list_sources
 from tune2gguf.data.token_cache import tokenize_once
 from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
 
@@ -47,7 +46,7 @@ class PreparedData:
 
 
 def chat_dataset(
-    files: str | Sequence[str],
+    files: str | Sequence[str] | None = None,
     *,
     tokenizer: ChatTokenizer,
     max_seq_len: int,
@@ -55,22 +54,37 @@ def chat_dataset(
     validation_files: str | Sequence[str] | None = None,
     validation_split: float | None = None,
     format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    prompt: str | None = None,
+    sources: Sequence[Mapping[str, Any]] | None = None,
     on_bad_row: str = "error",
     on_long_row: str = "truncate",
+    long_row_overlap: int = 1,
     packing: bool = False,
 ) -> PreparedData:
     """Prepare the rows of a run: the component `dataset` of the configs.
 
+    An epoch takes every training row once, or as often as the weight of its source says.
+
     Args:
-        files: paths, globs, or hub:OWNER/NAME[/CONFIG][:SPLIT]
+        files: paths, globs, or hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
         max_seq_len: tokens that are kept of a row
-        seed: decides which rows validation_split holds out
+        seed: decides which rows validation_split holds out, and which of a source an epoch takes
         validation_files: all their rows are for validation; a row of `files` that also stands in them is a bad row
         validation_split: fraction of the rows to hold out; a row's content decides, so that it keeps its side when
             rows are added
         format: the shape of the rows, one of messages.FORMATS, or auto
+        columns: part of the format -> column that holds it, where the two have different names
+        prompt: the user's message, joined from columns in braces: "{instruction}\\n\\n{context}"; of a column that is
+            missing or empty in a row the text before it is left out, too
+        sources: instead of files, a list of mappings with files, validation_files, validation_split, format, columns
+            and prompt of their own, and with `weight`, how often an epoch takes each row, or `rows`, how many rows it
+            takes; what a source does not say it has from above
         on_bad_row: error | drop, for rows that cannot be trained on and for repeated ones
-        on_long_row: truncate | drop | error, for rows of more than max_seq_len tokens
+        on_long_row: truncate | split | drop | error, for rows of more than max_seq_len tokens; split cuts raw texts
+            into pieces of max_seq_len, and truncates conversations
+        long_row_overlap: tokens of the piece before that a later piece begins with; they are not trained again. With 1
+            every token of the text is trained that would be if it fitted
         packing: train on sequences of max_seq_len that hold several rows, none of which sees another
 
     Raises:
@@ -81,83 +95,75 @@ def chat_dataset(
         "validation_files": validation_files,
         "validation_split": validation_split,
         "format": format,
+        "columns": columns,
+        "prompt": prompt,
+        "sources": sources,
         "on_bad_row": on_bad_row,
         "on_long_row": on_long_row,
+        "long_row_overlap": long_row_overlap,
         "packing": packing,
     }
     problems = check_files(options)
+    if not problems and long_row_overlap >= max_seq_len:
+        problems = [f"dataset.long_row_overlap={long_row_overlap} must be below max_seq_len={max_seq_len}"]
     if problems:
         raise ValueError("\n".join(problems))
-    validation_names = [] if validation_files is None else find_files(validation_files)
-    names = [*validation_names, *find_files(files)]
-    tokenized, problems = _tokenize_files(names, tokenizer, format=format, stop_at_problem=on_bad_row == "error")
-    selection = select_rows(
-        tokenized,
-        num_validation_files=len(validation_names),
-        validation_split=0.0 if validation_split is None else validation_split,
-        seed=seed,
-        max_seq_len=max_seq_len,
-        keep_long=on_long_row == "truncate",
-    )
+    found = list_sources(options)
+    tokenized, roles, problems = _tokenize_sources(found, tokenizer, stop_at_problem=on_bad_row == "error")
+    # A long row that is an error is dropped first, and then reported.
+    limits = Limits(max_seq_len, "drop" if on_long_row == "error" else on_long_row, long_row_overlap)
+    selection = select_rows(tokenized, roles, [source.share for source in found], seed=seed, limits=limits)
     _require_good_rows(selection, problems, on_bad_row=on_bad_row, on_long_row=on_long_row)
-    _require_rows(selection, tokenized, validation_split=validation_split, seed=seed)
-    train = TokenizedRows(tokenized, np.array(selection.train, np.int64).reshape(-1, 2), max_seq_len)
-    validation = TokenizedRows(tokenized, np.array(selection.validation, np.int64).reshape(-1, 2), max_seq_len)
-    ledger = make_ledger(tokenized, selection, train=train, validation=validation)
+    _require_columns(tokenized)
+    _require_rows(selection, tokenized, roles, seed=seed)
+    train, validation = (
+        TokenizedRows(tokenized, picks, max_seq_len, long_row_overlap)
+        for picks in (selection.train, selection.validation)
+    )
+    ledger = make_ledger(tokenized, roles, found, selection, train=train, validation=validation)
     return PreparedData(train, validation, ledger, pack_rows(train, seed=seed) if packing else train)
 
 
-def _tokenize_files(
-    names: Sequence[str], tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool
-) -> tuple[list[TokenizedFile], list[str]]:
-    """Return the files that can be read, and what is wrong with those that cannot."""
-    tokenized, problems = [], []
-    for name in names:
-        try:
-            tokenized.append(tokenize_once(name, tokenizer, format=format, stop_at_problem=stop_at_problem))
-        except ValueError as error:
-            problems.append(str(error))
-    return tokenized, problems
+def _tokenize_sources(
+    sources: Sequence[DataSource], tokenizer: ChatTokenizer, *, stop_at_problem: bool
+) -> tuple[list[TokenizedFile], list[Role], list[str]]:
+    """Return the files that can be read, those for validation first, and what is wrong with those that cannot."""
+    tokenized, roles, problems = [], [], []
+    for is_validation in (True, False):
+        for number, source in enumerate(sources):
+            role = Role(number, is_validation, 0.0 if is_validation else source.validation_split)
+            for name in source.validation_files if is_validation else source.files:
+                try:
+                    file = tokenize_once(name, tokenizer, reader=source.reader, stop_at_problem=stop_at_problem)
+                except ValueError as error:
+                    problems.append(str(error))
+                else:
+                    tokenized.append(file)
+                    roles.append(role)
+    return tokenized, roles, problems
 
 
 def check_files(dataset: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the options and files of a `dataset` component, before a row or a tokenizer is read."""
-    return [*_find_option_problems(dataset), *_find_file_problems(dataset)]
+    return [*_find_option_problems(dataset), *find_source_problems(dataset)]
 
 
 def _find_option_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
-    choices = {
-        "format": ("auto", *FORMATS),
-        "on_bad_row": ("error", "drop"),
-        "on_long_row": ("truncate", "drop", "error"),
-    }
+    choices = {"on_bad_row": ("error", "drop"), "on_long_row": ("truncate", "split", "drop", "error")}
     for key, known in choices.items():
         value = dataset.get(key, known[0])
         if value not in known:
             yield f"dataset.{key}={value} is not one of {', '.join(known)}"
     if not isinstance(dataset.get("packing", False), bool):
         yield f"dataset.packing={dataset['packing']} must be true or false"
-    fraction = dataset.get("validation_split")
-    if fraction is not None:
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
-            yield f"dataset.validation_split={fraction} must be a fraction from 0 up to, not including, 1"
-        elif fraction > 0 and dataset.get("validation_files") is not None:
-            yield "dataset.validation_files and dataset.validation_split are both given; set one of them to null"
-
-
-def _find_file_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("files", "validation_files"):
-        value = dataset.get(key)
-        if value is None and key == "validation_files":
-            continue
-        names = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
-        if not names:
-            yield f"dataset.{key}={value} names no file"
-            continue
-        try:
-            find_files(names)
-        except ValueError as error:
-            yield str(error)
+    overlap = dataset.get("long_row_overlap", 1)
+    if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1:
+        yield (
+            f"dataset.long_row_overlap={overlap} must be a whole number of at least 1: the first token of a piece is "
+            "not trained, so that it has to be one that the piece before trains"
+        )
+    elif overlap > 1 and dataset.get("on_long_row") != "split":
+        yield f"dataset.long_row_overlap={overlap} does nothing without dataset.on_long_row=split"
 
 
 def _require_good_rows(selection: Selection, file_problems: list[str], *, on_bad_row: str, on_long_row: str) -> None:
@@ -172,21 +178,33 @@ def _require_good_rows(selection: Selection, file_problems: list[str], *, on_bad
     if any(row.kind == "nothing supervised" for row in faulty):
         lines.append("A larger max_seq_len would reach the replies that lie behind it")
     if any(row.kind == "long" for row in faulty):
-        lines.append("Raise max_seq_len, or set dataset.on_long_row=truncate or drop")
+        lines.append("Raise max_seq_len, or set dataset.on_long_row=truncate or drop (raw texts: split)")
     raise ValueError("\n".join(lines))
 
 
-def _require_rows(
-    selection: Selection, files: Sequence[TokenizedFile], *, validation_split: float | None, seed: int
-) -> None:
-    if not selection.train:
+def _require_columns(files: Sequence[TokenizedFile]) -> None:
+    """Refuse a column that no row of a file has: it is misspelled, or another file's."""
+    problems = [
+        f"{file.name}: no row has anything in the column {name!r}, which dataset.columns or dataset.prompt names"
+        + (f"; not used are {', '.join(file.index.unused_keys)}" if file.index.unused_keys else "")
+        for file in files
+        for name, count in file.index.absent_columns.items()
+        if count == len(file.index.lines)
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _require_rows(selection: Selection, files: Sequence[TokenizedFile], roles: Sequence[Role], *, seed: int) -> None:
+    if not len(selection.train):
         dropped = f"; {len(selection.dropped)} rows were dropped" if selection.dropped else ""
-        validation_rows = f"; {len(selection.validation)} are for validation" if selection.validation else ""
+        validation_rows = f"; {len(selection.validation)} are for validation" if len(selection.validation) else ""
         first = f", the first is {selection.dropped[0].source}: {selection.dropped[0].reason}" if dropped else ""
         names = ", ".join(file.name for file in files[:MAX_FILES_SHOWN]) + (", …" * (len(files) > MAX_FILES_SHOWN))
         raise ValueError(f"there is no row to train on in {names}{validation_rows}{dropped}{first}")
-    if validation_split and not selection.validation:
+    fraction = max(role.validation_split for role in roles)
+    if fraction and not len(selection.validation):
         raise ValueError(
-            f"dataset.validation_split={validation_split} holds out none of the {len(selection.train)} rows; "
+            f"dataset.validation_split={fraction} holds out none of the {len(selection.train)} rows; "
             f"from {find_smallest_split(files, seed)} on it holds out one (or name validation_files)"
         )

@@ -1,6 +1,7 @@
 """Files to rows: JSONL, JSON array, CSV and Parquet, each row with the file and line it came from.
 
-`datasets` reads hub data sets only: of local files it tells neither a row's line nor every fault at once.
+A file is read in blocks, in order; a block is parsed by itself, in any process. `datasets` reads hub data sets only: of
+local files it tells neither a row's line nor every fault at once.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from tune2gguf.files.digest import digest_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import RecordBatch
 
 MAX_ROW_BYTES = 4 * 2**20  # about a million tokens, far beyond any max_seq_len
 # Where a quote is not closed, the rest of a CSV file is one cell: it is read so far, and no further.
 _MAX_CELL_CHARACTERS = 64 * 2**20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_HUB_NAME = re.compile(r"hub:(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
+# hub:OWNER/NAME, then /CONFIG, @REVISION and :SPLIT in this order; a branch's name may hold slashes.
+_HUB_NAME = re.compile(
+    r"hub:(?P<path>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+(/[\w.-]+)*))?(:(?P<split>[^/@]+))?"
+)
+BLOCK_BYTES = 2**20  # what a process parses at a time
+_BLOCK_ROWS = 1000
+_COMMIT = re.compile("[0-9a-f]{40}")
 # How surrogateescape spells a byte that is no UTF-8.
 _INVALID_BYTE = re.compile("[\udc80-\udcff]")
 # How files begin that are not the text they are named as.
@@ -63,6 +71,23 @@ class Row:
     problem: str | None = None
 
 
+@dataclass(frozen=True)
+class Block:
+    """Rows that stand one behind the other in a file.
+
+    Attributes:
+        name: the file
+        start: line, or number, of the first row
+        content: lines of JSON, or rows as they were read, or a batch of a Parquet file
+        position: how much of the file is read, of what measure_file returns
+    """
+
+    name: str
+    start: int
+    content: bytes | list[Row] | RecordBatch
+    position: int
+
+
 def is_hub(name: str) -> bool:
     return name.startswith("hub:")
 
@@ -95,7 +120,7 @@ def find_files(patterns: str | Sequence[str]) -> list[str]:
 
 def _find_file_problem(name: str) -> str | None:
     if is_hub(name):
-        form = "a hub data set is written hub:OWNER/NAME, hub:OWNER/NAME/CONFIG or either with :SPLIT"
+        form = "a hub data set is written hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]"
         return None if _HUB_NAME.fullmatch(name) else form
     path = Path(name)
     if os.path.isdir(path):
@@ -132,40 +157,81 @@ def read_rows(name: str, *, lines: Collection[int] | None = None) -> Iterator[Ro
     Raises:
         ValueError: if the file is damaged such that nothing behind the damage can be read
     """
-    rows = _read_file(name, lines)
-    yield from rows if lines is None else (row for row in rows if row.source.line in lines)
+    for block in read_blocks(name):
+        yield from parse_block(block, lines=lines)
 
 
-def _read_file(name: str, lines: Collection[int] | None) -> Iterator[Row]:
+def read_blocks(name: str) -> Iterator[Block]:
+    """Yield the blocks of one file that find_files returned; each block but a Parquet file's is about BLOCK_BYTES.
+
+    Raises:
+        ValueError: if the file is damaged such that nothing behind the damage can be read
+    """
     suffix = "" if is_hub(name) else _get_suffix(Path(name))
     if is_hub(name):
-        yield from _read_hub(name)
+        yield from _gather(name, _read_hub(name))
     elif suffix == ".parquet":
         yield from _read_parquet(name)
     else:
         try:
             with _open(Path(name)) as file:
                 if suffix == ".csv":
-                    yield from _read_csv(name, file)
-                elif _is_array(file):
-                    yield from _read_json_array(name, file)
+                    yield from _gather(name, _read_csv(name, file), file)
+                elif _is_array(name, file):
+                    yield from _gather(name, _read_json_array(name, file))
                 else:
-                    yield from _read_json_lines(name, file, lines)
+                    yield from _read_json_lines(name, file)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{name}: damaged .gz file ({error})") from None
 
 
-def count_rows(name: str) -> int | None:
-    """Return about how many rows a file has, for a progress bar, or None where that is not cheap to know."""
-    suffix = "" if is_hub(name) else Path(name).suffix
-    if suffix == ".parquet":
+def parse_block(block: Block, *, lines: Collection[int] | None = None) -> Iterator[Row]:
+    """Yield the rows of a block, or those of the `lines` only."""
+    if isinstance(block.content, bytes):
+        for number, line in enumerate(io.BytesIO(block.content), start=block.start):
+            if (lines is None or number in lines) and not line.isspace():
+                yield _parse_line(line, Source(block.name, number))
+    elif isinstance(block.content, list):
+        yield from (row for row in block.content if lines is None or row.source.line in lines)
+    else:
+        for number, value in enumerate(block.content.to_pylist(), start=block.start):
+            if lines is None or number in lines:
+                yield Row(Source(block.name, number, "row"), value)
+
+
+def _gather(name: str, rows: Iterator[Row], file: BinaryIO | None = None) -> Iterator[Block]:
+    """Yield rows that were read one by one as blocks."""
+    number = num_characters = 0
+    gathered: list[Row] = []
+    for row in rows:
+        gathered.append(row)
+        number += 1
+        values = row.value.values() if isinstance(row.value, dict) else ()
+        num_characters += sum(len(value) for value in values if isinstance(value, str))
+        if len(gathered) == _BLOCK_ROWS or num_characters >= BLOCK_BYTES:
+            yield Block(name, gathered[0].source.line, gathered, number if file is None else _tell(file))
+            gathered, num_characters = [], 0
+    if gathered:
+        yield Block(name, gathered[0].source.line, gathered, number if file is None else _tell(file))
+
+
+def measure_file(name: str) -> tuple[int | None, str]:
+    """Return how far the positions of a file's blocks go, and what they count; None where that is not known before."""
+    if is_hub(name):
+        return None, "row"
+    if _get_suffix(Path(name)) == ".parquet":
         import pyarrow.parquet as pq
 
-        return pq.read_metadata(name).num_rows
-    if suffix in (".jsonl", ".ndjson"):
-        with open(name, "rb") as file:
-            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
-    return None
+        try:
+            return pq.read_metadata(name).num_rows, "row"
+        except (OSError, ValueError):  # reading it will say why
+            return None, "row"
+    return Path(name).stat().st_size, "B"
+
+
+def _tell(file: BinaryIO) -> int:
+    """Return how much of the file on the disk is read, be it unpacked or not."""
+    return file.fileobj.tell() if isinstance(file, gzip.GzipFile) else file.tell()
 
 
 def compute_content_digest(name: str) -> str:
@@ -185,44 +251,58 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _is_array(file: BinaryIO) -> bool:
-    start = file.tell()
-    first = next((chunk.strip()[:1] for chunk in iter(lambda: file.read(4096), b"") if chunk.strip()), b"")
+def _is_array(name: str, file: BinaryIO) -> bool:
+    """Whether the file is one JSON array; a ValueError says that its first row stands on several lines."""
+    start, number, line = file.tell(), 1, file.readline(4096)
+    while line and not line.strip():
+        number, line = number + line.endswith(b"\n"), file.readline(4096)
     file.seek(start)
-    return first == b"["
-
-
-def _read_json_lines(name: str, file: BinaryIO, lines: Collection[int] | None) -> Iterator[Row]:
-    is_first = True
-    for number, line in enumerate(_read_lines(file), start=1):
-        if lines is not None and number not in lines:
-            continue
+    if line.strip() == b"{":
         source = Source(name, number)
-        if len(line) > MAX_ROW_BYTES:
-            yield Row(source, problem=describe_too_long(len(line)))
-        elif line.strip():
-            if is_first and line.strip() == b"{":
-                raise ValueError(f"{source}: a row must stand on one line, or all rows in an array: [{{…}}, {{…}}]")
-            is_first = False
-            yield _parse_json(line.rstrip(b"\r\n"), source)
+        raise ValueError(f"{source}: a row must stand on one line, or all rows in an array: [{{…}}, {{…}}]")
+    return line.strip()[:1] == b"["
 
 
-def _read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines; of a line beyond the limit only so much is kept in memory that its length shows."""
-    while line := file.readline(MAX_ROW_BYTES + 2):
-        if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
-            length = len(line)
-            while rest := file.readline(MAX_ROW_BYTES):
-                length += len(rest)
-                if rest.endswith(b"\n"):
-                    break
-            line = bytes(length)
-        yield line
+def _read_json_lines(name: str, file: BinaryIO) -> Iterator[Block]:
+    number = 1
+    while content := file.read(BLOCK_BYTES):
+        if not content.endswith(b"\n"):
+            content += file.readline(MAX_ROW_BYTES + 2)
+        last = content.rpartition(b"\n")[2]
+        if len(last) > MAX_ROW_BYTES:
+            # Of such a line no more is kept in memory than a block.
+            length = len(last) + _skip_line(file)
+            content = content[: len(content) - len(last)]
+            if content:
+                yield Block(name, number, content, _tell(file))
+            number += content.count(b"\n")
+            too_long = Row(Source(name, number), problem=describe_too_long(length))
+            yield Block(name, number, [too_long], _tell(file))
+            number += 1
+        else:
+            yield Block(name, number, content, _tell(file))
+            number += content.count(b"\n")
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Read to the end of the line and return how long the rest of it was."""
+    length = 0
+    while rest := file.readline(MAX_ROW_BYTES):
+        length += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return length
 
 
 def describe_too_long(num_bytes: int) -> str:
     """Return what is wrong with a row of more than MAX_ROW_BYTES."""
     return f"the row is {num_bytes / 2**20:.1f} MiB long; the limit is {MAX_ROW_BYTES // 2**20} MiB, so split it"
+
+
+def _parse_line(line: bytes, source: Source) -> Row:
+    if len(line) > MAX_ROW_BYTES:
+        return Row(source, problem=describe_too_long(len(line)))
+    return _parse_json(line.rstrip(b"\r\n"), source)
 
 
 def _parse_json(line: bytes, source: Source) -> Row:
@@ -247,6 +327,14 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+
+
+def decode_json(text: str) -> Any:
+    """Return the value of a JSON text; a ValueError says in a line what is wrong with it."""
+    try:
+        return _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"malformed JSON: {_describe_error(error)}") from None
 
 
 def _describe_error(error: ValueError | RecursionError) -> str:
@@ -314,6 +402,8 @@ def _read_csv(name: str, file: BinaryIO) -> Iterator[Row]:
                 yield _make_csv_row(source, header, cells)
     except csv.Error as error:
         raise ValueError(f"{Source(name, line)}: malformed CSV: {error}; nothing after it can be read") from None
+    finally:
+        text.detach()  # or it would close the file, whose position is still asked for
 
 
 def _check_header(header: list[str], source: Source) -> None:
@@ -335,23 +425,22 @@ def _make_csv_row(source: Source, header: list[str], cells: list[str]) -> Row:
     for key in ("messages", "conversations"):
         if key in value:
             try:
-                value[key] = _DECODER.decode(value[key])
-            except (ValueError, RecursionError) as error:
-                return Row(source, problem=f"column {key!r}: malformed JSON: {_describe_error(error)}")
+                value[key] = decode_json(value[key])
+            except ValueError as error:
+                return Row(source, problem=f"column {key!r}: {error}")
     return Row(source, value)
 
 
-def _read_parquet(name: str) -> Iterator[Row]:
+def _read_parquet(name: str) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(name) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(Source(name, number, "row"), value)
+            for batch in file.iter_batches(batch_size=_BLOCK_ROWS):
+                yield Block(name, number + 1, batch, number + len(batch))
+                number += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name}: cannot be read as Parquet behind row {number} ({error})") from None
 
@@ -361,13 +450,41 @@ def _read_hub(name: str) -> Iterator[Row]:
         yield Row(Source(name, number, "row"), value)
 
 
+def find_revision(name: str) -> str | None:
+    """Return the commit of a hub data set as it was read; None for a file."""
+    return _find_commit(_load_hub(name)) if is_hub(name) else None
+
+
+def _find_commit(data: Dataset) -> str | None:
+    """Return the commit after which `datasets` names the folder of its cache; None for a folder beside the run."""
+    names = {Path(file["filename"]).parent.name for file in data.cache_files}
+    return next((name for name in names if _COMMIT.fullmatch(name)), None)
+
+
 def _load_hub(name: str) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     match = _HUB_NAME.fullmatch(name)
     assert match is not None, "find_files has checked the name"
+    path, revision = match["path"], match["revision"]
     try:
-        return load_dataset(match["path"], match["config"], split=match["split"] or "train")
+        if revision is not None and not _COMMIT.fullmatch(revision):
+            revision = _resolve_revision(path, revision)
+        data = load_dataset(path, match["config"], split=match["split"] or "train", revision=revision)
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"{name}: cannot be loaded from the hub ({error})") from None
+        raise ValueError(f"{name}: cannot be loaded from the hub ({' '.join(str(error).split())})") from None
+    commit = _find_commit(data)
+    if revision is not None and commit != revision:
+        # Without the hub `datasets` takes what is in its cache, whatever the revision.
+        raise ValueError(
+            f"{name}: commit {revision} is not in the cache, which holds {commit}, and the hub is not reached"
+        )
+    return data
+
+
+def _resolve_revision(path: str, revision: str) -> str:
+    """Return the commit that a branch or tag names now; OSError or ValueError where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(path, revision=revision).sha

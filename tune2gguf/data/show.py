@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tune2gguf.data.ledger import locate_row
+from tune2gguf.data.ledger import RowLedger, locate_row
 from tune2gguf.data.summary import DataSummary
 from tune2gguf.data.tokenize import TokenizedRow
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
@@ -49,11 +49,17 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
     ledger = summary.data.ledger
     for file in ledger["files"]:
         shape = summary.shapes[file["file"]] or "no shape found"
-        yield f"{escape(file['file'])}: {file['read']} rows, {shape}"
+        revision = f", revision {file['revision']}" if file["revision"] else ""
+        yield f"{escape(file['file'])}: {file['read']} rows, {shape}{revision}"
+        mapping = summary.mappings[file["file"]]
+        if mapping:
+            yield f"  {escape(mapping)}"
+    not_drawn = f" + {ledger['not_drawn']} not drawn" if ledger["not_drawn"] else ""
     yield (
         f"rows: {ledger['read']} read = {ledger['trained']} trained + {ledger['validated']} validated"
-        f" + {ledger['truncated']} truncated + {ledger['dropped']} dropped"
+        f" + {ledger['truncated']} truncated + {ledger['dropped']} dropped{not_drawn}"
     )
+    yield from _format_sources(ledger)
     yield f"messages: {', '.join(f'{count} {role}' for role, count in summary.roles.items())}"
     if ledger["rows_with_tools"]:
         yield f"rows with tools: {ledger['rows_with_tools']} of {ledger['training']['rows']} trained ones"
@@ -63,6 +69,19 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
         yield f"  {escape(locate_row(ledger, row))}: {escape(row['reason'])}"
     if ledger["dropped"] > MAX_PROBLEMS_SHOWN:
         yield f"  and {ledger['dropped'] - MAX_PROBLEMS_SHOWN} more"
+
+
+def _format_sources(ledger: RowLedger) -> Iterator[str]:
+    """Say what each source gives to an epoch, where there are several."""
+    if len(ledger["sources"]) == 1:
+        return
+    total = ledger["training"]["tokens"]
+    for number, source in enumerate(ledger["sources"]):
+        yield (
+            f"source {number}, {escape(', '.join(source['files']))}: {source['read']} read, {source['trained']} trained"
+            f", {source['validated']} validated; an epoch takes {source['rows_per_epoch']} rows, "
+            f"{source['tokens_per_epoch'] / total:.1%} of its tokens"
+        )
 
 
 def _format_lengths(summary: DataSummary) -> Iterator[str]:
@@ -76,7 +95,10 @@ def _format_lengths(summary: DataSummary) -> Iterator[str]:
         bar = "█" * -(-entry.count * BAR_WIDTH // largest)
         limit = " ◄ max_seq_len" if entry.start <= summary.max_seq_len < (entry.stop or np.inf) else ""
         yield f"  {label:<{2 * width + 3}} {bar} {entry.count}{limit}"
-    yield f"max_seq_len={summary.max_seq_len} cuts {(summary.lengths > summary.max_seq_len).sum()} rows;" + ",".join(
+    num_split = len(summary.data.ledger["rows_split"])
+    num_cut = (summary.lengths > summary.max_seq_len).sum() - num_split
+    split = f" and splits {num_split} texts" if num_split else ""
+    yield f"max_seq_len={summary.max_seq_len} cuts {num_cut} rows{split};" + ",".join(
         f" {length} keeps {share:.0%} whole" for share, length in summary.max_seq_lens.items()
     )
     yield f"supervised: {summary.supervised_share:.1%} of the tokens that are trained on"

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tune2gguf.data.messages import AmbiguousFormatError, detect_format
 from tune2gguf.data.packing import pack_rows
 from tune2gguf.data.prepare import PreparedData, chat_dataset
-from tune2gguf.data.rows import read_rows
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer
@@ -26,6 +24,7 @@ class DataSummary:
 
     Attributes:
         shapes: format of each file's rows, "" where no row shows one
+        mappings: how the columns of each file become its parts, "" where they have their names
         roles: messages of each role
         lengths: tokens of every good row before it is cut, validation rows included, [rows]
         max_seq_lens: share of the rows -> the max_seq_len that keeps so many whole
@@ -39,6 +38,7 @@ class DataSummary:
     max_seq_len: int
     rows_per_step: int
     shapes: dict[str, str]
+    mappings: dict[str, str]
     roles: dict[str, int]
     lengths: np.ndarray
     max_seq_lens: dict[float, int]
@@ -67,7 +67,8 @@ def summarize_data(
     Args:
         dataset: the options of chat_dataset
     """
-    options = {**dataset, "on_bad_row": "drop", "on_long_row": "truncate", "packing": False}
+    on_long_row = "split" if dataset.get("on_long_row") == "split" else "truncate"
+    options = {**dataset, "on_bad_row": "drop", "on_long_row": on_long_row, "packing": False}
     data = chat_dataset(**options, tokenizer=tokenizer, max_seq_len=max_seq_len, seed=seed)
     indices = [file.index for file in data.train.files]
     lengths = np.concatenate([np.diff(index.offsets) for index in indices])
@@ -76,7 +77,8 @@ def summarize_data(
         data=data,
         max_seq_len=max_seq_len,
         rows_per_step=rows_per_step,
-        shapes={file.name: _find_shape(file.name, dataset.get("format", "auto")) for file in data.train.files},
+        shapes={file.name: file.index.format for file in data.train.files},
+        mappings={file.name: file.reader.describe() for file in data.train.files},
         roles=dict(sum((Counter(index.role_counts) for index in indices), Counter())),
         lengths=lengths,
         max_seq_lens={share: int(np.quantile(lengths, share, method="higher")) for share in KEPT_SHARES},
@@ -89,18 +91,3 @@ def summarize_data(
         },
         fill=packed.fill,
     )
-
-
-def _find_shape(name: str, format: str) -> str:
-    """Return the named format, or that of the first row that shows one, which decides when a run detects it."""
-    if format != "auto":
-        return format
-    for row in read_rows(name):
-        try:
-            if row.problem is None:
-                return detect_format(row.value)
-        except AmbiguousFormatError:
-            raise
-        except ValueError:
-            continue
-    return ""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -20,17 +21,20 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from tune2gguf.data import messages, rows, tokenize, tools
-from tune2gguf.data.rows import compute_content_digest, count_rows, is_hub
+from tune2gguf.data import columns, content, messages, rows, tokenize, tools
+from tune2gguf.data.columns import RowReader
+from tune2gguf.data.rows import Block, compute_content_digest, is_hub, measure_file, read_blocks
 from tune2gguf.data.tokenize import (
     TOKEN_DTYPE,
+    BlockTokenizer,
+    Part,
     TokenIndex,
     TokenizedFile,
-    TokenWriter,
-    read_conversations,
+    decide_format,
+    join_indices,
     tokenize_file,
-    write_tokens,
 )
+from tune2gguf.data.workers import count_workers, tokenize_blocks
 from tune2gguf.files.atomic import write_folder
 from tune2gguf.files.cache import explain_cache_errors, get_cache_dir
 from tune2gguf.files.digest import digest_file
@@ -44,45 +48,53 @@ if TYPE_CHECKING:
 # A smaller file is tokenized in less than a second: not worth a place in the cache.
 MIN_CACHED_BYTES = 2**20
 KEPT_DAYS = 30
+LOG_SECONDS = 30
 DIGESTS_FILE = "sha256.json"
-_CODE = (messages, rows, tokenize, tools, conversation, tokenizers, tool_formats)
+_CODE = (columns, content, conversation, messages, rows, tokenize, tools, tokenizers, tool_formats)
 
 
 def tokenize_once(
     name: str,
     tokenizer: ChatTokenizer,
     *,
-    format: str,
+    reader: RowReader,
     stop_at_problem: bool,
     min_cached_bytes: int = MIN_CACHED_BYTES,
+    num_workers: int | None = None,
 ) -> TokenizedFile:
     """Return tokenize_file's result, from the cache where the same content was tokenized before.
 
     The cache is `tokens/` in cache.get_cache_dir(), and tokens are mapped into memory from it. Its key is the content
-    of the file, the tokenizer, the chat template, the row format and the code that makes tokens of rows. A file with
-    bad rows that stop the run is not kept. Of several processes that want the same file one tokenizes it.
+    of the file, the tokenizer, the chat template, how its rows are read and the code that makes tokens of them. A file
+    with bad rows that stop the run is not kept. Of several processes that want the same file one tokenizes it.
+
+    Args:
+        num_workers: processes that tokenize; None: as many as the file is worth on this machine
 
     Raises:
-        ValueError: as tokenize_file, or if the cache cannot be written
+        ValueError: as tokenize_file, if the file changes meanwhile, or if the cache cannot be written
     """
     if not is_hub(name) and Path(name).stat().st_size < min_cached_bytes:
-        return tokenize_file(name, tokenizer, format=format, stop_at_problem=stop_at_problem)
-    folder = get_cache_dir() / "tokens" / _compute_key(name, tokenizer, format)
-    found = _load(folder, name)
+        return tokenize_file(name, tokenizer, reader=reader, stop_at_problem=stop_at_problem)
+    before = _identify(name)
+    folder = get_cache_dir() / "tokens" / _compute_key(name, tokenizer, reader)
+    found = _load(folder, name, reader)
     if found is not None:
         with contextlib.suppress(OSError):  # a cache that may only be read is as good
             os.utime(folder)
         return found
     with _hold(folder):
-        found = _load(folder, name)  # another process was faster
+        found = _load(folder, name, reader)  # another process was faster
         if found is not None:
             return found
         shutil.rmtree(folder, ignore_errors=True)  # what is left of one that was damaged
-        index = _fill(folder, name, tokenizer, format=format, stop_at_problem=stop_at_problem)
+        index = _fill(
+            folder, name, tokenizer, before, reader=reader, stop_at_problem=stop_at_problem, num_workers=num_workers
+        )
     if index.problems and stop_at_problem:
-        return TokenizedFile(name, np.empty(0, TOKEN_DTYPE), np.empty(0, bool), index)
+        return TokenizedFile(name, reader, np.empty(0, TOKEN_DTYPE), np.empty(0, bool), index)
     _delete_old(folder.parent)
-    found = _load(folder, name)
+    found = _load(folder, name, reader)
     assert found is not None, "it has just been written"
     return found
 
@@ -106,37 +118,86 @@ def _delete_old(cache: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def _compute_key(name: str, tokenizer: ChatTokenizer, format: str) -> str:
+def _identify(name: str) -> tuple[int, ...]:
+    """Return what changes with a file's content, as far as its folder tells."""
+    if is_hub(name):
+        return ()
+    status = Path(name).stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _compute_key(name: str, tokenizer: ChatTokenizer, reader: RowReader) -> str:
     code = b"".join(Path(module.__file__).read_bytes() for module in _CODE)
     parts = [
         compute_content_digest(name),
         tokenizer.fingerprint,
-        format,
+        repr(reader),
         hashlib.sha256(code).hexdigest(),
         version("tokenizers"),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _fill(folder: Path, name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool) -> TokenIndex:
-    """Tokenize the file into the folder, which appears whole, or not at all for a file that stops the run."""
+def _fill(
+    folder: Path,
+    name: str,
+    tokenizer: ChatTokenizer,
+    before: tuple[int, ...],
+    *,
+    reader: RowReader,
+    stop_at_problem: bool,
+    num_workers: int | None,
+) -> TokenIndex:
+    """Tokenize the file into the folder, which appears whole, or not at all for a file that stops the run.
+
+    Args:
+        before: of _identify, when the key was computed
+    """
+    if num_workers is None:
+        num_workers = count_workers(0 if is_hub(name) else Path(name).stat().st_size)
+    block_tokenizer = BlockTokenizer(tokenizer, reader, decide_format(name, reader))
     with write_folder(folder) as unfinished:
         with (unfinished / "tokens.bin").open("wb") as tokens, (unfinished / "supervised.bin").open("wb") as supervised:
-            conversations = tqdm(
-                read_conversations(name, format=format),
-                desc=f"tokenizing {Path(name).name}",
-                total=count_rows(name),
-                unit=" rows",
-                disable=None,  # where stderr is no terminal
-                leave=False,
+            indices = []
+            parts = tokenize_blocks(
+                read_blocks(name), block_tokenizer, num_workers=num_workers, stop_at_problem=stop_at_problem
             )
-            writer = TokenWriter(tokenizer, tokens, supervised)
-            index = write_tokens(conversations, writer, stop_at_problem=stop_at_problem)
+            with contextlib.closing(parts):
+                for part in _show_progress(name, parts):
+                    part.tokens.tofile(tokens)
+                    part.supervised.tofile(supervised)
+                    indices.append(part.index)
+        index = join_indices(indices)
+        if _identify(name) != before:
+            raise ValueError(f"{name}: has changed while it was read; leave data files alone while a run begins")
         if index.problems and stop_at_problem:
             shutil.rmtree(unfinished)
         else:
             _save_index(unfinished, index)
     return index
+
+
+def _show_progress(name: str, parts: Iterator[tuple[Block, Part]]) -> Iterator[Part]:
+    """Yield the parts; say how much of the file is done, how many rows that are, and when the rest will be."""
+    total, unit = measure_file(name)
+    is_bytes = unit == "B"
+    with tqdm(
+        desc=f"tokenizing {Path(name).name}",
+        total=total,
+        unit=unit if is_bytes else f" {unit}s",
+        unit_scale=is_bytes,
+        # A terminal sees it at once; a log gets a line now and then, and none for what is soon over.
+        mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
+        delay=0 if sys.stderr.isatty() else LOG_SECONDS,
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
+        num_rows = 0
+        for block, part in parts:
+            num_rows += part.index.num_read
+            bar.set_postfix_str(f"{num_rows} rows", refresh=False)
+            bar.update(block.position - bar.n)
+            yield part
 
 
 def _save_index(folder: Path, index: TokenIndex) -> None:
@@ -149,7 +210,7 @@ def _save_index(folder: Path, index: TokenIndex) -> None:
     (folder / DIGESTS_FILE).write_text(json.dumps(digests), encoding="utf-8")
 
 
-def _load(folder: Path, name: str) -> TokenizedFile | None:
+def _load(folder: Path, name: str, reader: RowReader) -> TokenizedFile | None:
     """Return what is kept; None where nothing is, or not every byte is as it was written.
 
     A machine that went down may have lost the end, a disk may give back another bit; either would be trained on.
@@ -160,13 +221,19 @@ def _load(folder: Path, name: str) -> TokenizedFile | None:
             return None
         others = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         others["problems"] = [(line, reason) for line, reason in others["problems"]]
-        arrays = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
+        arrays = {path.stem: _load_array(path) for path in folder.glob("*.npy")}
         index = TokenIndex(**arrays, **others)
         tokens = _map(folder / "tokens.bin", TOKEN_DTYPE)
         supervised = _map(folder / "supervised.bin", np.dtype(bool))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return TokenizedFile(name, tokens, supervised, index)
+    return TokenizedFile(name, reader, tokens, supervised, index)
+
+
+def _load_array(path: Path) -> np.ndarray:
+    """Map an array into memory; an empty one cannot be mapped."""
+    found = np.load(path, allow_pickle=False, mmap_mode="r")
+    return found if found.size else np.array(found)
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tune2gguf.data.messages import DIGEST_BYTES, AmbiguousFormatError, detect_format, digest, read_conversation
-from tune2gguf.data.rows import MAX_ROW_BYTES, Row, Source, describe_too_long, read_rows
+from tune2gguf.data.columns import RowReader
+from tune2gguf.data.messages import DIGEST_BYTES, AmbiguousFormatError, digest
+from tune2gguf.data.rows import (
+    MAX_ROW_BYTES,
+    Block,
+    Row,
+    Source,
+    describe_too_long,
+    parse_block,
+    read_blocks,
+    read_rows,
+)
 from tune2gguf.tokenizer.conversation import Conversation
 from tune2gguf.tokenizer.tools import is_written_alike, write_json
 
 if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer, Segment
 
-# Rows are tokenized together up to so many characters: enough to keep all cores busy, little enough to stay small.
-CHUNK_CHARACTERS = 2**20
 TOKEN_DTYPE = np.dtype("<i4")
 # Data sets that put a text of its own into each system message shall not be held in memory for it.
 MAX_SYSTEM_PROMPTS = 100
@@ -58,6 +65,8 @@ class TokenIndex:
     role_counts: dict[str, int]  # messages of the good rows; raw texts count as "text"
     unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
+    format: str  # that the rows have; "" where no row shows one
+    absent_columns: dict[str, int]  # column that the user names -> good rows that have nothing under it
     num_ended: int  # good rows of which an end-of-turn token was taken off
     num_stripped: int  # good rows of which white space around a content was taken off
     has_tools: np.ndarray  # [rows] bool, whether the row defines tools
@@ -76,6 +85,7 @@ class TokenizedFile:
     """The good rows of one file, end to end, and their index."""
 
     name: str
+    reader: RowReader
     tokens: np.ndarray  # [tokens of all rows] int32
     supervised: np.ndarray  # [tokens of all rows] bool
     index: TokenIndex
@@ -87,42 +97,66 @@ class TokenizedFile:
 
 @dataclass(frozen=True)
 class TokenizedRows(Sequence[TokenizedRow]):
-    """Rows chosen from tokenized files, each cut to max_seq_len when it is looked at; holds no tokens of its own."""
+    """Rows chosen from tokenized files, each cut to max_seq_len when it is looked at; holds no tokens of its own.
+
+    Attributes:
+        picks: [rows, 3] int64: index into files, row in the file, first token of it; a row may be picked several times
+        overlap: tokens of the piece before that a later piece of a row begins with; they are not trained again
+    """
 
     files: list[TokenizedFile]
-    picks: np.ndarray  # [rows, 2] int64: index into files, row in the file
+    picks: np.ndarray
     max_seq_len: int
+    overlap: int = 1
 
     def __len__(self) -> int:
         return len(self.picks)
 
     def __getitem__(self, index: int) -> TokenizedRow:
-        file_index, row = self.picks[index]
+        file_index, row, first = self.picks[index]
         file = self.files[file_index]
         start, end = file.index.offsets[row : row + 2]
+        start += first
         stop = min(end, start + self.max_seq_len)
+        supervised = file.supervised[start:stop]
+        if first > 0:
+            supervised = supervised.copy()
+            supervised[: self.overlap] = False
         return TokenizedRow(
             tokens=file.tokens[start:stop],
-            supervised=file.supervised[start:stop],
+            supervised=supervised,
             source=file.locate(int(file.index.lines[row])),
         )
 
     def take(self, rows: Sequence[int]) -> TokenizedRows:
         """Return these rows alone, in this order."""
-        return TokenizedRows(self.files, self.picks[np.asarray(rows, np.int64)], self.max_seq_len)
+        return TokenizedRows(self.files, self.picks[np.asarray(rows, np.int64)], self.max_seq_len, self.overlap)
 
     def digests(self) -> list[bytes]:
-        """Return the digest of each row's content; as rows are no more than once in a run, no two are equal."""
-        return [bytes(self.files[file].index.digests[row]) for file, row in self.picks]
+        """Return a digest of each row's content; those of the pieces of a row differ in their end."""
+        firsts = self.picks[:, 2].tolist()
+        return [
+            bytes(one) + (first.to_bytes(8, "little") if first else b"")
+            for one, first in zip(self.row_digests(), firsts, strict=True)
+        ]
+
+    def row_digests(self) -> np.ndarray:
+        """Return the digest of the whole row that each is of, [rows, DIGEST_BYTES] uint8."""
+        digests = np.zeros((len(self.picks), DIGEST_BYTES), np.uint8)
+        for number, file in enumerate(self.files):
+            chosen = self.picks[:, 0] == number
+            digests[chosen] = file.index.digests[self.picks[chosen, 1]]
+        return digests
 
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row, [rows] int64."""
-        return np.minimum(self._collect(lambda index: np.diff(index.offsets)), self.max_seq_len)
+        return np.minimum(self._collect(lambda index: np.diff(index.offsets)) - self.picks[:, 2], self.max_seq_len)
 
     def supervised_lengths(self) -> np.ndarray:
         """Return the number of trained positions of each row, [rows] int64."""
         counts = self._collect(lambda index: index.num_supervised)
-        for row in np.flatnonzero(self.lengths() == self.max_seq_len).tolist():
+        whole = self._collect(lambda index: np.diff(index.offsets))
+        for row in np.flatnonzero(whole > self.max_seq_len).tolist():
             counts[row] = self[row].num_supervised
         return counts
 
@@ -134,34 +168,75 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return values
 
 
-def read_conversations(name: str, *, format: str) -> Iterator[tuple[Row, Conversation | str]]:
-    """Yield each row of a file with its conversation, or with what is wrong with it.
+@dataclass(frozen=True)
+class Decided:
+    """The format of a file's rows, and the row that decided it where it was not named."""
 
-    With format "auto" the first row that fits a format decides, and a row of another shape is a problem.
+    format: str
+    by: str = ""
+
+
+def decide_format(name: str, reader: RowReader) -> Decided | None:
+    """Return the format of a file: the one that was named, or of the first row that shows one; None where none does.
 
     Raises:
-        ValueError: if the format is to be detected and a row fits more than one
+        ValueError: if that row fits more than one format, or the file is damaged
     """
-    decided = None if format == "auto" else format
-    decided_by = ""
+    if reader.format != "auto":
+        return Decided(reader.format)
     for row in read_rows(name):
-        if row.problem is not None:
-            yield row, row.problem
-            continue
-        try:
-            if format == "auto":
-                found = detect_format(row.value)
-                if decided is None:
-                    decided, decided_by = found, f"{row.source.unit} {row.source.line}"
-                elif found != decided:
-                    raise ValueError(f"its shape is {found}, but the file's is {decided} since {decided_by}")
-            conversation: Conversation | str = read_conversation(row.value, format=decided)
-            _check_size(conversation)
-        except AmbiguousFormatError as error:
-            raise ValueError(f"{row.source}: {error}") from None
-        except ValueError as error:
-            conversation = str(error)
-        yield row, conversation
+        if row.problem is None:
+            try:
+                return Decided(reader.detect(row.value), f"{row.source.unit} {row.source.line}")
+            except AmbiguousFormatError as error:
+                raise ValueError(f"{row.source}: {error}") from None
+            except ValueError:
+                continue
+    return None
+
+
+@dataclass(frozen=True)
+class BlockTokenizer:
+    """What makes tokens of a file's blocks, each by itself."""
+
+    tokenizer: ChatTokenizer
+    reader: RowReader
+    decided: Decided | None
+
+    def tokenize(self, block: Block, *, only_check: bool = False) -> Part:
+        """Return the tokens of a block's good rows and the index of all of its rows.
+
+        Args:
+            only_check: look for bad rows; the result then lacks the others
+
+        Raises:
+            ValueError: if the format is to be detected and a row fits more than one
+        """
+        return _tokenize_rows(
+            self._read(parse_block(block)),
+            self.tokenizer,
+            format="" if self.decided is None else self.decided.format,
+            only_check=only_check,
+        )
+
+    def _read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Conversation | str]]:
+        """Yield each row with its conversation, or with what is wrong with it."""
+        for row in rows:
+            try:
+                yield row, row.problem or self._read_row(row)
+            except AmbiguousFormatError as error:
+                raise ValueError(f"{row.source}: {error}") from None
+            except ValueError as error:
+                yield row, str(error)
+
+    def _read_row(self, row: Row) -> Conversation:
+        format = self.reader.detect(row.value)
+        decided = self.decided or Decided(format)
+        if format != decided.format:
+            raise ValueError(f"its shape is {format}, but the file's is {decided.format} since {decided.by}")
+        conversation = self.reader.read(row.value, format=format)
+        _check_size(conversation)
+        return conversation
 
 
 def _check_size(conversation: Conversation) -> None:
@@ -171,43 +246,58 @@ def _check_size(conversation: Conversation) -> None:
         raise ValueError(describe_too_long(num_characters))
 
 
-def tokenize_file(name: str, tokenizer: ChatTokenizer, *, format: str, stop_at_problem: bool) -> TokenizedFile:
+def tokenize_file(name: str, tokenizer: ChatTokenizer, *, reader: RowReader, stop_at_problem: bool) -> TokenizedFile:
     """Read and tokenize one file that rows.find_files returned, in memory.
 
     Args:
         stop_at_problem: after the first bad row only look for more of them; the result then lacks rows
+
+    Raises:
+        ValueError: if the file cannot be read, or the format is to be detected and a row fits more than one
     """
-    tokens, supervised = io.BytesIO(), io.BytesIO()
-    writer = TokenWriter(tokenizer, tokens, supervised)
-    index = write_tokens(read_conversations(name, format=format), writer, stop_at_problem=stop_at_problem)
+    blocks = BlockTokenizer(tokenizer, reader, decide_format(name, reader))
+    parts: list[Part] = []
+    has_problem = False
+    for block in read_blocks(name):
+        parts.append(blocks.tokenize(block, only_check=has_problem and stop_at_problem))
+        has_problem = has_problem or bool(parts[-1].index.problems)
     return TokenizedFile(
         name=name,
-        tokens=np.frombuffer(tokens.getbuffer(), TOKEN_DTYPE),
-        supervised=np.frombuffer(supervised.getbuffer(), bool),
-        index=index,
+        reader=reader,
+        tokens=np.concatenate([np.empty(0, TOKEN_DTYPE), *(part.tokens for part in parts)]),
+        supervised=np.concatenate([np.empty(0, bool), *(part.supervised for part in parts)]),
+        index=join_indices([part.index for part in parts]),
     )
 
 
-def write_tokens(
-    rows: Iterable[tuple[Row, Conversation | str]], writer: TokenWriter, *, stop_at_problem: bool
-) -> TokenIndex:
-    """Write the good rows' tokens and return the index of all rows."""
-    lines, digests, problems, spelling = [], [], [], []
-    unit, role_counts, unused_keys = "line", Counter(), Counter()
+@dataclass(frozen=True)
+class Part:
+    """The good rows of a block, end to end, and their index."""
+
+    tokens: np.ndarray  # [tokens of all rows] TOKEN_DTYPE
+    supervised: np.ndarray  # [tokens of all rows] bool
+    index: TokenIndex
+
+
+def _tokenize_rows(
+    rows: Iterable[tuple[Row, Conversation | str]], tokenizer: ChatTokenizer, *, format: str, only_check: bool
+) -> Part:
+    lines, digests, problems, spelling, segments = [], [], [], [], []
+    unit, role_counts, unused_keys, absent_columns = "line", Counter(), Counter(), Counter()
     system_prompts: dict[str | None, int] = {}
     system_numbers, num_ended, num_stripped = [], 0, 0
     has_tools: list[bool] = []
     written_otherwise: list[int] = []
     for row, conversation in rows:
         line, unit = row.source.line, row.source.unit
-        spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, writer.tokenizer)
+        spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, tokenizer)
         if spelled is not None and conversation.text is not None:
             conversation = f"'text' spells the special token {spelled}; give the turns as 'messages' instead"
         if isinstance(conversation, str):
             problems.append((line, conversation))
-        elif not (problems and stop_at_problem):
+        elif not only_check:
             try:
-                writer.add(conversation)
+                segments.append(_render(conversation, tokenizer))
             except ValueError as error:  # the format has no place for it
                 problems.append((line, str(error)))
                 continue
@@ -218,24 +308,31 @@ def write_tokens(
             digests.append(digest(conversation))
             role_counts.update([message.role for message in conversation.messages] or ["text"])
             unused_keys.update(conversation.unused_keys)
+            absent_columns.update(conversation.absent_columns)
             num_ended += conversation.had_end
             num_stripped += conversation.was_stripped
             system_numbers.append(_number_system_prompt(conversation, system_prompts))
             if spelled is not None:
                 spelling.append(line)
-    writer.flush()
-    return TokenIndex(
-        offsets=np.cumsum([0, *writer.lengths], dtype=np.int64),
+    encoded = tokenizer.encode_segments(segments)
+    trained = [supervised[1:] for _, supervised in encoded]  # the first token never is: nothing predicts it
+    texts = [[segment.text for segment in row if not segment.is_special] for row in segments]
+    num_special = sum(len(row) for row in segments) - sum(map(len, texts))
+    tokens = np.concatenate([np.empty(0, TOKEN_DTYPE), *(ids for ids, _ in encoded)]).astype(TOKEN_DTYPE, copy=False)
+    index = TokenIndex(
+        offsets=np.cumsum([0, *(len(ids) for ids, _ in encoded)], dtype=np.int64),
         lines=np.array(lines, np.int64),
-        num_supervised=np.array(writer.num_supervised, np.int64),
-        first_supervised=np.array(writer.first_supervised, np.int64),
+        num_supervised=np.array([np.count_nonzero(one) for one in trained], np.int64),
+        first_supervised=np.array([int(one.argmax()) + 1 if one.any() else 0 for one in trained], np.int64),
         digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
         problems=problems,
-        num_characters=writer.num_characters,
-        num_text_tokens=writer.num_text_tokens,
+        num_characters=sum(len(text) for row in texts for text in row),
+        num_text_tokens=len(tokens) - num_special,
         role_counts=dict(role_counts),
         unit=unit,
         lines_that_spell_special=spelling,
+        format=format,
+        absent_columns=dict(absent_columns),
         num_ended=num_ended,
         num_stripped=num_stripped,
         has_tools=np.array(has_tools, bool),
@@ -244,14 +341,19 @@ def write_tokens(
         system_prompts=[*system_prompts],
         system_numbers=np.array(system_numbers, np.int64),
     )
+    return Part(tokens, np.concatenate([np.empty(0, bool), *(flags for _, flags in encoded)]), index)
+
+
+def _render(conversation: Conversation, tokenizer: ChatTokenizer) -> list[Segment]:
+    if conversation.text is None:
+        return tokenizer.render_conversation(conversation.messages, conversation.tools)
+    return tokenizer.render_document(conversation.text)
 
 
 def _number_system_prompt(conversation: Conversation, known: dict[str | None, int]) -> int:
     if conversation.text is not None:
         return RAW_TEXT
     prompt = conversation.system_prompt
-    if prompt not in known and len(known) == MAX_SYSTEM_PROMPTS:
-        return MAX_SYSTEM_PROMPTS
     return known.setdefault(prompt, len(known))
 
 
@@ -268,40 +370,52 @@ def _write_tools(conversation: Conversation) -> str:
     return " ".join(write_json(value) for value in values if value)
 
 
-class TokenWriter:
-    """Tokenizes conversations in chunks and appends them to two files, ids as TOKEN_DTYPE and flags as a byte each."""
+def join_indices(parts: Sequence[TokenIndex]) -> TokenIndex:
+    """Return the index of a file from those of its blocks, in order."""
+    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)], dtype=np.int64)
+    system_prompts: dict[str | None, int] = {}
+    system_numbers = [_renumber_system_prompts(part, system_prompts) for part in parts]
 
-    def __init__(self, tokenizer: ChatTokenizer, tokens_file: BinaryIO, supervised_file: BinaryIO) -> None:
-        self.tokenizer = tokenizer
-        self.tokens_file, self.supervised_file = tokens_file, supervised_file
-        self.lengths: list[int] = []
-        self.num_supervised: list[int] = []
-        self.first_supervised: list[int] = []  # 0 where nothing is
-        self.num_characters = self.num_text_tokens = 0
-        self._waiting: list[list[Segment]] = []
-        self._waiting_characters = 0
+    def concatenate(values: Iterable[np.ndarray], empty: np.ndarray) -> np.ndarray:
+        return np.concatenate([empty, *values])
 
-    def add(self, conversation: Conversation) -> None:
-        if conversation.text is None:
-            segments = self.tokenizer.render_conversation(conversation.messages, conversation.tools)
-        else:
-            segments = self.tokenizer.render_document(conversation.text)
-        self._waiting.append(segments)
-        self._waiting_characters += sum(len(segment.text) for segment in segments if not segment.is_special)
-        if self._waiting_characters >= CHUNK_CHARACTERS:
-            self.flush()
+    def add(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for one in counts:
+            total.update(one)
+        return dict(total)
 
-    def flush(self) -> None:
-        for segments, (tokens, supervised) in zip(
-            self._waiting, self.tokenizer.encode_segments(self._waiting), strict=True
-        ):
-            self.num_text_tokens += len(tokens) - sum(segment.is_special for segment in segments)
-            self.tokens_file.write(tokens.astype(TOKEN_DTYPE, copy=False).tobytes())
-            self.supervised_file.write(supervised.tobytes())
-            # The first token is never trained: nothing predicts it.
-            trained = supervised[1:]
-            self.lengths.append(len(tokens))
-            self.num_supervised.append(int(np.count_nonzero(trained)))
-            self.first_supervised.append(int(trained.argmax()) + 1 if trained.any() else 0)
-        self.num_characters += self._waiting_characters
-        self._waiting, self._waiting_characters = [], 0
+    none = np.empty(0, np.int64)
+    ends = (part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))
+    return TokenIndex(
+        offsets=concatenate(ends, np.int64([0])),
+        lines=concatenate((part.lines for part in parts), none),
+        num_supervised=concatenate((part.num_supervised for part in parts), none),
+        first_supervised=concatenate((part.first_supervised for part in parts), none),
+        digests=concatenate((part.digests for part in parts), np.empty((0, DIGEST_BYTES), np.uint8)),
+        problems=[problem for part in parts for problem in part.problems],
+        num_characters=sum(part.num_characters for part in parts),
+        num_text_tokens=sum(part.num_text_tokens for part in parts),
+        role_counts=add(part.role_counts for part in parts),
+        unit=parts[-1].unit if parts else "line",
+        lines_that_spell_special=[line for part in parts for line in part.lines_that_spell_special],
+        format=next((part.format for part in parts if part.format), ""),
+        absent_columns=add(part.absent_columns for part in parts),
+        num_ended=sum(part.num_ended for part in parts),
+        num_stripped=sum(part.num_stripped for part in parts),
+        has_tools=concatenate((part.has_tools for part in parts), np.empty(0, bool)),
+        lines_written_otherwise=[line for part in parts for line in part.lines_written_otherwise],
+        unused_keys=add(part.unused_keys for part in parts),
+        system_prompts=[*system_prompts],
+        system_numbers=concatenate(system_numbers, none),
+    )
+
+
+def _renumber_system_prompts(part: TokenIndex, known: dict[str | None, int]) -> np.ndarray:
+    """Return the part's numbers by what the file knows; beyond MAX_SYSTEM_PROMPTS a prompt is another one."""
+    numbers = []
+    for prompt in part.system_prompts:
+        is_new = prompt not in known and len(known) < MAX_SYSTEM_PROMPTS
+        numbers.append(known.setdefault(prompt, len(known)) if is_new else known.get(prompt, MAX_SYSTEM_PROMPTS))
+    # RAW_TEXT is the last place of the table.
+    return np.array([*numbers, RAW_TEXT], np.int64)[part.system_numbers]

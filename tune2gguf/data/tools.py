@@ -125,11 +125,9 @@ def order_calls(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message
 
 
 def read_result(content: Any) -> Any:
-    """Return a result as text: its parts joined by line breaks, or JSON of an object; else what it is."""
-    if isinstance(content, list) and content and all(isinstance(one, Mapping) and "text" in one for one in content):
-        texts = [one["text"] for one in content]
-        return "\n".join(texts) if all(isinstance(text, str) for text in texts) else content
-    return write_json(content) if isinstance(content, (Mapping, list)) else content
+    """Return a result that is an object, or a list but for content in parts, as JSON; else what it is."""
+    is_parts = isinstance(content, list) and all(isinstance(one, Mapping) and "text" in one for one in content)
+    return write_json(content) if isinstance(content, (Mapping, list)) and not is_parts else content
 
 
 def find_call_problem(

@@ -141,6 +141,16 @@ def max_over_ranks(number: int) -> int:
     return int(found)
 
 
+def gather_counts(counts: list[int]) -> Tensor:
+    """Return every process's counts, [processes, counts] int64, on every process."""
+    own = torch.tensor([counts])
+    if not dist.is_initialized():
+        return own
+    of_all = own.new_empty(dist.get_world_size(), len(counts))
+    dist.all_gather_into_tensor(of_all, own)
+    return of_all
+
+
 def gather_over_ranks(record: Any) -> list[Any]:
     """Return every process's record, in the order of the ranks, on every process."""
     if not dist.is_initialized():

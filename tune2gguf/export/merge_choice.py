@@ -1,6 +1,7 @@
 """Choose what an adapter from 4-bit training is merged into: by the validation loss of the merged weights.
 
-It fits the dequantized 4-bit weights exactly; the original 16-bit weights are the better model without it.
+It fits the dequantized 4-bit weights exactly; the original 16-bit weights are the better model without it. 8 bits leave
+so much of the original weights that there is nothing to choose: they are what the adapter is merged into.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def choose_merge_base(
     if run.base_weights != "nf4":
         if requested is not None or original_dir is not None:
             raise ValueError(f"{run.run_dir} was not trained over 4-bit weights; there is one base to merge into")
-        return MergeChoice(stored, stored, None, {})
+        trained = stored.round_to_fp8() if run.base_weights == "fp8" else stored
+        return MergeChoice(trained, stored, None, {})
     trained = stored if stored.holds_nf4 else stored.round_to_nf4()
     original = _open_original(stored, original_dir) if stored.holds_nf4 else stored
     if original is None:

@@ -34,7 +34,7 @@ class RunSpec:
     """What the memory of a run depends on; `parallel` is replicate or shard."""
 
     architecture: Architecture
-    base_weights: str  # bf16 | fp32 | nf4
+    base_weights: str  # bf16 | fp32 | fp8 | nf4
     dtype: str  # bf16 | fp32
     lora_rank: int
     lora_dropout: float
@@ -48,6 +48,7 @@ class RunSpec:
     num_devices: int = 1
     parallel: str = "replicate"
     compile: bool = False
+    multiplies_fp8: bool = False  # the device has products of 8-bit numbers
 
     @property
     def obstacle_to_fusing(self) -> str | None:
@@ -59,6 +60,11 @@ class RunSpec:
             compile=self.compile,
             lora_rank=self.lora_rank,
         )
+
+    @property
+    def keeps_8_bits(self) -> bool:
+        """Whether the fused layers keep gate and up in 8 bits."""
+        return self.is_fused and self.base_weights == "fp8" and self.multiplies_fp8
 
     @property
     def is_fused(self) -> bool:
@@ -103,25 +109,28 @@ def estimate_memory(spec: RunSpec) -> Estimate:
     adapter = 4 * count_adapter_weights(spec)
     parts = spec.num_devices if spec.parallel == "shard" else 1
     # Graphs write gradients to a place of their own, from which the parameters get a copy.
-    is_graphed = spec.is_fused and parts == 1 and not spec.enable_activation_offloading
+    is_graphed = spec.is_fused and not spec.enable_activation_offloading
     num_gradients = 2 if is_graphed and _count_tokens(spec) <= MAX_GRAPHED_TOKENS else 1
-    # Sharded, the layer at work and the next one are gathered whole, and so is the head.
-    layer = sum(size for name, size in weights.items() if name.startswith("layers.0."))
-    gathered = 0 if parts == 1 else 2 * layer + max(weights.values())
+    split = {tensor.tune_name: weights[tensor.tune_name] for tensor in tensors if len(tensor.shape) > 1}
+    # Sharded, the layer at work and the next one are gathered whole, and so is the embedding or the head.
+    layer = sum(size for name, size in split.items() if name.startswith("layers.0."))
+    edge = max(size for name, size in split.items() if not name.startswith("layers."))
+    gathered = 0 if parts == 1 else 2 * layer + edge
     program = CUDA_BYTES
     if spec.device_type == "cpu":
         program = PROGRAM_BYTES + PROGRAM_BYTES_PER_TOKEN * spec.architecture.vocab_size
-    resident = sum(weights.values()) // parts
+    resident = sum(weights.values()) - sum(split.values()) * (parts - 1) // parts
     on_host = 2 * max(size for name, size in dense.items() if name.startswith("layers."))
     return Estimate(
         program=program,
         weights=resident,
-        adapter=adapter // parts,
-        gradients=num_gradients * adapter // parts,
-        optimizer=2 * adapter // parts,
+        adapter=adapter,
+        gradients=num_gradients * adapter,
+        optimizer=2 * adapter,
         activations=count_kept_activations(spec),
         work=_count_work(spec) + gathered,
-        loading=program + resident + (on_host if spec.device_type == "cpu" else 0),
+        # Sharded, a layer, or the embedding, is on the device whole until it is complete and split.
+        loading=program + resident + (on_host if spec.device_type == "cpu" else 0) + gathered + min(gathered, edge),
     )
 
 
@@ -136,9 +145,10 @@ def list_layer_activations(spec: RunSpec) -> list[int]:
     d, i, q = a.embed_dim, a.intermediate_dim, a.num_heads * a.head_dim
     if spec.is_fused:
         # Input and middle, q and the attention's result, k and v, gate and up; norms' factors and log of normalizers.
-        per_token = (
-            2 * [d * c] + 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + 2 * [i * c] + [8, 4 * a.num_heads]
-        )
+        kept = [q * c, *2 * [i * c]]
+        if spec.keeps_8_bits:  # with a float32 scale for a token, and for 128 of its values
+            kept = [q + 4, *2 * [i + i // 32]]
+        per_token = 2 * [d * c] + [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + kept + [8, 4 * a.num_heads]
         return [size * _count_tokens(spec) for size in [*per_token, _count_low_rank(spec)]]
     adapted = {tensor.tune_name.split(".")[-2]: tensor.shape[1] for tensor in _list_adapted(spec)}
     # q, k, v and output; torchtune expands k and v to all heads, and its kernel keeps the log of the normalizers.
@@ -187,6 +197,8 @@ def _count_work(spec: RunSpec) -> int:
     loss += 2 * tokens * a.embed_dim * 4 if spec.device_type == "cuda" else 0
     largest = max(math.prod(tensor.shape) for tensor in list_tensors(a) if tensor.is_linear)
     dense = largest * c if spec.base_weights == "nf4" else 0
+    if spec.base_weights == "fp8":
+        dense = _count_fp8_work(spec, largest)
     upstream = 2 * tokens * a.embed_dim * c
     if spec.is_fused:
         # The activation's product beside gate and up, which their gradients overwrite.
@@ -196,6 +208,17 @@ def _count_work(spec: RunSpec) -> int:
     if spec.device_type == "cpu":
         gaps = LAYERS_IN_GAPS * sum(size for size in list_layer_activations(spec) if size < RETURNED_BYTES)
     return max(loss, mlp) + round(gaps)
+
+
+def _count_fp8_work(spec: RunSpec, largest: int) -> int:
+    """Return what 8-bit products take in an MLP, from the weights of the largest matrix."""
+    a, c, tokens = spec.architecture, BYTES[spec.dtype], _count_tokens(spec)
+    values = tokens * a.intermediate_dim
+    if spec.keeps_8_bits:
+        # Gate and up themselves, and codes of their product, or of a gradient beside those of a weight, transposed.
+        return 2 * values * c + max(values, tokens * a.embed_dim + largest)
+    # Codes, and both operands in dtype.
+    return values + (values + largest) * c
 
 
 def _count_low_rank(spec: RunSpec) -> int:
@@ -214,6 +237,8 @@ def _count_weight_bytes(tensor: TensorSpec, base_weights: str) -> int:
         return 4 * size  # norms stay in float32
     if base_weights == "nf4":
         return round(size * (NF4_BYTES_PER_WEIGHT if tensor.is_linear else BYTES["bf16"]))
+    if base_weights == "fp8":
+        return size + 4 * tensor.shape[0] if tensor.is_linear else BYTES["bf16"] * size  # a byte, a scale for each row
     return size * BYTES[base_weights]
 
 

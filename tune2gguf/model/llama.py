@@ -22,9 +22,11 @@ from torchtune.modules.tied_linear import TiedLinear
 
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture, check_architecture, read_architecture
 from tune2gguf.model.attention import Attention
+from tune2gguf.model.fp8 import FrozenLinear
 from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.loss import cross_entropy_of_supervised, find_supervised, select_supervised
+from tune2gguf.model.sharding import ShardedBase, run_layer
 
 if TYPE_CHECKING:
     from tune2gguf.model.fused.stack import FusedStack
@@ -39,20 +41,25 @@ class TokenEmbedding(nn.Embedding):
         """Map tokens [batch, seq] to [batch, seq, dim] on the tokens' device."""
         if self.weight.device == tokens.device:
             return super().forward(tokens)
-        return super().forward(tokens.to(self.weight.device)).to(tokens.device)
+        places = tokens.to(self.weight.device)
+        if not tokens.is_cuda:
+            return super().forward(places).to(tokens.device)
+        # Into pinned memory, from which the copy waits for nothing.
+        shape = (*tokens.shape, self.embedding_dim)
+        found = torch.empty(shape, dtype=self.weight.dtype, pin_memory=True)
+        torch.index_select(self.weight, 0, places.flatten(), out=found.view(-1, self.embedding_dim))
+        return found.to(tokens.device, non_blocking=True)
 
 
 class CausalLM(nn.Module):
-    """A decoder that returns the loss of its supervised positions, so that the head's product happens inside forward.
-
-    DDP and FSDP2 see forward only: the head's weight is at hand there even when it is sharded.
-    """
+    """A decoder that returns the loss of its supervised positions: the head's product happens inside forward."""
 
     def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
         self.decoder = decoder
         self.offloading: AbstractContextManager = nullcontext()
         self.stack: FusedStack | None = None  # trains the layers where prepare_training fuses them
+        self.sharded: ShardedBase | None = None  # gathers the weights where each process has a part of them
 
     @property
     def head_weight(self) -> Tensor:
@@ -78,13 +85,22 @@ class CausalLM(nn.Module):
 
             flat, layout = lay_out_pass(tokens, row_starts=row_starts, longest_row=longest_row, input_pos=input_pos)
             with self.offloading:
-                return self.stack.run(self.decoder.tok_embeddings(flat), layout)
+                return self.stack.run(self._embed(flat), layout, sharded=self.sharded)
         mask = None if row_starts is None else make_row_mask(row_starts, *tokens.shape)
-        hidden = self.decoder.tok_embeddings(tokens)
+        hidden = self._embed(tokens)
         with self.offloading:
-            for layer in self.decoder.layers:
-                hidden = layer(hidden, mask=mask, input_pos=input_pos)
+            for number, layer in enumerate(self.decoder.layers):
+                hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
         return hidden.flatten(0, 1)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        sharded = self.sharded
+        with nullcontext() if sharded is None else sharded.hold(sharded.embedding, then=sharded.head):
+            return self.decoder.tok_embeddings(tokens)
+
+    def _hold_head(self) -> AbstractContextManager:
+        sharded = self.sharded
+        return nullcontext() if sharded is None else sharded.hold(sharded.head, then=sharded.embedding)
 
     def forward(self, tokens: Tensor, labels: Tensor, supervised: Tensor | None = None, **rows) -> Tensor:
         """Return the cross entropy of each supervised position, [n] in float32, row by row.
@@ -99,7 +115,8 @@ class CausalLM(nn.Module):
         if supervised is None:
             supervised = find_supervised(labels)
         hidden, targets = select_supervised(hidden, labels, supervised)
-        return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
+        with self._hold_head():
+            return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
 
     def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
         """Return the logits of the token after each row, [batch, vocab] in float32; the decoder's caches grow.
@@ -111,7 +128,11 @@ class CausalLM(nn.Module):
         """
         # Compiled layers would be compiled anew for prompts, single tokens and caches, and crowd out those of training.
         with torch.compiler.set_stance("force_eager"):
-            return self.decoder(tokens, mask=mask, input_pos=input_pos)[:, -1].float()
+            hidden = self._embed(tokens)
+            for number, layer in enumerate(self.decoder.layers):
+                hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
+            with self._hold_head():
+                return self.decoder.unembed(hidden)[:, -1].float()
 
 
 def make_row_mask(row_starts: Tensor, batch: int, seq: int) -> Tensor:
@@ -202,7 +223,7 @@ def build_lora_llama(
     def make_linear(in_dim: int, out_dim: int, has_lora: bool) -> nn.Module:
         if has_lora:
             return LoRALinear(in_dim, out_dim, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
-        return nn.Linear(in_dim, out_dim, bias=False)
+        return FrozenLinear(in_dim, out_dim)
 
     shape, rope = architecture, _make_rope(architecture, max_seq_len)
     layers = nn.ModuleList()

@@ -1,4 +1,4 @@
-"""The LoRA linear layer: a frozen base weight in bf16, float32 or NF4, and a float32 adapter beside it."""
+"""The LoRA linear layer: a frozen base weight in bf16, float32, FP8 or NF4, and a float32 adapter beside it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
 
+from tune2gguf.model.fp8 import Fp8Weight, multiply_fp8, multiply_fp8_back
 from tune2gguf.model.nf4 import dequantize_nf4_tensor
-from tune2gguf.model.sharding import shard_like
 
 
 class LoRALinear(nn.Module):
@@ -23,6 +23,7 @@ class LoRALinear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, *, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim), requires_grad=False)
+        self.register_buffer("weight_scales", None, persistent=False)  # of 8-bit codes, float32 [out_dim]
         self.lora_a = nn.Linear(in_dim, rank, bias=False, dtype=torch.float32)
         self.lora_b = nn.Linear(rank, out_dim, bias=False, dtype=torch.float32)
         self.rank = rank
@@ -42,6 +43,7 @@ class LoRALinear(nn.Module):
         out = _LoRAProduct.apply(
             rows,
             self.weight,
+            self.weight_scales,
             self.lora_a.weight.to(x.dtype),
             self.lora_b.weight.to(x.dtype),
             keep,
@@ -91,6 +93,7 @@ class _LoRAProduct(torch.autograd.Function):
         ctx,
         x: Tensor,
         weight: Tensor,
+        weight_scales: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
         keep: Tensor | None,
@@ -98,25 +101,31 @@ class _LoRAProduct(torch.autograd.Function):
         keep_scale: float,
     ) -> Tensor:
         low_rank = (x if keep is None else x * keep) @ lora_a.T * (scaling * keep_scale)
-        out = x @ to_dense(weight, x.dtype).T
-        ctx.save_for_backward(x, weight, lora_a, lora_b, keep, low_rank)
+        if weight_scales is None:
+            out = x @ to_dense(weight, x.dtype).T
+        else:
+            (out,) = multiply_fp8(x, [Fp8Weight(weight, weight_scales)])
+        ctx.save_for_backward(x, weight, weight_scales, lora_a, lora_b, keep, low_rank)
         ctx.scale = scaling * keep_scale
         return out.addmm_(low_rank, lora_b.T)
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple:
-        x, weight, lora_a, lora_b, keep, low_rank = ctx.saved_tensors
+        x, weight, weight_scales, lora_a, lora_b, keep, low_rank = ctx.saved_tensors
         low_rank_gradient = upstream @ lora_b * ctx.scale
         b_gradient = upstream.T @ low_rank
         a_gradient = low_rank_gradient.T @ (x if keep is None else x * keep)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = upstream @ to_dense(weight, upstream.dtype)
+            if weight_scales is None:
+                x_gradient = upstream @ to_dense(weight, upstream.dtype)
+            else:
+                x_gradient = multiply_fp8_back([upstream], [Fp8Weight(weight, weight_scales)])
             if keep is None:
                 x_gradient.addmm_(low_rank_gradient, lora_a)
             else:
                 x_gradient.addcmul_(low_rank_gradient @ lora_a, keep.to(x.dtype))
-        return x_gradient, None, a_gradient, b_gradient, None, None, None
+        return x_gradient, None, None, a_gradient, b_gradient, None, None, None
 
 
 @torch.no_grad()
@@ -130,6 +139,5 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
         if isinstance(module, LoRALinear):
             bound = 1.0 / math.sqrt(module.weight.shape[1])
             draw = torch.empty(module.lora_a.weight.shape, dtype=torch.float32)
-            draw = draw.uniform_(-bound, bound, generator=generator).to(module.lora_a.weight.device)
-            module.lora_a.weight.copy_(shard_like(draw, module.lora_a.weight))
+            module.lora_a.weight.copy_(draw.uniform_(-bound, bound, generator=generator))
             module.lora_b.weight.zero_()

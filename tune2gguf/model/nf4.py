@@ -19,6 +19,7 @@ BLOCK_SIZE = 64  # weights with one scale
 SCALER_BLOCK_SIZE = 256  # scales with one factor, in torchao's tensor
 LOOKUP_CELLS = 4096
 CHUNK_WEIGHTS = 1 << 18  # float32 temporaries of 1 MB stay in the cache of a core
+GPU_CHUNK_WEIGHTS = 1 << 24  # of 64 MB: a GPU wants few kernels
 
 # Quantiles of the normal distribution, the values that bitsandbytes' kernels have built in.
 NF4_VALUES = (
@@ -80,7 +81,7 @@ class Nf4Weight:
         block_size = math.prod(self.shape) // num_blocks
         # Smaller weights than real models have need smaller scaler blocks; torchao wants them to fit exactly.
         scaler_block_size = math.gcd(num_blocks, SCALER_BLOCK_SIZE)
-        mean = self.scales.mean()
+        mean = self.scales.double().mean().float()  # whose bits do not depend on who adds
         deviations = (self.scales - mean).view(-1, scaler_block_size)
         largest = deviations.abs().amax(dim=1)
         # 127, not torchao's 128: the largest deviation would be cut. A block without deviations has no factor.
@@ -124,8 +125,9 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     codes = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(flat.numel() // BLOCK_SIZE, dtype=torch.float32, device=weight.device)
     lookup = _make_lookup(weight.device)
-    for begin in range(0, flat.numel(), CHUNK_WEIGHTS):
-        blocks = flat[begin : begin + CHUNK_WEIGHTS].float().view(-1, BLOCK_SIZE)
+    chunk = CHUNK_WEIGHTS if weight.device.type == "cpu" else GPU_CHUNK_WEIGHTS
+    for begin in range(0, flat.numel(), chunk):
+        blocks = flat[begin : begin + chunk].float().view(-1, BLOCK_SIZE)
         largest = blocks.abs().amax(dim=1)
         # A block of zeros has the scale 0 and the code of 0.
         scaled = blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)
@@ -188,7 +190,6 @@ def _dequantize(codes: Tensor, scales: Tensor, table: Tensor, shape: tuple[int, 
     block_size = dense.numel() // scales.numel()
     # One look-up gives both weights of a byte.
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1).view(torch.int64).flatten()
-    # On a GPU one pass beats many small ones.
     chunk = CHUNK_WEIGHTS if codes.device.type == "cpu" else dense.numel()
     for begin in range(0, dense.numel(), chunk):
         indices = codes[begin // 2 : (begin + chunk) // 2].int()

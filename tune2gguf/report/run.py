@@ -229,8 +229,9 @@ def _describe_ledger(ledger: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     counts = ("rows", "tokens", "supervised_tokens", "longest_row")
     kinds = {"truncated": "split", "dropped": "kind"}
+    parts = ("trained", "validated", "truncated", "dropped", *(["not_drawn"] if ledger.get("not_drawn") else []))
     return {
-        "ledger_parts": {name: ledger[name] for name in ("trained", "validated", "truncated", "dropped")},
+        "ledger_parts": {name: ledger[name] for name in parts},
         "ledger_sides": [(side, *(ledger[side][count] for count in counts)) for side in ("training", "validation")],
         "ledger_files": [(file["file"], file["read"], len(file["validation_lines"])) for file in ledger["files"]],
         "ledger_lists": {

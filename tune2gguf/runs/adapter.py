@@ -23,7 +23,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 def collect_adapter(model: CausalLM) -> dict[str, Tensor]:
     """Return copies of the trainable parameters by torchtune's names (`layers.0.attn.q_proj.lora_a.weight` …).
 
-    They are on the CPU and whole; where the model is sharded, every process has to ask for them.
+    They are on the CPU.
     """
     from tune2gguf.model.sharding import copy_to_cpu
 
@@ -34,11 +34,9 @@ def restore_adapter(model: CausalLM, adapter: dict[str, Tensor]) -> None:
     """Set the trainable parameters to what collect_adapter returned."""
     import torch
 
-    from tune2gguf.model.sharding import shard_like
-
     with torch.no_grad():
         for name, parameter in _list_adapter_parameters(model):
-            parameter.copy_(shard_like(adapter[name].to(parameter.device), parameter))
+            parameter.copy_(adapter[name])
 
 
 def _list_adapter_parameters(model: CausalLM) -> list[tuple[str, Tensor]]:

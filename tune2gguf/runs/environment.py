@@ -16,7 +16,18 @@ from tune2gguf.files.json_files import read_json
 from tune2gguf.files.records import make_record
 from tune2gguf.runs.files import ENVIRONMENT_FILE, FOLDER_VERSION
 
-_REPORTED_PACKAGES = ("tune2gguf", "torch", "torchtune", "torchao", "tokenizers", "datasets", "gguf", "xllamacpp")
+_REPORTED_PACKAGES = (
+    "tune2gguf",
+    "torch",
+    "torchtune",
+    "torchao",
+    "triton",
+    "nvidia-cudnn-frontend",
+    "tokenizers",
+    "datasets",
+    "gguf",
+    "xllamacpp",
+)
 
 
 class Start(TypedDict):

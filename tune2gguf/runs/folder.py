@@ -42,7 +42,7 @@ def write_start(folder: Path, cfg: DictConfig, *, data: PreparedData, device: st
 
 def write_rows(folder: Path, cfg: DictConfig, *, data: PreparedData) -> None:
     """Write config.yaml and what the run has of its rows: data.json and heldout.jsonl."""
-    validation_rows = format_validation_rows(data.validation, format=cfg.dataset.get("format", "auto"))
+    validation_rows = format_validation_rows(data.validation)
     write_config(folder, cfg)
     write_json(folder / DATA_FILE, data.ledger)
     write_text(folder / VALIDATION_FILE, validation_rows)

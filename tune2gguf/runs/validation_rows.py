@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
-from tune2gguf.data.messages import detect_format, digest, read_conversation
+import numpy as np
+
+from tune2gguf.data.columns import RowReader
+from tune2gguf.data.messages import digest
 from tune2gguf.data.rows import Row, Source, read_rows
 from tune2gguf.data.tokenize import TokenizedRows
 from tune2gguf.files.records import make_record
@@ -16,29 +19,32 @@ from tune2gguf.runs.files import VALIDATION_FILE, read_json_lines
 from tune2gguf.tokenizer.conversation import Conversation, Message
 
 
-def format_validation_rows(validation: TokenizedRows, *, format: str) -> str:
+def format_validation_rows(validation: TokenizedRows) -> str:
     """Return the content of heldout.jsonl: one validation row a line, with its source, in the order of the rows.
 
-    Args:
-        format: as the files were read with
+    A piece of a long text is a line with the whole text, and with the tokens of it that the piece has.
 
     Raises:
         ValueError: if a file is not what it was when its rows were tokenized
     """
-    sources = [row.source for row in validation]
-    lines_by_file: dict[str, set[int]] = {}
-    for source in sources:
-        lines_by_file.setdefault(source.file, set()).add(source.line)
-    found = {
-        row.source: _read_again(row, format)
-        for name, lines in lines_by_file.items()
-        for row in read_rows(name, lines=lines)
-    }
-    for source, expected in zip(sources, validation.digests(), strict=True):
-        if source not in found or found[source] is None or digest(found[source]) != expected:
+    found = {}
+    for number, file in enumerate(validation.files):
+        rows = np.unique(validation.picks[validation.picks[:, 0] == number, 1])
+        lines = set(file.index.lines[rows].tolist())
+        for row in read_rows(file.name, lines=lines) if lines else ():
+            found[number, row.source.line] = _read_again(row, file.reader)
+    records = []
+    for (number, row, first), expected in zip(validation.picks.tolist(), validation.row_digests(), strict=True):
+        file = validation.files[number]
+        source = file.locate(int(file.index.lines[row]))
+        conversation = found.get((number, source.line))
+        if conversation is None or digest(conversation) != bytes(expected):
             raise ValueError(f"{source}: is not what it was a moment ago; leave data files alone while a run begins")
-    records = [_make_record(source, found[source]) for source in sources]
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        record = _make_record(source, conversation)
+        if first:
+            record |= {"first_token": first, "overlap": validation.overlap}
+        records.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(records)
 
 
 def _make_record(source: Source, conversation: Conversation) -> dict[str, Any]:
@@ -51,12 +57,12 @@ def _make_record(source: Source, conversation: Conversation) -> dict[str, Any]:
     return record | ({"tools": conversation.tools} if conversation.tools else {})
 
 
-def _read_again(row: Row, format: str) -> Conversation | None:
-    """Return the conversation of a row that was a good one: of the format that was named, or the one of its keys."""
+def _read_again(row: Row, reader: RowReader) -> Conversation | None:
+    """Return the conversation of a row that was a good one."""
     if row.problem is not None:
         return None
     try:
-        return read_conversation(row.value, format=detect_format(row.value) if format == "auto" else format)
+        return reader.read(row.value, format=reader.detect(row.value))
     except ValueError:
         return None
 
@@ -72,6 +78,8 @@ def read_validation_rows(run_dir: Path) -> list[Conversation]:
             messages=tuple(make_record(Message, message) for message in row["messages"]),
             text=row["text"],
             tools=tuple(row.get("tools", ())),
+            first_token=row.get("first_token", 0),
+            overlap=row.get("overlap", 0),
         )
         for row in _read_rows(run_dir)
     ]
@@ -84,6 +92,8 @@ class _RowOfVersion1(TypedDict):
 
 class _Row(_RowOfVersion1, total=False):
     tools: list[dict[str, Any]]
+    first_token: int
+    overlap: int
 
 
 def _read_rows(run_dir: Path) -> list[_Row]:
@@ -113,8 +123,10 @@ def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[fl
         raise ValueError(f"{path}: has {len(records)} rows, but row {beyond + 1} was measured; is it another run's?")
     found = {}
     for index, loss, tokens in zip(indices, validation.row_losses, validation.row_tokens, strict=True):
-        tools = [records[index]["tools"]] if "tools" in records[index] else []
-        content = json.dumps([records[index]["messages"], records[index]["text"], tokens, *tools], sort_keys=True)
+        record = records[index]
+        piece = [record["first_token"]] if "first_token" in record else []
+        tools = [record["tools"]] if "tools" in record else []
+        content = json.dumps([record["messages"], record["text"], tokens, *piece, *tools], sort_keys=True)
         found[hashlib.sha256(content.encode()).hexdigest()] = (loss, tokens)
     return found
 

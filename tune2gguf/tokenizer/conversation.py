@@ -27,7 +27,10 @@ class Conversation:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[dict[str, Any], ...] = ()  # each {"type": "function", "function": {…}}
+    first_token: int = 0  # where a piece of a long text begins in it
+    overlap: int = 0  # of its tokens, those of the piece before, which are not trained again
     unused_keys: tuple[str, ...] = field(default=(), compare=False)  # of the row, where they hold anything
+    absent_columns: tuple[str, ...] = field(default=(), compare=False)  # that the user names and the row has not
     had_end: bool = field(
         default=False, compare=False
     )  # a text of the row ended in an end-of-turn token, now taken off

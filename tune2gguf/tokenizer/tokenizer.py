@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -33,7 +33,7 @@ from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken, Encoding, Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 # In a base folder, the first that is there; Meta's repositories have the last.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
@@ -61,6 +61,11 @@ class ChatTokenizer:
     chat_template: ChatTemplate
     special_ids: dict[str, int]  # every special token of the vocabulary
     fingerprint: str  # of all that decides the ids: the tokenizer's file and the chat template
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be what was pickled for another process: the library forgets that special tokens in a text stay text."""
+        vars(self).update(state)
+        self.backend.encode_special_tokens = True
 
     @property
     def vocab_size(self) -> int:
@@ -111,12 +116,14 @@ class ChatTokenizer:
 
     def encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return ids (int32) and supervised flags (bool) of each row. Many rows in one call use all cores."""
-        texts = [segment.text for row in rows for segment in row if not segment.is_special]
-        encodings = iter(self.backend.encode_batch_fast(texts, add_special_tokens=False))
-        return [self._collect(row, encodings) for row in rows]
+        # The format's own texts, and many a system prompt, stand in every row.
+        texts = [*dict.fromkeys(segment.text for row in rows for segment in row if not segment.is_special)]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        return [self._collect(row, ids_of) for row in rows]
 
-    def _collect(self, row: Sequence[Segment], encodings: Iterator[Encoding]) -> tuple[np.ndarray, np.ndarray]:
-        pieces = [[self.special_ids[segment.text]] if segment.is_special else next(encodings).ids for segment in row]
+    def _collect(self, row: Sequence[Segment], ids_of: dict[str, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        pieces = [[self.special_ids[segment.text]] if segment.is_special else ids_of[segment.text] for segment in row]
         lengths = [len(piece) for piece in pieces]
         ids = np.fromiter(chain.from_iterable(pieces), np.int32, count=sum(lengths))
         return ids, np.repeat(np.array([segment.supervised for segment in row], bool), lengths)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from omegaconf import DictConfig
 
 from tune2gguf.data import PreparedData
 from tune2gguf.distributed.parallel import describe_parallel
 from tune2gguf.machine.cpu import describe_cpu
 from tune2gguf.machine.memory import RunSpec
+from tune2gguf.model.fp8 import describe_products
 from tune2gguf.model.fused import describe_layers
 from tune2gguf.train.samples import Prompt, describe_prompts
 from tune2gguf.train.validation_plan import ValidationPlan
@@ -33,10 +35,13 @@ def describe_plan(
     if device == "cpu":
         lines.append(describe_cpu())
     else:
-        lines.append(describe_layers(spec.obstacle_to_fusing))
+        lines.append(describe_layers(spec.obstacle_to_fusing, longest_row=spec.longest_row))
+    if cfg.base_weights == "fp8":
+        lines.append(describe_products(torch.device(device)))
     if world_size > 1:
         lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
-    lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} for validation")
+    formats = ", ".join(dict.fromkeys(file["format"] for file in data.ledger["files"] if file["format"]))
+    lines.append(f"rows: {len(data.train)} to train on, {len(data.validation)} for validation; read as {formats}")
     lines.append(validation.describe())
     samples = describe_prompts(
         prompts,

@@ -51,6 +51,7 @@ OWN_KEYS = {
     "tokenizer.base_dir",
     "dataset.files",
     "dataset.validation_files",
+    "dataset.sources",
 }
 # Neither the weights nor the metrics of a step depend on these, nor on what is below them; the base and the rows are
 # compared by their content. early_stopping_patience decides, as epochs does, how many steps there are.

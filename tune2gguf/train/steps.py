@@ -16,17 +16,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from tune2gguf.base.weights import describe_weights
 from tune2gguf.data import TokenizedRow, collate, make_empty_batch
 from tune2gguf.data.packing import Pack
-from tune2gguf.distributed.parallel import reduce_gradients
+from tune2gguf.distributed.parallel import sum_gradients
 from tune2gguf.distributed.signals import StopSignals
 from tune2gguf.distributed.world import (
     AgreedError,
     World,
     broadcast_from_main,
+    gather_counts,
     gather_over_ranks,
-    max_over_ranks,
     sum_over_ranks,
 )
-from tune2gguf.model.sharding import full_tensor, shard_like
 
 MAX_ROWS_NAMED = 20
 
@@ -52,22 +51,24 @@ class StepCounts:
 def count_step(passes: list[list[TokenizedRow | Pack]]) -> StepCounts:
     """Return the counts of a step, of which this rank has these passes."""
     rows = [row for one in passes for row in one]
-    own = [sum(len(row.tokens) for row in rows), sum(row.num_supervised for row in rows)]
-    tokens, supervised_tokens = sum_over_ranks(torch.tensor(own)).tolist()
-    return StepCounts(tokens, supervised_tokens, max_over_ranks(len(passes)))
+    own = [sum(len(row.tokens) for row in rows), sum(row.num_supervised for row in rows), len(passes)]
+    tokens, supervised_tokens, num_passes = gather_counts(own).unbind(1)
+    return StepCounts(int(tokens.sum()), int(supervised_tokens.sum()), int(num_passes.max()))
 
 
 def accumulate_gradients(
     model: nn.Module,
+    parameters: list[Tensor],
     passes: list[list[TokenizedRow | Pack]],
     counts: StepCounts,
     *,
     world: World,
     stop: StopSignals,
 ) -> tuple[float, list[Tensor]]:
-    """Add up the gradients of the step's passes, reduced over ranks once.
+    """Add up the gradients of the step's passes, summed over ranks once.
 
     Args:
+        parameters: that are trained
         passes: this rank's rows, by pass
         stop: asked before every pass
 
@@ -82,11 +83,11 @@ def accumulate_gradients(
         stop.raise_if_requested()
         # A rank may have fewer passes than others, or none; all compute equally often.
         batch = make_empty_batch() if number >= len(passes) else collate(passes[number])
-        with reduce_gradients(model, is_last=number == counts.passes - 1):
-            losses = model(**vars(batch.to(world.device)))
-            # Divide by the count over all ranks, so that 2 x 4 rows equal 1 x 8; torch then averages over ranks.
-            (losses.sum() * (world.size / counts.supervised_tokens)).backward()
+        losses = model(**vars(batch.to(world.device)))
+        # Divide by the count over all ranks, so that 2 x 4 rows equal 1 x 8.
+        (losses.sum() / counts.supervised_tokens).backward()
         position_losses.append(losses.detach())
+    sum_gradients(parameters, world)
     own = torch.stack([losses.double().sum() for losses in position_losses]).sum()
     return sum_over_ranks(own).item() / counts.supervised_tokens, position_losses
 
@@ -94,8 +95,8 @@ def accumulate_gradients(
 def compute_grad_norm(parameters: list[Tensor], *, clip_to: float | None) -> float:
     """Return the norm of all gradients together, scaled down to `clip_to` where it is larger, unless None."""
     if clip_to is None:
-        return float(full_tensor(get_total_norm([parameter.grad for parameter in parameters])))
-    return float(full_tensor(clip_grad_norm_(parameters, clip_to)))
+        return float(get_total_norm([parameter.grad for parameter in parameters]))
+    return float(clip_grad_norm_(parameters, clip_to))
 
 
 def find_nonfinite(loss: float, grad_norm: float) -> str | None:
@@ -157,21 +158,8 @@ def skip_step(
 
 
 def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
-    """Set the state of each parameter, whole and on the CPU, as saved from `optimizer.state_dict()["state"]`."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shares = {
-        index: {
-            name: shard_like(value, parameters[index]) if _is_like(value, parameters[index]) else value
-            for name, value in values.items()
-        }
-        for index, values in state.items()
-    }
-    optimizer.load_state_dict({"state": shares, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _is_like(value: object, parameter: Tensor) -> bool:
-    """Whether a value is one for each weight, not a counter."""
-    return isinstance(value, Tensor) and value.shape == parameter.shape
+    """Set the state of each parameter, as saved from `optimizer.state_dict()["state"]`."""
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def advance_schedule(schedule: LRScheduler, num_steps: int) -> None:

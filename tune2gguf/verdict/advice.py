@@ -185,13 +185,23 @@ def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator
     if share * total < needed:
         reason += ", and as that many there are not: add rows"
     changes: dict[str, Any] = {"dataset.validation_split": share}
-    if dataset.get("validation_files") is not None:
+    if dataset.get("sources") is not None:
+        changes = {"dataset.sources": [_hold_out(source, share) for source in dataset["sources"]]}
+    elif dataset.get("validation_files") is not None:
         files = [dataset["files"], dataset["validation_files"]]
         both = [name for one in files for name in ([one] if isinstance(one, str) else one)]
         changes = {"dataset.files": both, "dataset.validation_files": None, **changes}
     if situation.config.get("max_val_rows") is not None:
         changes["max_val_rows"] = needed
     yield _Step(changes, reason, ITERATING)
+
+
+def _hold_out(source: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """Return a source that holds out a share of all its rows."""
+    given = [source["files"], source.get("validation_files") or []]
+    both = [name for one in given for name in ([one] if isinstance(one, str) else one)]
+    rest = {key: value for key, value in source.items() if key not in ("files", "validation_files")}
+    return {"files": both, **rest, "validation_split": share}
 
 
 def _step_along(key: str, config: Mapping[str, Any], values: Iterable[float], *, up: bool, why: str) -> Iterator[_Step]:
@@ -246,6 +256,7 @@ def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
     dataset = {f"dataset.{key}": value for key, value in config["dataset"].items() if key != "_component_"}
     # Validation rows from files: the YAML's split must not take others.
     changes = {"dataset.validation_split": None} if dataset.get("dataset.validation_files") else {}
+    changes |= {"dataset.files": None} if dataset.get("dataset.sources") else {}
     changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
     train = _write_run(path, {**changes, "output_dir": situation.free_dirs[0]}, situation.num_processes)
     reason = f"if it does not answer well enough, the next larger model: {larger}, with its own rate"

@@ -59,7 +59,9 @@ def make_rows(
             tokens, supervised = tokenizer.encode_conversation(conversation.messages, conversation.tools)
         else:
             tokens, supervised = tokenizer.encode_document(conversation.text)
-        row = ValidationRow(np.array(tokens[:max_seq_len]), np.array(supervised[:max_seq_len], bool))
+        kept = slice(conversation.first_token, conversation.first_token + max_seq_len)
+        row = ValidationRow(np.array(tokens[kept]), np.array(supervised[kept], bool))
+        row.supervised[: conversation.overlap] = False
         if len(row.positions) > 0:
             rows.append(row)
     return rows

@@ -42,6 +42,18 @@ def pad_length(num_tokens: int) -> int:
     return max(1, -(-num_tokens // step)) * step
 
 
-def describe_layers(obstacle: str | None) -> str:
-    """Return what a run on a GPU says of its layers."""
-    return "layers: fused kernels" if obstacle is None else f"layers: torchtune's, not the fused ones ({obstacle})"
+def describe_layers(obstacle: str | None, *, longest_row: int) -> str:
+    """Return what a run on a GPU says of its layers.
+
+    Args:
+        longest_row: of the run, tokens
+    """
+    if obstacle is not None:
+        return f"layers: torchtune's, not the fused ones ({obstacle})"
+    from tune2gguf.model.fused import cudnn
+
+    if longest_row < cudnn.MIN_ROW or not cudnn.pays():
+        return "layers: fused kernels"
+    if cudnn.is_available():
+        return f"layers: fused kernels, cuDNN's attention where a row has {cudnn.MIN_ROW} tokens"
+    return f"layers: fused kernels; {cudnn.MISSING}"

@@ -1,8 +1,8 @@
 """Attention over rows that lie one behind the other, each of which sees itself only.
 
-FlashAttention takes the places where rows start, and skips what lies between rows; nothing is compiled, and no mask is
-made. A row may be empty: its blocks end before they touch anything, so that the list of starts can be padded to a
-length that passes share.
+torch's FlashAttention takes the places where rows start, and skips what lies between rows; nothing is compiled, and no
+mask is made. cuDNN does the same, faster, where rows are long and its package is installed. A row may be empty: its
+blocks end before they touch anything, so that the list of starts can be padded to a length that passes share.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils import deterministic
+
+from tune2gguf.model.fused import cudnn
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,22 @@ class Layout:
         positions: of each token in its own row, [tokens] int64
         starts: first token of each row, then the number of tokens, [rows + 1] int32
         longest: no row has more tokens
+        is_long: whether the longest row has cudnn.MIN_ROW tokens
     """
 
     positions: Tensor
     starts: Tensor
     longest: int
+    is_long: bool = False
+
+    @property
+    def takes_cudnn(self) -> bool:
+        return self.is_long and self.starts.is_cuda and cudnn.is_available()
+
+    @cached_property
+    def ragged_rows(self) -> dict[tuple[int, int, int], cudnn.RaggedRows]:
+        """The rows as cuDNN takes them, by heads, heads of keys and their dimension."""
+        return {}
 
 
 @contextmanager
@@ -56,6 +70,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, tup
     """
     if not q.is_cuda:
         return _attend_densely(q, k, v, layout), ()
+    if layout.takes_cudnn:
+        out, stats = cudnn.attend(q, k, v, _lay_out_for_cudnn(layout, q, k), layout.longest)
+        return out, (stats,)
     out, normalizers, random_state, unused, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, layout.starts, layout.starts, layout.longest, layout.longest, 0.0, True, False
     )
@@ -71,12 +88,23 @@ def attend_back(
         with torch.enable_grad():
             again = _attend_densely(*leaves, layout)
         return torch.autograd.grad(again, leaves, gradient)
+    if layout.takes_cudnn:
+        rows = _lay_out_for_cudnn(layout, q, k)
+        return cudnn.attend_back(gradient, q, k, v, out, *kept, rows, layout.longest)
     normalizers, random_state, unused = kept
     starts, longest = layout.starts, layout.longest
     with choose_exact_kernels():
         return torch.ops.aten._flash_attention_backward(
             gradient, q, k, v, out, normalizers, starts, starts, longest, longest, 0.0, True, random_state, unused
         )
+
+
+def _lay_out_for_cudnn(layout: Layout, q: Tensor, k: Tensor) -> cudnn.RaggedRows:
+    """Return the layout's rows for these heads: all layers of a pass share them."""
+    key = (q.shape[1], k.shape[1], q.shape[2])
+    if key not in layout.ragged_rows:
+        layout.ragged_rows[key] = cudnn.RaggedRows.of(layout.starts, q, k)
+    return layout.ragged_rows[key]
 
 
 def _attend_densely(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

@@ -11,6 +11,7 @@ what is not larger, a longer pass than any before starts the pool anew.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from tune2gguf.model.fused.groups import GROUPS, SEEDS_PER_GROUP
 if TYPE_CHECKING:
     from tune2gguf.model.fused.layer import Pass
     from tune2gguf.model.fused.stack import FusedStack
+    from tune2gguf.model.sharding import ShardedBase
 
 MAX_GRAPHED_ROWS = 257
 MAX_GRAPHS = 32  # kinds of passes; each takes some MB of a GPU for the list of its kernels
@@ -41,6 +43,7 @@ class Kind:
 
     length: int
     num_starts: int
+    is_long: bool
     trains: bool
     drops: bool
 
@@ -64,19 +67,30 @@ class LayerGraphs:
         self._pool_bytes = 0
         self._longest = 0
         self._passes: list[tuple[Tensor, Pass]] = []
+        self._sharded: ShardedBase | None = None
         self.number_of_passes = 0  # a pass that is not the last one cannot go back any more
 
-    def run(self, hidden: Tensor, layout: Layout, seeds: Tensor | None, weights: list[Tensor]) -> Tensor | None:
+    def run(
+        self,
+        hidden: Tensor,
+        layout: Layout,
+        seeds: Tensor | None,
+        weights: list[Tensor],
+        *,
+        sharded: ShardedBase | None = None,
+    ) -> Tensor | None:
         """Return the last layer's output, or None where the pass is to run without a graph.
 
         Args:
             hidden: [tokens, dim], the first layer's input
             weights: the adapters', which get gradients
+            sharded: gathers the layers' weights, in the graphs but for the two that each begins with
         """
+        self._sharded = sharded
         if len(hidden) > MAX_GRAPHED_TOKENS:
             self._leave_room(len(hidden))
             return None
-        kind = Kind(len(hidden), len(layout.starts), torch.is_grad_enabled(), seeds is not None)
+        kind = Kind(len(hidden), len(layout.starts), layout.is_long, torch.is_grad_enabled(), seeds is not None)
         if kind not in self._met or hidden.requires_grad or kind.num_starts > MAX_GRAPHED_ROWS + 1:
             self._met.add(kind)
             return None
@@ -92,16 +106,24 @@ class LayerGraphs:
     def replay_forward(self, captured: Captured, length: int) -> Tensor:
         """Return the last layer's output for what the shared tensors hold."""
         self.number_of_passes += 1
-        captured.forward.replay()
+        self._replay(captured.forward, backward=False)
         return self._out[:length].clone()
 
     def replay_backward(self, captured: Captured, upstream: Tensor) -> list[Tensor]:
         """Return the gradients of the weights, float32, from that of the output."""
         self.number_of_passes += 1
         self._out[: len(upstream)].copy_(upstream)
-        captured.backward.replay()
+        self._replay(captured.backward, backward=True)
         # A copy: autograd makes what it gets a parameter's own gradient.
         return list(_unflatten_dense_tensors(self._gradient.clone(), self._gradients))
+
+    def _replay(self, graph: torch.cuda.CUDAGraph, *, backward: bool) -> None:
+        if self._sharded is None:
+            graph.replay()
+            return
+        self._sharded.begin_graph(backward=backward)
+        graph.replay()
+        self._sharded.end_graph(backward=backward)
 
     @torch.no_grad()
     def _capture(self, kind: Kind, hidden: Tensor, weights: list[Tensor]) -> None:
@@ -110,7 +132,9 @@ class LayerGraphs:
         if kind.length > self._longest or len(self.captured) >= MAX_GRAPHS:
             self.drop()
         self._longest = max(self._longest, kind.length)
-        layout = Layout(self._positions[: kind.length], self._starts[: kind.num_starts], kind.length)
+        layout = Layout(self._positions[: kind.length], self._starts[: kind.num_starts], kind.length, kind.is_long)
+        if self._sharded is not None:
+            self._sharded.begin_graph(backward=False)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
@@ -119,6 +143,8 @@ class LayerGraphs:
             backward = self._record(lambda: self._run_backward(kind.length)) if kind.trains else None
         finally:
             self._passes.clear()
+        if self._sharded is not None:
+            self._sharded.end_graph(backward=True)  # nothing was computed: the first layers are still there
         self.captured[kind] = Captured(forward, backward)
         self._pool_bytes += torch.cuda.memory_reserved() - before
 
@@ -139,14 +165,23 @@ class LayerGraphs:
 
     def _record(self, work) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: NCCL's asks whether its work is done, a checkpoint is written.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        # Graphs that Python finds unused meanwhile must not be destroyed meanwhile.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            # Other threads go on: NCCL's asks whether its work is done, a checkpoint is written.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            if collects:
+                gc.enable()
         return graph
 
     def _run_forward(self, layout: Layout, kind: Kind) -> None:
         x = self._hidden[: kind.length]
         for number in range(len(self.stack.layers)):
+            if self._sharded is not None:
+                self._sharded.go_forward(number)
             one = self.stack.make_pass(number, layout, self._seeds if kind.drops else None)
             out = one.forward(x)
             if kind.trains:
@@ -159,6 +194,8 @@ class LayerGraphs:
         while self._passes:
             x, one = self._passes.pop()
             number = len(self._passes)
+            if self._sharded is not None:
+                self._sharded.go_back(number)
             upstream, gradients = one.backward(x, upstream, needs_input=number > 0)
             found = [part for name in names for part in gradients[name]]
             torch._foreach_copy_(self._gradients[number * len(found) : (number + 1) * len(found)], found)

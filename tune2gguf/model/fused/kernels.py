@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from tune2gguf.model.fused.adapters import _keep, _low_rank_tile
+from tune2gguf.model.fused.eight_bit import _keep_tile, _read_tile
 
 
 @triton.jit
@@ -177,7 +178,8 @@ def _gate_tile(
 
 @triton.jit
 def _swiglu_kernel(
-    gate, up, out, low_rank_gate, low_rank_up, factor_gate, factor_up, num_rows, width, low_rank_stride,
+    gate, up, out, low_rank_gate, low_rank_up, factor_gate, factor_up, gate_codes, gate_scales, up_codes, up_scales,
+    num_rows, width, low_rank_stride, KEEPS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
     RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -195,12 +197,17 @@ def _swiglu_kernel(
         RANK_UP, RANK_BLOCK,
     )  # fmt: skip
     tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=mask)
+    if KEEPS:
+        block = tl.program_id(0) * num_rows
+        _keep_tile(g, gate_codes, gate_scales + block, rows, row_mask, at, mask, LARGEST, LEAST)
+        _keep_tile(u, up_codes, up_scales + block, rows, row_mask, at, mask, LARGEST, LEAST)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _swiglu_backward_kernel(
     gradient, gate, up, low_rank_gate, low_rank_up, factor_gate, factor_up, low_rank_down, factor_down,
-    seeds, threshold, keep_scale, num_rows, width, low_rank_stride, DROPS: tl.constexpr,
+    gate_codes, gate_scales, up_codes, up_scales,
+    seeds, threshold, keep_scale, num_rows, width, low_rank_stride, KEPT: tl.constexpr, DROPS: tl.constexpr,
     RANK_GATE: tl.constexpr, RANK_UP: tl.constexpr, RANK_DOWN: tl.constexpr, RANK_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -209,14 +216,19 @@ def _swiglu_backward_kernel(
     row_mask, column_mask = rows < num_rows, columns < width
     at = rows[:, None] * width + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
-    g = _gate_tile(
-        gate, low_rank_gate, low_rank_stride, factor_gate, rows, row_mask, columns, column_mask, at, mask,
-        RANK_GATE, RANK_BLOCK,
-    )  # fmt: skip
-    u = _gate_tile(
-        up, low_rank_up, low_rank_stride, factor_up, rows, row_mask, columns, column_mask, at, mask,
-        RANK_UP, RANK_BLOCK,
-    )  # fmt: skip
+    if KEPT:
+        block = tl.program_id(0) * num_rows
+        g = _read_tile(gate_codes, gate_scales + block, rows, row_mask, at, mask)
+        u = _read_tile(up_codes, up_scales + block, rows, row_mask, at, mask)
+    else:
+        g = _gate_tile(
+            gate, low_rank_gate, low_rank_stride, factor_gate, rows, row_mask, columns, column_mask, at, mask,
+            RANK_GATE, RANK_BLOCK,
+        )  # fmt: skip
+        u = _gate_tile(
+            up, low_rank_up, low_rank_stride, factor_up, rows, row_mask, columns, column_mask, at, mask,
+            RANK_UP, RANK_BLOCK,
+        )  # fmt: skip
     upstream = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(g)
     silu = g * sigmoid

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tune2gguf.model.fp8 import CODES, LARGEST_CODE, LEAST_MAGNITUDE
 from tune2gguf.model.fused import adapters, kernels
 
 # Rows (tokens) and columns of a tile, and warps: the fastest of those tried on an H200 at the width of Llama-3.1-8B.
@@ -64,6 +65,32 @@ class Adapted:
     @property
     def rank(self) -> int:
         return self.low_rank.shape[1]
+
+
+@dataclass(frozen=True)
+class KeptInputs:
+    """Gate and up with their adapters' parts, in 8 bits, as backward reads them.
+
+    Attributes:
+        codes: float8_e4m3fn [2, rows, width]
+        scales: of 128 columns of a row, float32 [2, blocks, rows]
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def make(cls, gate: Tensor) -> KeptInputs:
+        """Make room for what `swiglu` keeps."""
+        num_rows, width = gate.shape
+        num_blocks = triton.cdiv(width, TILE["COLUMNS"])
+        return cls(
+            torch.empty(2, num_rows, width, dtype=CODES, device=gate.device),
+            torch.empty(2, num_blocks, num_rows, dtype=torch.float32, device=gate.device),
+        )
+
+    def list_parts(self) -> list[Tensor]:
+        return [self.codes[0], self.scales[0], self.codes[1], self.scales[1]]
 
 
 def pad_rank(*ranks: int) -> int:
@@ -167,8 +194,19 @@ def rotate(
     )  # fmt: skip
 
 
-def swiglu(gate: Tensor, up: Tensor, *, adapted_gate: Adapted | None, adapted_up: Adapted | None) -> Tensor:
-    """Return silu(gate) * up, [rows, width], after the adapters' parts are added to both."""
+def swiglu(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    adapted_gate: Adapted | None,
+    adapted_up: Adapted | None,
+    kept: KeptInputs | None = None,
+) -> Tensor:
+    """Return silu(gate) * up, [rows, width], after the adapters' parts are added to both.
+
+    Args:
+        kept: gets both in 8 bits; None: they are not written
+    """
     num_rows, width = gate.shape
     out = torch.empty_like(gate)
     pair = (adapted_gate, adapted_up)
@@ -176,7 +214,8 @@ def swiglu(gate: Tensor, up: Tensor, *, adapted_gate: Adapted | None, adapted_up
     stride = next((one.low_rank.stride(0) for one in pair if one is not None), 0)
     kernels._swiglu_kernel[_cover(num_rows, width, TILE)](
         gate, up, out, *(gate if one is None else one.low_rank for one in pair),
-        *(gate if one is None else one.factor for one in pair), num_rows, width, stride,
+        *(gate if one is None else one.factor for one in pair), *(4 * [gate] if kept is None else kept.list_parts()),
+        num_rows, width, stride, KEEPS=kept is not None, LARGEST=LARGEST_CODE, LEAST=LEAST_MAGNITUDE,
         RANK_GATE=ranks[0], RANK_UP=ranks[1], RANK_BLOCK=pad_rank(*ranks),
         **TILE,
     )  # fmt: skip
@@ -191,12 +230,13 @@ def swiglu_backward(
     adapted_gate: Adapted | None,
     adapted_up: Adapted | None,
     adapted_down: Adapted | None,
+    kept: KeptInputs | None = None,
 ) -> None:
     """Overwrite the gradient of silu(gate) * up with that product itself, and gate and up with their gradients.
 
     Args:
         gradient: [rows, width], without the part of the down projection's adapter
-        gate, up: [rows, width], without their adapters' parts
+        gate, up: [rows, width], without their adapters' parts; with `kept` only their gradients are written there
         adapted_down: with its A; what its dropout drops of the product is zero in what `gradient` then holds
     """
     num_rows, width = gate.shape
@@ -209,7 +249,8 @@ def swiglu_backward(
         gradient, gate, up, *(gate if one is None else one.low_rank for one in pair),
         *(gate if one is None else one.factor for one in pair),
         gate if adapted_down is None else adapted_down.low_rank, gate if adapted_down is None else adapted_down.factor,
-        *_draw(dropout, gate), num_rows, width, stride, DROPS=dropout is not None,
+        *(4 * [gate] if kept is None else kept.list_parts()),
+        *_draw(dropout, gate), num_rows, width, stride, KEPT=kept is not None, DROPS=dropout is not None,
         RANK_GATE=ranks[0], RANK_UP=ranks[1], RANK_DOWN=down_rank, RANK_BLOCK=pad_rank(*ranks, down_rank),
         **SWIGLU_BACKWARD_TILE,
     )  # fmt: skip

@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tune2gguf.model.fp8 import (
+    get_fp8_weight,
+    is_fp8,
+    multiplies_fp8,
+    multiply_codes,
+    multiply_fp8,
+    multiply_fp8_back,
+    quantize_rows,
+)
 from tune2gguf.model.fused import launch
 from tune2gguf.model.fused.attention import Layout, attend, attend_back
+from tune2gguf.model.fused.eight_bit import decode_rows
 from tune2gguf.model.fused.groups import (
     DOWN,
     GATE_UP,
@@ -29,22 +39,34 @@ from tune2gguf.model.fused.groups import (
     list_adapted,
     list_weights,
 )
-from tune2gguf.model.fused.launch import Adapted
+from tune2gguf.model.fused.launch import Adapted, KeptInputs
 from tune2gguf.model.lora import to_dense
 
 if TYPE_CHECKING:
     from torchtune.modules import TransformerSelfAttentionLayer
 
 
-def multiply(x: Tensor, linear: nn.Module) -> Tensor:
-    """Return the base's product x W^T."""
-    return x @ to_dense(linear.weight, x.dtype).T
+def multiply(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """Return the base's products x W^T of projections that take the same x."""
+    if is_fp8(linears[0].weight):
+        return multiply_fp8(x, [get_fp8_weight(linear) for linear in linears])
+    return [x @ to_dense(linear.weight, x.dtype).T for linear in linears]
 
 
-def multiply_back(gradient: Tensor, linear: nn.Module, add_to: Tensor | None = None) -> Tensor:
-    """Return the base's part of the gradient of a projection's input, added to another where one is given."""
-    weight = to_dense(linear.weight, gradient.dtype)
-    return gradient @ weight if add_to is None else add_to.addmm_(gradient, weight)
+def multiply_back(gradients: list[Tensor], *linears: nn.Module) -> Tensor:
+    """Return the base's part of the gradient of an input from those of the projections that take it.
+
+    The list is emptied on the way, so that the gradients need not stay in memory.
+    """
+    if is_fp8(linears[0].weight):
+        return multiply_fp8_back(gradients, [get_fp8_weight(linear) for linear in linears])
+    first, *others = linears
+    gradient = gradients.pop(0)
+    product = gradient @ to_dense(first.weight, gradient.dtype)
+    for linear in others:
+        gradient = gradients.pop(0)
+        product.addmm_(gradient, to_dense(linear.weight, gradient.dtype))
+    return product
 
 
 @dataclass
@@ -64,6 +86,14 @@ class Pass:
     second_rstd: Tensor | None = None
     gate: Tensor | None = None
     up: Tensor | None = None
+    kept_inputs: KeptInputs | None = None  # instead of gate and up
+    kept_attended: tuple[Tensor, Tensor] | None = None  # instead of attended: codes and scales of its product
+
+    @property
+    def keeps_8_bits(self) -> bool:
+        """Whether attended, gate and up, most of what a layer keeps, are kept in 8 bits, as products take them."""
+        weight = self.linears["w1"].weight
+        return is_fp8(weight) and multiplies_fp8(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, [tokens, dim]; with checkpointing little else is kept."""
@@ -87,14 +117,14 @@ class Pass:
         _, normed, self.first_rstd = launch.norm(x, norm.scale, norm.eps)
         if not again:
             qkv.reduce(normed)
-        q, k, v = (multiply(normed, linears[name]) for name in QKV)
+        q, k, v = multiply(normed, *(linears[name] for name in QKV))
         self.rotate(q, k, v, adapted=tuple(qkv.add_to(name) for name in QKV))
         self.heads = tuple(flat.unflatten(1, (-1, self.layer.attn.head_dim)) for flat in (q, k, v))
         self.attended, self.kept = attend(*self.heads, self.layout)
         flat = self.attended.flatten(1)
         if not again:
             output.reduce(flat)
-        delta = multiply(flat, linears["output_proj"])
+        delta = self._multiply_attended(flat, linears["output_proj"], keeps=again or not self.checkpointing)
         norm = self.layer.mlp_norm
         adapted_output = output.add_to("output_proj")
         self.middle, normed, self.second_rstd = launch.norm(
@@ -102,19 +132,36 @@ class Pass:
         )
         if not again:
             self.groups[GATE_UP].reduce(normed)
-        self.gate, self.up = multiply(normed, linears["w1"]), multiply(normed, linears["w3"])
+        self.gate, self.up = multiply(normed, linears["w1"], linears["w3"])
+
+    def _multiply_attended(self, flat: Tensor, linear: nn.Module, *, keeps: bool) -> Tensor:
+        if not (self.keeps_8_bits and keeps):
+            return multiply(flat, linear)[0]
+        self.kept_attended, self.attended = quantize_rows([flat]), None
+        return multiply_codes(*self.kept_attended, [get_fp8_weight(linear)], dtype=flat.dtype)[0]
 
     def finish(self) -> Tensor:
         """Return the layer's output, [rows, dim]."""
-        gate_up, down = self.groups[GATE_UP], self.groups[DOWN]
-        product = launch.swiglu(self.gate, self.up, adapted_gate=gate_up.add_to("w1"), adapted_up=gate_up.add_to("w3"))
+        down = self.groups[DOWN]
+        product = self._activate(keeps=self.keeps_8_bits and not self.checkpointing)
         down.reduce(product)
-        return launch.add(multiply(product, self.linears["w2"]), down.add_to("w2"), residual=self.middle)
+        (out,) = multiply(product, self.linears["w2"])
+        return launch.add(out, down.add_to("w2"), residual=self.middle)
+
+    def _activate(self, *, keeps: bool) -> Tensor:
+        gate_up, kept = self.groups[GATE_UP], KeptInputs.make(self.gate) if keeps else None
+        adapted = {"adapted_gate": gate_up.add_to("w1"), "adapted_up": gate_up.add_to("w3")}
+        product = launch.swiglu(self.gate, self.up, kept=kept, **adapted)
+        if keeps:
+            self.kept_inputs, self.gate, self.up = kept, None, None
+        return product
 
     def backward(self, x: Tensor, upstream: Tensor, *, needs_input: bool) -> tuple[Tensor | None, dict]:
         """Return the gradient of the layer's input and those of every [A, B], float32, by the projection's name."""
         if self.checkpointing:
             self.run_attention(x, again=True)
+            if self.keeps_8_bits:
+                self._activate(keeps=True)  # rounded as without checkpointing
         gradients = {name: [None, None] for group in self.groups.values() for name in group.names}
         middle_gradient = self._backward_mlp(upstream, gradients)
         heads = self._backward_attention(middle_gradient, gradients)
@@ -123,9 +170,7 @@ class Pass:
         qkv.finish_gradients(low_rank, gradients, x, rstd=self.first_rstd, weight=norm.scale)
         if not needs_input:
             return None, gradients
-        normed_gradient = None
-        for name in QKV:
-            normed_gradient = multiply_back(heads[name], self.linears[name], add_to=normed_gradient)
+        normed_gradient = multiply_back([heads[name] for name in QKV], *(self.linears[name] for name in QKV))
         out = self._backward_norm(qkv, low_rank, normed_gradient, x, self.first_rstd, norm, middle_gradient)
         return out, gradients
 
@@ -134,17 +179,18 @@ class Pass:
         self._backward_down(upstream, gradients)
         low_rank = gate_up.reduce_gradients({"w1": self.gate, "w3": self.up}, gradients)
         gate_up.finish_gradients(low_rank, gradients, self.middle, rstd=self.second_rstd, weight=norm.scale)
-        normed_gradient = multiply_back(self.gate, linears["w1"])
-        self.gate = None
-        normed_gradient = multiply_back(self.up, linears["w3"], add_to=normed_gradient)
-        self.up = None
+        both = [self.gate, self.up]
+        self.gate = self.up = None
+        normed_gradient = multiply_back(both, linears["w1"], linears["w3"])
         return self._backward_norm(gate_up, low_rank, normed_gradient, self.middle, self.second_rstd, norm, upstream)
 
     def _backward_down(self, upstream: Tensor, gradients: dict) -> None:
         """Replace gate and up by their gradients."""
         gate_up, down = self.groups[GATE_UP], self.groups[DOWN]
         low_rank = down.reduce_gradients({"w2": upstream}, gradients)
-        product = multiply_back(upstream, self.linears["w2"])
+        product = multiply_back([upstream], self.linears["w2"])
+        if self.kept_inputs is not None:
+            self.gate, self.up = torch.empty_like(product), torch.empty_like(product)
         launch.swiglu_backward(
             product,
             self.gate,
@@ -152,14 +198,19 @@ class Pass:
             adapted_gate=gate_up.add_to("w1"),
             adapted_up=gate_up.add_to("w3"),
             adapted_down=Adapted(low_rank, down.stacked_a, down.dropout) if down.names else None,
+            kept=self.kept_inputs,
         )
+        self.kept_inputs = None
         down.finish_gradients(low_rank, gradients, product, is_dropped=True)
 
     def _backward_attention(self, middle_gradient: Tensor, gradients: dict) -> dict[str, Tensor]:
         output = self.groups[OUTPUT]
+        if self.kept_attended is not None:
+            self.attended = decode_rows(*self.kept_attended, middle_gradient.dtype).view_as(self.heads[0])
+            self.kept_attended = None
         low_rank = output.reduce_gradients({"output_proj": middle_gradient}, gradients)
         output.finish_gradients(low_rank, gradients, self.attended.flatten(1))
-        gradient = multiply_back(middle_gradient, self.linears["output_proj"])
+        gradient = multiply_back([middle_gradient], self.linears["output_proj"])
         if output.names:
             gradient = launch.add(gradient, Adapted(low_rank, output.stacked_a, output.dropout), factor_is_a=True)
         gradient = gradient.view(self.attended.shape)

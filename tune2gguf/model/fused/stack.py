@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, pad_length
 from tune2gguf.model.fused.attention import Layout
+from tune2gguf.model.fused.cudnn import MIN_ROW
 from tune2gguf.model.fused.graphs import LayerGraphs, pad_rows
 from tune2gguf.model.fused.groups import (
     GROUPS,
@@ -24,9 +24,12 @@ from tune2gguf.model.fused.groups import (
     list_weights,
 )
 from tune2gguf.model.fused.layer import Pass
+from tune2gguf.model.sharding import run_layer
 
 if TYPE_CHECKING:
     from torchtune.modules import TransformerSelfAttentionLayer
+
+    from tune2gguf.model.sharding import ShardedBase
 
 
 def lay_out_pass(
@@ -50,15 +53,16 @@ def lay_out_pass(
     if input_pos is None:
         input_pos = torch.arange(seq, device=device).expand(batch, seq)
     length, num_rows = pad_length(num_tokens), len(row_starts) - 1
-    missing = length - num_tokens
-    if length <= MAX_GRAPHED_TOKENS:
-        missing_rows, longest = pad_rows(num_rows + (missing > 0)) - num_rows, length
-    else:
-        missing_rows, longest = int(missing > 0), max(longest_row, missing)
+    missing, is_long = length - num_tokens, longest_row >= MIN_ROW
+    is_graphed = length <= MAX_GRAPHED_TOKENS
+    missing_rows = int(missing > 0)
+    if is_graphed or is_long:  # passes of few kinds, for which graphs are captured and plans are built
+        missing_rows = pad_rows(num_rows + missing_rows) - num_rows
     layout = Layout(
         positions=functional.pad(input_pos.flatten(), (0, missing)),
         starts=functional.pad(row_starts, (0, missing_rows), value=length),
-        longest=longest,
+        longest=length if is_graphed else max(longest_row, missing),
+        is_long=is_long,
     )
     return functional.pad(tokens.flatten(), (0, missing)), layout
 
@@ -99,24 +103,23 @@ class FusedStack:
         groups = begin_pass(self.groups[number], None if seeds is None else seeds[number], share=self.share)
         return Pass(self.layers[number], self.linears[number], layout, groups, self.checkpointing)
 
-    def run(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """Return the last layer's output, [tokens, dim], from the first one's input."""
+    def run(self, hidden: Tensor, layout: Layout, *, sharded: ShardedBase | None = None) -> Tensor:
+        """Return the last layer's output, [tokens, dim], from the first one's input.
+
+        Args:
+            sharded: gathers the layers' weights
+        """
         seeds = self.draw_seeds(hidden.device) if self.layers[0].training and self.share > 0 else None
         weights = self.list_weights()
-        is_sharded = isinstance(weights[0], DTensor)
-        if not is_sharded:
-            self._cast(weights, hidden)
-        if self.graphs is not None and hidden.is_cuda and not is_sharded:
-            out = self.graphs.run(hidden, layout, seeds, weights)
+        self._cast(weights, hidden)
+        if self.graphs is not None and hidden.is_cuda and (sharded is None or sharded.can_be_captured):
+            out = self.graphs.run(hidden, layout, seeds, weights, sharded=sharded)
             if out is not None:
                 return out
         for number, layer in enumerate(self.layers):
-            # Through the module, whose hooks gather a sharded layer's weights.
-            hidden = layer(
-                hidden,
-                layout=layout,
-                groups=None if is_sharded else self.groups[number],
-                seeds=None if seeds is None else seeds[number],
+            own_seeds = None if seeds is None else seeds[number]
+            hidden = run_layer(
+                sharded, number, layer, hidden, layout=layout, groups=self.groups[number], seeds=own_seeds
             )
         return hidden
 

@@ -1,0 +1,61 @@
+"""Both kinds of attention compute what float32 attention of each row computes, and the same bits each time."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.gpu.models import CUDA, MARKS
+from tune2gguf.model.fused import cudnn
+from tune2gguf.model.fused.attention import Layout, attend, attend_back
+
+pytestmark = MARKS
+HEADS, KV_HEADS = 4, 2
+ROWS = {"full": [2048, 2048], "mixed": [1500, 37, 1, 1023, 0, 0], "short": [90, 182, 33]}
+
+
+def attend_exactly(q, k, v, starts: list[int]) -> torch.Tensor:
+    outs = []
+    for start, end in pairwise(starts):
+        own = [part[None, start:end].transpose(1, 2) for part in (q, k, v)]
+        outs.append(functional.scaled_dot_product_attention(*own, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def get_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "cudnn, a few heads at a time"])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_attention_equals_that_of_each_row_alone_and_repeats_its_bits(rows, kernel, head_dim, monkeypatch):
+    is_long = kernel != "flash"
+    if is_long and not cudnn.is_available():
+        pytest.skip(cudnn.MISSING)
+    if "few" in kernel:
+        monkeypatch.setattr(cudnn, "BACKWARD_BYTES", 1)
+    torch.manual_seed(0)
+    starts = [sum(rows[:number]) for number in range(len(rows) + 1)]
+    q, k, v, gradient = (
+        torch.randn(starts[-1], heads, head_dim, dtype=torch.bfloat16, device=CUDA)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    )
+    places = torch.tensor(starts, dtype=torch.int32, device=CUDA)
+    layout = Layout(torch.zeros(starts[-1], dtype=torch.int64, device=CUDA), places, max(rows), is_long)
+    assert layout.takes_cudnn == is_long
+    out, kept = attend(q, k, v, layout)
+    found = attend_back(gradient, q, k, v, out, kept, layout)
+    exact = [part.double().requires_grad_() for part in (q, k, v)]
+    exact_out = attend_exactly(*exact, starts)
+    expected = torch.autograd.grad(exact_out, exact, gradient.double())
+    # bf16 has 8 bits: results are rounded by up to 0.4 %.
+    assert get_error(out, exact_out.detach()) < 4e-3
+    assert all(get_error(*pair) < 6e-3 for pair in zip(found, expected, strict=True))
+    for _ in range(3):
+        again = attend_back(gradient, q, k, v, *attend(q, k, v, layout), layout)
+        assert all(map(torch.equal, again, found))
+    # Negative control: rows that see each other.
+    whole = attend_exactly(*exact, [0, starts[-1]]).detach()
+    assert get_error(out, whole) > 0.05
