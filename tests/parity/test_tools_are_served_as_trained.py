@@ -109,7 +109,7 @@ def test_a_tool_is_rendered_alike_however_a_client_orders_its_keys(name):
         row = {"tools": tools, "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
         read = read_conversation(row, format="openai")
         sent = Conversation(read.messages[:-1], tools=tuple(tools))
-        assert list(read.tools) != tools, "negative control: their keys were in another order"
+        assert json.dumps(read.tools) != json.dumps(tools), "negative control: their keys were in another order"
         rendered = render_jinja(chat_template.jinja_with_tools, sent, bos_token=chat_template.beginning)
         trained = write_out(chat_template, Conversation(read.messages[:-1], tools=read.tools))
         assert rendered == chat_template.beginning + trained
@@ -298,7 +298,6 @@ def test_a_call_that_was_learned_is_read_back_by_the_chat_api(bases, tmp_path, n
     for conversation in conversations:
         prompt = cut_before_reply(conversation)
         request = {"messages": make_request_messages(prompt.messages), "tools": list(prompt.tools), "temperature": 0}
-        request["parallel_tool_calls"] = True
         [choice] = model.post("/v1/chat/completions", request | {"max_tokens": 200})["choices"]
         calls = [one["function"] for one in choice["message"].get("tool_calls", [])]
         made = tuple({"name": one["name"], "arguments": json.loads(one["arguments"])} for one in calls)
@@ -310,7 +309,7 @@ def test_a_call_that_was_learned_is_read_back_by_the_chat_api(bases, tmp_path, n
 
 
 def learn_by_heart(base_dir: Path, trained_dir: Path, rows: list[tuple[list[int], list[bool]]]) -> None:
-    """Train all weights of a base on rows until it says each of their supervised tokens."""
+    """Train all weights of a base on rows until it is sure of each of their supervised tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -318,18 +317,19 @@ def learn_by_heart(base_dir: Path, trained_dir: Path, rows: list[tuple[list[int]
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(300):
-        num_wrong = 0
+        worst = 0.0
         for ids, supervised in rows:
             places = torch.tensor([place for place in range(1, len(ids)) if supervised[place]])
             hidden = model.model(torch.tensor([ids])).last_hidden_state[0, places - 1]
             logits, targets = model.lm_head(hidden), torch.tensor(ids)[places]
-            num_wrong += int((logits.argmax(-1) != targets).sum())
-            torch.nn.functional.cross_entropy(logits, targets).backward()
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            worst = max(worst, float(losses.max()))
+            losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if num_wrong == 0:
+        if worst < 0.05:
             break
-    assert num_wrong == 0, "it has to know them by heart"
+    assert worst < 0.05, "it has to know them by heart"
     shutil.copytree(base_dir, trained_dir)
     weights = {key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}
     save_file(weights, trained_dir / "model.safetensors", metadata={"format": "pt"})

@@ -51,7 +51,10 @@ BAD_LINES = {
         b'{"prompt": "Hi", "completion": "x"}',
         "its shape is prompt_completion, but the file's is openai since line 1",
     ),
-    15: (json.dumps({"messages": [{"role": "tool", "content": "x"}]}).encode(), "is a result, but no call before it waits for one"),
+    15: (
+        json.dumps({"messages": [{"role": "tool", "content": "x"}]}).encode(),
+        "is a result, but no call before it waits for one",
+    ),
     16: (b"[]", "a row must be a JSON object, got a list"),
     17: (b'{"question": "Hi"}', "fit no format"),
 }

@@ -140,7 +140,7 @@ def test_adapter_and_merged_folder_are_written_on_demand_and_replaced_with_force
     assert set(export.list_paths()) == set(export.run.export_dir.iterdir())
     card = export.model_card_path.read_text()
     assert all(f"| {path.name} | " in card for path in (adapter.base_path, adapter.adapter_path))
-    assert "The Modelfile sets temperature 0; 0 gives the likeliest answer" in card
+    assert "The Modelfile sets temperature 0: 0 gives the likeliest answer" in card
     assert [path.name for path, _ in list_served(export.run)] == ["Ferry-Q4_K_M.gguf"], "a base is no model of the run"
     with pytest.raises(ValueError, match=r"Ferry-adapter\.gguf, .*Modelfile-adapter, .*Ferry-merged: exists already"):
         export_run(run_dir, quantizations=["Q8_0"], **options)

@@ -61,8 +61,7 @@ class LlamaCppModel:
             "repeat_penalty": 1.0,
         }
         if tools:
-            # Else its grammar ends a reply behind the first call.
-            request |= {"tools": list(tools), "parallel_tool_calls": True}
+            request["tools"] = list(tools)
         try:
             if on_text is None:
                 return _read_reply(_check(self.server.handle_chat_completions(request)))
