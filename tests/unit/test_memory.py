@@ -388,7 +388,8 @@ def test_estimates_for_a_gpu_are_within_a_tenth_of_the_peaks_measured_there():
         batch, row = map(int, size.split("x"))
         spec = make_spec(
             architectures[model],
-            base_weights="nf4" if kind == "qlora" else "bf16",
+            base_weights={"lora": "bf16", "fp8": "fp8", "qlora": "nf4"}[kind],
+            multiplies_fp8=True,
             lora_rank=16,
             lora_dropout=0.0,
             tokens_per_pass=batch * row,
