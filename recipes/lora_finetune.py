@@ -49,6 +49,7 @@ from tune2gguf.machine.devices import get_device, measure_peak
 from tune2gguf.machine.fit import announce, explain_out_of_memory
 from tune2gguf.machine.passes import choose_passes
 from tune2gguf.model.architectures import read_architecture
+from tune2gguf.model.lengths import pad_length
 from tune2gguf.model.llama import prepare_training
 from tune2gguf.model.lora import initialize_adapters
 from tune2gguf.model.sharding import copy_to_cpu
@@ -147,12 +148,13 @@ class LoRAFinetuneRecipe:
         self.device = get_device(str(self.world.device))
         spec = get_run_spec(cfg, longest_row=int(self.lengths.max()), num_devices=self.world.size, parallel="replicate")
         self.parallel = choose_parallel(cfg.parallel, spec, self.world)
+        step_tokens = [int(self.lengths[rows].sum()) for rows in self.plan_epoch(0)]
         spec = choose_passes(
-            replace(spec, parallel=self.parallel),
+            replace(spec, parallel=self.parallel, num_lengths=len({pad_length(tokens) for tokens in step_tokens})),
             self.device.free,
             tokens_per_pass=cfg.tokens_per_pass,
             checkpointing=cfg.enable_activation_checkpointing,
-            tokens_per_step=max(int(self.lengths[rows].sum()) for rows in self.plan_epoch(0)),
+            tokens_per_step=max(step_tokens),
         )
         # One layout for all: the main process's, or that with which the run began.
         began_with = read_layout(cfg.resume, Path(cfg.output_dir)) if self.world.is_main else {}

@@ -1,1 +1,9 @@
 """LoRA fine-tuning of Llama models with torchtune, from training rows to a GGUF that Ollama loads."""
+
+import os
+
+# OpenMP's threads spin at every barrier, by default until a thread that is not scheduled comes back: beside other
+# programs a step took sixty times as long. Its library reads this when torch loads it, so that it is said before. What
+# the user says stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -167,7 +167,7 @@ def test_no_graph_reaches_below_the_first_adapter(tiny_base):
     def note(module, inputs, output) -> None:
         seen[names[module]] = (inputs[0].requires_grad, output.requires_grad)
 
-    watched = ("tok_embeddings", "layers.0.sa_norm", "layers.0.attn.q_proj", "layers.1.sa_norm")
+    watched = ("tok_embeddings", "layers.0.sa_norm", "layers.0.mlp_norm", "layers.1.sa_norm")
     names = {model.decoder.get_submodule(name): name for name in watched}
     for module in names:
         module.register_forward_hook(note)
@@ -175,7 +175,7 @@ def test_no_graph_reaches_below_the_first_adapter(tiny_base):
     assert seen == {
         "tok_embeddings": (False, False),
         "layers.0.sa_norm": (False, False),
-        "layers.0.attn.q_proj": (False, True),
+        "layers.0.mlp_norm": (True, True),
         "layers.1.sa_norm": (True, True),
     }
 

@@ -1,21 +1,43 @@
 """It keeps running: nothing grows over thousands of steps."""
 
+import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.recipes.launch import Launch, count_lines
 from tune2gguf.runs.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.slow
 STEPS = 2000
+QUICKSTART_BASE = REPOSITORY / "models/SmolLM2-135M-Instruct"
 
 
 def measure(pid: int) -> tuple[int, int]:
     """Return resident memory in KiB and open files of a process."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.skipif(not QUICKSTART_BASE.is_dir(), reason="needs the quickstart's base: scripts/download.py")
+def test_memory_of_a_real_model_is_flat_once_most_lengths_were_seen(tmp_path):
+    """SmolLM2 on the quickstart's rows, whose steps are of other lengths each time: oneDNN keeps what it compiles."""
+    options = ["max_val_rows=4", "num_samples=0", "save_every_n_steps=1000", f"output_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "recipes/lora_finetune.py", "--config", "examples/quickstart/lora.yaml", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    peaks = [record["peak_memory_bytes"] for record in records if "lr" in record]
+    print(f"peak GB after 1, 65, 130, 195 steps: {[peaks[at] / 1e9 for at in (0, 64, 129, -1)]}")
+    assert len(peaks) == 195
+    assert peaks[-1] < 1.03 * peaks[len(peaks) // 2]
+    estimate = float(re.search(r"memory: about ([\d.]+) GB", done.stdout + done.stderr).group(1))
+    assert peaks[-1] / 1e9 == pytest.approx(estimate, rel=0.1)
 
 
 def test_memory_and_files_do_not_grow_over_2000_steps(run_arguments, tmp_path):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from recipes.lora_finetune import recipe_main
 from tests.conftest import REPOSITORY, make_conversations, write_rows
 from tests.recipes.test_commands import run_command
+from tune2gguf.model.attention import Rows, lay_out_rows
 
 
 def run_recipe(arguments: list[str], monkeypatch) -> None:
@@ -79,8 +80,12 @@ def test_a_step_is_the_same_however_its_rows_are_laid_out(run_arguments, tmp_pat
                 [record[key] for record in read_records(tmp_path / one, key)] for one in (name, "alone")
             )
             assert values == pytest.approx(expected, abs=1e-6)
-    # Negative control: rows that see each other.
-    monkeypatch.setattr("tune2gguf.model.llama.make_row_mask", lambda row_starts, batch, seq: None)
+
+    # Negative control: rows that see the row before them.
+    def lay_out_pairs(lengths: list[int], num_tokens: int) -> Rows:
+        return lay_out_rows([sum(lengths[at : at + 2]) for at in range(0, len(lengths), 2)], num_tokens)
+
+    monkeypatch.setattr("tune2gguf.model.llama.lay_out_rows", lay_out_pairs)
     run_recipe([*arguments, f"output_dir={tmp_path / 'mixed'}"], monkeypatch)
     assert measure_difference(tmp_path / "alone", tmp_path / "mixed") > 1e-5
 

@@ -80,3 +80,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         return int(subprocess.run([sys.executable, "-c", program, mode], check=True, capture_output=True).stdout)
 
     assert count_page_faults("kept") < 0.5 * count_page_faults("default")
+
+
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+    ids=["nothing", "spin count", "wait policy"],
+)
+def test_openmp_spins_for_a_short_time_before_torch_is_loaded_unless_the_user_says_otherwise(said, spins):
+    program = "import tune2gguf, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment | said, capture_output=True, text=True)
+    assert done.stdout.split() == [spins, "False"]

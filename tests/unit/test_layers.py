@@ -1,9 +1,8 @@
 import pytest
 import torch
-from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import FeedForward, RMSNorm, RotaryPositionalEmbeddings
+from torchtune.modules import FeedForward, RMSNorm
 
-from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
+from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP
 
 
 def compare(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tensor, **options) -> None:
@@ -69,23 +68,3 @@ def test_mlp_keeps_gate_up_and_their_product():
     ours, theirs = make_mlps(torch.float32)
     assert len(list_kept(ours)) == 3
     assert len(list_kept(theirs)) == 4  # negative control
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("positions", [None, [[0, 1, 2, 0, 1], [4, 9, 2, 3, 30]]])
-@pytest.mark.parametrize(("ours", "theirs"), [(RoPE, RotaryPositionalEmbeddings), (ScaledRoPE, Llama3ScaledRoPE)])
-def test_rotation_and_its_gradient_equal_torchtunes(ours, theirs, positions, dtype):
-    input_pos = None if positions is None else torch.tensor(positions)
-    compare(
-        ours(16, max_seq_len=32, base=10_000),
-        theirs(16, max_seq_len=32, base=10_000),
-        draw(2, 5, 3, 16, dtype=dtype),
-        input_pos=input_pos,
-    )
-
-
-def test_another_position_is_another_rotation():
-    """Negative control."""
-    x, rope = draw(1, 4, 2, 16, dtype=torch.float32), RoPE(16, max_seq_len=32)
-    shifted = rope(x, input_pos=torch.arange(1, 5)[None])
-    assert (rope(x) - shifted).abs().max() > 1e-2

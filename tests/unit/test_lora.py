@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from tests.conftest import TINY_TIED, TINY_UNTIED
+from tune2gguf.model.fp8 import FrozenLinear
 from tune2gguf.model.llama import build_lora_llama
-from tune2gguf.model.lora import LoRALinear, draw_keep_mask, initialize_adapters
+from tune2gguf.model.lora import LoRALinear, apply_linears, draw_keep_mask, initialize_adapters
 
 
 def make_layer(*, rank: int = 4, alpha: float = 8.0, dropout: float = 0.0) -> LoRALinear:
@@ -129,6 +130,34 @@ def test_gradients_equal_those_of_the_plain_computation(dropout):
     plain = x @ layer.weight.T + layer.scaling * (x * kept) @ layer.lora_a.weight.T @ layer.lora_b.weight.T
     for gradient, expected in zip(gradients, torch.autograd.grad(plain, inputs, upstream), strict=True):
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_together_give_what_each_alone_gives(dropout, dtype):
+    """Also one of them without an adapter; dropout's mask is the same for all."""
+    torch.manual_seed(0)
+    layers = [LoRALinear(24, size, rank=4, alpha=8.0, dropout=dropout) for size in (40, 16)]
+    layers.insert(1, FrozenLinear(24, 8).requires_grad_(False))
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+            parameter.data = parameter.data if "lora" in name else parameter.data.to(dtype)
+    x = torch.randn(30, 24).to(dtype).requires_grad_()
+    upstream = [torch.randn(30, size).to(dtype) for size in (40, 8, 16)]
+    inputs = [x, *(parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad)]
+    torch.manual_seed(3)
+    outs = apply_linears(x, layers)
+    found = torch.autograd.grad(outs, inputs, upstream)
+    alone = []
+    for layer in layers:
+        torch.manual_seed(3)
+        alone.append(layer(x))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for together, one in zip(outs, alone, strict=True):
+        assert torch.equal(together, one)
+    for gradient, expected in zip(found, torch.autograd.grad(alone, inputs, upstream), strict=True):
+        assert (gradient - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.2, 0.5])

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from tune2gguf.base.layout import TensorSpec, list_tensors
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, NO_TRITON, pad_length, why_not_fused
+from tune2gguf.model.lengths import LONGEST_SHORT_ROW
+from tune2gguf.model.lengths import pad_length as pad_length_on_cpu
 
 BYTES = {"bf16": 2, "fp32": 4}
 # Of torchao's tensor: half a byte of code, a byte of scale for 64 weights, a float32 factor for 256 scales.
@@ -22,6 +24,10 @@ PROGRAM_BYTES = 480_000_000
 PROGRAM_BYTES_PER_TOKEN = 1300
 # Assumed: the context of CUDA and its libraries' workspaces.
 CUDA_BYTES = 600_000_000
+# Measured: what oneDNN keeps for ever of a bf16 product that it compiled for one number of tokens. A weight brings
+# two products, its adapter five.
+COMPILED_BYTES = 500_000
+PRODUCTS_OF_A_WEIGHT, PRODUCTS_OF_AN_ADAPTER = 2, 5
 # glibc gives blocks from 32 MiB on back at once; smaller ones leave gaps, measured as this many layers' activations.
 RETURNED_BYTES = 32 * 2**20
 LAYERS_IN_GAPS = 3.0
@@ -49,6 +55,7 @@ class RunSpec:
     parallel: str = "replicate"
     compile: bool = False
     multiplies_fp8: bool = False  # the device has products of 8-bit numbers
+    num_lengths: int = 1  # different ones that passes have on a CPU, padded
 
     @property
     def obstacle_to_fusing(self) -> str | None:
@@ -118,7 +125,7 @@ def estimate_memory(spec: RunSpec) -> Estimate:
     gathered = 0 if parts == 1 else 2 * layer + edge
     program = CUDA_BYTES
     if spec.device_type == "cpu":
-        program = PROGRAM_BYTES + PROGRAM_BYTES_PER_TOKEN * spec.architecture.vocab_size
+        program = PROGRAM_BYTES + PROGRAM_BYTES_PER_TOKEN * spec.architecture.vocab_size + _count_compiled(spec)
     resident = sum(weights.values()) - sum(split.values()) * (parts - 1) // parts
     on_host = 2 * max(size for name, size in dense.items() if name.startswith("layers."))
     return Estimate(
@@ -150,10 +157,11 @@ def list_layer_activations(spec: RunSpec) -> list[int]:
             kept = [q + 4, *2 * [i + i // 32]]
         per_token = 2 * [d * c] + [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + kept + [8, 4 * a.num_heads]
         return [size * _count_tokens(spec) for size in [*per_token, _count_low_rank(spec)]]
-    adapted = {tensor.tune_name.split(".")[-2]: tensor.shape[1] for tensor in _list_adapted(spec)}
+    adapted = _map_adapted(spec)
     # q, k, v and output; torchtune expands k and v to all heads, and its kernel keeps the log of the normalizers.
     if spec.device_type == "cpu":
         per_token = 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c]
+        per_token += [4 * a.num_heads] if spec.longest_row <= LONGEST_SHORT_ROW else []
     else:
         per_token = 4 * [q * c] + [4 * a.num_heads]
     # Both norms' inputs and factors; on a GPU torchtune's own norm computes in float32.
@@ -163,8 +171,23 @@ def list_layer_activations(spec: RunSpec) -> list[int]:
     per_token += [d * c] if adapted.keys() & {"q_proj", "k_proj", "v_proj"} else []
     per_token += [d * c] if adapted.keys() & {"w1", "w3"} else []
     per_token += len(adapted) * [spec.lora_rank * c]
-    per_token += list(adapted.values()) if spec.lora_dropout > 0 else []  # a byte an element: what is dropped
+    if spec.lora_dropout > 0:  # a byte an element: what is dropped
+        shared = [group[0] for group in _group_by_input(spec)]
+        per_token += shared if spec.device_type == "cpu" else list(adapted.values())
     return [size * _count_tokens(spec) for size in per_token]
+
+
+def _map_adapted(spec: RunSpec) -> dict[str, int]:
+    """Return the width of what each projection with an adapter takes."""
+    return {tensor.tune_name.split(".")[-2]: tensor.shape[1] for tensor in _list_adapted(spec)}
+
+
+def _group_by_input(spec: RunSpec) -> list[list[int]]:
+    """Return these widths by input: projections of the same one share a mask, and a product with their A's."""
+    adapted = _map_adapted(spec)
+    inputs = (("q_proj", "k_proj", "v_proj"), ("output_proj",), ("w1", "w3"), ("w2",))
+    groups = [[adapted[name] for name in names if name in adapted] for names in inputs]
+    return [group for group in groups if group]
 
 
 def count_kept_activations(spec: RunSpec) -> int:
@@ -181,9 +204,22 @@ def count_kept_activations(spec: RunSpec) -> int:
         layers += a.num_layers * tokens * _count_low_rank(spec) if spec.is_fused else 0
     else:
         layers = a.num_layers * layer
-    # The adapter in dtype is kept from forward to backward.
+    # The adapter in dtype is kept from forward to backward; on a CPU A's of the same input are put together.
     casts = 0 if spec.dtype == "fp32" else count_adapter_weights(spec) * c
+    if spec.dtype == "fp32" and spec.device_type == "cpu":
+        stacked = [group for group in _group_by_input(spec) if len(group) > 1]
+        casts = c * spec.lora_rank * a.num_layers * sum(map(sum, stacked))
     return layers + casts + tokens * a.embed_dim * c
+
+
+def _count_compiled(spec: RunSpec) -> int:
+    """Return what oneDNN keeps of the products that it compiles; those of float32 are another library's."""
+    if spec.dtype == "fp32":
+        return 0
+    frozen = {tensor.shape for tensor in list_tensors(spec.architecture) if tensor.is_linear}
+    adapted = {tensor.shape for tensor in _list_adapted(spec)}
+    products = PRODUCTS_OF_A_WEIGHT * len(frozen) + PRODUCTS_OF_AN_ADAPTER * len(adapted)
+    return COMPILED_BYTES * products * spec.num_lengths
 
 
 def _count_work(spec: RunSpec) -> int:
@@ -228,7 +264,9 @@ def _count_low_rank(spec: RunSpec) -> int:
 
 def _count_tokens(spec: RunSpec) -> int:
     tokens = max(spec.tokens_per_pass, spec.longest_row)
-    return pad_length(tokens) if spec.is_fused else tokens
+    if spec.is_fused:
+        return pad_length(tokens)
+    return pad_length_on_cpu(tokens) if spec.device_type == "cpu" else tokens
 
 
 def _count_weight_bytes(tensor: TensorSpec, base_weights: str) -> int:

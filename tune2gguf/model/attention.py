@@ -1,142 +1,274 @@
-"""Causal attention on a CPU, in float32, a block of queries at a time.
+"""Causal attention of the rows of a pass on a CPU, in float32, by whichever kernel is faster for their length.
 
-torch's own kernel multiplies head by head, in products so small for rows of a few hundred tokens that float32 over all
-heads at once takes less time than its bf16, with half the error in the gradients. Blocks keep memory linear in a row's
-length, and skip the keys of other rows in a pack.
+Rows of about one length stand side by side, so that a pass takes a few large calls. The shortest go through torch's
+kernel. Beyond, it multiplies head by head in products so small that a block of queries in all heads at once takes less
+time. Blocks keep memory linear in a row's length. float32 has half of bf16's error in the gradients.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torchtune.modules import MultiHeadAttention
+
+from tune2gguf.model.lengths import LONGEST_SHORT_ROW
+from tune2gguf.model.lora import apply_linears
 
 # Of a block, in all heads: 1 MB in float32, which stays in a core's cache.
 SCORES_AT_A_TIME = 1 << 18
 MIN_QUERIES = 16
 # Beyond, the products of torch's kernel are large enough for bf16 to pay: 2048 tokens take three quarters of the time.
-LONGEST_BF16_ROW = 1024
+LONGEST_FLOAT32_ROW = 1024
+# Rows stand beside one that is at most so many times as long: padding costs less than further calls.
+MAX_PADDING = 2.0
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of about one length.
+
+    Attributes:
+        num_rows, longest: rows, and tokens of the longest
+        places: where each token stands in the pass, [rows * longest]; behind a row's end its last one again. None: the
+            rows are the whole pass
+        is_token: 0 behind a row's end, else 1, float32 [rows * longest, 1, 1]; None likewise
+    """
+
+    num_rows: int
+    longest: int
+    places: Tensor | None = None
+    is_token: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the tokens of a pass are laid out for attention.
+
+    Attributes:
+        places: where each token of the pass stands in all groups, one behind the other, [tokens]; None where a single
+            group is the whole pass
+        num_padding: tokens at the end of the pass that belong to no row
+    """
+
+    groups: tuple[RowGroup, ...]
+    places: Tensor | None = None
+    num_padding: int = 0
+
+
+def lay_out_rows(lengths: list[int], num_tokens: int) -> Rows:
+    """Return the layout of a pass of so many tokens: rows of these lengths, one behind the other, then padding."""
+    if len(set(lengths)) == 1 and sum(lengths) == num_tokens:
+        return Rows((RowGroup(len(lengths), lengths[0]),))
+    ends = torch.tensor(lengths).cumsum(0)
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    groups, places, start = [], torch.zeros(num_tokens, dtype=torch.int64), 0
+    while order:
+        longest = lengths[order[0]]
+        rows = [row for row in order if lengths[row] * MAX_PADDING >= longest]
+        order = order[len(rows) :]
+        own = torch.tensor([lengths[row] for row in rows])[:, None]
+        within = torch.arange(longest)[None]
+        is_token = within < own
+        taken = (ends[rows][:, None] - own + torch.minimum(within, own - 1)).flatten()
+        flags = is_token.flatten()
+        places[taken[flags]] = start + flags.nonzero().flatten()
+        groups.append(RowGroup(len(rows), longest, taken, flags[:, None, None].float()))
+        start += len(rows) * longest
+    return Rows(tuple(groups), places, num_tokens - sum(lengths))
 
 
 class Attention(MultiHeadAttention):
-    """torchtune's attention, with the product of queries, keys and values done by `attend` where rows are trained."""
+    """torchtune's attention, with `attend` where the rows of a pass are trained on a CPU."""
 
-    def forward(
-        self, x: Tensor, y: Tensor | None = None, *, mask: Tensor | None = None, input_pos: Tensor | None = None
-    ) -> Tensor:
-        """Map [batch, seq, dim] to the same; with caches, on a GPU and compiled as torchtune does it."""
-        if self.kv_cache is not None or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x, y, mask=mask, input_pos=input_pos)
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = (self.pos_embeddings(part, input_pos=input_pos) for part in (q, k))
-        return self.output_proj(attend(q, k, v, mask=mask).flatten(-2))
+    def attend_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        """Map [tokens, dim] to the same."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in apply_linears(x, projections))
+        turns = torch.view_as_complex(self.pos_embeddings.cache)
+        (out,) = apply_linears(attend(q, k, v, turns, rows).flatten(1), (self.output_proj,))
+        return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
-    """Return softmax(q k^T / sqrt(head_dim)) v of each head, [batch, seq, heads, head_dim].
+def attend(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, rows: Rows) -> Tensor:
+    """Return softmax(q k^T / sqrt(head_dim)) v of each head over a token's row up to itself, [tokens, heads, head_dim].
 
     Args:
-        q: [batch, seq, heads, head_dim]
-        k: [batch, seq, kv_heads, head_dim], of which each serves heads / kv_heads neighbouring heads
-        v: like k
-        mask: True where a token attends to another, none of them behind it, [batch, seq, seq]; None for all before it
+        q: [tokens, heads, head_dim], not yet rotated
+        k: [tokens, kv_heads, head_dim], of which each serves heads / kv_heads neighbouring heads; not yet rotated
+        v: likewise
+        turns: by which each position rotates pairs of channels, complex [positions, head_dim / 2]
     """
-    if mask is None and q.dtype == torch.bfloat16 and q.shape[1] > LONGEST_BF16_ROW:
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    return _BlockwiseAttention.apply(q, k, v, mask)
+    return _RowAttention.apply(q, k, v, turns, rows)
 
 
-class _BlockwiseAttention(torch.autograd.Function):
-    """Keeps q, k and v for backward, which computes the weights of each block again."""
+class _RowAttention(torch.autograd.Function):
+    """Keeps q, k, v and its result for backward, which rotates again, and in blocks computes the weights again."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        kv_heads, out = k.shape[2], torch.empty_like(q)
-        keys, values = (_split_heads(part, kv_heads) for part in (k, v))
-        for query_range, key_range in _list_blocks(q, mask):
-            queries = _split_heads(q[:, query_range], kv_heads).mul_(q.shape[-1] ** -0.5)
-            weights = _compute_weights(queries, keys[:, key_range], mask, query_range, key_range)
-            _join_heads(torch.bmm(weights, values[:, key_range]), out[:, query_range])
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, rows: Rows) -> Tensor:
+        parts, kept = [], []
+        for group in rows.groups:
+            heads = _take_heads(q, k, v, turns, group)
+            if _is_blockwise(heads[0]):
+                part, normalizers = _attend_in_blocks(*heads), None
+            else:
+                part, normalizers = _attend_at_once(*heads)
+            parts.append(part.flatten(0, 1).to(q.dtype))
+            kept.append(normalizers)
+        out = _join(parts, rows)
+        ctx.rows = rows
+        ctx.save_for_backward(q, k, v, turns, out, *kept)
         return out
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple:
-        q, k, v, mask = ctx.saved_tensors
-        kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5
-        keys, values = (_split_heads(part, kv_heads) for part in (k, v))
-        key_gradient, value_gradient = torch.zeros_like(keys), torch.zeros_like(values)
-        q_gradient, k_gradient, v_gradient = (torch.empty_like(part) for part in (q, k, v))
-        for query_range, key_range in _list_blocks(q, mask):
-            queries, grad_out = (_split_heads(part[:, query_range], kv_heads) for part in (q, upstream))
-            queries.mul_(scale)
-            weights = _compute_weights(queries, keys[:, key_range], mask, query_range, key_range)
-            value_gradient[:, key_range].baddbmm_(weights.mT, grad_out)
-            scores = torch.ops.aten._softmax_backward_data(
-                torch.bmm(grad_out, values[:, key_range].mT), weights, -1, weights.dtype
-            )
-            key_gradient[:, key_range].baddbmm_(scores.mT, queries)
-            _join_heads(torch.bmm(scores, keys[:, key_range]).mul_(scale), q_gradient[:, query_range])
-        _join_heads(key_gradient, k_gradient)
-        _join_heads(value_gradient, v_gradient)
-        return q_gradient, k_gradient, v_gradient, None
+        q, k, v, turns, out, *kept = ctx.saved_tensors
+        gradients = []
+        for group, normalizers in zip(ctx.rows.groups, kept, strict=True):
+            heads = _take_heads(q, k, v, turns, group)
+            grad_out = _take(upstream, group)
+            if group.is_token is not None:
+                grad_out.flatten(0, 1).mul_(group.is_token)
+            grad_out = grad_out.to(heads[0].dtype)
+            if normalizers is None:
+                found = _attend_in_blocks_back(*heads, grad_out)
+            else:
+                found = _attend_at_once_back(*heads, grad_out, _take(out, group).to(grad_out.dtype), normalizers)
+            # A rotation's gradient is the rotation back.
+            back = turns[: group.longest].conj()
+            rotated_back = [_rotate(part.to(turns.real.dtype), back) for part in found[:2]]
+            gradients.append([part.flatten(0, 1).to(q.dtype) for part in (*rotated_back, found[2])])
+        return *(_join(list(parts), ctx.rows) for parts in zip(*gradients, strict=True)), None, None
 
 
-def _list_blocks(q: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice]]:
-    """Yield the queries of each block and the keys that they see, from the first that one of them attends to.
-
-    A block ends where a row does: what is not finite in one must not reach another.
-    """
-    batch, seq, heads, _ = q.shape
-    first_keys = torch.zeros(1, seq, dtype=torch.int64) if mask is None else mask.byte().argmax(dim=-1)
-    row_starts = (first_keys == torch.arange(seq)).any(dim=0).nonzero().flatten().tolist()
-    for row_start, row_stop in itertools.pairwise([*row_starts, seq]):
-        size = max(MIN_QUERIES, SCORES_AT_A_TIME // (batch * heads * (row_stop - row_start)))
-        for start in range(row_start, row_stop, size):
-            stop = min(start + size, row_stop)
-            yield slice(start, stop), slice(int(first_keys[:, start].min()), stop)
+def _take_heads(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, group: RowGroup) -> list[Tensor]:
+    """Return a group's queries, keys and values, rotated, [rows, longest, heads, head_dim] in the kernel's dtype."""
+    turns = turns[: group.longest]
+    heads = [_rotate(_take(q, group), turns), _rotate(_take(k, group), turns), _take(v, group)]
+    if q.dtype == torch.bfloat16 and group.longest > LONGEST_FLOAT32_ROW:
+        return [part.to(q.dtype) for part in heads]
+    return heads
 
 
-def _compute_weights(
-    queries: Tensor, keys: Tensor, mask: Tensor | None, query_range: slice, key_range: slice
-) -> Tensor:
-    """Return what each query takes of each value, [batch * kv_heads, group * queries, keys]; a row's sum is 1.
+def _take(x: Tensor, group: RowGroup) -> Tensor:
+    """Return a copy of a group's tokens of [tokens, heads, head_dim], [rows, longest, heads, head_dim] in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(dtype, copy=True) if group.places is None else x.index_select(0, group.places).to(dtype)
+    return x.view(group.num_rows, group.longest, *x.shape[1:])
+
+
+def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate pairs of channels as complex numbers, [rows, seq, heads, head_dim], in place."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns[:, None])
+    return x
+
+
+def _join(parts: list[Tensor], rows: Rows) -> Tensor:
+    """Return what the groups have of each token of the pass, zero for the padding, [tokens, heads, head_dim]."""
+    if rows.places is None:
+        return parts[0]
+    joined = (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, rows.places)
+    joined[len(joined) - rows.num_padding :] = 0
+    return joined
+
+
+def _is_blockwise(q: Tensor) -> bool:
+    return q.dtype != torch.bfloat16 and q.shape[1] > LONGEST_SHORT_ROW
+
+
+def _attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the result of torch's kernel, like q, and the logarithms of its normalizers."""
+    k, v = (_repeat(part, q.shape[2]) for part in (k, v))
+    out, normalizers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(part.transpose(1, 2) for part in (q, k, v)), 0.0, True
+    )
+    return out.transpose(1, 2), normalizers
+
+
+def _attend_at_once_back(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, out: Tensor, normalizers: Tensor
+) -> list[Tensor]:
+    kv_heads = k.shape[2]
+    k, v = (_repeat(part, q.shape[2]) for part in (k, v))
+    grad_out, q, k, v, out = (part.transpose(1, 2) for part in (grad_out, q, k, v, out))
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, normalizers, 0.0, True
+    )
+    q, k, v = (part.transpose(1, 2) for part in gradients)
+    return [q.contiguous(), *(part.unflatten(2, (kv_heads, -1)).sum(3) for part in (k, v))]
+
+
+def _repeat(x: Tensor, num_heads: int) -> Tensor:
+    """Return keys or values once for every head that they serve."""
+    group = num_heads // x.shape[2]
+    return x if group == 1 else x.repeat_interleave(group, dim=2)
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out, kv_heads = torch.empty_like(q), k.shape[2]
+    keys, values = (_split_heads(part, kv_heads) for part in (k, v))
+    for block in _list_blocks(q):
+        queries = _split_heads(q[:, block], kv_heads).mul_(q.shape[-1] ** -0.5)
+        weights = _compute_weights(queries, keys[:, : block.stop], block)
+        _join_heads(torch.bmm(weights, values[:, : block.stop]), out[:, block])
+    return out
+
+
+def _attend_in_blocks_back(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> list[Tensor]:
+    kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5
+    keys, values = (_split_heads(part, kv_heads) for part in (k, v))
+    key_gradient, value_gradient = torch.zeros_like(keys), torch.zeros_like(values)
+    q_gradient, k_gradient, v_gradient = (torch.empty_like(part) for part in (q, k, v))
+    for block in _list_blocks(q):
+        queries, upstream = (_split_heads(part[:, block], kv_heads) for part in (q, grad_out))
+        queries.mul_(scale)
+        weights = _compute_weights(queries, keys[:, : block.stop], block)
+        value_gradient[:, : block.stop].baddbmm_(weights.mT, upstream)
+        scores = torch.ops.aten._softmax_backward_data(
+            torch.bmm(upstream, values[:, : block.stop].mT), weights, -1, weights.dtype
+        )
+        key_gradient[:, : block.stop].baddbmm_(scores.mT, queries)
+        _join_heads(torch.bmm(scores, keys[:, : block.stop]).mul_(scale), q_gradient[:, block])
+    _join_heads(key_gradient, k_gradient)
+    _join_heads(value_gradient, v_gradient)
+    return [q_gradient, k_gradient, v_gradient]
+
+
+def _list_blocks(q: Tensor) -> Iterator[slice]:
+    """Yield the queries of each block of [rows, seq, heads, head_dim]."""
+    num_rows, seq, heads, _ = q.shape
+    size = max(MIN_QUERIES, SCORES_AT_A_TIME // (num_rows * heads * seq))
+    for start in range(0, seq, size):
+        yield slice(start, min(start + size, seq))
+
+
+def _compute_weights(queries: Tensor, keys: Tensor, block: slice) -> Tensor:
+    """Return what each query takes of each value, [rows * kv_heads, group * queries, keys]; a row's sum is 1.
 
     Args:
         queries: scaled queries, from _split_heads
-        keys: those that one of the queries attends to, likewise
+        keys: those up to the last query, likewise
     """
     scores = torch.bmm(queries, keys.mT)
-    num_queries, num_keys = query_range.stop - query_range.start, key_range.stop - key_range.start
-    if mask is None:
-        behind = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)
-        scores.view(-1, num_queries, num_keys)[..., query_range.start - key_range.start :].masked_fill_(
-            behind, -torch.inf
-        )
-    else:
-        hidden = mask[:, query_range, key_range].logical_not()
-        scores.view(len(mask), -1, num_queries, num_keys).masked_fill_(hidden[:, None], -torch.inf)
+    size = block.stop - block.start
+    behind = torch.ones(size, size, dtype=torch.bool).triu_(1)
+    scores.view(-1, size, block.stop)[..., block.start :].masked_fill_(behind, -torch.inf)
     return torch.softmax(scores, dim=-1)
 
 
 def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """Return [batch, n, heads, head_dim] as [batch * kv_heads, heads / kv_heads * n, head_dim], in float32 or more."""
-    batch, n, heads, head_dim = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    split = torch.empty(batch, kv_heads, heads // kv_heads, n, head_dim, dtype=dtype)
+    """Return a copy of [rows, n, heads, head_dim] as [rows * kv_heads, heads / kv_heads * n, head_dim]."""
+    rows, n, heads, head_dim = x.shape
+    split = torch.empty(rows, kv_heads, heads // kv_heads, n, head_dim, dtype=x.dtype)
     split.copy_(x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4))
-    return split.view(batch * kv_heads, -1, head_dim)
+    return split.view(rows * kv_heads, -1, head_dim)
 
 
 def _join_heads(split: Tensor, out: Tensor) -> None:
-    """Write what _split_heads has made of a tensor like `out`, [batch, n, heads, head_dim], back into it."""
-    batch, n, _, head_dim = out.shape
-    by_head = split.view(batch, len(split) // batch, -1, n, head_dim)
+    """Write what _split_heads has made of a tensor like `out`, [rows, n, heads, head_dim], back into it."""
+    rows, n, _, head_dim = out.shape
+    by_head = split.view(rows, len(split) // rows, -1, n, head_dim)
     out.unflatten(2, (by_head.shape[1], -1)).copy_(by_head.permute(0, 3, 1, 2, 4))

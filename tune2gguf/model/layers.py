@@ -1,12 +1,14 @@
-"""torchtune's norm, MLP and rotary embeddings, with fewer passes over memory and less kept on a CPU."""
+"""torchtune's norm, MLP and layer, with fewer passes over memory and less kept on a CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import FeedForward, RMSNorm, RotaryPositionalEmbeddings
+from torchtune.modules import FeedForward, RMSNorm, TransformerSelfAttentionLayer
+
+from tune2gguf.model.attention import Rows
+from tune2gguf.model.lora import apply_linears
 
 
 class FrozenRMSNorm(RMSNorm):
@@ -35,7 +37,7 @@ class _NormalizedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
         x, scale, r = ctx.saved_tensors
-        gradient, normalized = upstream * scale.float(), x * r
+        gradient, normalized = upstream.to(torch.float32, copy=True).mul_(scale), x.to(torch.float32, copy=True).mul_(r)
         mean = (gradient * normalized).mean(-1, keepdim=True)
         return gradient.addcmul_(normalized, mean, value=-1).mul_(r).to(x.dtype), None, None
 
@@ -47,7 +49,8 @@ class GatedMLP(FeedForward):
         """Map [..., dim] to the same."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
-        return self.w2(_GatedProduct.apply(self.w1(x), self.w3(x)))
+        gate, up = apply_linears(x.flatten(0, -2), (self.w1, self.w3))
+        return self.w2(_GatedProduct.apply(gate, up)).view(x.shape)
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -65,22 +68,12 @@ class _GatedProduct(torch.autograd.Function):
         return torch.ops.aten.silu_backward(upstream * up, gate), up_gradient
 
 
-class _ComplexRotation:
-    """Rotates pairs of channels as complex numbers: one product where torchtune has four and puts them together."""
+class DecoderLayer(TransformerSelfAttentionLayer):
+    """torchtune's layer, which takes the rows of a pass flat on a CPU."""
 
-    def forward(self, x: Tensor, *, input_pos: Tensor | None = None) -> Tensor:
-        """Rotate x, [batch, seq, heads, head_dim], by the angles of its positions, [batch, seq], or 0, 1, 2 …"""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x, input_pos=input_pos)
-        turns = torch.view_as_complex(self.cache)
-        turns = turns[: x.shape[1]] if input_pos is None else turns[input_pos]
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turns.unsqueeze(-2)).flatten(-2).type_as(x)
-
-
-class RoPE(_ComplexRotation, RotaryPositionalEmbeddings):
-    """torchtune's rotary embeddings."""
-
-
-class ScaledRoPE(_ComplexRotation, Llama3ScaledRoPE):
-    """torchtune's rotary embeddings with Llama 3's scaling of frequencies."""
+    def forward(self, x: Tensor, *, rows: Rows | None = None, **rest) -> Tensor:
+        """Map [tokens, dim] to the same; without `rows` as torchtune does it."""
+        if rows is None:
+            return super().forward(x, **rest)
+        x = x + self.attn.attend_rows(self.sa_norm(x), rows)
+        return x + self.mlp(self.mlp_norm(x))

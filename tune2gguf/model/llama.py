@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchtune import training
-from torchtune.modules import (
-    TransformerDecoder,
-    TransformerSelfAttentionLayer,
-)
+from torch.nn import functional
+from torchtune.modules import RotaryPositionalEmbeddings, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.tied_linear import TiedLinear
 
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture, check_architecture, read_architecture
-from tune2gguf.model.attention import Attention
+from tune2gguf.model.attention import Attention, lay_out_rows
 from tune2gguf.model.fp8 import FrozenLinear
-from tune2gguf.model.layers import FrozenRMSNorm, GatedMLP, RoPE, ScaledRoPE
+from tune2gguf.model.layers import DecoderLayer, FrozenRMSNorm, GatedMLP
+from tune2gguf.model.lengths import pad_length
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.loss import cross_entropy_of_supervised, find_supervised, select_supervised
 from tune2gguf.model.sharding import ShardedBase, run_layer
@@ -58,6 +56,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.offloading: AbstractContextManager = nullcontext()
+        self.is_compiled = False
         self.stack: FusedStack | None = None  # trains the layers where prepare_training fuses them
         self.sharded: ShardedBase | None = None  # gathers the weights where each process has a part of them
 
@@ -86,6 +85,12 @@ class CausalLM(nn.Module):
             flat, layout = lay_out_pass(tokens, row_starts=row_starts, longest_row=longest_row, input_pos=input_pos)
             with self.offloading:
                 return self.stack.run(self._embed(flat), layout, sharded=self.sharded)
+        if tokens.device.type == "cpu" and not self.is_compiled:
+            flat, lengths = pad_pass(tokens, row_starts)
+            hidden, laid_out = self._embed(flat), lay_out_rows(lengths, len(flat))
+            for number, layer in enumerate(self.decoder.layers):
+                hidden = run_layer(self.sharded, number, layer, hidden, rows=laid_out)
+            return hidden
         mask = None if row_starts is None else make_row_mask(row_starts, *tokens.shape)
         hidden = self._embed(tokens)
         with self.offloading:
@@ -135,6 +140,18 @@ class CausalLM(nn.Module):
                 return self.decoder.unembed(hidden)[:, -1].float()
 
 
+def pad_pass(tokens: Tensor, row_starts: Tensor | None) -> tuple[Tensor, list[int]]:
+    """Return the tokens of a pass, flat and padded by `pad_length`, and the lengths of its rows.
+
+    Args:
+        tokens: [batch, seq]
+        row_starts: first token of each row in the flat batch, then its size; None: each sequence is a row
+    """
+    batch, seq = tokens.shape
+    lengths = [seq] * batch if row_starts is None else row_starts.diff().tolist()
+    return functional.pad(tokens.flatten(), (0, pad_length(batch * seq) - batch * seq)), lengths
+
+
 def make_row_mask(row_starts: Tensor, batch: int, seq: int) -> Tensor:
     """Return the mask that lets a token attend to the tokens before it in its own row, bool [batch, seq, seq].
 
@@ -165,6 +182,8 @@ def prepare_training(
     """
     layers = model.decoder.layers
     if enable_activation_offloading:
+        from torchtune import training
+
         model.offloading = training.OffloadActivations()
     if fuse:
         from tune2gguf.model.fused.stack import FusedStack
@@ -176,11 +195,14 @@ def prepare_training(
             layer.forward = partial(_run_fused, layer, layer.forward, checkpointing=enable_activation_checkpointing)
         return
     # Compiled first: around a checkpoint the compiler would give up at the attention's graph break.
+    model.is_compiled = compile
     if compile:
         for layer in layers:
             # Rounded where uncompiled layers round: else ties of bf16 sums follow the sign of the least adapter.
             layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if enable_activation_checkpointing:
+        from torchtune import training
+
         training.set_activation_checkpointing(layers, auto_wrap_policy={TransformerSelfAttentionLayer})
 
 
@@ -229,7 +251,7 @@ def build_lora_llama(
     layers = nn.ModuleList()
     for _ in range(shape.num_layers):
         layers.append(
-            TransformerSelfAttentionLayer(
+            DecoderLayer(
                 attn=_make_attention(shape, rope, make_linear, lora_attn_modules),
                 mlp=GatedMLP(
                     gate_proj=make_linear(shape.embed_dim, shape.intermediate_dim, apply_lora_to_mlp),
@@ -260,8 +282,10 @@ def build_lora_llama(
 def _make_rope(architecture: Architecture, max_seq_len: int) -> nn.Module:
     scaling = architecture.rope_scaling
     if scaling is None:
-        return RoPE(architecture.head_dim, max_seq_len=max_seq_len, base=architecture.rope_base)
-    return ScaledRoPE(
+        return RotaryPositionalEmbeddings(architecture.head_dim, max_seq_len=max_seq_len, base=architecture.rope_base)
+    from torchtune.models.llama3_1 import Llama3ScaledRoPE
+
+    return Llama3ScaledRoPE(
         architecture.head_dim,
         max_seq_len=max_seq_len,
         base=architecture.rope_base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
 
 from tune2gguf.model.fp8 import Fp8Weight, multiply_fp8, multiply_fp8_back
 from tune2gguf.model.nf4 import dequantize_nf4_tensor
+
+# By their size in bytes.
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LoRALinear(nn.Module):
@@ -38,19 +42,7 @@ class LoRALinear(nn.Module):
         """Map [..., in_dim] to [..., out_dim]."""
         if torch.compiler.is_compiling():
             return self._compute_plainly(x)
-        rows = x.reshape(-1, x.shape[-1])
-        keep = draw_keep_mask(rows, self.dropout) if self.training and self.dropout > 0 else None
-        out = _LoRAProduct.apply(
-            rows,
-            self.weight,
-            self.weight_scales,
-            self.lora_a.weight.to(x.dtype),
-            self.lora_b.weight.to(x.dtype),
-            keep,
-            self.scaling,
-            # Dropped inputs are made up for by the others, so that the expected product stays.
-            1.0 / (1.0 - self.dropout) if keep is not None else 1.0,
-        )
+        (out,) = apply_linears(x.reshape(-1, x.shape[-1]), (self,))
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _compute_plainly(self, x: Tensor) -> Tensor:
@@ -77,55 +69,105 @@ def draw_keep_mask(x: Tensor, dropout: float) -> Tensor:
     return lanes >= round(dropout * 2**16) - 2**15
 
 
+def drop(x: Tensor, keep: Tensor | None) -> Tensor:
+    """Return x, [rows, in_dim], with zeros where `keep` is False; None keeps all.
+
+    By the bits: torch converts truth values to bf16 one by one, which takes ten times as long.
+    """
+    if keep is None:
+        return x
+    bits = _INTEGERS[x.element_size()]
+    return (x.view(bits) & keep.to(bits).neg_()).view(x.dtype)
+
+
 def to_dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a base weight as a plain tensor: NF4 is dequantized, any other stays as it is."""
     return dequantize_nf4_tensor(weight, dtype) if isinstance(weight, NF4Tensor) else weight
 
 
-class _LoRAProduct(torch.autograd.Function):
-    """Base and adapter product in one; kept for backward are x, which the layers beside share, the mask and low_rank.
+def apply_linears(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Apply linear layers to the same input, [rows, in_dim]; their adapters drop the same elements of it.
+
+    One mask and one product with all A take half the time that each adapter's own would.
+    """
+    adapted = [linear for linear in linears if isinstance(linear, LoRALinear)]
+    if not adapted:
+        return tuple(linear(x) for linear in linears)
+    first = adapted[0]
+    keep = draw_keep_mask(x, first.dropout) if first.training and first.dropout > 0 else None
+    # Dropped inputs are made up for by the others, so that the expected product stays.
+    scale = first.scaling if keep is None else first.scaling / (1.0 - first.dropout)
+    factors = [factor for linear in adapted for factor in (linear.lora_a.weight, linear.lora_b.weight)]
+    has_adapter = [isinstance(linear, LoRALinear) for linear in linears]
+    frozen = [weight for linear in linears for weight in (linear.weight, linear.weight_scales)]
+    return _LoRAProducts.apply(x, keep, scale, has_adapter, *frozen, *factors)
+
+
+class _LoRAProducts(torch.autograd.Function):
+    """Base and adapter products of one input; kept for backward are the input, the mask, low_rank and the factors.
 
     Autograd's own graph would keep a dropped copy of x for every layer, and add two full-size temporaries to each pass.
     """
 
     @staticmethod
     def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor,
-        weight_scales: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        keep: Tensor | None,
-        scaling: float,
-        keep_scale: float,
-    ) -> Tensor:
-        low_rank = (x if keep is None else x * keep) @ lora_a.T * (scaling * keep_scale)
-        if weight_scales is None:
-            out = x @ to_dense(weight, x.dtype).T
-        else:
-            (out,) = multiply_fp8(x, [Fp8Weight(weight, weight_scales)])
-        ctx.save_for_backward(x, weight, weight_scales, lora_a, lora_b, keep, low_rank)
-        ctx.scale = scaling * keep_scale
-        return out.addmm_(low_rank, lora_b.T)
+        ctx, x: Tensor, keep: Tensor | None, scale: float, has_adapter: list[bool], *weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        frozen, factors = weights[: 2 * len(has_adapter)], weights[2 * len(has_adapter) :]
+        a = (factors[0] if len(factors) == 2 else torch.cat(factors[::2])).to(x.dtype)
+        b = [factor.to(x.dtype) for factor in factors[1::2]]
+        low_rank = drop(x, keep) @ a.T
+        if scale != 1.0:
+            low_rank *= scale
+        outs = _multiply_frozen(x, frozen)
+        adapted = [out for out, adds in zip(outs, has_adapter, strict=True) if adds]
+        for out, part, factor in zip(adapted, low_rank.chunk(len(b), dim=1), b, strict=True):
+            out.addmm_(part, factor.T)
+        ctx.save_for_backward(x, keep, low_rank, a, *b, *frozen)
+        ctx.scale, ctx.has_adapter, ctx.factor_dtype = scale, has_adapter, factors[0].dtype
+        return outs
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple:
-        x, weight, weight_scales, lora_a, lora_b, keep, low_rank = ctx.saved_tensors
-        low_rank_gradient = upstream @ lora_b * ctx.scale
-        b_gradient = upstream.T @ low_rank
-        a_gradient = low_rank_gradient.T @ (x if keep is None else x * keep)
+    def backward(ctx, *upstream: Tensor) -> tuple:
+        x, keep, low_rank, a, *rest = ctx.saved_tensors
+        num_adapters = sum(ctx.has_adapter)
+        b, frozen = rest[:num_adapters], rest[num_adapters:]
+        adapted = [gradient for gradient, adds in zip(upstream, ctx.has_adapter, strict=True) if adds]
+        low_rank_gradient = torch.cat([gradient @ factor for gradient, factor in zip(adapted, b, strict=True)], dim=1)
+        if ctx.scale != 1.0:
+            low_rank_gradient *= ctx.scale
+        a_gradient = low_rank_gradient.T @ drop(x, keep)
+        parts = zip(a_gradient.chunk(num_adapters), adapted, low_rank.chunk(num_adapters, dim=1), strict=True)
+        factor_gradients = [
+            factor.to(ctx.factor_dtype) for of_a, gradient, part in parts for factor in (of_a, gradient.T @ part)
+        ]
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            if weight_scales is None:
-                x_gradient = upstream @ to_dense(weight, upstream.dtype)
-            else:
-                x_gradient = multiply_fp8_back([upstream], [Fp8Weight(weight, weight_scales)])
+            x_gradient = _multiply_frozen_back(upstream, frozen)
             if keep is None:
-                x_gradient.addmm_(low_rank_gradient, lora_a)
+                x_gradient.addmm_(low_rank_gradient, a)
             else:
-                x_gradient.addcmul_(low_rank_gradient @ lora_a, keep.to(x.dtype))
-        return x_gradient, None, None, a_gradient, b_gradient, None, None, None
+                x_gradient.add_(drop(low_rank_gradient @ a, keep))
+        return x_gradient, None, None, None, *(None for _ in frozen), *factor_gradients
+
+
+def _multiply_frozen(x: Tensor, frozen: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Return x W^T for each of the weights, given as weight and scales of its 8-bit codes, or None, in turns."""
+    weights, scales = frozen[::2], frozen[1::2]
+    if scales[0] is None:
+        return tuple(x @ to_dense(weight, x.dtype).T for weight in weights)
+    return tuple(multiply_fp8(x, [Fp8Weight(*pair) for pair in zip(weights, scales, strict=True)]))
+
+
+def _multiply_frozen_back(upstream: Sequence[Tensor], frozen: Sequence[Tensor | None]) -> Tensor:
+    """Return the sum of each gradient times its weight."""
+    weights, scales = frozen[::2], frozen[1::2]
+    if scales[0] is not None:
+        return multiply_fp8_back(list(upstream), [Fp8Weight(*pair) for pair in zip(weights, scales, strict=True)])
+    x_gradient = upstream[0] @ to_dense(weights[0], upstream[0].dtype)
+    for gradient, weight in zip(upstream[1:], weights[1:], strict=True):
+        x_gradient.addmm_(gradient, to_dense(weight, gradient.dtype))
+    return x_gradient
 
 
 @torch.no_grad()

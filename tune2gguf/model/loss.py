@@ -6,6 +6,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from tune2gguf.model.lengths import pad_length
 
 IGNORED_LABEL = -100
 
@@ -50,6 +53,12 @@ def cross_entropy_of_supervised(hidden: Tensor, head_weight: Tensor, targets: Te
     return _ChunkedCrossEntropy.apply(hidden, head_weight, targets)
 
 
+def pad_rows(hidden: Tensor) -> Tensor:
+    """Return [n, dim] with zeros behind it on a CPU, for which every number of rows is another product."""
+    padding = pad_length(len(hidden)) - len(hidden) if hidden.device.type == "cpu" else 0
+    return functional.pad(hidden, (0, 0, 0, padding)) if padding else hidden
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The gradient of a chunk is taken while its logits are at hand, so that only [n, dim] is kept for backward."""
 
@@ -61,11 +70,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         num_positions = POSITIONS_PER_CHUNK[hidden.device.type]
         for start in range(0, targets.numel(), num_positions):
             chunk = slice(start, start + num_positions)
-            logits = hidden[chunk] @ head_weight.T
-            losses[chunk], logits_gradient = compute(logits, targets[chunk], with_gradient=gradient is not None)
+            rows = pad_rows(hidden[chunk])
+            logits = rows @ head_weight.T
+            own = logits[: len(targets[chunk])]
+            losses[chunk], own_gradient = compute(own, targets[chunk], with_gradient=gradient is not None)
             if gradient is not None:
-                gradient[chunk] = logits_gradient @ head_weight
-            del logits, logits_gradient  # before the next chunk's are there
+                gradient[chunk] = (logits @ head_weight)[: len(own)]  # the gradient stands where the logits were
+            del logits, own, own_gradient  # before the next chunk's are there
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -88,7 +99,7 @@ def _compute_plainly(logits: Tensor, targets: Tensor, *, with_gradient: bool) ->
         target = targets[block, None]
         losses[block] = -log_probabilities.gather(1, target).squeeze(1)
         if with_gradient:
-            probabilities = log_probabilities.exp_()
+            probabilities = torch.softmax(logits[block], dim=-1, dtype=torch.float32)  # faster than exp
             probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
             logits[block] = probabilities
     return losses, logits if with_gradient else None

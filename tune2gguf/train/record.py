@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
 from tune2gguf.distributed.world import describe_error
@@ -16,6 +15,9 @@ from tune2gguf.runs.curves import TrainingStep, Validation, read_curves
 from tune2gguf.runs.files import METRICS_FILE, SAMPLES_FILE, JsonLinesFile
 from tune2gguf.runs.samples import Sample
 from tune2gguf.verdict.conclude import conclude_run
+
+if TYPE_CHECKING:
+    from torchtune.training.metric_logging import MetricLoggerInterface
 
 NOTHING_RECORDED = {METRICS_FILE: 0, SAMPLES_FILE: 0}
 MAX_REPORT_SHARE = 0.05  # of the time of a run
