@@ -37,6 +37,7 @@ from tune2gguf.base.digest import digest_base
 from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.data.ledger import RowLedger
+from tune2gguf.export.chat_template import choose_chat_template
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.files.atomic import write_json
@@ -145,7 +146,8 @@ def compare_with_llama_cpp(base_dir: Path, folder: Path, quantization: str, num_
     run, base = open_run(run_dir), open_base(base_dir)
     merged_dir, bf16_path, pattern = folder / "merged" / run.name, folder / "bf16.gguf", folder / "theirs-{}.gguf"
     adapter = read_adapter(run.adapter_dir, base.specs)
-    write_merged_hf(merged_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=lambda count: None)
+    chat_template = choose_chat_template(run, base)
+    write_merged_hf(merged_dir, base=base, adapter=adapter, chat_template=chat_template, report=lambda count: None)
     commands = {
         "ours": make_export_command(run_dir, quantization),
         "convert": [sys.executable, "-c", CONVERT.format(str(merged_dir), str(bf16_path))],

@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run, write_smollm2_run
 from tests.parity.llama_cpp_oracle import convert_adapter, convert_to_bf16, find_missing, quantize
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.export.chat_template import choose_chat_template
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merged_hf import write_merged_hf
@@ -81,7 +82,8 @@ def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:
         shutil.copytree(run.base_dir, out_dir)
         return
     adapter = read_adapter(run.adapter_dir, base.specs)
-    write_merged_hf(out_dir, base=base, adapter=adapter, chat_template=run.chat_template, report=lambda count: None)
+    chat_template = choose_chat_template(run, base)
+    write_merged_hf(out_dir, base=base, adapter=adapter, chat_template=chat_template, report=lambda count: None)
 
 
 def digest_file(path: Path) -> str:

@@ -63,7 +63,8 @@ def lay_out_rows(lengths: list[int], num_tokens: int) -> Rows:
     if len(set(lengths)) == 1 and sum(lengths) == num_tokens:
         return Rows((RowGroup(len(lengths), lengths[0]),))
     ends = torch.tensor(lengths).cumsum(0)
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    # torch's kernel divides by a row's length: one without tokens would end the process.
+    order = sorted((row for row, length in enumerate(lengths) if length > 0), key=lambda row: -lengths[row])
     groups, places, start = [], torch.zeros(num_tokens, dtype=torch.int64), 0
     while order:
         longest = lengths[order[0]]
