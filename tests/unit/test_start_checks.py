@@ -95,11 +95,11 @@ def test_a_name_that_the_export_cannot_write_is_not_trained(name, said, run_argu
 
 
 def test_the_longest_name_that_can_be_exported_is_trained(run_arguments, tmp_path):
-    longest = "x" * (255 - len(".-adapter.gguf.00000000.unfinished"))
+    longest = "x" * (255 - len(".-base-Q8_0.gguf.00000000.unfinished"))
     check_config(load_config([*run_arguments, f"output_dir={tmp_path / longest}", "quantization=Q8_0"]))
-    check_name(tmp_path / f"{longest}-adapter.gguf")
+    check_name(tmp_path / f"{longest}-base-Q8_0.gguf")
     with pytest.raises(ValueError, match="too long"):
-        check_name(tmp_path / f"x{longest}-adapter.gguf")
+        check_name(tmp_path / f"x{longest}-base-Q8_0.gguf")
 
 
 def test_too_little_room_for_the_export_is_a_warning(run_arguments, monkeypatch):
