@@ -85,6 +85,7 @@ parts = [
         first_supervised=np.full(block, 50), digests=generator.integers(0, 256, (block, 16), dtype=np.uint8),
         problems=[], num_characters=1, num_text_tokens=1, role_counts={"user": block}, unit="line",
         lines_that_spell_special=[], format="openai", absent_columns={}, num_ended=0, unused_keys={},
+        num_stripped=0, has_tools=np.zeros(block, bool), lines_written_otherwise=[],
         system_prompts=[None], system_numbers=np.zeros(block, np.int64),
     )
     for start in range(0, num_rows, block)
