@@ -69,7 +69,7 @@ print(len(split["train"]) + len(split["test"]), lengths)
 
 # What the process that reads a file holds of its rows, whatever their text: index, selection and ledger of random rows.
 INDEX = """
-import resource, sys, time
+import sys, time
 import numpy as np
 from tune2gguf.data.columns import RowReader
 from tune2gguf.data.ledger import make_ledger
@@ -77,7 +77,8 @@ from tune2gguf.data.select import Limits, Role, Share, select_rows
 from tune2gguf.data.sources import DataSource
 from tune2gguf.data.tokenize import TOKEN_DTYPE, TokenIndex, TokenizedFile, TokenizedRows, join_indices
 num_rows, block, generator = int(sys.argv[1]), 1250, np.random.default_rng(0)
-measure = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+measure = lambda: next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is that of the imports
 before, started = measure(), time.process_time()
 parts = [
     TokenIndex(
