@@ -4,11 +4,12 @@ The reference is torchtune's layer with autograd; in float32, so that what diffe
 """
 
 import dataclasses
-from unittest import mock
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional
+from torchtune.modules import FeedForward
 
 from tests.conftest import INTERPRETS_TRITON, TINY_TIED
 from tune2gguf.model.architectures import Architecture
@@ -86,9 +87,10 @@ def compute_reference(layer, x: torch.Tensor, layout: Layout, dropouts: dict[str
     adapted = list_adapted(get_projections(layer))
     for name in adapted:
         get_projections(layer)[name].forward = drop_as_drawn(name)
-    # On a CPU projections of the same input share a mask.
-    with mock.patch("tune2gguf.model.layers.apply_linears", lambda x, linears: tuple(one(x) for one in linears)):
-        out = layer(x[None], mask=make_row_mask(layout.starts, 1, len(x)), input_pos=layout.positions[None])[0]
+    # Ours gives projections of the same input one mask on a CPU; torchtune's asks each.
+    layer.mlp.forward = partial(FeedForward.forward, layer.mlp)
+    out = layer(x[None], mask=make_row_mask(layout.starts, 1, len(x)), input_pos=layout.positions[None])[0]
+    del layer.mlp.forward
     for name in adapted:
         del get_projections(layer)[name].forward
     return out
