@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 if not INTERPRETS_TRITON:
     pytest.skip("with a CUDA device tests/gpu runs the kernels themselves", allow_module_level=True)
 
-from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, describe_layers, launch, pad_length, why_not_fused
+from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, cudnn, describe_layers, launch, pad_length, why_not_fused
 from tune2gguf.model.fused.attention import Layout
 from tune2gguf.model.fused.graphs import pad_rows
 from tune2gguf.model.fused.groups import get_projections, list_adapted
@@ -290,3 +290,16 @@ def test_what_keeps_a_run_from_the_fused_layers_is_said(changed, reason):
     assert describe_layers(obstacle, longest_row=500) == "layers: " + (
         "fused kernels" if reason is None else f"torchtune's, not the fused ones ({reason})"
     )
+
+
+@pytest.mark.parametrize(
+    "rows, longest, groups, fits",
+    [(8, 1024, 1, True), (2, 4096, 4, True), (1, 8192, 8, True), (1, 16384, 8, False)],
+)
+def test_cudnn_takes_the_heads_of_8b_in_groups_and_leaves_the_longest_rows(rows, longest, groups, fits):
+    """2 bytes x tokens x longest row x heads of a group are at most 512 MiB."""
+    q, k = (torch.empty(rows * longest, heads, 128, device="meta") for heads in (32, 8))
+    shape = cudnn.Shape.of(q, k, num_rows=rows, longest=longest, is_backward=True)
+    assert shape.groups == groups
+    assert cudnn.fits(q, k, num_rows=rows, longest=longest) == fits
+    assert cudnn.Shape.of(q, k, num_rows=rows, longest=longest, is_backward=False).groups == 1

@@ -36,9 +36,11 @@ class Layout:
     longest: int
     is_long: bool = False
 
-    @property
-    def takes_cudnn(self) -> bool:
-        return self.is_long and self.starts.is_cuda and cudnn.is_available()
+    def takes_cudnn(self, q: Tensor, k: Tensor) -> bool:
+        """Whether cuDNN attends: rows are long, and its backward would not take too much of the memory."""
+        if not (self.is_long and self.starts.is_cuda and cudnn.is_available()):
+            return False
+        return cudnn.fits(q, k, num_rows=len(self.starts) - 1, longest=self.longest)
 
     @cached_property
     def ragged_rows(self) -> dict[tuple[int, int, int], cudnn.RaggedRows]:
@@ -70,7 +72,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, tup
     """
     if not q.is_cuda:
         return _attend_densely(q, k, v, layout), ()
-    if layout.takes_cudnn:
+    if layout.takes_cudnn(q, k):
         out, stats = cudnn.attend(q, k, v, _lay_out_for_cudnn(layout, q, k), layout.longest)
         return out, (stats,)
     out, normalizers, random_state, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -88,7 +90,7 @@ def attend_back(
         with torch.enable_grad():
             again = _attend_densely(*leaves, layout)
         return torch.autograd.grad(again, leaves, gradient)
-    if layout.takes_cudnn:
+    if layout.takes_cudnn(q, k):
         rows = _lay_out_for_cudnn(layout, q, k)
         return cudnn.attend_back(gradient, q, k, v, out, *kept, rows, layout.longest)
     normalizers, random_state, unused = kept

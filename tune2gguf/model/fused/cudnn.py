@@ -8,7 +8,7 @@ does not offer that order, NVIDIA's package `nvidia-cudnn-frontend` does. Tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -18,10 +18,8 @@ from torch import Tensor
 
 MIN_ROW = 1024  # tokens of a pass's longest row: for less, building a plan takes longer than it saves
 # For its fixed order backward writes the gradient of every score, bf16 [tokens, heads, longest]. As many heads go at a
-# time as stay below this; it is less than what the layer's other half has just given back.
+# time as stay below this, which is less than what the MLP of 8B has just given back.
 BACKWARD_BYTES = 512 << 20
-
-
 MISSING = f"rows of {MIN_ROW} tokens and more are faster with cuDNN: pip install 'tune2gguf[cudnn]'"
 
 
@@ -55,10 +53,16 @@ class Shape:
     @classmethod
     def of(cls, q: Tensor, k: Tensor, *, num_rows: int, longest: int, is_backward: bool) -> Shape:
         longest, tokens = (1 << (number - 1).bit_length() for number in (longest, len(q)))
-        heads, kv_heads, groups = q.shape[1], k.shape[1], 1
-        while is_backward and 2 * tokens * longest * heads > groups * BACKWARD_BYTES and kv_heads % (2 * groups) == 0:
-            groups *= 2
-        return cls(num_rows, longest, heads, kv_heads, q.shape[2], tokens, groups)
+        heads, kv_heads = q.shape[1], k.shape[1]
+        shape = cls(num_rows, longest, heads, kv_heads, q.shape[2], tokens, groups=1)
+        while is_backward and shape.backward_bytes > BACKWARD_BYTES and kv_heads % (2 * shape.groups) == 0:
+            shape = replace(shape, groups=2 * shape.groups)
+        return shape
+
+    @property
+    def backward_bytes(self) -> int:
+        """What the gradients of a group's scores take."""
+        return 2 * self.tokens * self.longest * self.heads // self.groups
 
     def get_dim(self, heads: int) -> list[int]:
         return [self.rows, heads // self.groups, self.longest, self.head_dim]
@@ -192,6 +196,11 @@ class RaggedRows:
     def of(cls, starts: Tensor, q: Tensor, k: Tensor) -> RaggedRows:
         heads, dim = q.shape[1:]
         return cls(starts.diff(), starts * (heads * dim), starts * (k.shape[1] * dim), starts * heads)
+
+
+def fits(q: Tensor, k: Tensor, *, num_rows: int, longest: int) -> bool:
+    """Return whether backward stays within BACKWARD_BYTES; of the longest rows a few heads alone do not."""
+    return Shape.of(q, k, num_rows=num_rows, longest=longest, is_backward=True).backward_bytes <= BACKWARD_BYTES
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, longest: int) -> tuple[Tensor, Tensor]:
