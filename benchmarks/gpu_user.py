@@ -96,10 +96,9 @@ def make_our_command(
     return [*command, *(f"{key}={value}" for key, value in options.items())], out / "metrics.jsonl"
 
 
-def make_stock_command(
-    model: str, kind: str, base_dir: Path, rows: Path, out: Path, *, best: bool
-) -> tuple[list[str], Path]:
-    options = {
+def list_stock_options(base_dir: Path, rows: Path, out: Path) -> dict[str, object]:
+    """Return what torchtune's recipes get, so that rows, rank, layers and rows a step are ours."""
+    return {
         "output_dir": out,
         "model.lora_attn_modules": "[q_proj,k_proj,v_proj,output_proj]",
         "model.lora_rank": gpu.RANK,
@@ -115,15 +114,21 @@ def make_stock_command(
         "dataset.conversation_column": "messages",
         "dataset.conversation_style": "openai",
         "seed": 42,
-        "batch_size": ROWS_PER_STEP if best else 2,
-        "gradient_accumulation_steps": 1 if best else ROWS_PER_STEP // 2,
+        "batch_size": 2,
+        "gradient_accumulation_steps": ROWS_PER_STEP // 2,
         "epochs": 1,
         "optimizer.lr": LEARNING_RATE,
         "lr_scheduler.num_warmup_steps": WARMUP_STEPS,
-        "clip_grad_norm": 1.0,
         "metric_logger.filename": "log.txt",
     }
+
+
+def make_stock_command(
+    model: str, kind: str, base_dir: Path, rows: Path, out: Path, *, best: bool
+) -> tuple[list[str], Path]:
+    options = list_stock_options(base_dir, rows, out) | {"clip_grad_norm": 1.0}
     if best:
+        options |= {"batch_size": ROWS_PER_STEP, "gradient_accumulation_steps": 1}
         options |= {"compile": True, "enable_activation_checkpointing": False}
     command = ["tune", "run", "lora_finetune_single_device", "--config", f"{STOCK_CONFIGS[model]}_{kind}_single_device"]
     return [*command, *(f"{key}={value}" for key, value in options.items())], out / "logs/log.txt"

@@ -38,6 +38,7 @@ from functools import partial
 from pathlib import Path
 
 import gpu
+import gpu_user
 from make_rows import make_row
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -252,32 +253,8 @@ def describe_run(out: Path, moments: list[float], whole: float | None) -> dict:
 
 def run_stock(environment: dict, *, num_gpus: int, base: Path, rows: Path, timeout: int) -> dict | str:
     out = rows.parent / f"stock-{num_gpus}"
-    files = ",".join(sorted(path.name for path in base.glob("*.safetensors")))
-    options = {
-        "output_dir": out,
-        "model.lora_attn_modules": "[q_proj,k_proj,v_proj,output_proj]",
-        "model.lora_rank": gpu.RANK,
-        "model.lora_alpha": gpu.ALPHA,
-        "tokenizer.path": base / "original/tokenizer.model",
-        "tokenizer.max_seq_len": 2048,
-        "checkpointer.checkpoint_dir": base,
-        "checkpointer.checkpoint_files": f"[{files}]",
-        "save_adapter_weights_only": True,
-        "dataset._component_": "torchtune.datasets.chat_dataset",
-        "dataset.source": "json",
-        "dataset.data_files": rows,
-        "dataset.split": "train",
-        "dataset.conversation_column": "messages",
-        "dataset.conversation_style": "openai",
-        "seed": 42,
-        "batch_size": 2,
-        "gradient_accumulation_steps": ROWS_PER_GPU // 2,
-        "epochs": 1,
-        "max_steps_per_epoch": STOCK_STEPS + 5,
-        "optimizer.lr": 1e-4,
-        "lr_scheduler.num_warmup_steps": 10,
-        "metric_logger.filename": "log.txt",
-    }
+    options = gpu_user.list_stock_options(base, rows, out)
+    options |= {"tokenizer.max_seq_len": gpu_user.MAX_SEQ_LEN, "max_steps_per_epoch": STOCK_STEPS + 5}
     command = launch_tune(num_gpus, "lora_finetune_distributed", "llama3_1/8B_lora", options)
     # Not from the repository's root, where `tune` would find our recipes first.
     found = follow(
