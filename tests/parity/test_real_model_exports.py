@@ -44,7 +44,7 @@ def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess
 def test_the_real_model_is_proven(exported, run_dir):
     assert exported.endswith("proven: ids, losses and replies are within the limits\n")
     proof = json.loads((run_dir / "export" / "proof.json").read_text())
-    assert list(proof["steps"]) == ["base", "adapter", "merged bf16", "Q8_0", "F32"]
+    assert list(proof["steps"]) == ["base", "adapter", "merged bf16", "Q8_0", "F32", "Q8_0 + adapter"]
     assert proof["rows"] == 2
     replies = proof["served_by_llama_cpp"]["F32"]["replies"]
     assert "7" in replies[0]["reply"] and all(reply["ended_by_itself"] for reply in replies)
