@@ -148,12 +148,14 @@ def test_export_refuses_a_base_that_has_changed_since_the_run(run_arguments, tmp
 def measure_validation_loss(model, base_dir: Path, path: Path) -> float:
     import torch
 
-    from tune2gguf.data.tokenize import read_conversations
+    from tune2gguf.data.columns import RowReader
+    from tune2gguf.data.rows import read_rows
     from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(base_dir, chat_template="chatml")
     total, count = 0.0, 0
-    for _, conversation in read_conversations(str(path), format="auto"):
+    for row in read_rows(str(path)):
+        conversation = RowReader().read(row.value, format="openai")
         ids, supervised = tokenizer.encode_conversation(conversation.messages)
         log_probabilities = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
         for position in range(1, len(ids)):
