@@ -266,7 +266,7 @@ def estimate_peak(arguments) -> float:
         lora_attn_modules=tuple(ATTENTION),
         apply_lora_to_mlp=True,
         tokens_per_pass=arguments.batch * arguments.seq,
-        longest_row=arguments.seq,
+        longest_row=arguments.seq // ROWS_PER_SEQUENCE[getattr(arguments, "rows", "packs")],
         enable_activation_checkpointing=arguments.checkpointing,
         device_type="cuda",
         num_devices=getattr(arguments, "num_gpus", 1),

@@ -207,6 +207,7 @@ def run_ours(
         "dataset.validation_split": "null",
         "lora_dropout": 0.0,
         "scheduler": "constant",
+        "warmup_steps": 0,
         "gradient_accumulation_steps": rows_per_gpu // 2,
         "epochs": 1,
         "max_steps_per_epoch": steps,
@@ -328,7 +329,9 @@ def compare(results: dict[tuple[str, str, int], dict]) -> list[str]:
         stock = results.get((case, "stock", count), {})
         if "step_s" in stock:
             stock = {"tokens_per_second": found["tokens_per_step"] / stock["step_s"]}
-        same = results.get((case, f"alone, {ROWS_PER_GPU * count} rows a step", 1), alone if count > 1 else None)
+        # Packs are drawn from one seed on every rank, so that one GPU has the same ones; rows are dealt out.
+        packed = alone if count > 1 and "losses" not in found else None
+        same = results.get((case, f"alone, {ROWS_PER_GPU * count} rows a step", 1), packed)
         worst = ""
         if same is not None and side != "stock":
             keys = ("losses",) if "losses" in found else ("first_loss", "last_loss")

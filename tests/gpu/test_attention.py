@@ -27,6 +27,18 @@ def get_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize(("rows", "longest"), [(2, 1024), (9, 1024), (3, 2048), (1, 4096)])
+def test_what_cudnn_takes_for_backward_is_what_the_choice_counts(rows, longest):
+    if not cudnn.is_available():
+        pytest.skip(cudnn.MISSING)
+    q, k = (torch.empty(longest + rows - 1, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    shape = cudnn.Shape.of(q, k, num_rows=rows, longest=longest, is_backward=True)
+    graph, _ = cudnn.Plan(shape).backward
+    # Beside the gradients of the scores: float32 sums of dq, dk and dv, and of a row's products.
+    others = 3 * 4 * shape.rows * shape.longest * shape.heads // shape.groups * (shape.head_dim + 1)
+    assert shape.backward_bytes <= graph.get_workspace_size() <= 1.05 * (shape.backward_bytes + others)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kernel", ["flash", "cudnn", "cudnn, a few heads at a time"])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
@@ -35,8 +47,8 @@ def test_attention_equals_that_of_each_row_alone_and_repeats_its_bits(rows, kern
     if is_long and not cudnn.is_available():
         pytest.skip(cudnn.MISSING)
     if "few" in kernel:  # as many as share a head of keys
-        tokens, longest = (1 << (number - 1).bit_length() for number in (sum(rows), max(rows)))
-        monkeypatch.setattr(cudnn, "BACKWARD_BYTES", 2 * tokens * longest * HEADS // KV_HEADS)
+        longest = 1 << (max(rows) - 1).bit_length()
+        monkeypatch.setattr(cudnn, "BACKWARD_BYTES", 2 * len(rows) * longest**2 * HEADS // KV_HEADS)
     torch.manual_seed(0)
     starts = [sum(rows[:number]) for number in range(len(rows) + 1)]
     q, k, v, gradient = (

@@ -1,11 +1,14 @@
 """The fused layers compute what torchtune's layers compute: losses and every adapter gradient."""
 
+import gc
+
 import pytest
 import torch
 
 from tests.gpu.models import (
     CUDA,
     MARKS,
+    SMALL,
     compute,
     list_adapter,
     make_batch,
@@ -16,6 +19,8 @@ from tests.gpu.models import (
     pack,
     prepare,
 )
+from tune2gguf.machine.memory import RunSpec
+from tune2gguf.train.compiling import compile_kernels
 
 pytestmark = MARKS
 
@@ -71,3 +76,29 @@ def test_gradients_are_the_same_bits_each_time(small_base, is_packed):
     for other in others:
         assert torch.equal(first.losses, other.losses)
         assert all(torch.equal(gradient, other.gradients[name]) for name, gradient in first.gradients.items())
+
+
+@pytest.mark.parametrize("base_weights", ["bf16", "fp8", "nf4"])
+def test_kernels_that_are_compiled_ahead_leave_nothing_on_the_gpu(base_weights):
+    spec = RunSpec(
+        SMALL,
+        base_weights=base_weights,
+        dtype="bf16",
+        lora_rank=4,
+        lora_dropout=0.1,
+        lora_attn_modules=("q_proj", "v_proj"),
+        apply_lora_to_mlp=True,
+        longest_row=32,
+        tokens_per_pass=64,
+        enable_activation_checkpointing=False,
+        device_type="cuda",
+    )
+    torch.empty(1, device=CUDA)
+    gc.collect()
+    gc.disable()  # which would give a cycle's tensors back some time, if there were one
+    try:
+        before = torch.cuda.memory_allocated()
+        compile_kernels(spec, scaling=1.0, device=torch.device("cuda", 0))
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()

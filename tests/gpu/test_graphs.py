@@ -82,7 +82,7 @@ def test_few_graphs_serve_all_lengths_and_long_passes_have_none(small_base):
     for length in range(129, 250, 10):
         compute(model, pack(make_rows([length // 2, length - length // 2])))
     assert len(model.stack.graphs.captured) == 1
-    long = pack(make_rows([2000, 2000, 500]))
+    long = pack(make_rows([2000] * 4 + [600]))
     assert long.tokens.numel() > MAX_GRAPHED_TOKENS
     first, again = (compute(model, long) for _ in range(2))
     assert len(model.stack.graphs.captured) == 1

@@ -186,9 +186,10 @@ def test_dropout_of_a_pass_follows_torchs_seed():
 def test_passes_are_padded_to_few_lengths_and_rows():
     lengths = [pad_length(number) for number in range(1, MAX_GRAPHED_TOKENS + 1)]
     assert all(length >= number for number, length in enumerate(lengths, start=1))
-    assert len(set(lengths)) == 16 and max(lengths) == MAX_GRAPHED_TOKENS
-    assert [pad_length(number) for number in (1, 128, 1025, 2049, 4097)] == [128, 128, 1280, 2560, 4224]
-    assert [pad_rows(number) for number in (1, 2, 3, 4, 5, 6, 9, 10)] == [2, 2, 3, 5, 5, 9, 9, 17]
+    assert len(set(lengths)) == 24 and max(lengths) == MAX_GRAPHED_TOKENS
+    assert [pad_length(number) for number in (1, 128, 1025, 2049, 4097, 8193)] == [128, 128, 1280, 2560, 4608, 8320]
+    assert [pad_rows(number, has_padding=True) for number in (1, 2, 3, 4, 5, 8, 9)] == [2, 3, 5, 5, 9, 9, 17]
+    assert [pad_rows(number, has_padding=False) for number in (1, 2, 3, 4, 5, 8, 9)] == [1, 2, 4, 4, 8, 8, 16]
 
 
 def test_padding_of_a_pass_is_a_row_of_its_own_and_further_rows_are_empty():
@@ -202,8 +203,13 @@ def test_padding_of_a_pass_is_a_row_of_its_own_and_further_rows_are_empty():
     assert layout.starts.tolist() == [0, 1, 2, 6, 128, 128] and layout.starts.dtype == torch.int32
     long = torch.zeros(1, MAX_GRAPHED_TOKENS + 100, dtype=torch.long)
     starts = torch.tensor([0, 4000, MAX_GRAPHED_TOKENS + 100], dtype=torch.int32)
-    flat, layout = lay_out_pass(long, row_starts=starts, longest_row=4000, input_pos=long)
-    assert layout.starts.tolist() == [0, 4000, 4196, len(flat)] and layout.longest == 4000
+    flat, layout = lay_out_pass(long, row_starts=starts, longest_row=4292, input_pos=long)
+    assert layout.starts.tolist() == [0, 4000, 8292, len(flat)] and layout.longest == 4292
+    some = torch.zeros(1, 3000, dtype=torch.long)
+    for longest, bound in ((1023, 3072), (1500, 2048), (2049, 3072)):
+        starts = torch.tensor([0, longest, 3000], dtype=torch.int32)
+        _, layout = lay_out_pass(some, row_starts=starts, longest_row=longest, input_pos=some)
+        assert layout.longest == bound and layout.is_long == (longest >= 1024), "few bounds for graphs to share"
 
 
 def test_an_adapter_below_the_last_bit_breaks_no_ties():
@@ -297,7 +303,7 @@ def test_what_keeps_a_run_from_the_fused_layers_is_said(changed, reason):
     [(8, 1024, 1, True), (2, 4096, 4, True), (1, 8192, 8, True), (1, 16384, 8, False)],
 )
 def test_cudnn_takes_the_heads_of_8b_in_groups_and_leaves_the_longest_rows(rows, longest, groups, fits):
-    """2 bytes x tokens x longest row x heads of a group are at most 512 MiB."""
+    """2 bytes x rows x the longest one squared x heads of a group are at most 512 MiB."""
     q, k = (torch.empty(rows * longest, heads, 128, device="meta") for heads in (32, 8))
     shape = cudnn.Shape.of(q, k, num_rows=rows, longest=longest, is_backward=True)
     assert shape.groups == groups

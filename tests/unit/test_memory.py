@@ -259,7 +259,7 @@ def need(**changed) -> int:
         ),
         (
             need(enable_activation_checkpointing=True, tokens_per_pass=2048) - 1,
-            {"enable_activation_checkpointing": True, "enable_activation_offloading": True, "tokens_per_pass": 2048},
+            {"enable_activation_checkpointing": True, "enable_activation_offloading": True, "tokens_per_pass": 4096},
         ),
         (need(enable_activation_checkpointing=True, base_weights="nf4"), None),
         (10**9, None),
@@ -393,7 +393,7 @@ def test_estimates_for_a_gpu_are_within_a_tenth_of_the_peaks_measured_there():
             lora_rank=16,
             lora_dropout=0.0,
             tokens_per_pass=batch * row,
-            longest_row=row,
+            longest_row=row if "full" in name else row // 4,  # packs of four rows
             enable_activation_checkpointing="checkpointing" in name,
             device_type="cuda",
         )

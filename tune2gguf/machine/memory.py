@@ -115,9 +115,10 @@ def estimate_memory(spec: RunSpec) -> Estimate:
     dense = {tensor.tune_name: math.prod(tensor.shape) * BYTES[spec.dtype] for tensor in tensors}
     adapter = 4 * count_adapter_weights(spec)
     parts = spec.num_devices if spec.parallel == "shard" else 1
-    # Graphs write gradients to a place of their own, from which the parameters get a copy.
+    # Graphs write gradients to a place of their own, from which the parameters get a copy; and read and write passes.
     is_graphed = spec.is_fused and not spec.enable_activation_offloading
-    num_gradients = 2 if is_graphed and _count_tokens(spec) <= MAX_GRAPHED_TOKENS else 1
+    num_passed = 2 * min(_count_tokens(spec), MAX_GRAPHED_TOKENS) if is_graphed else 0
+    passed = num_passed * spec.architecture.embed_dim * BYTES[spec.dtype]
     split = {tensor.tune_name: weights[tensor.tune_name] for tensor in tensors if len(tensor.shape) > 1}
     # Sharded, the layer at work and the next one are gathered whole, and so is the embedding or the head.
     layer = sum(size for name, size in split.items() if name.startswith("layers.0."))
@@ -132,10 +133,10 @@ def estimate_memory(spec: RunSpec) -> Estimate:
         program=program,
         weights=resident,
         adapter=adapter,
-        gradients=num_gradients * adapter,
+        gradients=(1 + is_graphed) * adapter,
         optimizer=2 * adapter,
         activations=count_kept_activations(spec),
-        work=_count_work(spec) + gathered,
+        work=_count_work(spec) + passed + gathered,
         # Sharded, a layer, or the embedding, is on the device whole until it is complete and split.
         loading=program + resident + (on_host if spec.device_type == "cpu" else 0) + gathered + min(gathered, edge),
     )
@@ -238,12 +239,25 @@ def _count_work(spec: RunSpec) -> int:
     upstream = 2 * tokens * a.embed_dim * c
     if spec.is_fused:
         # The activation's product beside gate and up, which their gradients overwrite.
-        return max(loss, 2 * upstream + tokens * a.intermediate_dim * c + dense)
+        mlp = 2 * upstream + tokens * a.intermediate_dim * c + dense
+        return max(loss, mlp, _count_attention_work(spec))
     mlp = upstream + max(3 * tokens * a.intermediate_dim * c, tokens * a.intermediate_dim * c + dense)
     gaps = 0
     if spec.device_type == "cpu":
         gaps = LAYERS_IN_GAPS * sum(size for size in list_layer_activations(spec) if size < RETURNED_BYTES)
     return max(loss, mlp) + round(gaps)
+
+
+def _count_attention_work(spec: RunSpec) -> int:
+    """Return what backward of long rows takes, beyond what the layer's MLP has given back by then."""
+    from tune2gguf.model.fused import cudnn
+
+    if spec.longest_row < cudnn.MIN_ROW:
+        return 0
+    a, c, tokens = spec.architecture, BYTES[spec.dtype], _count_tokens(spec)
+    gradients = tokens * (2 * a.embed_dim + (a.num_heads + 2 * a.num_kv_heads) * a.head_dim) * c
+    gate_and_up = (a.intermediate_dim + a.intermediate_dim // 32) if spec.keeps_8_bits else a.intermediate_dim * c
+    return cudnn.BACKWARD_BYTES + gradients - 2 * tokens * gate_and_up
 
 
 def _count_fp8_work(spec: RunSpec, largest: int) -> int:

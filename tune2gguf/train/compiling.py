@@ -12,7 +12,7 @@ import torch
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.base.load import fill_model
 from tune2gguf.machine.memory import RunSpec
-from tune2gguf.model.llama import build_lora_llama, prepare_training
+from tune2gguf.model.llama import build_lora_llama
 
 NUM_LAYERS = 2  # the first layer's input needs no gradient, the others' do
 NUM_TOKENS = 256
@@ -36,7 +36,7 @@ def compile_kernels_meanwhile(spec: RunSpec, *, scaling: float, device: torch.de
 
 
 def compile_kernels(spec: RunSpec, *, scaling: float, device: torch.device) -> None:
-    """Run layers of the run's shape, without weights, forward and back. Draws no random numbers."""
+    """Run layers of the run's shape, of zeros, forward and back. Draws no random numbers, leaves nothing on the GPU."""
     from tune2gguf.model.fused.groups import GROUPS, SEEDS_PER_GROUP
     from tune2gguf.model.fused.launch import cross_entropy
     from tune2gguf.model.fused.layer import run_layer
@@ -54,8 +54,6 @@ def compile_kernels(spec: RunSpec, *, scaling: float, device: torch.device) -> N
             apply_lora_to_mlp=spec.apply_lora_to_mlp,
             max_seq_len=NUM_TOKENS,
         )
-    checkpointing = spec.enable_activation_checkpointing
-    prepare_training(model, compile=False, enable_activation_checkpointing=checkpointing, fuse=True)
     weights = (
         (one.tune_name, torch.zeros(one.shape, dtype=torch.bfloat16, device=device)) for one in list_tensors(shape)
     )
@@ -66,7 +64,7 @@ def compile_kernels(spec: RunSpec, *, scaling: float, device: torch.device) -> N
     hidden = torch.zeros(NUM_TOKENS, shape.embed_dim, dtype=torch.bfloat16, device=device)
     for number, layer in enumerate(model.decoder.layers):
         one = seeds[number] if spec.lora_dropout > 0 else None
-        hidden = run_layer(layer, hidden, layout=layout, seeds=one, checkpointing=checkpointing)
+        hidden = run_layer(layer, hidden, layout=layout, seeds=one, checkpointing=spec.enable_activation_checkpointing)
     hidden.backward(torch.zeros_like(hidden))
     logits = torch.zeros(2, spec.architecture.vocab_size, dtype=torch.bfloat16, device=device)
     targets = torch.zeros(2, dtype=torch.long, device=device)

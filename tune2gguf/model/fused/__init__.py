@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from tune2gguf.model.architectures import Architecture
 
 NO_TRITON = "Triton is not installed"
-MAX_GRAPHED_TOKENS = 4096  # of a pass; for more a GPU computes longer than its kernels take to launch
+MAX_GRAPHED_TOKENS = 8192  # of a pass; for more a GPU computes longer than its kernels take to launch
 MAX_RANK = 128  # of an adapter whose tiles fit into a multiprocessor's memory
 MAX_HEAD_TILE = 128 * 128  # the same of a head's dimension times the rank, padded to a power of two
 MAX_HEAD_DIM = 256  # of flash attention
@@ -37,7 +37,7 @@ def why_not_fused(
 
 
 def pad_length(num_tokens: int) -> int:
-    """Return the length that a pass is padded to: 16 different ones up to MAX_GRAPHED_TOKENS."""
+    """Return the length that a pass is padded to: 24 different ones up to MAX_GRAPHED_TOKENS."""
     step = 128 if num_tokens <= 1024 or num_tokens > MAX_GRAPHED_TOKENS else 256 if num_tokens <= 2048 else 512
     return max(1, -(-num_tokens // step)) * step
 

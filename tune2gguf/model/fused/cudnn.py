@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 MIN_ROW = 1024  # tokens of a pass's longest row: for less, building a plan takes longer than it saves
-# For its fixed order backward writes the gradient of every score, bf16 [tokens, heads, longest]. As many heads go at a
-# time as stay below this, which is less than what the MLP of 8B has just given back.
+# For its fixed order backward writes the gradient of every score, bf16 [rows, longest, heads, longest]. As many heads
+# go at a time as stay below this.
 BACKWARD_BYTES = 512 << 20
 MISSING = f"rows of {MIN_ROW} tokens and more are faster with cuDNN: pip install 'tune2gguf[cudnn]'"
 
@@ -62,7 +62,7 @@ class Shape:
     @property
     def backward_bytes(self) -> int:
         """What the gradients of a group's scores take."""
-        return 2 * self.tokens * self.longest * self.heads // self.groups
+        return 2 * self.rows * self.longest**2 * self.heads // self.groups
 
     def get_dim(self, heads: int) -> list[int]:
         return [self.rows, heads // self.groups, self.longest, self.head_dim]
@@ -199,7 +199,7 @@ class RaggedRows:
 
 
 def fits(q: Tensor, k: Tensor, *, num_rows: int, longest: int) -> bool:
-    """Return whether backward stays within BACKWARD_BYTES; of the longest rows a few heads alone do not."""
+    """Return whether backward stays within BACKWARD_BYTES: not of the longest rows, nor of a long one among many."""
     return Shape.of(q, k, num_rows=num_rows, longest=longest, is_backward=True).backward_bytes <= BACKWARD_BYTES
 
 

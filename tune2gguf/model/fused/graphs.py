@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from tune2gguf.model.sharding import ShardedBase
 
 MAX_GRAPHED_ROWS = 257
-MAX_GRAPHS = 32  # kinds of passes; each takes some MB of a GPU for the list of its kernels
+MAX_GRAPHS = 64  # kinds of passes; each takes some MB of a GPU for the list of its kernels
 
 
-def pad_rows(num_rows: int) -> int:
+def pad_rows(num_rows: int, *, has_padding: bool) -> int:
     """Return the number of rows that a pass is padded to: a power of two, and one for the padding's tokens."""
-    return 1 + (1 << max(0, num_rows - 2).bit_length())
+    return (1 << (num_rows - 1).bit_length()) + has_padding
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Kind:
 
     length: int
     num_starts: int
+    longest: int  # bound on the rows
     is_long: bool
     trains: bool
     drops: bool
@@ -68,6 +69,9 @@ class LayerGraphs:
         self._longest = 0
         self._passes: list[tuple[Tensor, Pass]] = []
         self._sharded: ShardedBase | None = None
+        self._hidden: Tensor | None = None  # what goes into the layers, [longest, dim]
+        self._out: Tensor | None = None  # what comes out, and then its gradient
+        self._positions: Tensor | None = None
         self.number_of_passes = 0  # a pass that is not the last one cannot go back any more
 
     def run(
@@ -90,9 +94,17 @@ class LayerGraphs:
         if len(hidden) > MAX_GRAPHED_TOKENS:
             self._leave_room(len(hidden))
             return None
-        kind = Kind(len(hidden), len(layout.starts), layout.is_long, torch.is_grad_enabled(), seeds is not None)
+        kind = Kind(
+            len(hidden),
+            len(layout.starts),
+            layout.longest,
+            layout.is_long,
+            trains=torch.is_grad_enabled(),
+            drops=seeds is not None,
+        )
         if kind not in self._met or hidden.requires_grad or kind.num_starts > MAX_GRAPHED_ROWS + 1:
             self._met.add(kind)
+            self._leave_room(kind.length)
             return None
         if kind not in self.captured:
             self._capture(kind, hidden, weights)
@@ -131,8 +143,10 @@ class LayerGraphs:
             self._allocate(hidden, weights)
         if kind.length > self._longest or len(self.captured) >= MAX_GRAPHS:
             self.drop()
-        self._longest = max(self._longest, kind.length)
-        layout = Layout(self._positions[: kind.length], self._starts[: kind.num_starts], kind.length, kind.is_long)
+            self._longest = kind.length
+            self._hidden, self._out = torch.zeros(2, *hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            self._positions = torch.zeros(kind.length, dtype=torch.int64, device=hidden.device)
+        layout = Layout(self._positions[: kind.length], self._starts[: kind.num_starts], kind.longest, kind.is_long)
         if self._sharded is not None:
             self._sharded.begin_graph(backward=False)
         torch.cuda.synchronize()
@@ -149,12 +163,8 @@ class LayerGraphs:
         self._pool_bytes += torch.cuda.memory_reserved() - before
 
     def _allocate(self, hidden: Tensor, weights: list[Tensor]) -> None:
-        """Make what graphs read and write. What backward takes lies where forward has left its result."""
-        device, dim = hidden.device, hidden.shape[1]
-        self._hidden, self._out = (
-            torch.zeros(MAX_GRAPHED_TOKENS, dim, dtype=hidden.dtype, device=device) for _ in range(2)
-        )
-        self._positions = torch.zeros(MAX_GRAPHED_TOKENS, dtype=torch.int64, device=device)
+        """Make what graphs of all lengths read and write."""
+        device = hidden.device
         self._starts = torch.zeros(MAX_GRAPHED_ROWS + 1, dtype=torch.int32, device=device)
         shape = (len(self.stack.layers), len(GROUPS), SEEDS_PER_GROUP)
         self._seeds = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -213,6 +223,7 @@ class LayerGraphs:
         """Forget all graphs and give their memory back; kinds that come again are captured again."""
         torch.cuda.synchronize()
         self.captured.clear()
+        self._hidden = self._out = self._positions = None
         self._pool, self._pool_bytes, self._longest = torch.cuda.graph_pool_handle(), 0, 0
         torch.cuda.empty_cache()
 

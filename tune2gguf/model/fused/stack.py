@@ -57,14 +57,19 @@ def lay_out_pass(
     is_graphed = length <= MAX_GRAPHED_TOKENS
     missing_rows = int(missing > 0)
     if is_graphed or is_long:  # passes of few kinds, for which graphs are captured and plans are built
-        missing_rows = pad_rows(num_rows + missing_rows) - num_rows
+        missing_rows = pad_rows(num_rows, has_padding=missing > 0) - num_rows
     layout = Layout(
         positions=functional.pad(input_pos.flatten(), (0, missing)),
         starts=functional.pad(row_starts, (0, missing_rows), value=length),
-        longest=length if is_graphed else max(longest_row, missing),
+        longest=_round_longest(length, longest_row, is_long=is_long) if is_graphed else max(longest_row, missing),
         is_long=is_long,
     )
     return functional.pad(tokens.flatten(), (0, missing)), layout
+
+
+def _round_longest(length: int, longest_row: int, *, is_long: bool) -> int:
+    """Return a bound on the rows of a pass that many passes share; of short rows all of a length share one."""
+    return min(length, 1 << (longest_row - 1).bit_length()) if is_long else length
 
 
 class FusedStack:
