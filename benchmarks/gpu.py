@@ -112,11 +112,12 @@ def make_stock(arguments, device: str):
     import torch
     from torchtune import training
     from torchtune.models import llama3_1, llama3_2
-    from torchtune.modules import TransformerSelfAttentionLayer
+    from torchtune.modules import TransformerSelfAttentionLayer, common_utils
     from torchtune.modules.attention_utils import packed_block_causal_mask
     from torchtune.modules.loss import CEWithChunkedOutputLoss
     from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
+    assert common_utils.NF4Tensor.__module__.startswith("torchao"), "torchtune's own 4-bit weights, not this package's"
     builders = {"1b": llama3_2.lora_llama3_2_1b, "3b": llama3_2.lora_llama3_2_3b, "8b": llama3_1.lora_llama3_1_8b}
     with training.set_default_dtype(torch.bfloat16), torch.device(device):
         model = builders[arguments.model](
@@ -148,7 +149,7 @@ def make_stock(arguments, device: str):
 def make_peft(arguments, device: str):
     import peft
 
-    # peft refuses the torchao that torchtune needs, although plain LoRA has no use for it.
+    # peft refuses the torchao that stock torchtune needs beside it, although plain LoRA has no use for it.
     import peft.tuners.lora.torchao as peft_torchao
     import torch
     import transformers

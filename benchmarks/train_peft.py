@@ -17,7 +17,7 @@ from tune2gguf.model.loss import IGNORED_LABEL
 
 def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
     """Return the base with an adapter on every linear layer of the decoder; PEFT keeps the adapter in float32."""
-    # PEFT refuses the torchao that torchtune needs, although plain LoRA has no use for it.
+    # PEFT refuses the torchao that torchtune's own recipe needs beside it, although plain LoRA has no use for it.
     import peft.tuners.lora.torchao as peft_torchao
 
     peft_torchao.is_torchao_available = lambda: False

@@ -54,6 +54,17 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture(scope="session")
+def peft():
+    """peft as it is; skipped where it refuses an old torchao that somebody else has installed."""
+    peft = pytest.importorskip("peft")
+    try:
+        peft.import_utils.is_torchao_available()
+    except ImportError as error:
+        pytest.skip(str(error))
+    return peft
+
+
 def write_tiny_tokenizer(base_dir: Path) -> None:
     """Train a byte-level BPE of 384 tokens on a few sentences, with the ChatML tokens last."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers

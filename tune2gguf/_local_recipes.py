@@ -5,6 +5,7 @@ on sys.path. tune2gguf.pth imports this module at every start of Python, so it m
 what is loaded anyway.
 """
 
+import builtins
 import os
 import sys
 from importlib import import_module
@@ -33,19 +34,27 @@ class LocalRecipes:
 
 
 class LeanTorchtune:
-    """A meta path finder for the name `torchtune` where our recipe runs: its parts are imported when they are used.
+    """A meta path finder for torchtune: its parts are imported when they are used, and it gets our NF4 for torchao's.
 
-    torchtune imports all of them at once, and with its data sets `datasets` and pandas: a fifth of the time that a run
-    takes to start.
+    torchtune imports all of its parts at once, and with its data sets `datasets` and pandas: a fifth of the time that a
+    run takes to start. Of torchao it needs names that later ones have moved, and peft refuses those that have them.
+    Only torchtune is answered for torchao, where it serves this package or has no torchao that it could import.
     """
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name != "torchtune" or not _runs_our_recipe():
+    is_needed = None  # until torchtune is imported; the same for all of its parts
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] != "torchtune":
             return None
-        found = PathFinder.find_spec(name)
-        if found is None:
-            return None
+        if name == "torchtune":
+            cls.is_needed = _needs_lean_torchtune()
+        found = PathFinder.find_spec(name, path) if cls.is_needed else None
+        if found is None or found.loader is None:
+            return found
+        if name != "torchtune":
+            found.loader = WithoutTorchao(found.loader)
+            return found
         spec = ModuleSpec(name, LeanTorchtune, origin=found.origin, is_package=True)
         spec.submodule_search_locations = found.submodule_search_locations
         spec.has_location = True
@@ -63,6 +72,36 @@ class LeanTorchtune:
             return import_module(f"torchtune.{name}")
 
         module.__getattr__ = get_part
+
+
+def _needs_lean_torchtune() -> bool:
+    if _runs_our_recipe() or any(name.startswith("tune2gguf.") and name != __name__ for name in sys.modules):
+        return True
+    torchao = PathFinder.find_spec("torchao")
+    return torchao is None or not os.path.isfile(os.path.join(os.path.dirname(torchao.origin), "dtypes/nf4tensor.py"))
+
+
+class WithoutTorchao:
+    """A module's loader beside which `import torchao` in that module means tune2gguf.model.torchao_names."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__builtins__ = {**vars(builtins), "__import__": _import_for_torchtune}
+        self._loader.exec_module(module)
+
+
+def _import_for_torchtune(name, *context, **named_context):
+    if name.partition(".")[0] == "torchao":
+        return import_module("tune2gguf.model.torchao_names")
+    return builtins.__import__(name, *context, **named_context)
 
 
 sys.meta_path[:0] = [LocalRecipes, LeanTorchtune]

@@ -16,27 +16,18 @@ from tune2gguf.model.architectures import read_architecture
 BF16_STEP = 2**-8  # rounding to nearest is off by at most half a step of 2^-7
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _peft_without_torchao():
-    """peft refuses the torchao that torchtune needs, although plain LoRA has no use for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
-        yield
-
-
 @pytest.fixture(scope="module")
 def run_dir(tiny_base, tmp_path_factory) -> Path:
     return write_run(tiny_base, tmp_path_factory.mktemp("runs") / "tiny", chat_template="chatml")
 
 
 @pytest.fixture(scope="module")
-def peft_weights(tiny_base, run_dir) -> dict[str, np.ndarray]:
+def peft_weights(tiny_base, run_dir, peft) -> dict[str, np.ndarray]:
     """What peft merges, by Hugging Face's names."""
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, run_dir / "last").merge_and_unload()
+    merged = peft.PeftModel.from_pretrained(model, run_dir / "last").merge_and_unload()
     return {name: tensor.numpy() for name, tensor in merged.state_dict().items()}
 
 
@@ -122,8 +113,7 @@ def test_rope_factors_are_those_of_transformers(tiny_base, gguf_weights):
     assert len(set(compute_rope_factors(architecture).tolist())) > 1
 
 
-def test_merged_folder_gives_the_logits_of_peft(run_dir, tiny_base, tmp_path):
-    from peft import PeftModel
+def test_merged_folder_gives_the_logits_of_peft(run_dir, tiny_base, tmp_path, peft):
     from transformers import AutoModelForCausalLM
 
     from tests.parity.make_gguf_digests import write_hf_folder
@@ -133,7 +123,7 @@ def test_merged_folder_gives_the_logits_of_peft(run_dir, tiny_base, tmp_path):
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
         plain = base(tokens).logits
-        expected = PeftModel.from_pretrained(base, run_dir / "last")(tokens).logits
+        expected = peft.PeftModel.from_pretrained(base, run_dir / "last")(tokens).logits
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens).logits
     spread = expected.std()
     assert (found - expected).std() < 0.02 * spread, "weights differ by the rounding to bfloat16 only"

@@ -18,7 +18,6 @@ from tune2gguf.distributed.world import start_world
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.loss import IGNORED_LABEL
-from tune2gguf.model.nf4 import dequantize_nf4_tensor
 
 BATCH, SEQ = 4, 24
 
@@ -76,7 +75,7 @@ def run_plain_decoder(model: CausalLM, tokens: torch.Tensor) -> torch.Tensor:
 
     def compute(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
         is_dense = type(layer.weight) is torch.nn.Parameter and layer.weight.dtype == torch.float32
-        weight = layer.weight if is_dense else dequantize_nf4_tensor(layer.weight, torch.float32)
+        weight = layer.weight if is_dense else layer.weight.dequantize(torch.float32)
         return x @ weight.T + layer.scaling * x @ layer.lora_a.weight.T @ layer.lora_b.weight.T
 
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]

@@ -50,12 +50,9 @@ def test_the_real_model_is_proven(exported, run_dir):
     assert "7" in replies[0]["reply"] and all(reply["ended_by_itself"] for reply in replies)
 
 
-def test_the_real_merged_folder_gives_the_logits_of_peft(exported, run_dir, monkeypatch):
-    from peft import PeftModel
+def test_the_real_merged_folder_gives_the_logits_of_peft(exported, run_dir, peft):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # peft refuses the torchao that torchtune needs, although plain LoRA has no use for it.
-    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
     merged_dir = run_dir / "export" / f"{run_dir.name}-merged"
     tokens = AutoTokenizer.from_pretrained(merged_dir).apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -63,7 +60,7 @@ def test_the_real_merged_folder_gives_the_logits_of_peft(exported, run_dir, monk
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(run_dir.parent / "base", dtype=torch.float32)
         plain = base(tokens).logits
-        expected = PeftModel.from_pretrained(base, run_dir / "last")(tokens).logits
+        expected = peft.PeftModel.from_pretrained(base, run_dir / "last")(tokens).logits
         found = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=torch.float32)(tokens).logits
     rounding, effect = (found - expected).std(), (plain - expected).std()
     assert rounding < 0.1 * effect, "the merged weights differ by their rounding; the adapter's effect is the control"

@@ -14,6 +14,7 @@ from tune2gguf.base.bnb4bit import QUANTIZATION_CONFIG, encode_nf4, list_nf4_ten
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.lora import LoRALinear, to_dense
 from tune2gguf.model.nf4 import quantize_nf4
+from tune2gguf.model.nf4_tensor import pack_nf4
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def test_nf4_layer_computes_with_its_dequantized_weight():
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     exact = layer.weight.data
-    layer.weight = torch.nn.Parameter(quantize_nf4(exact).to_torchao(), requires_grad=False)
+    layer.weight = torch.nn.Parameter(pack_nf4(quantize_nf4(exact)), requires_grad=False)
     x = torch.randn(5, 64, requires_grad=True)
     dense = to_dense(layer.weight, torch.float32)
     expected = x @ dense.T + layer.lora_b(layer.lora_a(x))
@@ -49,7 +50,7 @@ def test_run_on_nf4_learns_close_to_a_bf16_run(run_arguments, nf4_arguments, tmp
 
 
 def test_base_that_is_4_bit_already_gives_the_run_of_quantizing_on_load(nf4_arguments, tmp_path, monkeypatch):
-    """bitsandbytes' codes go into torchao's tensor as they are; only the scales' own 8 bits differ."""
+    """bitsandbytes' codes go into the model as they are; only the scales' own 8 bits differ."""
     # Rows of whole 64-blocks, so that the query's and key's rows can change places without being quantized anew.
     wide = Architecture(**{**vars(TINY_TIED), "embed_dim": 64, "head_dim": 16, "intermediate_dim": 128})
     dense_dir = write_tiny_base(tmp_path / "dense", wide, dtype=torch.bfloat16)

@@ -114,11 +114,8 @@ def test_training_lowers_the_validation_loss_and_best_is_its_lowest(run_argument
     assert len(losses) == 7
 
 
-def test_saved_adapter_gives_the_trained_logits_in_peft(run_arguments, tiny_base, tmp_path, monkeypatch):
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    transformers = pytest.importorskip("transformers")
-    # peft refuses the torchao that torchtune needs, although plain LoRA has no use for it.
-    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+def test_saved_adapter_gives_the_trained_logits_in_peft(run_arguments, tiny_base, tmp_path, monkeypatch, peft):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     run_recipe([*run_arguments, "epochs=3", "learning_rate=0.02"], monkeypatch)
     folder = tmp_path / "runs/tiny"
     base = transformers.LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)

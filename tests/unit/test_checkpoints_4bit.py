@@ -130,21 +130,22 @@ def test_other_quantization_is_refused(base_dir, changed, said):
 LOAD_AND_MEASURE = """
 import sys
 from pathlib import Path
-import torchao.dtypes.nf4tensor
+import torch
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
+from tune2gguf.model.nf4_tensor import pack_nf4
 
 def read_peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 base, model, size, largest = open_base(sys.argv[1]), {}, 0, []
-quantize_nf4(__import__("torch").ones(64, 64)).to_torchao()  # what the first call loads is not the model's
+pack_nf4(quantize_nf4(torch.ones(64, 64)))  # what the first call loads is not the model's
 before = read_peak()
 for name, weight in base.iterate_tensors():
     if base.specs[name].is_linear:
         largest.append(0 if isinstance(weight, Nf4Weight) else weight.nbytes)
-        weight = (weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight)).to_torchao()
+        weight = pack_nf4(weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight))
         size += sum(getattr(weight, part).nbytes for part in weight.__tensor_flatten__()[0])
     else:
         size += weight.nbytes

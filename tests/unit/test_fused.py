@@ -14,7 +14,8 @@ from torchtune.modules import FeedForward
 from tests.conftest import INTERPRETS_TRITON, TINY_TIED
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.llama import CausalLM, build_lora_llama, make_row_mask, prepare_training
-from tune2gguf.model.nf4 import dequantize_nf4_tensor, quantize_nf4
+from tune2gguf.model.nf4 import quantize_nf4
+from tune2gguf.model.nf4_tensor import pack_nf4
 
 pytest.importorskip("triton")
 if not INTERPRETS_TRITON:
@@ -267,10 +268,10 @@ def test_cross_entropy_and_its_gradient_are_torchs(monkeypatch):
 
 
 def test_dequantized_nf4_is_that_of_the_cpu_bit_for_bit():
-    weight = quantize_nf4(torch.randn(64, 320, generator=torch.Generator().manual_seed(0))).to_torchao()
-    parts = (weight.quantized_data, weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean)
-    found = launch.dequantize_nf4(*parts, weight.nf4.float(), dtype=torch.float32)
-    assert torch.equal(found.view(64, 320), dequantize_nf4_tensor(weight, torch.float32))
+    weight = pack_nf4(quantize_nf4(torch.randn(64, 320, generator=torch.Generator().manual_seed(0))))
+    parts = (weight.codes, weight.scales, weight.factors, weight.offset, weight.table)
+    found = launch.dequantize_nf4(*parts, dtype=torch.float32)
+    assert torch.equal(found.view(64, 320), weight.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize(

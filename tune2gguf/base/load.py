@@ -15,6 +15,7 @@ from tune2gguf.model.fp8 import quantize_weight
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
+from tune2gguf.model.nf4_tensor import pack_nf4
 
 # An 8-bit base is the bf16 base with its layers' matrices quantized.
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -60,8 +61,7 @@ def fill_model(
         if sender is not None and _choose_device(model, name, device, base_weights) == device:
             weight = sender.send(weight)  # before it is quantized: a GPU is faster at that, too
         if base_weights == "nf4" and _is_layer_matrix(decoder, name):
-            weight = weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight)
-            weight = weight.to_torchao()
+            weight = pack_nf4(weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight))
         elif base_weights == "fp8" and _is_layer_matrix(decoder, name):
             # On the device: a GPU quantizes a layer in the time that the next one takes to arrive.
             if isinstance(weight, Nf4Weight):

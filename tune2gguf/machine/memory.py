@@ -17,7 +17,7 @@ from tune2gguf.model.lengths import LONGEST_SHORT_ROW
 from tune2gguf.model.lengths import pad_length as pad_length_on_cpu
 
 BYTES = {"bf16": 2, "fp32": 4}
-# Of torchao's tensor: half a byte of code, a byte of scale for 64 weights, a float32 factor for 256 scales.
+# Of an Nf4Tensor: half a byte of code, a byte of scale for 64 weights, a float32 factor for 256 scales.
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Measured: Python with torch, torchtune and datasets; and what a tokenizer takes for each token of its vocabulary.
 PROGRAM_BYTES = 480_000_000

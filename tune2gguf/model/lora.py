@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4
 
 from tune2gguf.model.fp8 import Fp8Weight, multiply_fp8, multiply_fp8_back
-from tune2gguf.model.nf4 import dequantize_nf4_tensor
+from tune2gguf.model.nf4_tensor import Nf4Tensor, multiply_nf4
 
 # By their size in bytes.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,7 +52,7 @@ class LoRALinear(nn.Module):
 
 
 def _apply_frozen(x: Tensor, weight: Tensor) -> Tensor:
-    return linear_nf4(x, weight) if isinstance(weight, NF4Tensor) else functional.linear(x, weight)
+    return multiply_nf4(x, weight) if isinstance(weight, Nf4Tensor) else functional.linear(x, weight)
 
 
 def draw_keep_mask(x: Tensor, dropout: float) -> Tensor:
@@ -82,7 +81,7 @@ def drop(x: Tensor, keep: Tensor | None) -> Tensor:
 
 def to_dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a base weight as a plain tensor: NF4 is dequantized, any other stays as it is."""
-    return dequantize_nf4_tensor(weight, dtype) if isinstance(weight, NF4Tensor) else weight
+    return weight.dequantize(dtype) if isinstance(weight, Nf4Tensor) else weight
 
 
 def apply_linears(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:

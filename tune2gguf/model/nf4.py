@@ -1,6 +1,6 @@
-"""NF4: 4-bit codes with one scale for 64 weights (QLoRA, https://arxiv.org/abs/2305.14314), and torchao's tensor of it.
+"""NF4: 4-bit codes with one scale for 64 weights (QLoRA, https://arxiv.org/abs/2305.14314).
 
-All arithmetic is float32. Two codes share a byte as in bitsandbytes and torchao: the first in the high nibble.
+All arithmetic is float32. Two codes share a byte as in bitsandbytes: the first in the high nibble.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_SIZE = 64  # weights with one scale
-SCALER_BLOCK_SIZE = 256  # scales with one factor, in torchao's tensor
 LOOKUP_CELLS = 4096
 CHUNK_WEIGHTS = 1 << 18  # float32 temporaries of 1 MB stay in the cache of a core
 GPU_CHUNK_WEIGHTS = 1 << 24  # of 64 MB: a GPU wants few kernels
@@ -53,7 +51,9 @@ class Nf4Weight:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense weight: value of the code times scale, computed in float32 and rounded once to dtype."""
         table = get_nf4_table(self.codes.device)
-        return _dequantize(self.codes, self.scales, table, self.shape, self.scales.dtype if dtype is None else dtype)
+        return dequantize_codes(
+            self.codes, self.scales, table, self.shape, self.scales.dtype if dtype is None else dtype
+        )
 
     def reorder_rows(self, reorder: Callable[[Tensor], Tensor]) -> Nf4Weight:
         """Return the weight with `reorder` applied to its rows, which must hold whole blocks.
@@ -66,40 +66,6 @@ class Nf4Weight:
             raise ValueError(f"rows of {num_columns} weights do not hold whole blocks, so that their order is fixed")
         codes, scales = (reorder(part.view(num_rows, -1)).flatten() for part in (self.codes, self.scales))
         return Nf4Weight(codes, scales, self.shape)
-
-    def to_torchao(self) -> Tensor:
-        """Return torchao's NF4Tensor with exactly these codes; only the scales are quantized anew, to 8 bits.
-
-        The tensor calls itself float32, so that torchao's own arithmetic does not round scales and table to bfloat16;
-        its size does not depend on that. For normal weights the new scales add an error of 0.14 % of the weights' root
-        mean square, less than rounding to bfloat16 does (0.15 %), to the 9.2 % that NF4 itself costs.
-        """
-        import torch
-        from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs
-
-        num_blocks = self.scales.numel()
-        block_size = math.prod(self.shape) // num_blocks
-        # Smaller weights than real models have need smaller scaler blocks; torchao wants them to fit exactly.
-        scaler_block_size = math.gcd(num_blocks, SCALER_BLOCK_SIZE)
-        mean = self.scales.double().mean().float()  # whose bits do not depend on who adds
-        deviations = (self.scales - mean).view(-1, scaler_block_size)
-        largest = deviations.abs().amax(dim=1)
-        # 127, not torchao's 128: the largest deviation would be cut. A block without deviations has no factor.
-        factors = torch.where(largest > 0, 127 / largest, torch.ones_like(largest))
-        quantized_scales = (deviations * factors.unsqueeze(1)).round_().to(torch.int8).flatten()
-        strides = torch.empty(self.shape, device="meta").stride()
-        meta = SubclassTensorArgs(torch.Size(self.shape), strides, 0, torch.float32, self.codes.device, False)
-        return NF4Tensor(
-            meta,
-            block_size,
-            num_blocks,
-            scaler_block_size,
-            quantized_scales,
-            factors,
-            mean,
-            self.codes,
-            get_nf4_table(self.codes.device),
-        )
 
 
 def get_nf4_table(device: torch.device | None = None) -> Tensor:
@@ -165,25 +131,10 @@ def find_nearest_codes(scaled: Tensor, lower_codes: Tensor, next_bounds: Tensor)
     return codes.add_((scaled > next_bounds.index_select(0, cells)).view(torch.uint8))
 
 
-def dequantize_nf4_tensor(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a torchao NF4Tensor as a dense tensor, as its own `.to(dtype)` does but without full-size temporaries."""
-    if weight.quantized_data.is_cuda and find_spec("triton") is not None:
-        from tune2gguf.model.fused.launch import dequantize_nf4
-
-        return dequantize_nf4(
-            weight.quantized_data,
-            weight.quantized_scalers,
-            weight.quantization_factor,
-            weight.scaler_mean,
-            weight.nf4.float(),
-            dtype=dtype,
-        ).view(weight.shape)
-    deviations = weight.quantized_scalers.view(-1, weight.scaler_block_size) / weight.quantization_factor.unsqueeze(1)
-    scales = deviations.flatten() + weight.scaler_mean
-    return _dequantize(weight.quantized_data, scales, weight.nf4.float(), tuple(weight.shape), dtype)
-
-
-def _dequantize(codes: Tensor, scales: Tensor, table: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def dequantize_codes(
+    codes: Tensor, scales: Tensor, table: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Return a dense weight of this shape: value of the code times scale, without full-size temporaries on a CPU."""
     import torch
 
     dense = torch.empty(math.prod(shape), dtype=dtype, device=codes.device)

@@ -20,7 +20,6 @@ _REPORTED_PACKAGES = (
     "tune2gguf",
     "torch",
     "torchtune",
-    "torchao",
     "triton",
     "nvidia-cudnn-frontend",
     "tokenizers",

@@ -337,7 +337,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, *, with_gradi
 def dequantize_nf4(
     codes: Tensor, scales: Tensor, factors: Tensor, mean: Tensor, table: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
-    """Return a flat weight from torchao's parts: codes uint8, two in each, int8 scales, float32 factors and mean."""
+    """Return a flat weight from an Nf4Tensor's parts."""
     num_codes = codes.numel()
     out = torch.empty(2 * num_codes, dtype=dtype, device=codes.device)
     kernels._dequantize_nf4_kernel[(triton.cdiv(num_codes, CODES_PER_PROGRAM),)](
