@@ -9,9 +9,9 @@ are supervised: the hardest case for this package, which skips the head for all 
 every side; `unsloth offloaded` is Unsloth's default, which keeps what is checkpointed in the host's memory. 4-bit bases
 always run with it. Every case is a process of its own: some steps to warm up and compile, then the median of the timed
 steps. Model-FLOP utilization counts 4 N floating point operations a token (2 N forward, 2 N backward through frozen
-weights; attention and adapters not counted) against the device's dense bf16 peak. Needs torch, torchtune 0.6.1,
-torchao 0.13; transformers and peft for their side; for Unsloth a folder of its packages (train_unsloth.py says which)
-and one with bases: MODEL/ of scripts/make_random_base.py.
+weights; attention and adapters not counted) against the device's dense bf16 peak. Needs torch, torchtune 0.6.1, torchao
+0.13 for the stock side; transformers and peft for theirs; for Unsloth a folder of its packages (train_unsloth.py says
+which) and one with bases: MODEL/ of scripts/make_random_base.py.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class LeanTorchtune:
         if found is None or found.loader is None:
             return found
         if name != "torchtune":
-            found.loader = WithoutTorchao(found.loader)
+            found.loader = LeanLoader(found.loader)
             return found
         spec = ModuleSpec(name, LeanTorchtune, origin=found.origin, is_package=True)
         spec.submodule_search_locations = found.submodule_search_locations
@@ -81,8 +81,12 @@ def _needs_lean_torchtune() -> bool:
     return torchao is None or not os.path.isfile(os.path.join(os.path.dirname(torchao.origin), "dtypes/nf4tensor.py"))
 
 
-class WithoutTorchao:
-    """A module's loader beside which `import torchao` in that module means tune2gguf.model.torchao_names."""
+class LeanLoader:
+    """A loader of torchtune's modules in which `import torchao` means tune2gguf.model.torchao_names.
+
+    Nor does torchtune call the compiler for its flex attention, which this package does not use: on a GPU it would be
+    imported at every start.
+    """
 
     def __init__(self, loader):
         self._loader = loader
@@ -96,6 +100,8 @@ class WithoutTorchao:
     def exec_module(self, module):
         module.__builtins__ = {**vars(builtins), "__import__": _import_for_torchtune}
         self._loader.exec_module(module)
+        if module.__name__ == "torchtune.utils._import_guard":
+            module._SUPPORTS_FLEX_ATTENTION = False
 
 
 def _import_for_torchtune(name, *context, **named_context):

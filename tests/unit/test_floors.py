@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-FLOORS = ["tokenizer files pages guide commands", "model", "data base", "runs machine", "export verdict distributed"]
+FLOORS = ["files pages guide commands", "tokenizer", "model", "data base", "runs machine", "export verdict distributed"]
 FLOOR = {r: n for n, rs in enumerate([*FLOORS, "config report serve", "train sweep inspect_data"]) for r in rs.split()}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.tokenizer_files import find_llama3_tokenizer, load_llama3, write_smollm2_tokenizer
 from tune2gguf.data import Message
-from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
+from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json, read_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import LLAMA3_1
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, find_tokenizer_file, load_tokenizer
 
@@ -199,6 +199,22 @@ def test_tokenizer_json_made_from_tokenizer_model_is_the_published_file():
     content = make_llama3_tokenizer_json(find_llama3_tokenizer())
     text = json.dumps(content, indent=2, ensure_ascii=False)
     assert hashlib.sha256(text.encode()).hexdigest() == PUBLISHED_SHA256
+
+
+def test_tokenizer_json_is_made_once_and_anew_where_the_kept_one_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "tokenizer.model"
+    source.write_bytes(b"YQ== 0\nYg== 1\nYWI= 2\n")  # a, b, ab
+    made = json.loads(read_llama3_tokenizer_json(source))
+    assert made == make_llama3_tokenizer_json(source) and made["model"]["merges"] == [["a", "b"]]
+    (kept,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("tune2gguf.tokenizer.llama3._read_ranks", None)  # cannot be made again
+        assert json.loads(read_llama3_tokenizer_json(source)) == made
+    kept.write_text(kept.read_text().replace('"ab": 2', '"ab": 3'))
+    assert json.loads(read_llama3_tokenizer_json(source)) == made
+    source.write_bytes(b"YQ== 0\nYg== 1\nYmE= 2\n")
+    assert json.loads(read_llama3_tokenizer_json(source))["model"]["merges"] == [["b", "a"]]
 
 
 @pytest.mark.parametrize("place", ["tokenizer.json", "tokenizer.model", "original/tokenizer.model"])

@@ -1,4 +1,4 @@
-"""torchtune gets the names that it imports of torchao from this package, and nobody else does."""
+"""torchtune gets the names that it imports of torchao from this package, nobody else does, and it starts lean."""
 
 import os
 import subprocess
@@ -54,6 +54,21 @@ print(torchao.kind)
 @pytest.mark.parametrize("kind", [NEWEST, OLD])
 def test_a_users_own_import_finds_the_torchao_that_torchtune_did_not_get(torchao_of, kind):
     assert run_python(OURS_FIRST, path=torchao_of(kind)) == f"False tune2gguf.model.nf4_tensor\n{kind}"
+
+
+ON_A_GPU = """
+import torch
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *device: (9, 0)
+torch.compile = lambda *args, **kwargs: print("called")
+import tune2gguf.model.lora
+from torchtune.modules import attention_utils
+print(attention_utils.__name__)
+"""
+
+
+@pytest.mark.slow
+def test_the_compiler_is_not_called_for_an_attention_that_is_not_used():
+    assert run_python(ON_A_GPU) == "torchtune.modules.attention_utils"
 
 
 NO_TORCHAO = """

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
+from contextlib import suppress
 from pathlib import Path
+
+from tune2gguf.files.atomic import write_text
+from tune2gguf.files.cache import get_cache_dir
 
 # The pattern in Meta's published tokenizer of Llama 3.
 LLAMA3_PATTERN = (
@@ -26,6 +32,28 @@ _LLAMA3_SPECIAL_TOKENS = {
     9: "<|eot_id|>",
     10: "<|python_tag|>",
 }
+
+
+def read_llama3_tokenizer_json(path: str | Path) -> str:
+    """Return the text of the tokenizer.json that is made below, kept in the cache folder for the next start.
+
+    Raises:
+        ValueError: as make_llama3_tokenizer_json
+    """
+    entry = get_cache_dir() / "tokenizers" / f"{_digest(Path(path).read_bytes())}.json"
+    with suppress(OSError, ValueError):  # nothing there, or nothing that can be read
+        digest, text = entry.read_text(encoding="utf-8").split("\n", maxsplit=1)
+        if digest == _digest(text.encode()):
+            return text
+    text = json.dumps(make_llama3_tokenizer_json(path), ensure_ascii=False)
+    with suppress(OSError):  # a cache that cannot be written to costs time only
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_text(entry, f"{_digest(text.encode())}\n{text}")
+    return text
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def make_llama3_tokenizer_json(path: str | Path) -> dict:
@@ -119,10 +147,15 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return every pair of tokens that makes up a token, by the rank of the whole, then of its left and right part."""
     merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(left, right) for left, right in pairs if left in ranks and right in ranks]
-        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    for token in ranks:  # in the order of their ranks
+        pairs = [
+            (left, right)
+            for cut in range(1, len(token))
+            if (left := token[:cut]) in ranks and (right := token[cut:]) in ranks
+        ]
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += pairs
     return merges
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tune2gguf.tokenizer.conversation import Message
-from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
+from tune2gguf.tokenizer.llama3 import read_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def _load_backend(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
     if path.suffix == ".model":
-        return Tokenizer.from_str(json.dumps(make_llama3_tokenizer_json(path)))
+        return Tokenizer.from_str(read_llama3_tokenizer_json(path))
     try:
         text = path.read_text(encoding="utf-8")
         backend = Tokenizer.from_str(text)

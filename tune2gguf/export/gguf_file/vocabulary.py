@@ -5,6 +5,7 @@ What is written, and in which order, follows llama.cpp's converter (MIT: convers
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from types import NoneType
 from gguf import TokenType
 
 from tune2gguf.files.json_files import JsonObject, read_json
-from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, make_llama3_tokenizer_json
+from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, read_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file, looks_special
 
@@ -59,7 +60,7 @@ def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_template: Cha
     """
     base_dir = Path(base_dir)
     source = find_tokenizer_file(base_dir)
-    tokenizer = read_json(source) if source.suffix == ".json" else make_llama3_tokenizer_json(source)
+    tokenizer = read_json(source) if source.suffix == ".json" else json.loads(read_llama3_tokenizer_json(source))
     tokenizer_config, hf_config = (read_if_there(base_dir / name) for name in ("tokenizer_config.json", "config.json"))
     with _explain_structure(source):
         pre = _identify_pre_tokenizer(tokenizer, source)
