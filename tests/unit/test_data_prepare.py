@@ -271,12 +271,23 @@ def test_damaged_files_and_bad_rows_are_in_one_error_even_where_bad_rows_are_dro
 
 
 def test_long_list_of_problems_is_shortened_and_counted(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text("{}\n" * 500)
+    rows = [{f"column{number}": "x"} for number in range(30)]
+    rows[29:] = [{"Frage": "x", "Antwort": "y", "Seite": "z"}] * 471
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError) as error:
         chat_dataset(f"{tmp_path}/a.jsonl", tokenizer=tokenizer, max_seq_len=100, seed=1)
     lines = str(error.value).splitlines()
     assert len(lines) == 22
-    assert lines[20] == "and 480 more"
+    assert lines[20] == "and 480 more rows"
+
+
+def test_rows_with_the_same_fault_are_one_line_with_a_way_out(tmp_path, tokenizer):
+    (tmp_path / "a.csv").write_text("Frage,Antwort,Seite\n" + "x,y,z\n" * 471)
+    with pytest.raises(ValueError) as error:
+        chat_dataset(f"{tmp_path}/a.csv", tokenizer=tokenizer, max_seq_len=100, seed=1)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    assert "'dataset.columns={prompt: Frage, completion: Antwort}'; the same in 470 more, up to line 472" in lines[0]
 
 
 def test_data_without_a_row_to_train_on_is_refused(tmp_path, tokenizer):

@@ -43,6 +43,10 @@ def describe_misfit(row: Mapping[str, Any], required_keys: Mapping[str, Sequence
     known = "; ".join(f"{name}: {', '.join(required)}" for name, required in required_keys.items())
     overrides = suggest_overrides(row)
     way_out = f"; to read them: {format_way(overrides)}" if overrides else ""
+    texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
+    if not overrides and len(texts) > 1:
+        columns = {"dataset.columns": dict(zip(("prompt", "completion"), texts, strict=False))}
+        way_out = f"; say which of them prompt and reply are, as in {format_way(columns)}"
     return f"its keys ({keys}) fit no format ({known}){way_out}"
 
 

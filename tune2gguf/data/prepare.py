@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tune2gguf.data.ledger import RowLedger, make_ledger
 from tune2gguf.data.packing import PackedRows, pack_rows
-from tune2gguf.data.select import Limits, Role, Selection, find_smallest_split, select_rows
+from tune2gguf.data.select import Dropped, Limits, Role, Selection, find_smallest_split, select_rows
 from tune2gguf.data.sources import DataSource, find_source_problems, list_sources
 from tune2gguf.data.token_cache import tokenize_once
 from tune2gguf.data.tokenize import TokenizedFile, TokenizedRows
@@ -170,9 +171,10 @@ def _require_good_rows(selection: Selection, file_problems: list[str], *, on_bad
     faulty = [row for row in selection.dropped if (on_long_row if row.kind == "long" else on_bad_row) == "error"]
     if not faulty and not file_problems:
         return
-    lines = [*file_problems, *(f"{row.source}: {row.reason}" for row in faulty[:MAX_PROBLEMS_SHOWN])]
-    if len(faulty) > MAX_PROBLEMS_SHOWN:
-        lines.append(f"and {len(faulty) - MAX_PROBLEMS_SHOWN} more")
+    groups = [list(rows) for _, rows in groupby(faulty, key=lambda row: (row.source.file, row.reason))]
+    lines = [*file_problems, *(_describe_faulty(rows) for rows in groups[:MAX_PROBLEMS_SHOWN])]
+    if len(groups) > MAX_PROBLEMS_SHOWN:
+        lines.append(f"and {sum(map(len, groups[MAX_PROBLEMS_SHOWN:]))} more rows")
     if any(row.kind != "long" for row in faulty):
         lines.append("Correct these rows, or leave them out with dataset.on_bad_row=drop")
     if any(row.kind == "nothing supervised" for row in faulty):
@@ -208,3 +210,10 @@ def _require_rows(selection: Selection, files: Sequence[TokenizedFile], roles: S
             f"dataset.validation_split={fraction} holds out none of the {len(selection.train)} rows; "
             f"from {find_smallest_split(files, seed)} on it holds out one (or name validation_files)"
         )
+
+
+def _describe_faulty(rows: Sequence[Dropped]) -> str:
+    """Return what is wrong with rows of a file that follow each other and have the same fault."""
+    first, last = rows[0], rows[-1]
+    same = "" if len(rows) == 1 else f"; the same in {len(rows) - 1} more, up to {last.source.unit} {last.source.line}"
+    return f"{first.source}: {first.reason}{same}"
