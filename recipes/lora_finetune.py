@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tune2gguf.base.load import load_base
 from tune2gguf.base.source import name_base
-from tune2gguf.commands import format_command
+from tune2gguf.commands import format_script
 from tune2gguf.config import (
     build_component,
     build_metric_logger,
@@ -349,7 +349,7 @@ class LoRAFinetuneRecipe:
                 check_learned(self.folder)
         self._save_adapter("last")
         if self.world.is_main:
-            print(f"wrote {self.folder}; its GGUF: {format_command('python', 'scripts/export.py', self.folder)}")
+            print(f"wrote {self.folder}; its GGUF: {format_script('export', self.folder)}")
             print("\n".join([*self.progress.describe_end(self.cfg.epochs), *self.record.conclude()]))
         wait_for_all()
         stop_world()

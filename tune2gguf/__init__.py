@@ -7,3 +7,12 @@ import os
 # the user says stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def __getattr__(name: str):
+    # Late: tune2gguf.pth imports this package at every start of Python.
+    if name in ("ask", "export_run", "run_recipe"):
+        from tune2gguf import scripting
+
+        return getattr(scripting, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

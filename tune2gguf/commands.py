@@ -1,4 +1,4 @@
-"""Commands: overrides as users type them, and commands as they are printed, quoted for YAML and the shell."""
+"""Commands: what there are, overrides as users type them, and commands as printed, quoted for YAML and the shell."""
 
 from __future__ import annotations
 
@@ -13,6 +13,25 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+# What `tune2gguf COMMAND` is called, and the module in tune2gguf/cli/ and the file in scripts/ that it is.
+SUBCOMMANDS = {
+    "ls": "ls",
+    "cp": "cp",
+    "download": "download",
+    "inspect": "inspect_data",
+    "estimate": "estimate_memory",
+    "run": "run",
+    "sweep": "sweep",
+    "report": "report",
+    "compare": "compare_runs",
+    "export": "export",
+    "show": "show_result",
+    "chat": "chat",
+}
+RECIPE = "recipes/lora_finetune.py"
+_ROOT = Path(__file__).parent
+_SHIPPED = (RECIPE, "configs/*/*.yaml", "examples/quickstart/*.yaml", "examples/quickstart/*.jsonl")
 
 # Keys that hold a path, or a list of them.
 PATH_KEYS = (
@@ -37,6 +56,24 @@ TEXTS_KEYS = ("dataset.files", "dataset.validation_files")
 def expand_path(text: str) -> Path:
     """Return a path that was typed; shells leave the ~ of --key=~/x and key=~/x as it is."""
     return Path(os.path.expanduser(text))
+
+
+def find_shipped(name: str) -> Path:
+    """Return a file that comes with the package: beside its modules in a wheel, in the checkout otherwise."""
+    inside = _ROOT / "shipped"
+    return (inside if inside.is_dir() else _ROOT.parent) / name
+
+
+def list_shipped() -> list[Path]:
+    """Return the files that come with the package, as find_shipped and `tune2gguf cp` take them."""
+    root = find_shipped("")
+    return [path.relative_to(root) for pattern in _SHIPPED for path in sorted(root.glob(pattern))]
+
+
+def find_config(text: str) -> Path:
+    """Return the path of a config that was typed; one that is not there may be the name of one of the package's."""
+    path = expand_path(text)
+    return find_shipped(text) if not path.exists() and Path(text) in list_shipped() else path
 
 
 def read_override(text: str, *, is_text: bool) -> Any:
@@ -86,6 +123,22 @@ def _is_quoted(text: str) -> bool:
 def format_command(*words: object) -> str:
     """Return a command for the shell; a Path that would be taken for something else gets its ./"""
     return shlex.join(_protect(word) if isinstance(word, Path) else str(word) for word in words)
+
+
+def format_script(name: str, *words: object) -> str:
+    """Return the command of scripts/NAME.py, from where the checkout is the working directory, else of tune2gguf."""
+    if os.path.isfile(RECIPE):
+        return format_command("python", f"scripts/{name}.py", *words)
+    subcommand = next(subcommand for subcommand, module in SUBCOMMANDS.items() if module == name)
+    return format_command("tune2gguf", subcommand, *words)
+
+
+def format_run(*words: object, num_processes: int = 1) -> str:
+    """Return the command of a run, through torchtune's `tune` where the checkout is the working directory."""
+    processes = ["--nproc_per_node", str(num_processes)] if num_processes > 1 else []
+    if os.path.isfile(RECIPE):
+        return format_command("tune", "run", *processes, RECIPE, *words)
+    return format_command("tune2gguf", "run", *processes, *words)
 
 
 def format_overrides(overrides: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from omegaconf import OmegaConf
 
-from tune2gguf.commands import format_command, format_overrides
+from tune2gguf.commands import RECIPE, find_shipped, format_overrides, format_script
 from tune2gguf.config import check_config, read_config
 from tune2gguf.data.sources import holds_rows_out
 from tune2gguf.report.compare import format_groups, group_runs, write_comparison
@@ -115,7 +115,7 @@ def _is_finished(run_dir: Path, config: DictConfig) -> bool:
 
 def _run_recipe(arguments: Sequence[str], log: TextIO) -> int:
     """Return the exit code of a run. SIGTERM and Ctrl-C are handed on to it, and end the sweep when it has saved."""
-    command = [sys.executable, "recipes/lora_finetune.py", *arguments]
+    command = [sys.executable, str(find_shipped(RECIPE)), *arguments]
     # In a session of its own Ctrl-C reaches the run once, from here; a second signal would end it unsaved.
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     received: list[int] = []
@@ -147,5 +147,5 @@ def rank_points(points: Sequence[Point]) -> str:
         raise ValueError(f"{folder}: no run has a validation loss; see the logs there")
     page = write_comparison(groups, folder / "comparison.html")
     best = min(ranked, key=lambda run: run.curves.best.loss)
-    command = format_command("python", "scripts/export.py", Path(shorten_path(best.run_dir)))
+    command = format_script("export", Path(shorten_path(best.run_dir)))
     return f"{format_groups(groups)}\npage: {page}\nbest: {best.name}\nnext: {command}"

@@ -158,7 +158,8 @@ def read_words(words: list[str]):
 def test_printed_commands_run_as_they_are_printed(name, tmp_path, monkeypatch, run_in_shell):
     """Advice, the larger model, the way on from what exists or is damaged, export: each with this name."""
     monkeypatch.chdir(tmp_path)
-    Path("configs").symlink_to(REPOSITORY / "configs")
+    for folder in ("configs", "recipes"):  # as in the checkout
+        Path(folder).symlink_to(REPOSITORY / folder)
     run_dir = Path(name)
     run_dir.mkdir()
     files = [f"{name}.jsonl", "plain.jsonl"]
@@ -210,7 +211,6 @@ def test_no_command_is_put_together_by_hand():
     found = []
     for path in [
         *REPOSITORY.glob("tune2gguf/**/*.py"),
-        *REPOSITORY.glob("scripts/*.py"),
         *REPOSITORY.glob("recipes/*.py"),
     ]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -265,10 +265,11 @@ def test_paths_expand_the_home_folder_under_every_key(monkeypatch, tmp_path):
     assert logged == str(tmp_path / "log")
 
 
-@pytest.mark.parametrize("script", sorted(REPOSITORY.glob("scripts/*.py")), ids=lambda path: path.name)
-def test_paths_of_scripts_expand_the_home_folder(script):
-    text = script.read_text()
-    assert "type=Path" not in text and text.count("expand_path") > 1
+@pytest.mark.parametrize("command", sorted(REPOSITORY.glob("tune2gguf/cli/[a-z]*.py")), ids=lambda path: path.name)
+def test_paths_of_commands_expand_the_home_folder(command):
+    text = command.read_text()
+    assert "type=Path" not in text
+    assert command.stem == "ls" or len(re.findall("expand_path|find_config", text)) > 1
 
 
 def test_what_the_environment_says_is_kept_for_later_readers(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ _TORCHTUNE_REASONS = {
     "log_level": "there is one level",
     "log_peak_memory_stats": "the peak is in every line of metrics.jsonl",
     "shuffle": "the order of the rows follows from seed",
-    "save_adapter_weights_only": "only the adapter is saved; scripts/export.py merges it",
+    "save_adapter_weights_only": "only the adapter is saved; the export merges it",
     "optimizer_in_bwd": "the adapter's optimizer is small",
     "tokenizer.max_seq_len": "set max_seq_len",
     "dataset.train_on_input": "only the assistant's replies are supervised",

@@ -18,6 +18,7 @@ from tune2gguf.base.digest import RECORD_FILE
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.base.source import parse_base_source, read_source
+from tune2gguf.commands import format_script
 from tune2gguf.config.plan import find_plan_problems
 from tune2gguf.data import check_files
 from tune2gguf.data.rows import is_hub, read_rows
@@ -101,7 +102,8 @@ def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> It
         return
     base_dir = Path(valid["base_dir"])
     if not base_dir.is_dir():
-        yield f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config … (and your overrides)"
+        command = f"{format_script('download')} --config … (and your overrides)"
+        yield f"no base model in {base_dir}. Get it with:\n  {command}"
         return
     yield from _find_error(find_tokenizer_file, base_dir)
     yield from _find_error(read_source, base_dir)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
 from tune2gguf.base.source import read_source
-from tune2gguf.commands import format_command
+from tune2gguf.commands import format_script
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.chat_template import choose_chat_template
 from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization
@@ -301,7 +301,7 @@ def find_newest_gguf(run: Run) -> Path:
     """
     served = [path for path, _ in list_served(run)]
     if not served:
-        command = format_command("python", "scripts/export.py", run.run_dir)
+        command = format_script("export", run.run_dir)
         raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  {command}")
     return max(served, key=lambda path: path.stat().st_mtime)
 
@@ -314,7 +314,7 @@ def find_adapter_files(run: Run) -> tuple[Path, Path]:
     """
     modelfile = run.export_dir / _ADAPTER_MODELFILE
     if not modelfile.is_file():
-        command = format_command("python", "scripts/export.py", run.run_dir, "--adapter-gguf")
+        command = format_script("export", run.run_dir, "--adapter-gguf")
         raise ValueError(f"{run.export_dir} has no adapter as a GGUF yet. First:\n  {command}")
     return tuple(run.export_dir / _read_served_name(modelfile, command) for command in ("FROM", "ADAPTER"))
 

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.commands import format_command
+from tune2gguf.commands import format_run
 from tune2gguf.data.ledger import locate_row
 from tune2gguf.files.atomic import write_text
 from tune2gguf.guide import GUIDE_PARAMETERS
@@ -149,8 +149,7 @@ def _make_command(run: Run, *more: str) -> str:
     if not arguments:
         return ""
     kept = [argument for argument in arguments if not argument.startswith("resume=")]
-    processes = ["--nproc_per_node", str(run.num_processes)] if run.num_processes > 1 else []
-    return format_command("tune", "run", *processes, "recipes/lora_finetune.py", *kept, *more)
+    return format_run(*kept, *more, num_processes=run.num_processes)
 
 
 def _list_tiles(run: Run) -> Iterator[tuple[str, str, str]]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tune2gguf.commands import format_script
 from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.llama3 import read_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
@@ -233,7 +234,7 @@ def find_tokenizer_file(base_dir: str | Path) -> Path:
         ValueError: if there is none
     """
     if not Path(base_dir).is_dir():
-        raise ValueError(f"no base model in {base_dir}. Get it with:\n  python scripts/download.py --config …")
+        raise ValueError(f"no base model in {base_dir}. Get it with:\n  {format_script('download')} --config …")
     for name in TOKENIZER_FILES:
         if (Path(base_dir) / name).is_file():
             return Path(base_dir) / name

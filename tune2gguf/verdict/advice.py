@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.commands import format_command, format_overrides, format_value
+from tune2gguf.commands import format_overrides, format_run, format_script, format_value
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.runs.curves import Curves
 from tune2gguf.runs.verdict_file import Advice, Verdict
@@ -243,7 +243,7 @@ def _are_equal(first: Any, second: Any) -> bool:
 
 
 def _advise_export(situation: Situation, reason: str) -> Advice:
-    return Advice(format_command("python", "scripts/export.py", Path(situation.run_dir)), {}, reason, ITERATING)
+    return Advice(format_script("export", Path(situation.run_dir)), {}, reason, ITERATING)
 
 
 def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
@@ -260,7 +260,7 @@ def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
     changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
     train = _write_run(path, {**changes, "output_dir": situation.free_dirs[0]}, situation.num_processes)
     reason = f"if it does not answer well enough, the next larger model: {larger}, with its own rate"
-    download = format_command("python", "scripts/download.py", "--config", path)
+    download = format_script("download", "--config", path)
     yield Advice(f"{download} && {train}", changes, reason, CHOOSING)
 
 
@@ -271,6 +271,4 @@ def _write_command(changes: Mapping[str, Any], situation: Situation, output_dir:
 
 
 def _write_run(config_path: Path, overrides: Mapping[str, Any], num_processes: int) -> str:
-    processes = ["--nproc_per_node", str(num_processes)] if num_processes > 1 else []
-    words = ["tune", "run", *processes, "recipes/lora_finetune.py", "--config", config_path]
-    return format_command(*words, *format_overrides(overrides))
+    return format_run("--config", config_path, *format_overrides(overrides), num_processes=num_processes)

@@ -1,0 +1,137 @@
+"""Export a run: merge its adapter into the base, write GGUF, Modelfile and model card to the run's export folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tune2gguf.commands import expand_path
+from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.export.merge_choice import MERGE_BASES
+from tune2gguf.export.modelfile import DEFAULT_TEMPERATURE
+from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
+from tune2gguf.runs.files import PROOF_FILE
+from tune2gguf.runs.proof import ProofRecord
+from tune2gguf.serve.ollama import Ollama, ask_as_proven, check_ollama_name, find_ollama, format_answers
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Exit code 1 where the proof fails. A run without validation rows is exported, said to be not proven, "
+        "and not handed to Ollama.",
+    )
+    parser.add_argument("run", type=expand_path, help="folder of a finished run, such as runs/quickstart")
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        action="extend",
+        metavar="TYPE",
+        help=f"one or more of {', '.join(QUANTIZATIONS)}; default: the run's own",
+    )
+    parser.add_argument("--adapter", choices=("best", "last"), help="default: best where there is one, else last")
+    parser.add_argument(
+        "--adapter-gguf",
+        action="store_true",
+        help="also write the adapter as a GGUF, the base it is applied to, in the first type, and Modelfile-adapter",
+    )
+    parser.add_argument("--merged-hf", action="store_true", help="also write the merged model as a Hugging Face folder")
+    parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
+    parser.add_argument(
+        "--merge-base",
+        choices=MERGE_BASES,
+        help="after 4-bit training; default: the one with the lower validation loss",
+    )
+    parser.add_argument(
+        "--original-base",
+        type=expand_path,
+        metavar="DIR",
+        help="the 16-bit weights of a 4-bit base; default: beside it",
+    )
+    parser.add_argument(
+        "--ollama",
+        metavar="NAME",
+        help="make the model in Ollama, and ask it the proof's questions; only if it is proven, or with --proof-rows 0",
+    )
+    parser.add_argument(
+        "--proof-rows",
+        type=int,
+        default=DEFAULT_VALIDATION_ROWS,
+        help="validation rows to prove the files on; 0: no proof is wanted",
+    )
+    parser.add_argument(
+        "--max-loss-increase",
+        type=float,
+        default=0.05,
+        help="of the validation loss over the trained model's; 0.05 = 5 %%",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=DEFAULT_TEMPERATURE,
+        help="of the Modelfile; default: %(default)g, the likeliest answer, which the proof checks",
+    )
+    parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
+    parser.add_argument("--threads", type=int, help="to quantize and to prove with; default: all cores")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if not arguments.max_loss_increase >= 0:  # nor NaN
+        raise ValueError(f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more")
+    ollama = None if arguments.ollama is None else open_ollama(arguments.ollama)
+    export = export_run(
+        arguments.run,
+        quantizations=arguments.quantization,
+        adapter=arguments.adapter,
+        base_dir=arguments.base_dir,
+        merge_base=arguments.merge_base,
+        original_base_dir=arguments.original_base,
+        num_validation_rows=arguments.proof_rows,
+        with_adapter_gguf=arguments.adapter_gguf,
+        with_merged_hf=arguments.merged_hf,
+        temperature=arguments.temperature,
+        overwrite=arguments.force,
+        num_threads=arguments.threads,
+    )
+    for path in export.list_paths():
+        print(path)
+    proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
+    is_refused = proof is not None and not proof.passed
+    if ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
+        print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
+        is_refused = True
+    elif ollama is not None:
+        ollama.create_model(arguments.ollama, export.models[0])
+        answers = ask_as_proven(ollama, arguments.ollama, export, proof)
+        print(format_answers(arguments.ollama, ollama.version, answers))
+    if is_refused:
+        sys.exit(1)
+
+
+def open_ollama(name: str) -> Ollama:
+    """Return the running Ollama, before anything slow; say that a model of this name is to be replaced."""
+    check_ollama_name(name)
+    ollama = find_ollama()
+    if ollama.has_model(name):
+        print(f"{name} is in Ollama already and will be replaced")
+    return ollama
+
+
+def show_proof(export: Export, arguments: argparse.Namespace) -> ProofRecord | None:
+    """Prove the export, print the result and return it; None without validation rows."""
+    # torch: files that are not proven are written without it.
+    from tune2gguf.serve.proof import format_table, prove_export
+
+    proof = prove_export(
+        export,
+        num_rows=arguments.proof_rows,
+        max_loss_increase=arguments.max_loss_increase,
+        num_threads=arguments.threads,
+    )
+    if proof is None:
+        print("not proven: the run has no validation rows (dataset.validation_files or dataset.validation_split)")
+    else:
+        print(f"{export.run.export_dir / PROOF_FILE}\n\n{format_table(proof)}")
+    return proof
