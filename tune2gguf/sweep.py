@@ -6,6 +6,7 @@ The same command goes on where a sweep was stopped: finished runs are kept, a st
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import signal
 import subprocess
@@ -122,7 +123,8 @@ def _run_recipe(arguments: Sequence[str], log: TextIO) -> int:
 
     def hand_on(signum, frame) -> None:
         received.append(signum)
-        process.send_signal(signum)
+        if os.name != "nt":  # whose consoles send Ctrl-C to the run themselves
+            process.send_signal(signum)
 
     before = {signum: signal.signal(signum, hand_on) for signum in (signal.SIGTERM, signal.SIGINT)}
     code = process.wait()

@@ -154,7 +154,10 @@ WRONG = [
     # What does not fit together.
     (["dtype=bf16"], "base_weights=fp32 with dtype=bf16: unquantized weights are kept in dtype"),
     (["base_weights=fp8", "compile=true"], "base_weights=fp8 with compile=true: the compiler has no 8-bit products"),
-    (["device=gpu"], "device='gpu' is not one of cpu, cuda, cuda:0, cuda:1, …"),
+    (["device=gpu"], "device='gpu' is not one of cpu, cuda, cuda:0, cuda:1, …, mps"),
+    (["device=mps"], "device=mps: torch finds no GPU of Apple's on this machine; use device=cpu"),
+    (["device=mps", "base_weights=nf4"], "base_weights=nf4 with device=mps: only bf16 and fp32 are computed there"),
+    (["device=mps", "compile=true"], "compile=true with device=mps: not supported; use compile=false"),
     (["device=cuda:99"], "device=cuda:99"),
     (["max_seq_len=513"], "was made for at most 512 tokens"),
     (["model.architecture=llama3_2_1b"], "num_layers: the model builder has 16, config.json has 2"),

@@ -42,7 +42,7 @@ def check_config(config: DictConfig) -> list[str]:
     problems += find_data_problems(valid, components.get("dataset"), num_processes=num_processes)
     problems += _find_validation_problems(valid, components.get("dataset"))
     raise_problems(problems or find_build_problems(values))
-    warnings = [*_find_ratio_warnings(valid), *find_base_warnings(valid)]
+    warnings = [*_find_device_warnings(valid), *_find_ratio_warnings(valid), *find_base_warnings(valid)]
     return [*warnings, *_find_validation_warnings(valid, components["dataset"])]
 
 
@@ -101,6 +101,11 @@ def _find_offloading_problems(valid: Mapping[str, Any]) -> Iterator[str]:
             "enable_activation_offloading=true without enable_activation_checkpointing=true: moving all activations "
             "would take longer than computing them again"
         )
+
+
+def _find_device_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
+    if valid["device"] == "mps":
+        yield "device=mps is experimental: no test of this package has run on one; compare a short run with device=cpu"
 
 
 def _find_ratio_warnings(valid: Mapping[str, Any]) -> Iterator[str]:

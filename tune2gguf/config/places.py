@@ -45,12 +45,15 @@ def find_device_problems(valid: Mapping[str, Any], *, num_processes: int) -> Ite
     device, dtype = valid.get("device"), valid.get("dtype")
     if device is None:
         return
-    name = re.fullmatch(r"cpu|cuda(:\d+)?", device)
+    name = re.fullmatch(r"cpu|mps|cuda(:\d+)?", device)
     if name is None:
-        yield f"device={device!r} is not one of cpu, cuda, cuda:0, cuda:1, …"
+        yield f"device={device!r} is not one of cpu, cuda, cuda:0, cuda:1, …, mps"
         return
     if device == "cpu":
         yield from _find_compiler_problems(valid)
+        return
+    if device == "mps":
+        yield from _find_mps_problems(valid, num_processes=num_processes)
         return
     num_devices = torch.cuda.device_count()
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -65,6 +68,21 @@ def find_device_problems(valid: Mapping[str, Any], *, num_processes: int) -> Ite
         yield f"{num_local_processes} processes on this machine, but {num_devices} CUDA devices; start fewer"
     elif dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield f"dtype=bf16: {torch.cuda.get_device_name(index or 0)} cannot compute in bf16; use dtype=fp32"
+
+
+def _find_mps_problems(valid: Mapping[str, Any], *, num_processes: int) -> Iterator[str]:
+    """Yield why a run cannot use Apple's GPU, which has no float64, and no kernels here."""
+    import torch
+
+    if not torch.backends.mps.is_available():
+        yield "device=mps: torch finds no GPU of Apple's on this machine; use device=cpu"
+    if num_processes > 1:
+        yield f"device=mps with {num_processes} processes: there is one device; start one process"
+    if valid.get("base_weights") in ("fp8", "nf4"):
+        yield f"base_weights={valid['base_weights']} with device=mps: only bf16 and fp32 are computed there"
+    for key in ("compile", "enable_activation_offloading"):
+        if valid.get(key):
+            yield f"{key}=true with device=mps: not supported; use {key}=false"
 
 
 def _find_compiler_problems(valid: Mapping[str, Any]) -> Iterator[str]:

@@ -26,7 +26,7 @@ def explain_cache_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         is_there = str(error.filename or "").startswith(str(get_cache_dir()))
-        if not is_there and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_there and error.errno not in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             raise
         raise ValueError(
             f"{get_cache_dir()}: {what} cannot be kept there ({error.strerror}); "

@@ -95,6 +95,6 @@ def _describe_bf16() -> str:
         return "by AMX"
     if torch.cpu._is_avx512_bf16_supported():
         return "by AVX512"
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "by oneDNN"
     return "emulated; dtype=fp32 base_weights=fp32 is faster here, in twice the memory"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -16,7 +15,7 @@ import torch
 class Device:
     """A device of this machine with the bytes that a process could take now."""
 
-    name: str  # cpu, cuda:0 …
+    name: str  # cpu, cuda:0, mps …
     title: str
     free: int
 
@@ -27,13 +26,18 @@ class Device:
 
 def list_devices() -> list[Device]:
     """Return the CPU and the GPUs of this machine."""
-    return [get_device("cpu"), *(get_device(f"cuda:{index}") for index in range(torch.cuda.device_count()))]
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    return [get_device(name) for name in ("cpu", *names)]
 
 
 def get_device(name: str) -> Device:
-    """Return one device of this machine: cpu, cuda:0, cuda:1 …"""
+    """Return one device of this machine: cpu, cuda:0, cuda:1 …, mps"""
     if name == "cpu":
         return Device(name, "this machine's memory", get_free_host_memory())
+    if name == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return Device(name, "this machine's GPU", max(0, free))
     free, _ = torch.cuda.mem_get_info(name)
     return Device(name, torch.cuda.get_device_name(name), free)
 
@@ -49,20 +53,23 @@ def _measure_resident_peak() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (FileNotFoundError, StopIteration):  # no Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+        return _ask_for_resident_peak()
+
+
+def _ask_for_resident_peak() -> int:
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def get_free_host_memory() -> int:
     """Return the bytes of memory that this process has or could get, within its control group's limit."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        own = int(Path("/proc/self/statm").read_text().split()[1]) * page
-    except (FileNotFoundError, StopIteration):  # no Linux
-        return os.sysconf("SC_PHYS_PAGES") * page
-    return min([free, *_list_group_limits()]) + own
+    free = psutil.virtual_memory().available
+    return min([free, *_list_group_limits()]) + psutil.Process().memory_info().rss
 
 
 def _list_group_limits() -> Iterator[int]:

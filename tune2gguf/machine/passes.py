@@ -12,8 +12,8 @@ AUTO = "auto"
 # Of the memory that is free: the allocator's gaps are not in the estimate.
 USABLE_SHARE = 0.9
 # Tokens beyond which a longer pass gains nothing, and below which recomputing the activations costs less.
-MOST_TOKENS = {"cuda": 8192, "cpu": 2048}
-LEAST_TOKENS = {"cuda": 1024, "cpu": 256}
+MOST_TOKENS = {"cuda": 8192, "cpu": 2048, "mps": 2048}
+LEAST_TOKENS = {"cuda": 1024, "cpu": 256, "mps": 256}
 
 
 def choose_passes(

@@ -14,7 +14,7 @@ IGNORED_LABEL = -100
 
 # Projected at a time: 256 x 128256 logits are 66 MB in bf16, and the product is still large enough to be efficient.
 # A GPU, whose kernel needs no float32 copy of them, takes 512: the product of 256 ran at three quarters of its speed.
-POSITIONS_PER_CHUNK = {"cpu": 256, "cuda": 512}
+POSITIONS_PER_CHUNK = {"cpu": 256, "cuda": 512, "mps": 512}
 # A CPU takes the softmax of so many logits at a time: their float32 copies of 2 MB stay in its cache.
 CACHED_LOGITS = 1 << 19
 

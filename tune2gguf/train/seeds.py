@@ -25,6 +25,7 @@ def capture_random_state(device: torch.device) -> dict[str, Any]:
         "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(cached)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        **({"mps": torch.mps.get_rng_state()} if device.type == "mps" else {}),
     }
 
 
@@ -36,3 +37,5 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
+    if "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
