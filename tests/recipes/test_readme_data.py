@@ -1,8 +1,9 @@
-"""The README's commands for one's own data, as they stand there, on a tiny base."""
+"""The commands for one's own data of README and docs/data.md, as they stand there, on a tiny base."""
 
 import json
 import re
 import shlex
+import sys
 
 import pytest
 import yaml
@@ -13,14 +14,15 @@ from tune2gguf.data.columns import RowReader
 from tune2gguf.data.messages import FORMATS, detect_format, read_conversation
 
 
-def read_section() -> str:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    return text.split("## With your own data")[1].split("\n## ")[0]
+def read_section(page: str = "docs/data.md") -> str:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    return text.split("# Your own data")[1].split("\n## ")[0]
 
 
-def list_commands() -> list[list[str]]:
-    block = "\n".join(line[4:] for line in read_section().splitlines() if line.startswith("    "))
-    return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if not line.startswith(". ")]
+def list_commands(page: str) -> list[list[str]]:
+    block = "\n".join(line[4:] for line in read_section(page).splitlines() if line.startswith("    "))
+    lines = [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("tune2gguf ")]
+    return [[sys.executable, "-m", *shlex.split(line)] for line in lines]
 
 
 def test_every_format_has_a_row_in_the_readme_that_is_detected_as_such():
@@ -38,25 +40,35 @@ def test_every_mapping_of_the_readme_is_one_of_its_format():
         assert format in RowReader(columns=tuple(yaml.safe_load(columns).items())).formats
 
 
+def test_readme_fits_on_a_screen_or_two_and_links_every_page_once():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 120
+    pages = {f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md")} - {"docs/verdict_runs.md"}
+    linked = re.findall(r"\((docs/\w+\.md)\)", text)
+    assert sorted(linked) == sorted(pages)
+    files = re.findall(r"(?:srcset|src)=\"(\S+)\"|\]\((?!http)([^)#]+)\)", text)
+    assert files and all((REPOSITORY / (picture or link)).is_file() for picture, link in files)
+
+
 @pytest.mark.slow
-def test_commands_for_your_own_data_run_in_their_order(tmp_path, tiny_base, run_arguments):
+@pytest.mark.parametrize(
+    ("page", "names_of_commands"),
+    [("docs/data.md", ["inspect", "run", "export"]), ("README.md", ["inspect", "run", "export", "chat"])],
+)
+def test_commands_for_your_own_data_run_in_their_order(page, names_of_commands, tmp_path, tiny_base, run_arguments):
     rows = write_rows(tmp_path / "my.jsonl", make_conversations(60))
     names = {"my.jsonl": rows, "runs/mine": tmp_path / "mine", "models/SmolLM2-135M-Instruct": tiny_base}
     # What makes the run tiny, but nothing that the README's own command says.
     smaller = [option for option in run_arguments[2:] if not option.startswith(("dataset", "output_dir", "epochs"))]
     # A model of random weights does not end its turn by itself, which a proof would mark.
-    more = {"run": smaller, "scripts/export.py": ["--proof-rows", "0"]}
-    commands = list_commands()
-    assert [command[1].rpartition("/")[2] for command in commands] == [
-        "inspect_data.py",
-        "run",
-        "export.py",
-    ]
+    more = {"run": smaller, "export": ["--proof-rows", "0"], "chat": ["--max-tokens", "4"]}
+    commands = list_commands(page)
+    assert [command[3] for command in commands] == names_of_commands
     for command in commands:
         command = [
             re.sub("|".join(map(re.escape, names)), lambda found: str(names[found[0]]), part) for part in command
         ]
-        done = run_command(command + more.get(command[1], []))
+        done = run_command(command + more.get(command[3], []))
         assert done.returncode == 0, done.stdout + done.stderr
     ledger = json.loads((tmp_path / "mine" / "data.json").read_text())
     assert ledger["read"] == 60 and ledger["validated"] > 0

@@ -1,4 +1,4 @@
-"""Several torchrun agents, as on several machines: the README's section, on loopback and between two hosts."""
+"""Several torchrun agents, as on several machines: docs/running.md's section, on loopback and between two hosts."""
 
 import os
 import shutil

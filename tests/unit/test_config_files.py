@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY
-from tests.unit.write_guide_tables import README, write_guide_tables
+from tests.unit.write_guide_tables import PAGE, write_guide_tables
 from tune2gguf.config import check_values, get_run_spec, read_config
 from tune2gguf.config.components import COMPONENTS
 from tune2gguf.config.keys import KEYS
@@ -82,7 +82,7 @@ def test_guide_parameters_are_the_guides_twelve_with_its_recommendations():
     assert defaults["lora_alpha"] / defaults["lora_rank"] == 1
 
 
-@pytest.mark.parametrize("path", [README, *CONFIGS, QUICKSTART], ids=get_name)
+@pytest.mark.parametrize("path", [PAGE, *CONFIGS, QUICKSTART], ids=get_name)
 def test_guide_tables_are_those_of_the_code(path):
     """After a change of tune2gguf/guide.py: python -m tests.unit.write_guide_tables."""
     assert path.read_text() == write_guide_tables(path)

@@ -8,13 +8,18 @@ import pytest
 from tests.conftest import REPOSITORY
 from tune2gguf.machine import devices
 
-# As on Windows: its Python has none of these modules and functions. `os.name` stays: pathlib goes by it.
+# As on Windows, whose Python has none of these modules and functions; other packages go their own ways there.
 HIDE = """
-import os, sys
-import filelock, psutil, torch  # have their own ways
-for name in ("fcntl", "resource", "termios", "pwd", "grp", "pty", "tty"):
-    sys.modules[name] = None
-for name in ("sysconf", "sched_getaffinity", "fork", "getuid", "geteuid", "getpgid", "getloadavg"):
+import builtins, os, sys
+import psutil  # has a module for each system
+whole_import = builtins.__import__
+def import_(name, scope=None, *rest, **named):
+    if name in ("fcntl", "resource", "termios", "pwd", "grp", "pty", "tty"):
+        if str((scope or {}).get("__name__")).startswith(("tune2gguf", "recipes")):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+    return whole_import(name, scope, *rest, **named)
+builtins.__import__ = import_
+for name in ("sysconf", "sched_getaffinity", "fork", "getpgid", "getloadavg"):
     delattr(os, name)
 """
 IMPORT_ALL = """

@@ -1,4 +1,4 @@
-"""Writes the guide's parameters from tune2gguf/guide.py into README.md and the head of every config.
+"""Writes the guide's parameters from tune2gguf/guide.py into docs/parameters.md and the head of every config.
 
 python -m tests.unit.write_guide_tables
 """
@@ -10,18 +10,18 @@ from tests.conftest import REPOSITORY
 from tune2gguf.guide import GUIDE_PARAMETERS, GuideParameter
 
 CONFIGS = sorted([*REPOSITORY.glob("configs/*/*.yaml"), *REPOSITORY.glob("examples/*/*.yaml")])
-README = REPOSITORY / "README.md"
-README_HEAD = "| guide | key | default | becomes | effect |\n|---|---|---|---|---|\n"
+PAGE = REPOSITORY / "docs/parameters.md"
+TABLE_HEAD = "| guide | key | default | becomes | effect |\n|---|---|---|---|---|\n"
 CONFIG_HEAD = "# The guide's parameters. Each line: value, the name in the guide -> what it becomes: what it does.\n"
 
 
 def write_guide_tables(path: Path) -> str:
-    """Return the text of README.md or of a config with its table written anew; a config keeps its values."""
+    """Return the text of docs/parameters.md or of a config with its table written anew; a config keeps its values."""
     text = path.read_text(encoding="utf-8")
-    if path == README:
-        before, rest = text.split(README_HEAD)
+    if path == PAGE:
+        before, rest = text.split(TABLE_HEAD)
         _, after = rest.split("\n\n", 1)
-        return before + README_HEAD + "\n".join(map(format_row, GUIDE_PARAMETERS)) + f"\n\n{after}"
+        return before + TABLE_HEAD + "\n".join(map(format_row, GUIDE_PARAMETERS)) + f"\n\n{after}"
     title, _, rest = text.split("\n\n", 2)
     values = dict(re.findall(r"^(\w+): (\S+)", text, re.MULTILINE))
     head = CONFIG_HEAD + "\n".join(format_line(parameter, values[parameter.key]) for parameter in GUIDE_PARAMETERS)
@@ -44,5 +44,5 @@ def format_value(value: float | int | str) -> str:
 
 
 if __name__ == "__main__":
-    for path in (README, *CONFIGS):
+    for path in (PAGE, *CONFIGS):
         path.write_text(write_guide_tables(path), encoding="utf-8")
