@@ -15,9 +15,9 @@ from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run, 
 from tests.parity.llama_cpp_oracle import convert_adapter, convert_to_bf16, find_missing, quantize
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.export.chat_template import choose_chat_template
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merged_hf import write_merged_hf
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.run import open_run
 
 DIGESTS_FILE = Path(__file__).with_name("gguf_digests.txt")

@@ -16,7 +16,7 @@ import numpy as np
 from tests.parity.llama_cpp_oracle import find_missing, plan_quantization
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.export.gguf_file.llama import GGUFTensor, list_gguf_tensors
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture
 
 TYPE_MIX_FILE = Path(__file__).with_name("type_mix.txt")

@@ -21,9 +21,9 @@ from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.gguf_file.llama import choose_types
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS, choose_tensor_type
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.pipeline import export_base, export_run
+from tune2gguf.ggml.types import QUANTIZATIONS, choose_tensor_type
 from tune2gguf.model.architectures import ARCHITECTURES, LLAMA3_1_8B, LLAMA3_2_1B, Architecture
 
 # Kernels compiled for other processors may fuse multiplications and additions.

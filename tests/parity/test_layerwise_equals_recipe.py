@@ -8,8 +8,6 @@ import torch
 
 from tests.parity.gguf_models import write_run
 from tune2gguf.base.checkpoint import open_base
-from tune2gguf.export.gguf_file.kernels import load_kernels
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
 from tune2gguf.export.measure.weight_sources import (
     open_base_source,
@@ -19,6 +17,8 @@ from tune2gguf.export.measure.weight_sources import (
 )
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.pipeline import export_run
+from tune2gguf.ggml.kernels import load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.config_file import read_config
 
 GGML_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")

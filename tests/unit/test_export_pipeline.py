@@ -21,10 +21,10 @@ from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
 from tests.runs import edit_config, set_base
 from tune2gguf.base.checkpoint import open_base
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.results import claim_folder
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.config_file import read_config
 
 

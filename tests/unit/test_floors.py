@@ -3,7 +3,13 @@
 import ast
 from pathlib import Path
 
-FLOORS = ["tokenizer files pages guide commands", "model", "data base", "runs machine", "export verdict distributed"]
+FLOORS = [
+    "tokenizer files pages guide commands ggml",
+    "model",
+    "data base",
+    "runs machine",
+    "export verdict distributed",
+]
 FLOOR = {r: n for n, rs in enumerate([*FLOORS, "config report serve", "train sweep inspect_data"]) for r in rs.split()}
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, Keys
 
+from tune2gguf.base.bfloat16 import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.base.checkpoint import BaseCheckpoint
-from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_file.llama import (
     ALIGNMENT,
     GGUFTensor,
@@ -26,13 +27,14 @@ from tune2gguf.export.gguf_file.llama import (
     list_gguf_tensors,
     write_metadata,
 )
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, count_bytes
 from tune2gguf.export.gguf_file.vocabulary import read_if_there, read_sampling, read_vocabulary
 from tune2gguf.export.merge.adapter import Adapter
-from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread
 from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
 from tune2gguf.export.results import explain_write_errors, open_bar
 from tune2gguf.files.atomic import write_file
+from tune2gguf.ggml.kernels import Kernels, load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS, Quantization, count_bytes
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
 
@@ -44,6 +46,7 @@ def write_gguf_files(
     adapter: Adapter | None,
     name: str,
     chat_template: ChatTemplate,
+    importance: ImportanceMatrix | None,
     num_threads: int | None,
     show: bool,
 ) -> None:
@@ -52,6 +55,7 @@ def write_gguf_files(
     Args:
         adapter: None writes the base as it is
         name: general.name of the files
+        importance: the matrix to quantize with, for the types that take one
         num_threads: that merge and quantize; None takes all cores
 
     Raises:
@@ -64,7 +68,8 @@ def write_gguf_files(
     with explain_write_errors(next(iter(paths.values())).parent), ExitStack() as stack:
         for quantization, path in paths.items():
             unfinished = stack.enter_context(write_file(path))
-            types[unfinished] = choose_types(tensors, base.architecture, quantization)
+            taken = importance if quantization.takes_importance else None
+            types[unfinished] = choose_types(tensors, base.architecture, quantization, has_importance=taken is not None)
             write_metadata(
                 unfinished,
                 tensors,
@@ -76,13 +81,16 @@ def write_gguf_files(
                 jinja_template=chat_template.jinja_template,
                 hf_config=read_if_there(base.base_dir / "config.json"),
                 sampling=read_sampling(base.base_dir),
+                importance=taken,
             )
         label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
         with open_bar(label, total=sum(math.prod(tensor.shape) for tensor in tensors), show=show) as bar:
             _append_tensors(
                 types,
                 tensors,
-                convert=lambda slab, wanted: _convert(slab, wanted, base=base, adapter=adapter, kernels=kernels),
+                convert=lambda slab, wanted: _convert(
+                    slab, wanted, base=base, adapter=adapter, kernels=kernels, importance=importance
+                ),
                 num_threads=count_cores() if num_threads is None else num_threads,
                 report=bar.update,
             )
@@ -106,7 +114,13 @@ def read_quantization(path: Path) -> Quantization:
 
 
 def _convert(
-    slab: Slab, types: set[str], *, base: BaseCheckpoint, adapter: Adapter | None, kernels: Kernels
+    slab: Slab,
+    types: set[str],
+    *,
+    base: BaseCheckpoint,
+    adapter: Adapter | None,
+    kernels: Kernels,
+    importance: ImportanceMatrix | None,
 ) -> dict[str, np.ndarray]:
     """Return the slab's bytes in each of the types."""
     if slab.tensor.spec is None:
@@ -116,7 +130,8 @@ def _convert(
         return {"F32": rows}
     rounded = round_to_bfloat16(rows)
     ready = {"F32": lambda: rounded, "BF16": lambda: narrow_to_bfloat16(rounded)}
-    return {kind: ready[kind]() if kind in ready else kernels.quantize(rounded, kind) for kind in types}
+    weights = None if importance is None else importance.weights.get(slab.tensor.name)
+    return {kind: ready[kind]() if kind in ready else kernels.quantize(rounded, kind, weights) for kind in types}
 
 
 def _append_tensors(
@@ -172,8 +187,9 @@ def _map_in_order(
             future.cancel()
 
 
-def count_file_bytes(base: BaseCheckpoint, quantization: Quantization) -> int:
+def count_file_bytes(base: BaseCheckpoint, quantization: Quantization, *, has_importance: bool = False) -> int:
     """Return the size in bytes of all tensors in a file of this type."""
     tensors = list_gguf_tensors(base.specs, base.architecture)
-    types = choose_types(tensors, base.architecture, quantization)
+    is_taken = has_importance and quantization.takes_importance
+    types = choose_types(tensors, base.architecture, quantization, has_importance=is_taken)
     return sum(count_bytes(types[tensor.name], tensor.shape) for tensor in tensors)

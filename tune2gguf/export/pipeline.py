@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from tune2gguf.base.source import read_source
 from tune2gguf.commands import format_command
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.chat_template import choose_chat_template
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix, write_imatrix
 from tune2gguf.export.gguf_file.vocabulary import LLAMA3_PRE_NAME, read_sampling, read_vocabulary
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
+from tune2gguf.export.importance_choice import ImportanceChoice, choose_importance
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.measure.validation_set import load_validation_rows
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
@@ -25,6 +26,7 @@ from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import DEFAULT_TEMPERATURE, make_modelfile
 from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors, open_bar
 from tune2gguf.files.atomic import check_name, write_file, write_text
+from tune2gguf.ggml.types import QUANTIZATIONS, Quantization
 from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.run import Run, open_run
@@ -69,11 +71,19 @@ class Export:
     adapter: ExportedAdapter | None
     merged_dir: Path | None
     model_card_path: Path
+    importance_choice: ImportanceChoice
+    importance: ImportanceMatrix | None = None
+
+    @property
+    def imatrix_path(self) -> Path:
+        """Where an importance matrix that is measured is written."""
+        return _name_imatrix(self.run)
 
     def list_paths(self) -> list[Path]:
         """Return everything that was written."""
         files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if self.adapter is None else self.adapter.list_paths()
+        files += [self.imatrix_path] if self.importance_choice.rows else []
         return [*files, *([] if self.merged_dir is None else [self.merged_dir]), self.model_card_path]
 
 
@@ -88,6 +98,8 @@ def export_run(
     num_validation_rows: int = DEFAULT_VALIDATION_ROWS,
     with_adapter_gguf: bool = False,
     with_merged_hf: bool = False,
+    imatrix: str | Path | None = None,
+    with_importance: bool = True,
     temperature: float = DEFAULT_TEMPERATURE,
     overwrite: bool = False,
     num_threads: int | None = None,
@@ -103,6 +115,8 @@ def export_run(
         num_validation_rows: to measure with which of two bases is better
         with_adapter_gguf: also write the adapter as a GGUF of its own, and the base in the first of the types
         with_merged_hf: also write the merged model as a Hugging Face folder
+        imatrix: an importance matrix, as llama-imatrix writes it; None measures one on the run's own training rows
+        with_importance: False quantizes without one
         temperature: of sampling, in the Modelfiles
         overwrite: replace files of an earlier export
         num_threads: None takes all cores
@@ -120,10 +134,12 @@ def export_run(
     models = _name_models(run.export_dir, run.name, chosen)
     exported_adapter = _name_adapter(run.export_dir, run.name, chosen[0]) if with_adapter_gguf else None
     merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
+    importance = choose_importance(run, base, chosen, imatrix=imatrix, wanted=with_importance)
     if not overwrite:
         # The card describes what is in the folder, and is written anew with each export.
         files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if exported_adapter is None else exported_adapter.list_paths()
+        files += [_name_imatrix(run)] if importance.rows else []
         _refuse_existing([*files, *([] if merged_dir is None else [merged_dir])])
     chat_template = choose_chat_template(run, base)
     licence = _find_licence(base, chat_template)
@@ -139,9 +155,12 @@ def export_run(
     lora = read_adapter(run.adapter_dir, base.specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
-    export = Export(run, chat_template, merge, models, exported_adapter, merged_dir, run.export_dir / MODEL_CARD)
+    export = Export(
+        run, chat_template, merge, models, exported_adapter, merged_dir, run.export_dir / MODEL_CARD, importance
+    )
     with explain_write_errors(run.export_dir), claim_folder(run.export_dir):
         check_free_space(run.export_dir, _count_bytes(export, lora))
+        export = _measure_importance(export, lora, show=show)
         # The small and the quick first: what fails, fails before the long part.
         _write_extras(export, lora, num_threads=num_threads, show=show)
         _write_models(export, lora, num_threads=num_threads, show=show)
@@ -192,6 +211,16 @@ def _find_licence(base: BaseCheckpoint, chat_template: ChatTemplate) -> Licence:
     )
 
 
+def _measure_importance(export: Export, adapter: Adapter, *, show: bool) -> Export:
+    """Return the export with its importance matrix; one that is measured is written beside the files."""
+    choice, path = export.importance_choice, export.imatrix_path
+    matrix = choice.measure(export.merge.chosen, adapter, name=path.name, show=show)
+    if matrix is not None and matrix is not choice.given:
+        with write_file(path) as unfinished:
+            write_imatrix(unfinished, matrix)
+    return replace(export, importance=matrix)
+
+
 def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
     write_gguf_files(
         {QUANTIZATIONS[model.quantization]: model.gguf_path for model in export.models},
@@ -199,6 +228,7 @@ def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, 
         adapter=adapter,
         name=export.run.name,
         chat_template=export.chat_template,
+        importance=export.importance,
         num_threads=num_threads,
         show=show,
     )
@@ -239,6 +269,7 @@ def export_base(
         adapter=None,
         name=base_dir.resolve().name,
         chat_template=served.with_tools() if takes_tools else served,
+        importance=None,
         num_threads=num_threads,
         show=show,
     )
@@ -269,6 +300,12 @@ def _name_model(export_dir: Path, name: str, quantization: Quantization, *, is_o
     is_first = is_only and not plain.is_file() and not named.is_file()
     modelfile = plain if serves_it or is_first else named
     return ExportedModel(quantization.name, gguf_path, modelfile)
+
+
+def _name_imatrix(run: Run) -> Path:
+    path = run.export_dir / f"{run.name}-imatrix.gguf"
+    check_name(path)
+    return path
 
 
 def _name_adapter(export_dir: Path, name: str, quantization: Quantization) -> ExportedAdapter:
@@ -340,9 +377,13 @@ def _make_modelfiles(
 
 def _count_bytes(export: Export, adapter: Adapter) -> int:
     base = export.merge.chosen
-    num_bytes = sum(count_file_bytes(base, QUANTIZATIONS[model.quantization]) for model in export.models)
+    has_importance = export.importance_choice.is_any
+    quantizations = [model.quantization for model in export.models]
+    quantizations += [] if export.adapter is None else [export.adapter.quantization]
+    num_bytes = sum(
+        count_file_bytes(base, QUANTIZATIONS[name], has_importance=has_importance) for name in quantizations
+    )
     if export.adapter is not None:
-        num_bytes += count_file_bytes(base, QUANTIZATIONS[export.adapter.quantization])
         num_bytes += sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
     if export.merged_dir is not None:
         num_bytes += count_file_bytes(base, QUANTIZATIONS["BF16"])
@@ -360,6 +401,7 @@ def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, 
             adapter=None,
             name=run.base_dir.resolve().name,
             chat_template=export.chat_template,
+            importance=export.importance,
             num_threads=num_threads,
             show=show,
         )

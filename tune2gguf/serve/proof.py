@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.measure.step_losses import StepLoss, measure_steps
 from tune2gguf.export.measure.validation_set import ValidationSet, load_validation_rows
@@ -21,6 +20,8 @@ from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.export.merge_choice import MergeChoice
 from tune2gguf.export.pipeline import Export
 from tune2gguf.export.results import open_bar
+from tune2gguf.ggml.kernels import Kernels, load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.proof import ProofRecord, write_proof
 from tune2gguf.serve.serving import ServedFile, serve_file
 
@@ -47,6 +48,7 @@ class _Subject:
     adapter: Adapter
     kernels: Kernels
     validation: ValidationSet
+    importance: ImportanceMatrix | None
 
 
 def prove_export(
@@ -73,7 +75,7 @@ def prove_export(
     if validation is None:
         return None
     adapter = read_adapter(export.run.adapter_dir, export.merge.trained.specs)
-    subject = _Subject(export.merge, adapter, load_kernels(), validation)
+    subject = _Subject(export.merge, adapter, load_kernels(), validation, export.importance)
     served_files = _list_files(export)
     steps = _measure_export(subject, served_files, show=show)
     files = {
@@ -161,15 +163,16 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
 
 def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
     """Return a sentence that names the smallest larger type within the limit, without writing files."""
-    adapter, rows = subject.adapter, subject.validation.rows
-    sizes = {name: count_file_bytes(subject.merge.chosen, kind) for name, kind in QUANTIZATIONS.items()}
+    base, adapter, importance = subject.merge.chosen, subject.adapter, subject.importance
+    kinds = [kind for kind in QUANTIZATIONS.values() if importance is not None or not kind.needs_importance]
+    sizes = {kind.name: count_file_bytes(base, kind, has_importance=importance is not None) for kind in kinds}
     larger = sorted((size, name) for name, size in sizes.items() if size > sizes[larger_than])
     reference = open_base_source(subject.merge.trained, adapter=adapter)
     for _, name in larger:
-        source = open_quantized_source(subject.merge.chosen, adapter, QUANTIZATIONS[name], subject.kernels)
-        step = measure_steps({ADAPTER: reference, name: source}, rows, reference=ADAPTER)[name]
-        if step.increase <= limit:
-            return f"The smallest type within it is {name} ({step.increase:+.1%}): --quantization {name}"
+        source = open_quantized_source(base, adapter, QUANTIZATIONS[name], subject.kernels, importance=importance)
+        measured = measure_steps({ADAPTER: reference, name: source}, subject.validation.rows, reference=ADAPTER)
+        if measured[name].increase <= limit:
+            return f"The smallest type within it is {name} ({measured[name].increase:+.1%}): --quantization {name}"
     return None
 
 

@@ -1,0 +1,65 @@
+"""What a GGUF's type leaves of a base's weights: the numbers that llama.cpp serves, to train an adapter over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from tune2gguf.base.bfloat16 import round_to_bfloat16
+from tune2gguf.base.layout import TensorSpec, get_gguf_name
+from tune2gguf.ggml.kernels import load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS, choose_tensor_type
+from tune2gguf.model.architectures import Architecture
+
+GGUF_SCHEME = "gguf:"
+SLAB_ELEMENTS = 1 << 20  # that a thread works on at a time
+
+
+def make_gguf_kinds() -> tuple[str, ...]:
+    """Return the kinds of base weights that are a GGUF's: gguf:Q8_0, gguf:Q4_K_M …"""
+    return tuple(f"{GGUF_SCHEME}{name}" for name, quantization in QUANTIZATIONS.items() if quantization.is_trainable)
+
+
+def get_gguf_type(base_weights: str) -> str | None:
+    """Return the type behind gguf:, None of another kind of base weights."""
+    return base_weights.removeprefix(GGUF_SCHEME) if base_weights.startswith(GGUF_SCHEME) else None
+
+
+def make_rounding(
+    specs: Mapping[str, TensorSpec], architecture: Architecture, type_name: str
+) -> Callable[[str, np.ndarray], np.ndarray]:
+    """Return what rounds whole rows of a tensor, by torchtune's name, as a file of this type holds them.
+
+    The weights are quantized by the export's kernels from bfloat16, as the export does it, and dequantized to float32:
+    `export_base` writes a file with these very numbers.
+    """
+    kernels = load_kernels()
+    types = {
+        name: choose_tensor_type(
+            get_gguf_name(name),
+            spec.shape,
+            QUANTIZATIONS[type_name],
+            num_layers=architecture.num_layers,
+            queries_per_key=architecture.num_heads // architecture.num_kv_heads,
+            is_tied=architecture.tied,
+        )
+        for name, spec in specs.items()
+    }
+
+    def round_slab(name: str, rows: np.ndarray) -> np.ndarray:
+        rows = round_to_bfloat16(np.array(rows, np.float32, order="C"))
+        return rows if types[name] == "F32" else kernels.dequantize(kernels.quantize(rows, types[name]), types[name])
+
+    def round_rows(name: str, rows: np.ndarray) -> np.ndarray:
+        if rows.ndim == 1:
+            return rows
+        step = max(1, SLAB_ELEMENTS // rows.shape[1])
+        slabs = [rows[begin : begin + step] for begin in range(0, len(rows), step)]
+        if len(slabs) == 1:
+            return round_slab(name, rows)
+        with ThreadPoolExecutor() as threads:
+            return np.concatenate([*threads.map(lambda slab: round_slab(name, slab), slabs)])
+
+    return round_rows
