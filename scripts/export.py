@@ -114,7 +114,7 @@ def main() -> None:
         print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
         is_refused = True
     elif ollama is not None:
-        ollama.create_model(arguments.ollama, export.models[0])
+        ollama.create_model(arguments.ollama, export.served)
         answers = ask_as_proven(ollama, arguments.ollama, export, proof)
         print(format_answers(arguments.ollama, ollama.version, answers))
     if is_refused:

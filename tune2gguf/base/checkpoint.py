@@ -7,7 +7,9 @@ else it names unquantized, and each tensor is taken as it is stored.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "NF4")
 COMPARED_BYTES = 1 << 24  # at a time
+SLAB_ELEMENTS = 1 << 20  # that a core rounds at a time
 MAX_LISTED = 5  # tensors named in one error
 
 
@@ -81,14 +84,27 @@ class BaseCheckpoint:
 
     def _read_as(self, name: str, dtype: torch.dtype | None) -> Tensor | Nf4Weight:
         if self._round_rows is not None:
-            import torch
-
-            rows = torch.from_numpy(np.ascontiguousarray(self.read_rows(name, 0, self.specs[name].shape[0])))
-            return rows if dtype is None else rows.to(dtype)
+            return self._read_rounded(name, dtype)
         weight = self._read_stored(name)
         if not isinstance(self.stored[name], StoredNf4):
             return weight if dtype is None else weight.to(dtype)
         return weight if dtype is None and self.specs[name].is_linear else weight.dequantize(dtype)
+
+    def _read_rounded(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """Read what a GGUF holds of a tensor, a slab of rows in each core at a time."""
+        import torch
+
+        shape = self.specs[name].shape
+        weight = torch.empty(shape, dtype=dtype)
+        step = max(1, SLAB_ELEMENTS // math.prod(shape[1:]))
+
+        def fill(begin: int) -> None:
+            end = min(begin + step, shape[0])
+            weight[begin:end] = torch.from_numpy(np.ascontiguousarray(self.read_rows(name, begin, end)))
+
+        with ThreadPoolExecutor() as threads:
+            [*threads.map(fill, range(0, shape[0], step))]
+        return weight
 
     @property
     def holds_nf4(self) -> bool:

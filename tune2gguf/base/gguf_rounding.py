@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from tune2gguf.ggml.types import QUANTIZATIONS, choose_tensor_type
 from tune2gguf.model.architectures import Architecture
 
 GGUF_SCHEME = "gguf:"
-SLAB_ELEMENTS = 1 << 20  # that a thread works on at a time
 
 
 def make_gguf_kinds() -> tuple[str, ...]:
@@ -30,10 +28,9 @@ def get_gguf_type(base_weights: str) -> str | None:
 def make_rounding(
     specs: Mapping[str, TensorSpec], architecture: Architecture, type_name: str
 ) -> Callable[[str, np.ndarray], np.ndarray]:
-    """Return what rounds whole rows of a tensor, by torchtune's name, as a file of this type holds them.
+    """Return what rounds rows of a tensor, by torchtune's name, to what a file of this type holds of them, float32.
 
-    The weights are quantized by the export's kernels from bfloat16, as the export does it, and dequantized to float32:
-    `export_base` writes a file with these very numbers.
+    They are quantized from bfloat16 by the export's kernels, row by row, as the export does it.
     """
     kernels = load_kernels()
     types = {
@@ -48,18 +45,10 @@ def make_rounding(
         for name, spec in specs.items()
     }
 
-    def round_slab(name: str, rows: np.ndarray) -> np.ndarray:
-        rows = round_to_bfloat16(np.array(rows, np.float32, order="C"))
-        return rows if types[name] == "F32" else kernels.dequantize(kernels.quantize(rows, types[name]), types[name])
-
     def round_rows(name: str, rows: np.ndarray) -> np.ndarray:
         if rows.ndim == 1:
             return rows
-        step = max(1, SLAB_ELEMENTS // rows.shape[1])
-        slabs = [rows[begin : begin + step] for begin in range(0, len(rows), step)]
-        if len(slabs) == 1:
-            return round_slab(name, rows)
-        with ThreadPoolExecutor() as threads:
-            return np.concatenate([*threads.map(lambda slab: round_slab(name, slab), slabs)])
+        rows = round_to_bfloat16(np.array(rows, np.float32, order="C"))
+        return kernels.dequantize(kernels.quantize(rows, types[name]), types[name])
 
     return round_rows

@@ -60,6 +60,8 @@ def choose_importance(
     needing = ", ".join(quantization.name for quantization in quantizations if quantization.needs_importance)
     takes_one = any(quantization.takes_importance for quantization in quantizations)
     if imatrix is not None:
+        if not names:
+            raise ValueError(f"--imatrix {imatrix}: nothing is quantized anew; the adapter was trained over this GGUF")
         if not takes_one:
             raise ValueError(f"--imatrix {imatrix}: {', '.join(names)} would be the same without it; leave it out")
         matrix = read_imatrix(imatrix)

@@ -34,6 +34,7 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 DEFAULT_VALIDATION_ROWS = 16
 MODEL_CARD = "README.md"
+BESIDE = " + adapter"  # behind the type of a base that an adapter's GGUF is applied to
 _ADAPTER_END = "-adapter.gguf"
 _ADAPTER_MODELFILE = "Modelfile-adapter"
 
@@ -46,6 +47,11 @@ class ExportedModel:
     gguf_path: Path
     modelfile_path: Path
 
+    @property
+    def step(self) -> str:
+        """Its name in the proof."""
+        return self.quantization
+
 
 @dataclass(frozen=True)
 class ExportedAdapter:
@@ -55,6 +61,11 @@ class ExportedAdapter:
     base_path: Path
     adapter_path: Path
     modelfile_path: Path
+
+    @property
+    def step(self) -> str:
+        """Its name in the proof."""
+        return f"{self.quantization}{BESIDE}"
 
     def list_paths(self) -> list[Path]:
         return [self.base_path, self.adapter_path, self.modelfile_path]
@@ -73,6 +84,11 @@ class Export:
     model_card_path: Path
     importance_choice: ImportanceChoice
     importance: ImportanceMatrix | None = None
+
+    @property
+    def served(self) -> ExportedModel | ExportedAdapter:
+        """What is handed on where one model is wanted: of a run over a GGUF that file with the adapter."""
+        return self.adapter if self.adapter is not None and self.run.gguf_type is not None else self.models[0]
 
     @property
     def imatrix_path(self) -> Path:
@@ -107,8 +123,11 @@ def export_run(
 ) -> Export:
     """Merge a run's adapter into its base; write GGUF files, Modelfiles and a model card to the run's `export` folder.
 
+    Of a run that was trained over a GGUF that file and the adapter's are written; nothing is merged, unless types are
+    asked for.
+
     Args:
-        quantizations: None takes the one in the run's config.yaml
+        quantizations: to merge to; None takes the one in the run's config.yaml
         adapter, base_dir: as in open_run
         merge_base: of a run over 4-bit weights, `original` or `dequantized`; None takes the better one
         original_base_dir: the 16-bit weights of a 4-bit base; None looks for them beside it
@@ -129,10 +148,15 @@ def export_run(
     if num_validation_rows < 0:
         raise ValueError(f"{num_validation_rows} validation rows cannot be measured; give 1 or more, or 0 for none")
     run = open_run(run_dir, adapter=adapter, base_dir=base_dir)
-    chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
+    served_type = None if run.gguf_type is None else QUANTIZATIONS[run.gguf_type]
+    chosen = []
+    if served_type is None or quantizations is not None:
+        chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
     base = open_base(run.base_dir)
     models = _name_models(run.export_dir, run.name, chosen)
-    exported_adapter = _name_adapter(run.export_dir, run.name, chosen[0]) if with_adapter_gguf else None
+    exported_adapter = None
+    if with_adapter_gguf or served_type is not None:
+        exported_adapter = _name_adapter(run.export_dir, run.name, served_type or chosen[0])
     merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
     importance = choose_importance(run, base, chosen, imatrix=imatrix, wanted=with_importance)
     if not overwrite:
@@ -154,6 +178,10 @@ def export_run(
     )
     lora = read_adapter(run.adapter_dir, base.specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
+    if not (chosen or with_merged_hf):
+        validation = None  # there is nothing to choose by
+        if merge_base is not None:
+            raise ValueError(f"--merge-base {merge_base}: nothing is merged; say what to with --quantization")
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
     export = Export(
         run, chat_template, merge, models, exported_adapter, merged_dir, run.export_dir / MODEL_CARD, importance
@@ -163,7 +191,10 @@ def export_run(
         export = _measure_importance(export, lora, show=show)
         # The small and the quick first: what fails, fails before the long part.
         _write_extras(export, lora, num_threads=num_threads, show=show)
-        _write_models(export, lora, num_threads=num_threads, show=show)
+        if export.models:
+            _write_models(export, lora, num_threads=num_threads, show=show)
+        # It was of the files that were replaced.
+        (run.export_dir / PROOF_FILE).unlink(missing_ok=True)
         for path, text in modelfiles.items():
             write_text(path, text)
         card = make_model_card(
@@ -173,7 +204,7 @@ def export_run(
             adapter_files=find_adapter_files(run) if export.adapter is not None else None,
             temperature=temperature,
             takes_tools=chat_template.takes_tools,
-            merge=merge.describe(),
+            merge=merge.describe() if models else None,
         )
         write_text(export.model_card_path, card)
     return export
@@ -232,8 +263,6 @@ def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, 
         num_threads=num_threads,
         show=show,
     )
-    # It was of the files that were replaced.
-    (export.run.export_dir / PROOF_FILE).unlink(missing_ok=True)
 
 
 def export_base(
@@ -351,9 +380,19 @@ def find_adapter_files(run: Run) -> tuple[Path, Path]:
     """
     modelfile = run.export_dir / _ADAPTER_MODELFILE
     if not modelfile.is_file():
-        command = format_command("python", "scripts/export.py", run.run_dir, "--adapter-gguf")
+        option = () if run.gguf_type is not None else ("--adapter-gguf",)
+        command = format_command("python", "scripts/export.py", run.run_dir, *option)
         raise ValueError(f"{run.export_dir} has no adapter as a GGUF yet. First:\n  {command}")
     return tuple(run.export_dir / _read_served_name(modelfile, command) for command in ("FROM", "ADAPTER"))
+
+
+def find_served_files(run: Run) -> tuple[Path, Path | None]:
+    """Return the GGUF that was exported last, and the adapter's GGUF where the run is served as two files.
+
+    Raises:
+        ValueError: if nothing was exported
+    """
+    return (find_newest_gguf(run), None) if run.gguf_type is None else find_adapter_files(run)
 
 
 def _refuse_existing(paths: list[Path]) -> None:
@@ -397,11 +436,12 @@ def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, 
             write_adapter_gguf(unfinished, adapter, specs=base.specs, name=run.name)
         write_gguf_files(
             {QUANTIZATIONS[export.adapter.quantization]: export.adapter.base_path},
-            base=base,
+            base=export.merge.beside,
             adapter=None,
             name=run.base_dir.resolve().name,
             chat_template=export.chat_template,
-            importance=export.importance,
+            # A run over a GGUF has the numbers of one without.
+            importance=None if run.gguf_type is not None else export.importance,
             num_threads=num_threads,
             show=show,
         )

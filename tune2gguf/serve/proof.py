@@ -18,7 +18,7 @@ from tune2gguf.export.measure.weight_sources import (
 )
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.export.merge_choice import MergeChoice
-from tune2gguf.export.pipeline import Export
+from tune2gguf.export.pipeline import BESIDE, Export
 from tune2gguf.export.results import open_bar
 from tune2gguf.ggml.kernels import Kernels, load_kernels
 from tune2gguf.ggml.types import QUANTIZATIONS
@@ -26,7 +26,6 @@ from tune2gguf.runs.proof import ProofRecord, write_proof
 from tune2gguf.serve.serving import ServedFile, serve_file
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
-_WITH_ADAPTER = " + adapter"  # behind the type of a base that an adapter's GGUF is applied to
 COMPUTED_BY = "torch in float32; a file's weights are its dequantized tensors"
 # llama.cpp rounds activations to 8 bits and its cache to 16, so that its loss is not quite that of the weights.
 MAX_SCORE_DIFFERENCE = 0.1  # nats per token
@@ -119,10 +118,9 @@ def prove_export(
 
 def _list_files(export: Export) -> dict[str, _File]:
     """Return the files that are served, by the name of their step."""
-    files = {model.quantization: _File(model.gguf_path) for model in export.models}
+    files = {model.step: _File(model.gguf_path) for model in export.models}
     if export.adapter is not None:
-        name = f"{export.adapter.quantization}{_WITH_ADAPTER}"
-        files[name] = _File(export.adapter.base_path, export.adapter.adapter_path)
+        files[export.adapter.step] = _File(export.adapter.base_path, export.adapter.adapter_path)
     return files
 
 
@@ -131,8 +129,9 @@ def _measure_export(subject: _Subject, files: dict[str, _File], *, show: bool) -
     sources = {
         BASE: open_base_source(trained, adapter=None),
         ADAPTER: open_base_source(trained, adapter=adapter),
-        MERGED: open_merged_source(subject.merge.chosen, adapter),
     }
+    if any(file.adapter_path is None for file in files.values()):
+        sources[MERGED] = open_merged_source(subject.merge.chosen, adapter)
     for name, file in files.items():
         beside = None if file.adapter_path is None else adapter
         sources[name] = open_gguf_source(file.gguf_path, trained, subject.kernels, adapter=beside)
@@ -143,7 +142,7 @@ def _measure_export(subject: _Subject, files: dict[str, _File], *, show: bool) -
 
 def _find_step_that_lost_most(steps: dict[str, StepLoss]) -> str:
     """Merging and a base's type start from the adapter, every other type from the merged weights."""
-    starts = {name: ADAPTER if name == MERGED or name.endswith(_WITH_ADAPTER) else MERGED for name in steps}
+    starts = {name: ADAPTER if name == MERGED or name.endswith(BESIDE) else MERGED for name in steps}
     losses = {name: step.loss - steps[starts[name]].loss for name, step in steps.items() if name not in (BASE, ADAPTER)}
     return max(losses, key=losses.__getitem__)
 
