@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
         "--imatrix",
         type=expand_path,
         metavar="FILE",
-        help="importance matrix to quantize with, as llama-imatrix writes it; default: measured on the training rows",
+        help="importance matrix to quantize with, as llama-imatrix writes it; default: one of the training rows, for "
+        "types that have a lower validation loss with it",
     )
     importance.add_argument("--no-imatrix", action="store_true", help="quantize without an importance matrix")
     parser.add_argument(
@@ -106,8 +107,7 @@ def main() -> None:
         overwrite=arguments.force,
         num_threads=arguments.threads,
     )
-    for path in export.list_paths():
-        print(path)
+    print("\n".join([*map(str, export.list_paths()), *export.importance.describe()]))
     proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
     is_refused = proof is not None and not proof.passed
     if ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):

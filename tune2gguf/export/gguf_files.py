@@ -28,6 +28,7 @@ from tune2gguf.export.gguf_file.llama import (
     write_metadata,
 )
 from tune2gguf.export.gguf_file.vocabulary import read_if_there, read_sampling, read_vocabulary
+from tune2gguf.export.importance_choice import ImportanceChoice
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread
 from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
@@ -38,6 +39,8 @@ from tune2gguf.ggml.types import QUANTIZATIONS, Quantization, count_bytes
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
 
+Kind = tuple[str, bool]  # ggml type, and whether it is quantized with the importance matrix
+
 
 def write_gguf_files(
     paths: dict[Quantization, Path],
@@ -46,7 +49,7 @@ def write_gguf_files(
     adapter: Adapter | None,
     name: str,
     chat_template: ChatTemplate,
-    importance: ImportanceMatrix | None,
+    importance: ImportanceChoice,
     num_threads: int | None,
     show: bool,
 ) -> None:
@@ -55,7 +58,7 @@ def write_gguf_files(
     Args:
         adapter: None writes the base as it is
         name: general.name of the files
-        importance: the matrix to quantize with, for the types that take one
+        importance: which types are quantized with a matrix, and with which
         num_threads: that merge and quantize; None takes all cores
 
     Raises:
@@ -68,12 +71,13 @@ def write_gguf_files(
     with explain_write_errors(next(iter(paths.values())).parent), ExitStack() as stack:
         for quantization, path in paths.items():
             unfinished = stack.enter_context(write_file(path))
-            taken = importance if quantization.takes_importance else None
-            types[unfinished] = choose_types(tensors, base.architecture, quantization, has_importance=taken is not None)
+            taken = importance.get(quantization)
+            chosen = choose_types(tensors, base.architecture, quantization, has_importance=taken is not None)
+            types[unfinished] = {tensor: (ggml_type, taken is not None) for tensor, ggml_type in chosen.items()}
             write_metadata(
                 unfinished,
                 tensors,
-                types[unfinished],
+                chosen,
                 name=name,
                 architecture=base.architecture,
                 quantization=quantization,
@@ -89,7 +93,7 @@ def write_gguf_files(
                 types,
                 tensors,
                 convert=lambda slab, wanted: _convert(
-                    slab, wanted, base=base, adapter=adapter, kernels=kernels, importance=importance
+                    slab, wanted, base=base, adapter=adapter, kernels=kernels, importance=importance.matrix
                 ),
                 num_threads=count_cores() if num_threads is None else num_threads,
                 report=bar.update,
@@ -115,41 +119,47 @@ def read_quantization(path: Path) -> Quantization:
 
 def _convert(
     slab: Slab,
-    types: set[str],
+    kinds: set[Kind],
     *,
     base: BaseCheckpoint,
     adapter: Adapter | None,
     kernels: Kernels,
     importance: ImportanceMatrix | None,
-) -> dict[str, np.ndarray]:
-    """Return the slab's bytes in each of the types."""
+) -> dict[Kind, np.ndarray]:
+    """Return the slab's bytes in each of the types, without the matrix or with it."""
     if slab.tensor.spec is None:
-        return {"F32": compute_rope_factors(base.architecture)}
+        return dict.fromkeys(kinds, compute_rope_factors(base.architecture))
     rows = read_merged_rows(slab.tensor.spec, slab.begin, slab.end, base=base, adapter=adapter)
     if rows.ndim == 1:
-        return {"F32": rows}
+        return dict.fromkeys(kinds, rows)
     rounded = round_to_bfloat16(rows)
     ready = {"F32": lambda: rounded, "BF16": lambda: narrow_to_bfloat16(rounded)}
     weights = None if importance is None else importance.weights.get(slab.tensor.name)
-    return {kind: ready[kind]() if kind in ready else kernels.quantize(rounded, kind, weights) for kind in types}
+
+    def convert(ggml_type: str, is_weighted: bool) -> np.ndarray:
+        if ggml_type in ready:
+            return ready[ggml_type]()
+        return kernels.quantize(rounded, ggml_type, weights if is_weighted else None)
+
+    return {kind: convert(*kind) for kind in kinds}
 
 
 def _append_tensors(
-    types: dict[Path, dict[str, str]],
+    types: dict[Path, dict[str, Kind]],
     tensors: list[GGUFTensor],
     *,
-    convert: Callable[[Slab, set[str]], dict[str, np.ndarray]],
+    convert: Callable[[Slab, set[Kind]], dict[Kind, np.ndarray]],
     num_threads: int,
     report: Callable[[int], None],
 ) -> None:
     """Append all tensors to all files, each base row read once.
 
     Args:
-        types: of each file, the ggml type by tensor name
+        types: of each file, by tensor name, the ggml type and whether it is quantized with the matrix
         report: called with the number of elements done
     """
 
-    def convert_for_files(slab: Slab) -> dict[str, np.ndarray]:
+    def convert_for_files(slab: Slab) -> dict[Kind, np.ndarray]:
         return convert(slab, {of_file[slab.tensor.name] for of_file in types.values()})
 
     with keep_products_on_their_thread(), ExitStack() as stack:

@@ -13,10 +13,10 @@ from tune2gguf.base.source import read_source
 from tune2gguf.commands import format_command
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.chat_template import choose_chat_template
-from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix, write_imatrix
+from tune2gguf.export.gguf_file.imatrix import write_imatrix
 from tune2gguf.export.gguf_file.vocabulary import LLAMA3_PRE_NAME, read_sampling, read_vocabulary
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
-from tune2gguf.export.importance_choice import ImportanceChoice, choose_importance
+from tune2gguf.export.importance_choice import ImportanceChoice, choose_importance, plan_importance
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.measure.validation_set import load_validation_rows
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
@@ -82,13 +82,18 @@ class Export:
     adapter: ExportedAdapter | None
     merged_dir: Path | None
     model_card_path: Path
-    importance_choice: ImportanceChoice
-    importance: ImportanceMatrix | None = None
+    importance: ImportanceChoice
 
     @property
     def served(self) -> ExportedModel | ExportedAdapter:
         """What is handed on where one model is wanted: of a run over a GGUF that file with the adapter."""
         return self.adapter if self.adapter is not None and self.run.gguf_type is not None else self.models[0]
+
+    @property
+    def measured_importance(self) -> bool:
+        """Whether the matrix was measured, and so written beside the files."""
+        matrix = self.importance.matrix
+        return matrix is not None and matrix.name == self.imatrix_path.name
 
     @property
     def imatrix_path(self) -> Path:
@@ -99,7 +104,7 @@ class Export:
         """Return everything that was written."""
         files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if self.adapter is None else self.adapter.list_paths()
-        files += [self.imatrix_path] if self.importance_choice.rows else []
+        files += [self.imatrix_path] if self.measured_importance else []
         return [*files, *([] if self.merged_dir is None else [self.merged_dir]), self.model_card_path]
 
 
@@ -134,7 +139,8 @@ def export_run(
         num_validation_rows: to measure with which of two bases is better
         with_adapter_gguf: also write the adapter as a GGUF of its own, and the base in the first of the types
         with_merged_hf: also write the merged model as a Hugging Face folder
-        imatrix: an importance matrix, as llama-imatrix writes it; None measures one on the run's own training rows
+        imatrix: an importance matrix, as llama-imatrix writes it; None measures one on the run's own training rows and
+            takes it where that lowers the validation loss
         with_importance: False quantizes without one
         temperature: of sampling, in the Modelfiles
         overwrite: replace files of an earlier export
@@ -158,12 +164,11 @@ def export_run(
     if with_adapter_gguf or served_type is not None:
         exported_adapter = _name_adapter(run.export_dir, run.name, served_type or chosen[0])
     merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
-    importance = choose_importance(run, base, chosen, imatrix=imatrix, wanted=with_importance)
+    plan = plan_importance(run, base, chosen, imatrix=imatrix, wanted=with_importance)
     if not overwrite:
-        # The card describes what is in the folder, and is written anew with each export.
+        # Written anew with each export are the card, which describes what is in the folder, and the matrix.
         files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if exported_adapter is None else exported_adapter.list_paths()
-        files += [_name_imatrix(run)] if importance.rows else []
         _refuse_existing([*files, *([] if merged_dir is None else [merged_dir])])
     chat_template = choose_chat_template(run, base)
     licence = _find_licence(base, chat_template)
@@ -183,12 +188,13 @@ def export_run(
         if merge_base is not None:
             raise ValueError(f"--merge-base {merge_base}: nothing is merged; say what to with --quantization")
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
-    export = Export(
-        run, chat_template, merge, models, exported_adapter, merged_dir, run.export_dir / MODEL_CARD, importance
-    )
+    card_path = run.export_dir / MODEL_CARD
+    export = Export(run, chat_template, merge, models, exported_adapter, merged_dir, card_path, ImportanceChoice())
     with explain_write_errors(run.export_dir), claim_folder(run.export_dir):
-        check_free_space(run.export_dir, _count_bytes(export, lora))
-        export = _measure_importance(export, lora, show=show)
+        check_free_space(run.export_dir, _count_bytes(export, lora, has_importance=plan.is_any))
+        name = export.imatrix_path.name
+        choice = choose_importance(plan, merge.chosen, lora, chosen, validation, name=name, show=show)
+        export = replace(export, importance=choice)
         # The small and the quick first: what fails, fails before the long part.
         _write_extras(export, lora, num_threads=num_threads, show=show)
         if export.models:
@@ -242,16 +248,6 @@ def _find_licence(base: BaseCheckpoint, chat_template: ChatTemplate) -> Licence:
     )
 
 
-def _measure_importance(export: Export, adapter: Adapter, *, show: bool) -> Export:
-    """Return the export with its importance matrix; one that is measured is written beside the files."""
-    choice, path = export.importance_choice, export.imatrix_path
-    matrix = choice.measure(export.merge.chosen, adapter, name=path.name, show=show)
-    if matrix is not None and matrix is not choice.given:
-        with write_file(path) as unfinished:
-            write_imatrix(unfinished, matrix)
-    return replace(export, importance=matrix)
-
-
 def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
     write_gguf_files(
         {QUANTIZATIONS[model.quantization]: model.gguf_path for model in export.models},
@@ -298,7 +294,7 @@ def export_base(
         adapter=None,
         name=base_dir.resolve().name,
         chat_template=served.with_tools() if takes_tools else served,
-        importance=None,
+        importance=ImportanceChoice(),
         num_threads=num_threads,
         show=show,
     )
@@ -414,9 +410,8 @@ def _make_modelfiles(
     }
 
 
-def _count_bytes(export: Export, adapter: Adapter) -> int:
+def _count_bytes(export: Export, adapter: Adapter, *, has_importance: bool) -> int:
     base = export.merge.chosen
-    has_importance = export.importance_choice.is_any
     quantizations = [model.quantization for model in export.models]
     quantizations += [] if export.adapter is None else [export.adapter.quantization]
     num_bytes = sum(
@@ -431,6 +426,9 @@ def _count_bytes(export: Export, adapter: Adapter) -> int:
 
 def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
     run, base = export.run, export.merge.chosen
+    if export.measured_importance:
+        with write_file(export.imatrix_path) as unfinished:
+            write_imatrix(unfinished, export.importance.matrix)
     if export.adapter is not None:
         with write_file(export.adapter.adapter_path) as unfinished:
             write_adapter_gguf(unfinished, adapter, specs=base.specs, name=run.name)
@@ -441,7 +439,7 @@ def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, 
             name=run.base_dir.resolve().name,
             chat_template=export.chat_template,
             # A run over a GGUF has the numbers of one without.
-            importance=None if run.gguf_type is not None else export.importance,
+            importance=ImportanceChoice() if run.gguf_type is not None else export.importance,
             num_threads=num_threads,
             show=show,
         )

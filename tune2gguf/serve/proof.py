@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tune2gguf.base.gguf_rounding import GGUF_SCHEME
+from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.measure.step_losses import StepLoss, measure_steps
@@ -22,7 +24,10 @@ from tune2gguf.export.pipeline import BESIDE, Export
 from tune2gguf.export.results import open_bar
 from tune2gguf.ggml.kernels import Kernels, load_kernels
 from tune2gguf.ggml.types import QUANTIZATIONS
+from tune2gguf.runs.files import CONFIG_FILE
+from tune2gguf.runs.folder import find_free_folder
 from tune2gguf.runs.proof import ProofRecord, write_proof
+from tune2gguf.runs.run import Run
 from tune2gguf.serve.serving import ServedFile, serve_file
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
@@ -43,6 +48,7 @@ class _File:
 class _Subject:
     """What is proven, opened."""
 
+    run: Run
     merge: MergeChoice
     adapter: Adapter
     kernels: Kernels
@@ -74,7 +80,7 @@ def prove_export(
     if validation is None:
         return None
     adapter = read_adapter(export.run.adapter_dir, export.merge.trained.specs)
-    subject = _Subject(export.merge, adapter, load_kernels(), validation, export.importance)
+    subject = _Subject(export.run, export.merge, adapter, load_kernels(), validation, export.importance.matrix)
     served_files = _list_files(export)
     steps = _measure_export(subject, served_files, show=show)
     files = {
@@ -156,8 +162,19 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
         if name in QUANTIZATIONS:
             found = _find_smallest_type(subject, limit, larger_than=name)
             failure += f". {found}" if found else ". No larger type stays within it"
+            if QUANTIZATIONS[name].is_trainable and subject.run.gguf_type is None:
+                failure += f". Or train for the file itself:\n    {_format_training(subject.run, name)}"
         failures.append(failure)
     return failures
+
+
+def _format_training(run: Run, type_name: str) -> str:
+    """Return the command of a run like this one over what a file of this type holds."""
+    values = {"base_weights": f"{GGUF_SCHEME}{type_name}", "quantization": type_name, "dtype": "bf16"}
+    folder = find_free_folder(run.run_dir.with_name(f"{run.name}-{type_name}"))
+    overrides = format_overrides(values | {"output_dir": folder, "resume": False})
+    config = run.run_dir / CONFIG_FILE
+    return format_command("tune", "run", "recipes/lora_finetune.py", "--config", config, *overrides)
 
 
 def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
@@ -168,10 +185,17 @@ def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) ->
     larger = sorted((size, name) for name, size in sizes.items() if size > sizes[larger_than])
     reference = open_base_source(subject.merge.trained, adapter=adapter)
     for _, name in larger:
-        source = open_quantized_source(base, adapter, QUANTIZATIONS[name], subject.kernels, importance=importance)
-        measured = measure_steps({ADAPTER: reference, name: source}, subject.validation.rows, reference=ADAPTER)
-        if measured[name].increase <= limit:
-            return f"The smallest type within it is {name} ({measured[name].increase:+.1%}): --quantization {name}"
+        kind, ways = QUANTIZATIONS[name], [] if importance is None else [importance]
+        # As the export does it, the better way.
+        ways += [] if kind.needs_importance else [None]
+        sources = {ADAPTER: reference}
+        for number, way in enumerate(ways):
+            source = open_quantized_source(base, adapter, kind, subject.kernels, importance=way)
+            sources[f"{name} {number}"] = source
+        steps = measure_steps(sources, subject.validation.rows, reference=ADAPTER)
+        increase = min(step.increase for way, step in steps.items() if way != ADAPTER)
+        if increase <= limit:
+            return f"The smallest type within it is {name} ({increase:+.1%}): --quantization {name}"
     return None
 
 
