@@ -91,11 +91,11 @@ class BaseCheckpoint:
         return weight if dtype is None and self.specs[name].is_linear else weight.dequantize(dtype)
 
     def _read_rounded(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        """Read what a GGUF holds of a tensor, a slab of rows in each core at a time."""
+        """Read what a GGUF holds of a tensor, a slab of rows in each core at a time; norms are float32 there."""
         import torch
 
         shape = self.specs[name].shape
-        weight = torch.empty(shape, dtype=dtype)
+        weight = torch.empty(shape, dtype=dtype if len(shape) > 1 else torch.float32)
         step = max(1, SLAB_ELEMENTS // math.prod(shape[1:]))
 
         def fill(begin: int) -> None:
