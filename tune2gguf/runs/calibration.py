@@ -12,7 +12,7 @@ from tune2gguf.data.tokenize import TokenizedRows
 from tune2gguf.files.records import make_record
 from tune2gguf.runs.files import CALIBRATION_FILE, read_json_lines
 
-MAX_TOKENS = 8192  # enough for an importance matrix, by benchmarks/four_bits.py
+MAX_TOKENS = 4096  # a matrix of 2048 tokens is as good as one of 8192, by benchmarks/four_bits.py
 
 
 class _Row(TypedDict):
