@@ -1,22 +1,25 @@
 """The importance matrix is that of llama-imatrix, and each reads the other's files."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import make_conversations
+from tests.conftest import make_conversations, write_rows
 from tests.parity import llama_cpp_oracle as oracle
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
 from tests.parity.make_gguf_digests import write_drawn_imatrix, write_hf_folder
+from tests.runs import TRAINING_ROWS
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.data import Message, chat_dataset
 from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from tune2gguf.export.measure.importance import measure_importance
 from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.pipeline import export_run
-from tune2gguf.runs.calibration import MAX_TOKENS, read_calibration_rows
+from tune2gguf.runs.calibration import MAX_TOKENS, format_calibration_rows, read_calibration_rows
 from tune2gguf.runs.files import CALIBRATION_FILE
 from tune2gguf.runs.run import open_run
 from tune2gguf.serve.proof import prove_export
@@ -153,7 +156,24 @@ def test_a_matrix_of_another_model_or_no_matrix_at_all_is_refused(run_dir, tmp_p
         export_run(run_dir, imatrix=tmp_path / "nan.gguf", **options)
 
 
-def test_a_run_keeps_whole_training_rows_up_to_a_number_of_tokens(run_dir):
-    rows = read_calibration_rows(run_dir)
-    assert len(rows) == open_run(run_dir).data["trained"]
-    assert sum(map(len, rows)) <= MAX_TOKENS
+def test_a_run_keeps_training_rows_as_they_are_trained(run_dir):
+    run = open_run(run_dir)
+    tokenizer = load_tokenizer(run.base_dir, chat_template=MODEL.chat_template)
+    conversations = [[Message(**message) for message in row["messages"]] for row in TRAINING_ROWS]
+    expected = [tokenizer.encode_conversation(messages)[0][: run.max_seq_len] for messages in conversations]
+    assert sorted(row.tolist() for row in read_calibration_rows(run_dir)) == sorted(expected)
+    assert sum(map(len, expected)) < MAX_TOKENS
+
+
+def test_no_more_tokens_are_kept_than_a_matrix_needs(run_dir, monkeypatch):
+    data = chat_dataset(
+        files=[str(write_rows(run_dir.with_name("rows.jsonl"), TRAINING_ROWS))],
+        tokenizer=load_tokenizer(open_run(run_dir).base_dir, chat_template=MODEL.chat_template),
+        max_seq_len=512,
+        seed=1,
+    )
+    monkeypatch.setattr("tune2gguf.runs.calibration.MAX_TOKENS", 100)
+    lines = format_calibration_rows(data.train, seed=1).splitlines()
+    assert sum(len(json.loads(line)["tokens"]) for line in lines) == 100
+    assert lines == format_calibration_rows(data.train, seed=1).splitlines()
+    assert lines != format_calibration_rows(data.train, seed=2).splitlines()

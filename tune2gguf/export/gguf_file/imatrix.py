@@ -80,8 +80,8 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
     writer.add_uint32(_NUM_CHUNKS, matrix.num_chunks)
     writer.add_uint32(_CHUNK_SIZE, matrix.chunk_size)
     for name in sorted(matrix.sums):
-        writer.add_tensor(name + _SUMS, matrix.sums[name][None])
-        writer.add_tensor(name + _COUNT, np.array([[matrix.counts[name]]], np.float32))
+        writer.add_tensor(name + _SUMS, matrix.sums[name])
+        writer.add_tensor(name + _COUNT, np.array([matrix.counts[name]], np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
