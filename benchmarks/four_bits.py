@@ -3,6 +3,7 @@
     python benchmarks/four_bits.py train --seeds 42 43 44 --kinds bf16 gguf:Q4_K_M   # the quickstart, to runs/four_bits
     python benchmarks/four_bits.py measure --seeds 42 43 44 --types Q4_K_M Q3_K_M    # adds lines to the results
     python benchmarks/four_bits.py calibrate --seeds 42 --tokens 1024 4096 8192      # how many tokens a matrix needs
+    python benchmarks/four_bits.py speed --seeds 42 --kinds bf16 gguf:Q4_K_M         # what metrics.jsonl says
     python benchmarks/four_bits.py table
 
 The model is SmolLM2-135M-Instruct (scripts/download.py), fine-tuned as examples/quickstart says. `plain` and `imatrix`
@@ -48,7 +49,7 @@ TYPES = [name for name, quantization in QUANTIZATIONS.items() if quantization.ta
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "measure", "calibrate", "table"))
+    parser.add_argument("what", choices=("train", "measure", "calibrate", "speed", "table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--kinds", nargs="+", default=["bf16", "gguf:Q4_K_M"], help="of base weights, for train")
     parser.add_argument("--types", nargs="+", default=TYPES)
@@ -74,6 +75,10 @@ def main() -> None:
             subject = Subject(arguments.runs / name_run("bf16", seed), num_rows=arguments.rows)
             for name in arguments.types:
                 print_calibration(subject, name, arguments.tokens)
+    elif arguments.what == "speed":
+        for seed in arguments.seeds:
+            for kind in arguments.kinds:
+                print(format_speed(arguments.runs / name_run(kind, seed)))
     else:
         print("\n".join(format_table(arguments.results)))
 
@@ -90,6 +95,14 @@ def train(run_dir: Path, *, kind: str, seed: int) -> None:
     overrides += [f"quantization={kind.removeprefix('gguf:')}"] if kind.startswith("gguf:") else []
     command = ["tune", "run", "recipes/lora_finetune.py", "--config", "examples/quickstart/lora.yaml", *overrides]
     subprocess.run(command, cwd=REPOSITORY, check=True)
+
+
+def format_speed(run_dir: Path) -> str:
+    """Return the median speed of a run's last 60 steps, and its peak memory."""
+    steps = Run(run_dir).curves.training[-60:]
+    speed = statistics.median(step.tokens / step.seconds for step in steps)
+    peak = max(step.peak_memory_bytes for step in steps)
+    return f"{run_dir.name}: {speed:.0f} tokens/s, {peak / 1e9:.2f} GB"
 
 
 class Subject:
