@@ -17,10 +17,10 @@ import numpy as np
 from tests.conftest import TINY_UNTIED, write_tiny_base
 from tests.runs import copy_real_run, set_adapter
 from tests.tokenizer_files import fetch_or_skip
+from tune2gguf.base.bfloat16 import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.base.from_gguf import convert_gguf_to_hf
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.base.pypi import SMOLLM2_GGUF
-from tune2gguf.export.merge.arithmetic import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.model.architectures import (
     LLAMA3_1_8B,
     LLAMA3_2_1B,

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install what the tests marked `oracle` compare with: llama.cpp's own quantizer (llama-cpp-python, built here in 8 to 10
-# CPU-minutes, needs a C++ compiler) and its converter, which that package's source distribution carries.
+# CPU-minutes, needs a C++ compiler) and its converter, which that package's source distribution carries; llama-imatrix and
+# llama-quantize are built from it, too.
 # Then: python -m pytest -m oracle
 set -euo pipefail
 requirement=$(grep -o 'llama-cpp-python==[0-9.]*' "$(dirname "$0")/../../pyproject.toml")
@@ -17,4 +18,5 @@ tar -xzf "$folder/llama_cpp_python-$version.tar.gz" -C "$folder"
 rm -rf "$source"
 mkdir -p "$cache"
 mv "$folder/llama_cpp_python-$version/vendor/llama.cpp" "$source"
+bash "$(dirname "$0")/build_programs.sh" "$source"
 echo "llama.cpp's source: $source"

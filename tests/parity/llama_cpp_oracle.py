@@ -37,9 +37,14 @@ runpy.run_path(str(Path(source) / sys.argv[0]), run_name="__main__")
 _QUANTIZE = """
 import ctypes, sys
 import llama_cpp
-source, target, dry_run, num_threads = sys.argv[1], sys.argv[2], sys.argv[3] == "dry", int(sys.argv[4])
+source, target, what, num_threads = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 parameters = llama_cpp.llama_model_quantize_default_params()
-parameters.nthread, parameters.dry_run = num_threads, dry_run
+parameters.nthread, parameters.dry_run = num_threads, what != "write"
+# For the types it is enough that there is a matrix.
+entries = (llama_cpp.llama_model_imatrix_data * 2)()
+entries[0].name, entries[0].data, entries[0].size = b"none", (ctypes.c_float * 1)(1.0), 1
+if what == "plan with importance":
+    parameters.imatrix = entries
 for name in sys.argv[5:]:
     kind = "ALL" if name == "F32" else "MOSTLY"
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{kind}_{name}")
@@ -56,6 +61,16 @@ def find_missing() -> str | None:
     if not (get_source() / "convert_hf_to_gguf.py").is_file():
         return f"{get_source()} does not hold llama.cpp's converter (tests/parity/install_oracle.sh)"
     return None
+
+
+def find_missing_programs() -> str | None:
+    """Return why llama-imatrix and llama-quantize themselves cannot be used, or None."""
+    missing = [name for name in ("llama-imatrix", "llama-quantize") if not _get_program(name).is_file()]
+    return find_missing() or (f"{', '.join(missing)} not built (tests/parity/install_oracle.sh)" if missing else None)
+
+
+def _get_program(name: str) -> Path:
+    return get_source() / "programs" / name
 
 
 def get_source() -> Path:
@@ -80,9 +95,29 @@ def quantize(gguf_path: Path, pattern: Path, names: list[str], *, num_threads: i
     _run(_QUANTIZE, str(gguf_path), str(pattern), "write", str(num_threads), *names)
 
 
-def plan_quantization(gguf_path: Path, names: list[str]) -> str:
+def quantize_with_importance(gguf_path: Path, out_path: Path, name: str, *, imatrix_path: Path) -> None:
+    """Run llama-quantize with --imatrix from the matrix's folder, because the file says by which name it was called."""
+    command = [_get_program("llama-quantize"), "--imatrix", imatrix_path.name, gguf_path, out_path, name, "1"]
+    _run_program(command, folder=imatrix_path.parent)
+
+
+def measure_importance(gguf_path: Path, text_path: Path, out_path: Path, *, chunk_size: int, num_chunks: int) -> None:
+    """Run the program llama-imatrix on a text, with a cache in float32."""
+    exact = ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", "1", "--no-ppl"]
+    command = [_get_program("llama-imatrix"), "-m", gguf_path, "-f", text_path.name, "-o", out_path, *exact]
+    _run_program([*command, "-c", str(chunk_size), "--chunks", str(num_chunks)], folder=text_path.parent)
+
+
+def _run_program(command: list[str | Path], *, folder: Path) -> None:
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed: {finished.stderr[-2000:]}")
+
+
+def plan_quantization(gguf_path: Path, names: list[str], *, has_importance: bool = False) -> str:
     """Return llama-quantize's log of a dry run to each type."""
-    return _run(_QUANTIZE, str(gguf_path), os.devnull, "dry", "1", *names)
+    what = "plan with importance" if has_importance else "plan"
+    return _run(_QUANTIZE, str(gguf_path), os.devnull, what, "1", *names)
 
 
 def _run(program: str, *arguments: str) -> str:

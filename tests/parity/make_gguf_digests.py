@@ -11,15 +11,26 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tests.parity.gguf_models import SMALL_MODELS, SmallModel, write_small_run, write_smollm2_run
-from tests.parity.llama_cpp_oracle import convert_adapter, convert_to_bf16, find_missing, quantize
+from tests.parity.gguf_models import SMALL_MODELS, SmallModel, draw_integers, write_small_run, write_smollm2_run
+from tests.parity.llama_cpp_oracle import (
+    convert_adapter,
+    convert_to_bf16,
+    find_missing_programs,
+    quantize,
+    quantize_with_importance,
+)
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.layout import get_gguf_name, list_tensors
 from tune2gguf.export.chat_template import choose_chat_template
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix, write_imatrix
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.merged_hf import write_merged_hf
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.run import open_run
 
+PLAIN_TYPES = [name for name, quantization in QUANTIZATIONS.items() if not quantization.needs_importance]
+IMPORTANCE_TYPES = [name for name, quantization in QUANTIZATIONS.items() if quantization.takes_importance]
+IMPORTANCE = "imatrix"
 DIGESTS_FILE = Path(__file__).with_name("gguf_digests.txt")
 HEADER = (
     "# sha256 of llama.cpp's own files (converter to bf16, then llama-quantize, x86-64); made by make_gguf_digests.py\n"
@@ -27,7 +38,7 @@ HEADER = (
 
 
 def main() -> None:
-    missing = find_missing()
+    missing = find_missing_programs()
     if missing is not None:
         raise SystemExit(missing)
     lines = []
@@ -41,14 +52,18 @@ def main() -> None:
 
 
 def make_lines(model: SmallModel, folder: Path) -> list[str]:
-    """Return `MODEL base|merged TYPE DIGEST` for all types, and `MODEL adapter F32 DIGEST`."""
+    """Return `MODEL base|merged|imatrix TYPE DIGEST` for the types that are made so, and `MODEL adapter F32 DIGEST`."""
     run_dir = write_small_run(model, folder)
     # The model's name in the file is that of the folder, so both kinds are converted from a folder of the same name.
     for kind, parent in (("base", folder / "plain"), ("merged", folder / "merged")):
         write_hf_folder(run_dir, parent / model.name, is_merged=kind == "merged")
         pre = "llama-bpe" if model.chat_template == "llama3" else "smollm"
         convert_to_bf16(parent / model.name, folder / f"{kind}.gguf", pre=pre)
-        quantize(folder / f"{kind}.gguf", folder / (kind + "-{}.gguf"), list(QUANTIZATIONS))
+        quantize(folder / f"{kind}.gguf", folder / (kind + "-{}.gguf"), PLAIN_TYPES)
+    imatrix_path = write_drawn_imatrix(model, folder / "imatrix.gguf")
+    for name in IMPORTANCE_TYPES:
+        target = folder / f"{IMPORTANCE}-{name}.gguf"
+        quantize_with_importance(folder / "merged.gguf", target, name, imatrix_path=imatrix_path)
     shutil.copytree(run_dir / "last", folder / "adapter" / model.name)
     convert_adapter(folder / "adapter" / model.name, folder / "base", folder / "adapter-F32.gguf")
     return [
@@ -62,7 +77,7 @@ def make_real_lines(folder: Path) -> list[str]:
     write_hf_folder(run_dir, folder / "merged" / run_dir.name, is_merged=True)
     convert_to_bf16(folder / "merged" / run_dir.name, folder / "merged.gguf")
     lines = []
-    for name in QUANTIZATIONS:
+    for name in PLAIN_TYPES:
         quantize(folder / "merged.gguf", folder / "{}.gguf", [name])
         lines.append(f"{run_dir.name} merged {name} {digest_file(folder / f'{name}.gguf')}\n")
         (folder / f"{name}.gguf").unlink()
@@ -70,8 +85,21 @@ def make_real_lines(folder: Path) -> list[str]:
 
 
 def list_files() -> list[tuple[str, str]]:
-    """Return (base, merged or adapter, type) of each file that has a digest."""
-    return [(kind, name) for kind in ("base", "merged") for name in QUANTIZATIONS] + [("adapter", "F32")]
+    """Return (base, merged, with importance or adapter, type) of each file that has a digest."""
+    plain = [(kind, name) for kind in ("base", "merged") for name in PLAIN_TYPES]
+    return [*plain, *((IMPORTANCE, name) for name in IMPORTANCE_TYPES), ("adapter", "F32")]
+
+
+def write_drawn_imatrix(model: SmallModel, path: Path) -> Path:
+    """Write an importance matrix whose every number depends on the tensor's name alone."""
+    sums = {}
+    for spec in list_tensors(model.architecture):
+        if spec.is_linear:
+            drawn = draw_integers(f"{spec.tune_name} importance", (spec.shape[1],))
+            sums[get_gguf_name(spec.tune_name)] = drawn * drawn + 16
+    counts = dict.fromkeys(sums, 128)
+    write_imatrix(path, ImportanceMatrix(path.name, sums, counts, ("calibration.jsonl",), num_chunks=4, chunk_size=32))
+    return path
 
 
 def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:

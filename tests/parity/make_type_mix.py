@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from tests.parity.llama_cpp_oracle import find_missing, plan_quantization
+from tests.parity.make_gguf_digests import IMPORTANCE_TYPES, PLAIN_TYPES
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.export.gguf_file.llama import GGUFTensor, list_gguf_tensors
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture
 
+WITH_IMPORTANCE = "+imatrix"  # behind the type
 TYPE_MIX_FILE = Path(__file__).with_name("type_mix.txt")
 HEADER = "# Types that llama-quantize gives, layer by layer (TYPE*LAYERS); made by make_type_mix.py from its dry run\n"
 
@@ -38,15 +39,22 @@ def make_block(name: str, gguf_path: Path) -> str:
     architecture = ARCHITECTURES[name]
     tensors = list_real_tensors(architecture)
     write_sparse_gguf(gguf_path, architecture, tensors)
-    log = plan_quantization(gguf_path, list(QUANTIZATIONS))
+    lines = []
+    for label, names in (("", PLAIN_TYPES), (WITH_IMPORTANCE, IMPORTANCE_TYPES)):
+        lines += _plan(name, gguf_path, tensors, names, label=label)
+    return "".join(lines)
+
+
+def _plan(name: str, gguf_path: Path, tensors: list[GGUFTensor], names: list[str], *, label: str) -> list[str]:
+    log = plan_quantization(gguf_path, names, has_importance=bool(label))
     parts = re.split(r"^quantization (\S+)$", log, flags=re.MULTILINE)[1:]
     lines = []
     for quantization, text in zip(parts[::2], parts[1::2], strict=True):
         planned = dict(re.findall(r"\] +(\S+) +- \[[^\]]*\], type = +\S+, size = .*?MiB -> .*?\((\w+)\)", text))
         # Tensors that stay as they are have no arrow: norms, and everything where the type is bf16.
         kept = {tensor.name: "F32" if len(tensor.shape) == 1 else "BF16" for tensor in tensors}
-        lines += format_types(name, quantization, kept | {key: value.upper() for key, value in planned.items()})
-    return "".join(lines)
+        lines += format_types(name, quantization + label, kept | {key: value.upper() for key, value in planned.items()})
+    return lines
 
 
 def list_real_tensors(architecture: Architecture) -> list[GGUFTensor]:

@@ -1,6 +1,7 @@
 """The exported files are byte by byte those of llama.cpp's own converter and llama-quantize."""
 
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,27 +9,35 @@ import pytest
 from tests.parity import llama_cpp_oracle as oracle
 from tests.parity.gguf_models import REAL_MODEL, SMALL_MODELS, write_run, write_small_run, write_smollm2_run
 from tests.parity.make_gguf_digests import (
+    IMPORTANCE,
+    IMPORTANCE_TYPES,
+    PLAIN_TYPES,
     digest_file,
     list_files,
     make_lines,
     make_real_lines,
     read_digests,
+    write_drawn_imatrix,
     write_hf_folder,
 )
-from tests.parity.make_type_mix import TYPE_MIX_FILE, format_types, list_real_tensors, make_block
+from tests.parity.make_type_mix import TYPE_MIX_FILE, WITH_IMPORTANCE, format_types, list_real_tensors, make_block
 from tests.tokenizer_files import find_llama3_tokenizer
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.random_base import write_random_base
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
+from tune2gguf.export.gguf_file.imatrix import read_imatrix, write_imatrix
 from tune2gguf.export.gguf_file.llama import choose_types
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS, choose_tensor_type
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.pipeline import export_base, export_run
+from tune2gguf.ggml.types import QUANTIZATIONS, choose_tensor_type
 from tune2gguf.model.architectures import ARCHITECTURES, LLAMA3_1_8B, LLAMA3_2_1B, Architecture
 
 # Kernels compiled for other processors may fuse multiplications and additions.
 on_x86_64 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="bytes are those of x86-64")
 needs_oracle = pytest.mark.skipif(oracle.find_missing() is not None, reason=str(oracle.find_missing()))
+needs_programs = pytest.mark.skipif(
+    oracle.find_missing_programs() is not None, reason=str(oracle.find_missing_programs())
+)
 MODEL_NAMES = [model.name for model in SMALL_MODELS]
 QUICK_TYPES = ["Q8_0", "Q4_K_M", "Q5_K_S", "Q3_K_M", "Q4_0", "F16", "BF16"]
 
@@ -42,9 +51,34 @@ def export_digests(run_dir: Path, names: list[str]) -> dict[str, str]:
 @pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
 def test_every_type_has_the_bytes_of_llama_cpp_with_the_adapter_merged(model, tmp_path):
     digests = read_digests()
-    assert export_digests(write_small_run(model, tmp_path), list(QUANTIZATIONS)) == {
-        name: digests[model.name, "merged", name] for name in QUANTIZATIONS
+    assert export_digests(write_small_run(model, tmp_path), PLAIN_TYPES) == {
+        name: digests[model.name, "merged", name] for name in PLAIN_TYPES
     }
+
+
+@on_x86_64
+@pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
+def test_every_type_with_an_importance_matrix_has_the_bytes_of_llama_quantize(model, tmp_path):
+    digests, run_dir = read_digests(), write_small_run(model, tmp_path)
+    imatrix = write_drawn_imatrix(model, tmp_path / "imatrix.gguf")
+    found = export_run(run_dir, quantizations=IMPORTANCE_TYPES, imatrix=imatrix, num_threads=2, show=False).models
+    assert {file.quantization: digest_file(file.gguf_path) for file in found} == {
+        name: digests[model.name, IMPORTANCE, name] for name in IMPORTANCE_TYPES
+    }
+
+
+def test_another_importance_matrix_changes_the_bytes(tmp_path):
+    """Negative control: what the matrix says is in the weights, not only its name in the metadata."""
+    model = SMALL_MODELS[0]
+    run_dir, imatrix = write_small_run(model, tmp_path), write_drawn_imatrix(model, tmp_path / "imatrix.gguf")
+    options = {"quantizations": ["Q4_K_M", "IQ2_XS"], "imatrix": imatrix, "overwrite": True, "show": False}
+    before = [file.gguf_path.read_bytes() for file in export_run(run_dir, **options).models]
+    matrix = read_imatrix(imatrix)
+    name = "blk.0.ffn_up.weight"
+    write_imatrix(imatrix, replace(matrix, sums=matrix.sums | {name: matrix.sums[name][::-1].copy()}))
+    after = [file.gguf_path.read_bytes() for file in export_run(run_dir, **options).models]
+    assert [len(data) for data in before] == [len(data) for data in after]
+    assert all(old != new for old, new in zip(before, after, strict=True))
 
 
 @on_x86_64
@@ -72,7 +106,7 @@ def test_adapter_file_has_the_bytes_of_llama_cpp(model, tmp_path):
 def test_an_adapter_changes_the_bytes():
     """Negative control: the digests tell merged files from plain ones."""
     digests = read_digests()
-    assert len(set(digests.values())) == len(digests) == len(SMALL_MODELS) * len(list_files()) + len(QUANTIZATIONS)
+    assert len(set(digests.values())) == len(digests) == len(SMALL_MODELS) * len(list_files()) + len(PLAIN_TYPES)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -80,8 +114,10 @@ def test_types_are_those_of_llama_quantize(name):
     architecture = ARCHITECTURES[name]
     tensors = list_real_tensors(architecture)
     lines = []
-    for quantization in QUANTIZATIONS.values():
-        lines += format_types(name, quantization.name, choose_types(tensors, architecture, quantization))
+    for label, names in (("", PLAIN_TYPES), (WITH_IMPORTANCE, IMPORTANCE_TYPES)):
+        for kind in (QUANTIZATIONS[each] for each in names):
+            types = choose_types(tensors, architecture, kind, has_importance=bool(label))
+            lines += format_types(name, kind.name + label, types)
     expected = [line for line in TYPE_MIX_FILE.read_text().splitlines(keepends=True) if line.startswith(f"{name} ")]
     assert lines == expected
 
@@ -128,7 +164,7 @@ def test_committed_types_are_what_llama_quantize_plans(name, tmp_path):
 
 
 @pytest.mark.oracle
-@needs_oracle
+@needs_programs
 @pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
 def test_committed_digests_are_what_llama_cpp_writes(model, tmp_path):
     digests = read_digests()
@@ -141,9 +177,9 @@ def test_committed_digests_are_what_llama_cpp_writes(model, tmp_path):
 @needs_oracle
 def test_committed_digests_of_the_real_model_are_what_llama_cpp_writes(tmp_path):
     digests = read_digests()
-    expected = [f"{REAL_MODEL} merged {name} {digests[REAL_MODEL, 'merged', name]}\n" for name in QUANTIZATIONS]
+    expected = [f"{REAL_MODEL} merged {name} {digests[REAL_MODEL, 'merged', name]}\n" for name in PLAIN_TYPES]
     assert make_real_lines(tmp_path / "theirs") == expected
-    others = [name for name in QUANTIZATIONS if name not in QUICK_TYPES]
+    others = [name for name in PLAIN_TYPES if name not in QUICK_TYPES]
     assert export_digests(write_smollm2_run(tmp_path / "ours"), others) == {
         name: digests[REAL_MODEL, "merged", name] for name in others
     }
@@ -182,7 +218,7 @@ def write_untied_llama(folder: Path) -> tuple[Path, str]:
 def test_real_tokenizers_and_widths_give_the_bytes_of_llama_cpp(write_base, tmp_path):
     base_dir, chat_template = write_base(tmp_path / "bases")
     run_dir = write_run(base_dir, tmp_path / "runs" / "Some-Run", chat_template=chat_template)
-    exported = export_run(run_dir, quantizations=list(QUANTIZATIONS), show=False).models
+    exported = export_run(run_dir, quantizations=PLAIN_TYPES, show=False).models
     write_hf_folder(run_dir, tmp_path / "merged" / run_dir.name, is_merged=True)
     oracle.convert_to_bf16(tmp_path / "merged" / run_dir.name, tmp_path / "oracle.gguf")
     for file in exported:

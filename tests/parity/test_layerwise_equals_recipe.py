@@ -8,8 +8,8 @@ import torch
 
 from tests.parity.gguf_models import write_run
 from tune2gguf.base.checkpoint import open_base
-from tune2gguf.export.gguf_file.kernels import load_kernels
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.export.gguf_file.imatrix import write_imatrix
+from tune2gguf.export.measure.importance import measure_importance
 from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
 from tune2gguf.export.measure.weight_sources import (
     open_base_source,
@@ -19,10 +19,13 @@ from tune2gguf.export.measure.weight_sources import (
 )
 from tune2gguf.export.merge.adapter import read_adapter
 from tune2gguf.export.pipeline import export_run
+from tune2gguf.ggml.kernels import load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.config_file import read_config
 
 GGML_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
-GGML_TYPES += ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+GGML_TYPES += ("Q4_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ3_XXS")
+GGML_TYPES += ("IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 ROWS = [np.arange(30) * 7 % 384, np.arange(5) * 11 % 384, np.arange(17) * 5 % 384]
 
 
@@ -95,13 +98,25 @@ def test_a_file_holds_what_its_type_would_hold(base, run_dir, name):
     assert torch.equal(from_file, simulated)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K_M", "IQ3_XXS"])
+def test_a_file_with_an_importance_matrix_holds_what_its_type_would_hold(base, run_dir, name):
+    adapter, kernels = read_adapter(run_dir / "last", base.specs), load_kernels()
+    matrix = measure_importance(open_merged_source(base, adapter), ROWS, name="x.gguf", dataset="")
+    path = run_dir.with_name("x.gguf")
+    write_imatrix(path, matrix)
+    file = export_run(run_dir, quantizations=[name], imatrix=path, overwrite=True, show=False).models[0]
+    from_file = compute_logits(open_gguf_source(file.gguf_path, base, kernels))
+    quantized = open_quantized_source(base, adapter, QUANTIZATIONS[name], kernels, importance=matrix)
+    assert torch.equal(from_file, compute_logits(quantized))
+
+
 @pytest.mark.parametrize("ggml_type", GGML_TYPES)
 def test_dequantized_values_are_those_of_the_gguf_library(ggml_type):
     from gguf import GGMLQuantizationType, dequantize
 
     rows = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
     kernels = load_kernels()
-    quantized = kernels.quantize(rows, ggml_type)
+    quantized = kernels.quantize(rows, ggml_type, np.ones(512, np.float32))
     expected = dequantize(quantized, GGMLQuantizationType[ggml_type])
     np.testing.assert_array_equal(kernels.dequantize(quantized, ggml_type), expected)
-    assert np.abs(expected - rows).max() < 1.0
+    assert np.abs(expected - rows).max() < (3.0 if ggml_type.startswith(("IQ1", "IQ2")) else 1.0)

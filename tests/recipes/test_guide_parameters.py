@@ -223,8 +223,8 @@ def test_batch_size_times_accumulation_is_the_rows_of_a_step(size, run_arguments
 def test_quantization_changes_what_export_writes_and_nothing_else(run_arguments, tmp_path):
     from gguf import GGUFReader
 
-    from tune2gguf.export.gguf_file.types import QUANTIZATIONS
     from tune2gguf.export.pipeline import export_run
+    from tune2gguf.ggml.types import QUANTIZATIONS
 
     runs = [run_watched(run_arguments, tmp_path / name, f"quantization={name}") for name in ("Q8_0", "F16")]
     first, second = ((run.folder / "last/adapter_model.safetensors").read_bytes() for run in runs)

@@ -153,6 +153,10 @@ WRONG = [
     (["optimizer.betas=[2,3]"], "optimizer refuses its keys: ValueError: Invalid beta parameter at index 0: 2"),
     # What does not fit together.
     (["dtype=bf16"], "base_weights=fp32 with dtype=bf16: unquantized weights are kept in dtype"),
+    (["base_weights=gguf:Q4_KM"], "base_weights='gguf:Q4_KM' is not one of"),
+    (["base_weights=gguf:IQ2_XS"], "base_weights='gguf:IQ2_XS' is not one of"),
+    (["base_weights=gguf:Q4_K_M", "dtype=fp32"], "what a GGUF holds is kept in bf16; use dtype=bf16"),
+    (["base_weights=gguf:Q4_K_M", "quantization=Q8_0"], "trained over; use quantization=Q4_K_M"),
     (["base_weights=fp8", "compile=true"], "base_weights=fp8 with compile=true: the compiler has no 8-bit products"),
     (["device=gpu"], "device='gpu' is not one of cpu, cuda, cuda:0, cuda:1, …, mps"),
     (["device=mps"], "device=mps: torch finds no GPU of Apple's on this machine; use device=cpu"),

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from tune2gguf.base.bfloat16 import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.base.safetensors_file import widen_bfloat16
-from tune2gguf.export.merge.arithmetic import merge_rows, narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge.arithmetic import merge_rows
 
 
 def make_matrices(*, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

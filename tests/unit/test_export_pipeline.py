@@ -19,12 +19,13 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.parity.gguf_models import SMALL_MODELS, write_run, write_small_run
+from tests.parity.make_gguf_digests import PLAIN_TYPES
 from tests.runs import edit_config, set_base
 from tune2gguf.base.checkpoint import open_base
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.export.results import claim_folder
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.config_file import read_config
 
 
@@ -244,7 +245,7 @@ def test_too_small_a_disk_is_found_before_the_first_byte(run_dir, monkeypatch):
 
 def test_a_killed_export_leaves_no_final_file_and_does_not_disturb_the_next(tmp_path):
     run_dir = write_small_run(SMALL_MODELS[0], tmp_path)
-    command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--quantization", *QUANTIZATIONS]
+    command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--quantization", *PLAIN_TYPES]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     export_dir = run_dir / "export"
     while not list_files(export_dir):
@@ -260,7 +261,7 @@ def test_a_killed_export_leaves_no_final_file_and_does_not_disturb_the_next(tmp_
 
 def test_ctrl_c_leaves_nothing_and_no_traceback(tmp_path):
     run_dir = write_small_run(SMALL_MODELS[0], tmp_path)
-    command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--quantization", *QUANTIZATIONS]
+    command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--quantization", *PLAIN_TYPES]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list_files(run_dir / "export"):
         assert process.poll() is None, "it ended before it could be interrupted"

@@ -120,7 +120,15 @@ def test_a_lossy_type_fails_and_the_smallest_sufficient_one_is_named(run_dir):
     assert prove(export, max_loss_increase=limits[0]).failures == []
     [failure] = prove(export, max_loss_increase=limits[1]).failures
     assert failure.startswith("Q2_K raises the validation loss by ")
-    assert ". The smallest type within it is " in failure or failure.endswith("No larger type stays within it")
+    assert ". The smallest type within it is " in failure or ". No larger type stays within it. " in failure
+    assert failure.splitlines()[-1].split()[-6:] == [
+        str(run_dir / "config.yaml"),
+        "base_weights=gguf:Q2_K",
+        "quantization=Q2_K",
+        "dtype=bf16",
+        f"output_dir={run_dir}-Q2_K",
+        "resume=false",
+    ], "and how to train for the file"
     assert json.loads((run_dir / "export" / "proof.json").read_text())["passed"] is False
 
 

@@ -3,7 +3,14 @@
 import ast
 from pathlib import Path
 
-FLOORS = ["files pages guide commands", "tokenizer", "model", "data base", "runs machine", "export verdict distributed"]
+FLOORS = [
+    "files pages guide commands ggml",
+    "tokenizer",
+    "model",
+    "data base",
+    "runs machine",
+    "export verdict distributed",
+]
 FLOORS += ["config report serve", "train sweep inspect_data", "cli scripting"]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 

@@ -157,6 +157,7 @@ MEDIUM = Architecture(
         {"dtype": "fp32", "base_weights": "fp32", "lora_dropout": 0.0},
         {"base_weights": "nf4", "lora_rank": 64},
         {"base_weights": "fp8"},
+        {"base_weights": "gguf:Q8_0"},
     ],
     ids=str,
 )
@@ -192,6 +193,7 @@ def test_batch_rank_and_base_add_what_they_hold():
         factor * count_adapter_weights(large) for factor in (4, 4, 8)
     )
     assert estimate_memory(small).weights == pytest.approx(2 * 8_030_261_248, rel=1e-4)
+    assert estimate_memory(replace(small, base_weights="gguf:Q4_K_M")) == estimate_memory(small)
     nf4 = estimate_memory(replace(small, base_weights="nf4")).weights
     in_bf16 = 2 * 128_256 * 4096 * 2
     assert nf4 == pytest.approx(in_bf16 + (8_030_261_248 - 2 * 128_256 * 4096) * 0.515869, rel=1e-3)

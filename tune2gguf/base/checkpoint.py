@@ -7,14 +7,18 @@ else it names unquantized, and each tensor is taken as it is stored.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tune2gguf.base.bnb4bit import StoredNf4, group_nf4, read_nf4
+from tune2gguf.base.gguf_rounding import GGUF_SCHEME, get_gguf_type, make_rounding
 from tune2gguf.base.layout import TensorSpec, list_tensors, to_tune_rows
 from tune2gguf.base.safetensors_file import (
     INDEX_FILE,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "NF4")
 COMPARED_BYTES = 1 << 24  # at a time
+SLAB_ELEMENTS = 1 << 20  # that a core rounds at a time
 MAX_LISTED = 5  # tensors named in one error
 
 
@@ -45,7 +50,8 @@ MAX_LISTED = 5  # tensors named in one error
 class BaseCheckpoint:
     """An opened base folder; no weights are in memory. `specs` and `stored` are keyed by torchtune's names.
 
-    With `rounds_to`, fp8 or nf4, the rows of the layers' matrices are what that leaves of them.
+    With `rounds_to`, fp8 or nf4, the rows of the layers' matrices are what that leaves of them; with gguf:TYPE those of
+    all matrices are what a GGUF of that type holds.
     """
 
     base_dir: Path
@@ -62,6 +68,8 @@ class BaseCheckpoint:
     def _is_as_wanted(self, name: str, dtype: torch.dtype | None, *, is_copied: bool) -> bool:
         """Whether a weight can be used as it is stored. Norms are not worth a map; they become float32 anyway."""
         stored, spec = self.stored[name], self.specs[name]
+        if self._round_rows is not None:
+            return False
         if isinstance(stored, StoredNf4) or spec.num_heads is not None or len(spec.shape) < 2:
             return False
         return is_copied or not spec.is_linear if dtype is None else get_torch_dtype(stored) == dtype
@@ -75,10 +83,28 @@ class BaseCheckpoint:
         return tensor if num_heads is None else to_tune_rows(tensor, num_heads)
 
     def _read_as(self, name: str, dtype: torch.dtype | None) -> Tensor | Nf4Weight:
+        if self._round_rows is not None:
+            return self._read_rounded(name, dtype)
         weight = self._read_stored(name)
         if not isinstance(self.stored[name], StoredNf4):
             return weight if dtype is None else weight.to(dtype)
         return weight if dtype is None and self.specs[name].is_linear else weight.dequantize(dtype)
+
+    def _read_rounded(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """Read what a GGUF holds of a tensor, a slab of rows in each core at a time; norms are float32 there."""
+        import torch
+
+        shape = self.specs[name].shape
+        weight = torch.empty(shape, dtype=dtype if len(shape) > 1 else torch.float32)
+        step = max(1, SLAB_ELEMENTS // math.prod(shape[1:]))
+
+        def fill(begin: int) -> None:
+            end = min(begin + step, shape[0])
+            weight[begin:end] = torch.from_numpy(np.ascontiguousarray(self.read_rows(name, begin, end)))
+
+        with ThreadPoolExecutor() as threads:
+            [*threads.map(fill, range(0, shape[0], step))]
+        return weight
 
     @property
     def holds_nf4(self) -> bool:
@@ -88,6 +114,15 @@ class BaseCheckpoint:
     def round_to_fp8(self) -> BaseCheckpoint:
         """Return this base with `rounds_to` 8 bits."""
         return replace(self, rounds_to="fp8")
+
+    def round_to_gguf(self, type_name: str) -> BaseCheckpoint:
+        """Return this base with `rounds_to` a GGUF's type, such as Q4_K_M."""
+        return replace(self, rounds_to=f"{GGUF_SCHEME}{type_name}")
+
+    @cached_property
+    def _round_rows(self) -> Callable[[str, np.ndarray], np.ndarray] | None:
+        type_name = None if self.rounds_to is None else get_gguf_type(self.rounds_to)
+        return None if type_name is None else make_rounding(self.specs, self.architecture, type_name)
 
     def round_to_nf4(self) -> BaseCheckpoint:
         """Return this base with `rounds_to` 4 bits.
@@ -116,13 +151,10 @@ class BaseCheckpoint:
         return rows[begin - first_head * head_dim : end - first_head * head_dim]
 
     def _read_hf_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        stored = self.stored[name]
-        if isinstance(stored, StoredNf4):
-            if stored.has_whole_rows:
-                return read_nf4(stored, begin=begin, end=end).dequantize().numpy()
-            return read_nf4(stored).dequantize()[begin:end].numpy()
-        rows = read_float32_rows(stored, begin, end)
-        if self.rounds_to is None or not self.specs[name].is_linear:
+        rows = self._read_stored_rows(name, begin, end)
+        if self._round_rows is not None:
+            return self._round_rows(name, rows)
+        if isinstance(self.stored[name], StoredNf4) or self.rounds_to is None or not self.specs[name].is_linear:
             return rows
         import torch
 
@@ -133,6 +165,14 @@ class BaseCheckpoint:
             return quantize_weight(torch.from_numpy(rows).bfloat16()).dequantize(torch.float32).numpy()
         # What 4-bit training sees, but for the scales, which it rounds to 8 bits on top.
         return quantize_nf4(torch.from_numpy(rows)).dequantize(torch.float32).numpy()
+
+    def _read_stored_rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        stored = self.stored[name]
+        if not isinstance(stored, StoredNf4):
+            return read_float32_rows(stored, begin, end)
+        if stored.has_whole_rows:
+            return read_nf4(stored, begin=begin, end=end).dequantize().numpy()
+        return read_nf4(stored).dequantize()[begin:end].numpy()
 
     def iterate_tensors(
         self, *, dtype: torch.dtype | None = None, is_copied: bool = False

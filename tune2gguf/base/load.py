@@ -11,6 +11,7 @@ from torchtune.modules.tied_linear import TiedLinear
 from tqdm import tqdm
 
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.gguf_rounding import get_gguf_type
 from tune2gguf.model.fp8 import quantize_weight
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.model.lora import LoRALinear
@@ -27,13 +28,16 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
 
     Args:
         base_weights: bf16 or fp32, the dtype of embedding, head and layers; fp8 and nf4 for 8-bit and
-            4-bit layers between a bf16 embedding and head
+            4-bit layers between a bf16 embedding and head; gguf:TYPE for what a GGUF holds of all of them, in bf16
         show: whether to show a progress bar
 
     Raises:
         ValueError: if the checkpoint is incomplete, damaged or of another shape than the model
     """
     base = open_base(base_dir)
+    gguf_type = get_gguf_type(base_weights)
+    if gguf_type is not None:
+        base, base_weights = base.round_to_gguf(gguf_type), "bf16"
     # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read. What a CPU turns
     # into 8 bits is not mapped: pages that were looked at would stay in memory.
     is_read_as_stored = base_weights == "nf4" or (base_weights == "fp8" and device.type == "cpu")

@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from tune2gguf.commands import expand_path
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
 from tune2gguf.export.merge_choice import MERGE_BASES
 from tune2gguf.export.modelfile import DEFAULT_TEMPERATURE
 from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, export_run
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.proof import ProofRecord
 from tune2gguf.serve.ollama import Ollama, ask_as_proven, check_ollama_name, find_ollama, format_answers
@@ -48,6 +48,15 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="the 16-bit weights of a 4-bit base; default: beside it",
     )
+    importance = parser.add_mutually_exclusive_group()
+    importance.add_argument(
+        "--imatrix",
+        type=expand_path,
+        metavar="FILE",
+        help="importance matrix to quantize with, as llama-imatrix writes it; default: one of the training rows, for "
+        "types that have a lower validation loss with it",
+    )
+    importance.add_argument("--no-imatrix", action="store_true", help="quantize without an importance matrix")
     parser.add_argument(
         "--ollama",
         metavar="NAME",
@@ -91,19 +100,20 @@ def main() -> None:
         num_validation_rows=arguments.proof_rows,
         with_adapter_gguf=arguments.adapter_gguf,
         with_merged_hf=arguments.merged_hf,
+        imatrix=arguments.imatrix,
+        with_importance=not arguments.no_imatrix,
         temperature=arguments.temperature,
         overwrite=arguments.force,
         num_threads=arguments.threads,
     )
-    for path in export.list_paths():
-        print(path)
+    print("\n".join([*map(str, export.list_paths()), *export.importance.describe()]))
     proof = None if arguments.proof_rows == 0 else show_proof(export, arguments)
     is_refused = proof is not None and not proof.passed
     if ollama is not None and arguments.proof_rows > 0 and (proof is None or is_refused):
         print(f"not handed to Ollama as {arguments.ollama}, because it is not proven")
         is_refused = True
     elif ollama is not None:
-        ollama.create_model(arguments.ollama, export.models[0])
+        ollama.create_model(arguments.ollama, export.served)
         answers = ask_as_proven(ollama, arguments.ollama, export, proof)
         print(format_answers(arguments.ollama, ollama.version, answers))
     if is_refused:

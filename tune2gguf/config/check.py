@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tune2gguf.base.gguf_rounding import get_gguf_type
 from tune2gguf.config.components import COMPONENTS, find_build_problems, find_component_problems
 from tune2gguf.config.keys import KEYS, find_valid, find_value_problems
 from tune2gguf.config.names import suggest
@@ -85,7 +86,16 @@ def _find_key_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 def _find_precision_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     base_weights, dtype = valid.get("base_weights"), valid.get("dtype")
-    if None not in (base_weights, dtype) and base_weights not in ("fp8", "nf4", dtype):
+    gguf_type = None if base_weights is None else get_gguf_type(base_weights)
+    if gguf_type is not None:
+        if dtype == "fp32":
+            yield f"base_weights={base_weights} with dtype=fp32: what a GGUF holds is kept in bf16; use dtype=bf16"
+        if valid.get("quantization") not in (None, gguf_type):
+            yield (
+                f"base_weights={base_weights} with quantization={valid['quantization']}: such a run is served as the "
+                f"file that it is trained over; use quantization={gguf_type}"
+            )
+    elif None not in (base_weights, dtype) and base_weights not in ("fp8", "nf4", dtype):
         yield f"base_weights={base_weights} with dtype={dtype}: unquantized weights are kept in dtype"
     if base_weights == "fp8" and valid.get("compile"):
         yield "base_weights=fp8 with compile=true: the compiler has no 8-bit products; use compile=false"

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.base.gguf_rounding import make_gguf_kinds
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.guide import SCHEDULERS
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
@@ -47,7 +48,7 @@ KEYS = {
     "clip_grad_norm": Key(float, above=0, optional=True, why_not="null turns clipping off"),
     "base_dir": Key(str),
     "base_source": Key(str, optional=True),
-    "base_weights": Key(str, choices=("bf16", "fp32", "fp8", "nf4")),
+    "base_weights": Key(str, choices=("bf16", "fp32", "fp8", "nf4", *make_gguf_kinds())),
     "chat_template": Key(str, choices=tuple(CHAT_TEMPLATES)),
     "output_dir": Key(str),
     "device": Key(str),

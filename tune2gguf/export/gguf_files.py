@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, Keys
 
+from tune2gguf.base.bfloat16 import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.base.checkpoint import BaseCheckpoint
-from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_file.llama import (
     ALIGNMENT,
     GGUFTensor,
@@ -26,15 +27,19 @@ from tune2gguf.export.gguf_file.llama import (
     list_gguf_tensors,
     write_metadata,
 )
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization, count_bytes
 from tune2gguf.export.gguf_file.vocabulary import read_if_there, read_sampling, read_vocabulary
+from tune2gguf.export.importance_choice import ImportanceChoice
 from tune2gguf.export.merge.adapter import Adapter
-from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread
 from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
 from tune2gguf.export.results import explain_write_errors, open_bar
 from tune2gguf.files.atomic import write_file
+from tune2gguf.ggml.kernels import Kernels, load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS, Quantization, count_bytes
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
+
+Kind = tuple[str, bool]  # ggml type, and whether it is quantized with the importance matrix
 
 
 def write_gguf_files(
@@ -44,6 +49,7 @@ def write_gguf_files(
     adapter: Adapter | None,
     name: str,
     chat_template: ChatTemplate,
+    importance: ImportanceChoice,
     num_threads: int | None,
     show: bool,
 ) -> None:
@@ -52,6 +58,7 @@ def write_gguf_files(
     Args:
         adapter: None writes the base as it is
         name: general.name of the files
+        importance: which types are quantized with a matrix, and with which
         num_threads: that merge and quantize; None takes all cores
 
     Raises:
@@ -64,11 +71,13 @@ def write_gguf_files(
     with explain_write_errors(next(iter(paths.values())).parent), ExitStack() as stack:
         for quantization, path in paths.items():
             unfinished = stack.enter_context(write_file(path))
-            types[unfinished] = choose_types(tensors, base.architecture, quantization)
+            taken = importance.get(quantization)
+            chosen = choose_types(tensors, base.architecture, quantization, has_importance=taken is not None)
+            types[unfinished] = {tensor: (ggml_type, taken is not None) for tensor, ggml_type in chosen.items()}
             write_metadata(
                 unfinished,
                 tensors,
-                types[unfinished],
+                chosen,
                 name=name,
                 architecture=base.architecture,
                 quantization=quantization,
@@ -76,13 +85,16 @@ def write_gguf_files(
                 jinja_template=chat_template.jinja_template,
                 hf_config=read_if_there(base.base_dir / "config.json"),
                 sampling=read_sampling(base.base_dir),
+                importance=taken,
             )
         label = "exporting " + (next(iter(paths)).name if len(paths) == 1 else f"{len(paths)} types")
         with open_bar(label, total=sum(math.prod(tensor.shape) for tensor in tensors), show=show) as bar:
             _append_tensors(
                 types,
                 tensors,
-                convert=lambda slab, wanted: _convert(slab, wanted, base=base, adapter=adapter, kernels=kernels),
+                convert=lambda slab, wanted: _convert(
+                    slab, wanted, base=base, adapter=adapter, kernels=kernels, importance=importance.matrix
+                ),
                 num_threads=count_cores() if num_threads is None else num_threads,
                 report=bar.update,
             )
@@ -106,35 +118,48 @@ def read_quantization(path: Path) -> Quantization:
 
 
 def _convert(
-    slab: Slab, types: set[str], *, base: BaseCheckpoint, adapter: Adapter | None, kernels: Kernels
-) -> dict[str, np.ndarray]:
-    """Return the slab's bytes in each of the types."""
+    slab: Slab,
+    kinds: set[Kind],
+    *,
+    base: BaseCheckpoint,
+    adapter: Adapter | None,
+    kernels: Kernels,
+    importance: ImportanceMatrix | None,
+) -> dict[Kind, np.ndarray]:
+    """Return the slab's bytes in each of the types, without the matrix or with it."""
     if slab.tensor.spec is None:
-        return {"F32": compute_rope_factors(base.architecture)}
+        return dict.fromkeys(kinds, compute_rope_factors(base.architecture))
     rows = read_merged_rows(slab.tensor.spec, slab.begin, slab.end, base=base, adapter=adapter)
     if rows.ndim == 1:
-        return {"F32": rows}
+        return dict.fromkeys(kinds, rows)
     rounded = round_to_bfloat16(rows)
     ready = {"F32": lambda: rounded, "BF16": lambda: narrow_to_bfloat16(rounded)}
-    return {kind: ready[kind]() if kind in ready else kernels.quantize(rounded, kind) for kind in types}
+    weights = None if importance is None else importance.weights.get(slab.tensor.name)
+
+    def convert(ggml_type: str, is_weighted: bool) -> np.ndarray:
+        if ggml_type in ready:
+            return ready[ggml_type]()
+        return kernels.quantize(rounded, ggml_type, weights if is_weighted else None)
+
+    return {kind: convert(*kind) for kind in kinds}
 
 
 def _append_tensors(
-    types: dict[Path, dict[str, str]],
+    types: dict[Path, dict[str, Kind]],
     tensors: list[GGUFTensor],
     *,
-    convert: Callable[[Slab, set[str]], dict[str, np.ndarray]],
+    convert: Callable[[Slab, set[Kind]], dict[Kind, np.ndarray]],
     num_threads: int,
     report: Callable[[int], None],
 ) -> None:
     """Append all tensors to all files, each base row read once.
 
     Args:
-        types: of each file, the ggml type by tensor name
+        types: of each file, by tensor name, the ggml type and whether it is quantized with the matrix
         report: called with the number of elements done
     """
 
-    def convert_for_files(slab: Slab) -> dict[str, np.ndarray]:
+    def convert_for_files(slab: Slab) -> dict[Kind, np.ndarray]:
         return convert(slab, {of_file[slab.tensor.name] for of_file in types.values()})
 
     with keep_products_on_their_thread(), ExitStack() as stack:
@@ -172,8 +197,9 @@ def _map_in_order(
             future.cancel()
 
 
-def count_file_bytes(base: BaseCheckpoint, quantization: Quantization) -> int:
+def count_file_bytes(base: BaseCheckpoint, quantization: Quantization, *, has_importance: bool = False) -> int:
     """Return the size in bytes of all tensors in a file of this type."""
     tensors = list_gguf_tensors(base.specs, base.architecture)
-    types = choose_types(tensors, base.architecture, quantization)
+    is_taken = has_importance and quantization.takes_importance
+    types = choose_types(tensors, base.architecture, quantization, has_importance=is_taken)
     return sum(count_bytes(types[tensor.name], tensor.shape) for tensor in tensors)

@@ -6,7 +6,7 @@ so much of the original weights that there is nothing to choose: they are what t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
@@ -25,6 +25,7 @@ class MergeChoice:
     Attributes:
         trained: the base as the adapter was trained over it
         chosen: the base that the adapter is merged into
+        beside: the base that is written for an adapter's GGUF to be applied to
         kind: `original` or `dequantized`; None where there was no choice
         losses: validation loss of the merged weights by kind; empty where it was not measured
     """
@@ -33,6 +34,7 @@ class MergeChoice:
     chosen: BaseCheckpoint
     kind: str | None
     losses: dict[str, float]
+    beside: BaseCheckpoint
 
     def describe(self) -> str | None:
         """Return a sentence for the user, or None where there was no choice."""
@@ -68,25 +70,43 @@ def choose_merge_base(
     if requested is not None and requested not in MERGE_BASES:
         raise ValueError(f"unknown merge base {requested!r}; choose from {', '.join(MERGE_BASES)}")
     stored = open_base(run.base_dir)
+    if run.gguf_type is not None and original_dir is None:
+        return _choose_beside_gguf(run, stored, adapter, validation, requested)
     if run.base_weights != "nf4":
         if requested is not None or original_dir is not None:
             raise ValueError(f"{run.run_dir} was not trained over 4-bit weights; there is one base to merge into")
         trained = stored.round_to_fp8() if run.base_weights == "fp8" else stored
-        return MergeChoice(trained, stored, None, {})
+        return MergeChoice(trained, stored, None, {}, stored)
     trained = stored if stored.holds_nf4 else stored.round_to_nf4()
     original = _open_original(stored, original_dir) if stored.holds_nf4 else stored
     if original is None:
         if requested == ORIGINAL:
             raise ValueError(f"the 16-bit weights of {run.base_dir} are not at hand; say where with --original-base")
-        return MergeChoice(trained, trained, DEQUANTIZED, {})
-    candidates = {ORIGINAL: original, DEQUANTIZED: trained}
-    if requested is not None:
-        return MergeChoice(trained, candidates[requested], requested, {})
-    if validation is None:
-        return MergeChoice(trained, trained, DEQUANTIZED, {})
-    losses = _measure(trained, candidates, adapter, validation)
-    kind = min(losses, key=losses.__getitem__)
-    return MergeChoice(trained, candidates[kind], kind, losses)
+        return MergeChoice(trained, trained, DEQUANTIZED, {}, trained)
+    return _choose_better(trained, original, adapter, validation, requested)
+
+
+def _choose_better(
+    trained: BaseCheckpoint,
+    original: BaseCheckpoint,
+    adapter: Adapter,
+    validation: ValidationSet | None,
+    requested: str | None,
+) -> MergeChoice:
+    candidates, losses = {ORIGINAL: original, DEQUANTIZED: trained}, {}
+    kind = DEQUANTIZED if requested is None else requested
+    if requested is None and validation is not None:
+        losses = _measure(trained, candidates, adapter, validation)
+        kind = min(losses, key=losses.__getitem__)
+    return MergeChoice(trained, candidates[kind], kind, losses, candidates[kind])
+
+
+def _choose_beside_gguf(
+    run: Run, stored: BaseCheckpoint, adapter: Adapter, validation: ValidationSet | None, requested: str | None
+) -> MergeChoice:
+    """Choose for a run over what a GGUF holds: that very GGUF is made from the stored weights again."""
+    trained = stored.round_to_gguf(run.gguf_type)
+    return replace(_choose_better(trained, stored, adapter, validation, requested), beside=stored)
 
 
 def _open_original(stored: BaseCheckpoint, original_dir: str | Path | None) -> BaseCheckpoint | None:

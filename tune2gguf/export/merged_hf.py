@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tune2gguf.base.bfloat16 import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.base.layout import to_hf_rows
 from tune2gguf.base.safetensors_file import TensorToWrite, write_files
 from tune2gguf.export.gguf_file.llama import GGUFTensor
 from tune2gguf.export.gguf_file.vocabulary import read_if_there
 from tune2gguf.export.merge.adapter import Adapter
-from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread, narrow_to_bfloat16, round_to_bfloat16
+from tune2gguf.export.merge.arithmetic import keep_products_on_their_thread
 from tune2gguf.export.merge.slabs import iterate_slabs, read_merged_rows
 from tune2gguf.files.atomic import write_folder, write_json
 from tune2gguf.files.json_files import read_json

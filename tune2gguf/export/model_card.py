@@ -40,7 +40,7 @@ def make_model_card(
     parts = [
         _make_front_matter(run, licence),
         f"# {run.name}\n\nA fine-tune of {base}, made with LoRA by tune2gguf: "
-        f"the run's {run.adapter_dir.name} adapter." + ("" if merge is None else f"\n\nThe adapter was {merge}."),
+        f"the run's {run.adapter_dir.name} adapter." + _describe_merge(run, merge),
         f"## Licence\n\n{licence.duties}",
         _describe_run(run, files, adapter_files=adapter_files, temperature=temperature, takes_tools=takes_tools),
         _describe_quality(run.curves, adapter=run.adapter_dir.name),
@@ -49,6 +49,13 @@ def make_model_card(
         + "\n".join(f"| {key} | {run.config[key]} |" for key in keys if key in run.config),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _describe_merge(run: Run, merge: str | None) -> str:
+    merged = "" if merge is None else f"\n\nThe adapter was {merge}."
+    if run.gguf_type is None:
+        return merged
+    return f"\n\nThe adapter was trained over the base in {run.gguf_type} and is served beside that file.{merged}"
 
 
 def _make_front_matter(run: Run, licence: Licence) -> str:
@@ -73,7 +80,8 @@ def _describe_run(
     ]
     # Ollama's names begin with a letter or a digit.
     name = re.sub(r"[^a-z0-9._-]+", "-", run.name.lower()).strip("-._") or "tuned"
-    create = format_command("ollama", "create", name, "-f", files[0][1])
+    modelfile = files[0][1] if files and run.gguf_type is None else "Modelfile-adapter"
+    create = format_command("ollama", "create", name, "-f", modelfile)
     serve = f"{create} && {format_command('ollama', 'run', name)}"
     tools = " with tools" if takes_tools else ""
     return (

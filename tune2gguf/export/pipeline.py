@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from tune2gguf.base.source import read_source
 from tune2gguf.commands import format_script
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.chat_template import choose_chat_template
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS, Quantization
+from tune2gguf.export.gguf_file.imatrix import write_imatrix
 from tune2gguf.export.gguf_file.vocabulary import LLAMA3_PRE_NAME, read_sampling, read_vocabulary
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
+from tune2gguf.export.importance_choice import ImportanceChoice, choose_importance, plan_importance
 from tune2gguf.export.licence import Licence, find_licence
 from tune2gguf.export.measure.validation_set import load_validation_rows
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
@@ -25,6 +26,7 @@ from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import DEFAULT_TEMPERATURE, make_modelfile
 from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors, open_bar
 from tune2gguf.files.atomic import check_name, write_file, write_text
+from tune2gguf.ggml.types import QUANTIZATIONS, Quantization
 from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.run import Run, open_run
@@ -32,6 +34,7 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 DEFAULT_VALIDATION_ROWS = 16
 MODEL_CARD = "README.md"
+BESIDE = " + adapter"  # behind the type of a base that an adapter's GGUF is applied to
 _ADAPTER_END = "-adapter.gguf"
 _ADAPTER_MODELFILE = "Modelfile-adapter"
 
@@ -44,6 +47,11 @@ class ExportedModel:
     gguf_path: Path
     modelfile_path: Path
 
+    @property
+    def step(self) -> str:
+        """Its name in the proof."""
+        return self.quantization
+
 
 @dataclass(frozen=True)
 class ExportedAdapter:
@@ -53,6 +61,11 @@ class ExportedAdapter:
     base_path: Path
     adapter_path: Path
     modelfile_path: Path
+
+    @property
+    def step(self) -> str:
+        """Its name in the proof."""
+        return f"{self.quantization}{BESIDE}"
 
     def list_paths(self) -> list[Path]:
         return [self.base_path, self.adapter_path, self.modelfile_path]
@@ -69,11 +82,29 @@ class Export:
     adapter: ExportedAdapter | None
     merged_dir: Path | None
     model_card_path: Path
+    importance: ImportanceChoice
+
+    @property
+    def served(self) -> ExportedModel | ExportedAdapter:
+        """What is handed on where one model is wanted: of a run over a GGUF that file with the adapter."""
+        return self.adapter if self.adapter is not None and self.run.gguf_type is not None else self.models[0]
+
+    @property
+    def measured_importance(self) -> bool:
+        """Whether the matrix was measured, and so written beside the files."""
+        matrix = self.importance.matrix
+        return matrix is not None and matrix.name == self.imatrix_path.name
+
+    @property
+    def imatrix_path(self) -> Path:
+        """Where an importance matrix that is measured is written."""
+        return _name_imatrix(self.run)
 
     def list_paths(self) -> list[Path]:
         """Return everything that was written."""
         files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if self.adapter is None else self.adapter.list_paths()
+        files += [self.imatrix_path] if self.measured_importance else []
         return [*files, *([] if self.merged_dir is None else [self.merged_dir]), self.model_card_path]
 
 
@@ -88,6 +119,8 @@ def export_run(
     num_validation_rows: int = DEFAULT_VALIDATION_ROWS,
     with_adapter_gguf: bool = False,
     with_merged_hf: bool = False,
+    imatrix: str | Path | None = None,
+    with_importance: bool = True,
     temperature: float = DEFAULT_TEMPERATURE,
     overwrite: bool = False,
     num_threads: int | None = None,
@@ -95,14 +128,20 @@ def export_run(
 ) -> Export:
     """Merge a run's adapter into its base; write GGUF files, Modelfiles and a model card to the run's `export` folder.
 
+    Of a run that was trained over a GGUF that file and the adapter's are written; nothing is merged, unless types are
+    asked for.
+
     Args:
-        quantizations: None takes the one in the run's config.yaml
+        quantizations: to merge to; None takes the one in the run's config.yaml
         adapter, base_dir: as in open_run
         merge_base: of a run over 4-bit weights, `original` or `dequantized`; None takes the better one
         original_base_dir: the 16-bit weights of a 4-bit base; None looks for them beside it
         num_validation_rows: to measure with which of two bases is better
         with_adapter_gguf: also write the adapter as a GGUF of its own, and the base in the first of the types
         with_merged_hf: also write the merged model as a Hugging Face folder
+        imatrix: an importance matrix, as llama-imatrix writes it; None measures one on the run's own training rows and
+            takes it where that lowers the validation loss
+        with_importance: False quantizes without one
         temperature: of sampling, in the Modelfiles
         overwrite: replace files of an earlier export
         num_threads: None takes all cores
@@ -115,13 +154,19 @@ def export_run(
     if num_validation_rows < 0:
         raise ValueError(f"{num_validation_rows} validation rows cannot be measured; give 1 or more, or 0 for none")
     run = open_run(run_dir, adapter=adapter, base_dir=base_dir)
-    chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
+    served_type = None if run.gguf_type is None else QUANTIZATIONS[run.gguf_type]
+    chosen = []
+    if served_type is None or quantizations is not None:
+        chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
     base = open_base(run.base_dir)
     models = _name_models(run.export_dir, run.name, chosen)
-    exported_adapter = _name_adapter(run.export_dir, run.name, chosen[0]) if with_adapter_gguf else None
+    exported_adapter = None
+    if with_adapter_gguf or served_type is not None:
+        exported_adapter = _name_adapter(run.export_dir, run.name, served_type or chosen[0])
     merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
+    plan = plan_importance(run, base, chosen, imatrix=imatrix, wanted=with_importance)
     if not overwrite:
-        # The card describes what is in the folder, and is written anew with each export.
+        # Written anew with each export are the card, which describes what is in the folder, and the matrix.
         files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if exported_adapter is None else exported_adapter.list_paths()
         _refuse_existing([*files, *([] if merged_dir is None else [merged_dir])])
@@ -138,13 +183,24 @@ def export_run(
     )
     lora = read_adapter(run.adapter_dir, base.specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
+    if not (chosen or with_merged_hf):
+        validation = None  # there is nothing to choose by
+        if merge_base is not None:
+            raise ValueError(f"--merge-base {merge_base}: nothing is merged; say what to with --quantization")
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
-    export = Export(run, chat_template, merge, models, exported_adapter, merged_dir, run.export_dir / MODEL_CARD)
+    card_path = run.export_dir / MODEL_CARD
+    export = Export(run, chat_template, merge, models, exported_adapter, merged_dir, card_path, ImportanceChoice())
     with explain_write_errors(run.export_dir), claim_folder(run.export_dir):
-        check_free_space(run.export_dir, _count_bytes(export, lora))
+        check_free_space(run.export_dir, _count_bytes(export, lora, has_importance=plan.is_any))
+        name = export.imatrix_path.name
+        choice = choose_importance(plan, merge.chosen, lora, chosen, validation, name=name, show=show)
+        export = replace(export, importance=choice)
         # The small and the quick first: what fails, fails before the long part.
         _write_extras(export, lora, num_threads=num_threads, show=show)
-        _write_models(export, lora, num_threads=num_threads, show=show)
+        if export.models:
+            _write_models(export, lora, num_threads=num_threads, show=show)
+        # It was of the files that were replaced.
+        (run.export_dir / PROOF_FILE).unlink(missing_ok=True)
         for path, text in modelfiles.items():
             write_text(path, text)
         card = make_model_card(
@@ -154,7 +210,7 @@ def export_run(
             adapter_files=find_adapter_files(run) if export.adapter is not None else None,
             temperature=temperature,
             takes_tools=chat_template.takes_tools,
-            merge=merge.describe(),
+            merge=merge.describe() if models else None,
         )
         write_text(export.model_card_path, card)
     return export
@@ -199,11 +255,10 @@ def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, 
         adapter=adapter,
         name=export.run.name,
         chat_template=export.chat_template,
+        importance=export.importance,
         num_threads=num_threads,
         show=show,
     )
-    # It was of the files that were replaced.
-    (export.run.export_dir / PROOF_FILE).unlink(missing_ok=True)
 
 
 def export_base(
@@ -239,6 +294,7 @@ def export_base(
         adapter=None,
         name=base_dir.resolve().name,
         chat_template=served.with_tools() if takes_tools else served,
+        importance=ImportanceChoice(),
         num_threads=num_threads,
         show=show,
     )
@@ -269,6 +325,12 @@ def _name_model(export_dir: Path, name: str, quantization: Quantization, *, is_o
     is_first = is_only and not plain.is_file() and not named.is_file()
     modelfile = plain if serves_it or is_first else named
     return ExportedModel(quantization.name, gguf_path, modelfile)
+
+
+def _name_imatrix(run: Run) -> Path:
+    path = run.export_dir / f"{run.name}-imatrix.gguf"
+    check_name(path)
+    return path
 
 
 def _name_adapter(export_dir: Path, name: str, quantization: Quantization) -> ExportedAdapter:
@@ -314,9 +376,19 @@ def find_adapter_files(run: Run) -> tuple[Path, Path]:
     """
     modelfile = run.export_dir / _ADAPTER_MODELFILE
     if not modelfile.is_file():
-        command = format_script("export", run.run_dir, "--adapter-gguf")
+        option = () if run.gguf_type is not None else ("--adapter-gguf",)
+        command = format_script("export", run.run_dir, *option)
         raise ValueError(f"{run.export_dir} has no adapter as a GGUF yet. First:\n  {command}")
     return tuple(run.export_dir / _read_served_name(modelfile, command) for command in ("FROM", "ADAPTER"))
+
+
+def find_served_files(run: Run) -> tuple[Path, Path | None]:
+    """Return the GGUF that was exported last, and the adapter's GGUF where the run is served as two files.
+
+    Raises:
+        ValueError: if nothing was exported
+    """
+    return (find_newest_gguf(run), None) if run.gguf_type is None else find_adapter_files(run)
 
 
 def _refuse_existing(paths: list[Path]) -> None:
@@ -338,11 +410,14 @@ def _make_modelfiles(
     }
 
 
-def _count_bytes(export: Export, adapter: Adapter) -> int:
+def _count_bytes(export: Export, adapter: Adapter, *, has_importance: bool) -> int:
     base = export.merge.chosen
-    num_bytes = sum(count_file_bytes(base, QUANTIZATIONS[model.quantization]) for model in export.models)
+    quantizations = [model.quantization for model in export.models]
+    quantizations += [] if export.adapter is None else [export.adapter.quantization]
+    num_bytes = sum(
+        count_file_bytes(base, QUANTIZATIONS[name], has_importance=has_importance) for name in quantizations
+    )
     if export.adapter is not None:
-        num_bytes += count_file_bytes(base, QUANTIZATIONS[export.adapter.quantization])
         num_bytes += sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
     if export.merged_dir is not None:
         num_bytes += count_file_bytes(base, QUANTIZATIONS["BF16"])
@@ -351,15 +426,20 @@ def _count_bytes(export: Export, adapter: Adapter) -> int:
 
 def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
     run, base = export.run, export.merge.chosen
+    if export.measured_importance:
+        with write_file(export.imatrix_path) as unfinished:
+            write_imatrix(unfinished, export.importance.matrix)
     if export.adapter is not None:
         with write_file(export.adapter.adapter_path) as unfinished:
             write_adapter_gguf(unfinished, adapter, specs=base.specs, name=run.name)
         write_gguf_files(
             {QUANTIZATIONS[export.adapter.quantization]: export.adapter.base_path},
-            base=base,
+            base=export.merge.beside,
             adapter=None,
             name=run.base_dir.resolve().name,
             chat_template=export.chat_template,
+            # A run over a GGUF has the numbers of one without.
+            importance=ImportanceChoice() if run.gguf_type is not None else export.importance,
             num_threads=num_threads,
             show=show,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tune2gguf.base.gguf_rounding import get_gguf_type
 from tune2gguf.base.layout import TensorSpec, list_tensors
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, NO_TRITON, pad_length, why_not_fused
@@ -40,7 +41,7 @@ class RunSpec:
     """What the memory of a run depends on; `parallel` is replicate or shard."""
 
     architecture: Architecture
-    base_weights: str  # bf16 | fp32 | fp8 | nf4
+    base_weights: str  # bf16 | fp32 | fp8 | nf4 | gguf:TYPE
     dtype: str  # bf16 | fp32
     lora_rank: int
     lora_dropout: float
@@ -291,7 +292,7 @@ def _count_weight_bytes(tensor: TensorSpec, base_weights: str) -> int:
         return round(size * (NF4_BYTES_PER_WEIGHT if tensor.is_linear else BYTES["bf16"]))
     if base_weights == "fp8":
         return size + 4 * tensor.shape[0] if tensor.is_linear else BYTES["bf16"] * size  # a byte, a scale for each row
-    return size * BYTES[base_weights]
+    return size * BYTES["bf16" if get_gguf_type(base_weights) else base_weights]
 
 
 def _list_adapted(spec: RunSpec) -> list[TensorSpec]:

@@ -13,9 +13,10 @@ from tune2gguf.base.digest import digest_base
 from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.data import PreparedData
 from tune2gguf.files.atomic import write_folder, write_json, write_text
+from tune2gguf.runs.calibration import format_calibration_rows
 from tune2gguf.runs.config_file import write_config
 from tune2gguf.runs.environment import write_environment
-from tune2gguf.runs.files import DATA_FILE, VALIDATION_FILE, is_run_folder
+from tune2gguf.runs.files import CALIBRATION_FILE, DATA_FILE, VALIDATION_FILE, is_run_folder
 from tune2gguf.runs.validation_rows import format_validation_rows
 
 
@@ -34,18 +35,19 @@ def create_run_folder(cfg: DictConfig, *, data: PreparedData, device: str) -> It
 
 
 def write_start(folder: Path, cfg: DictConfig, *, data: PreparedData, device: str) -> None:
-    """Write what a run is before its first step: config.yaml, environment.json, data.json, heldout.jsonl."""
+    """Write what a run is before its first step: config.yaml, environment.json, what write_rows writes."""
     # The digest was taken for the resume already.
     write_environment(folder, device, base_digest=digest_base(cfg.base_dir))
     write_rows(folder, cfg, data=data)
 
 
 def write_rows(folder: Path, cfg: DictConfig, *, data: PreparedData) -> None:
-    """Write config.yaml and what the run has of its rows: data.json and heldout.jsonl."""
+    """Write config.yaml and what the run has of its rows: data.json, heldout.jsonl and calibration.jsonl."""
     validation_rows = format_validation_rows(data.validation)
     write_config(folder, cfg)
     write_json(folder / DATA_FILE, data.ledger)
     write_text(folder / VALIDATION_FILE, validation_rows)
+    write_text(folder / CALIBRATION_FILE, format_calibration_rows(data.train, seed=cfg.seed))
 
 
 def describe_existing(output_dir: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from tune2gguf.base.digest import digest_base
+from tune2gguf.base.gguf_rounding import get_gguf_type
 from tune2gguf.base.source import HUB_SCHEME, PYPI_SCHEME, read_source
 from tune2gguf.data.ledger import RowLedger
 from tune2gguf.files.json_files import read_json
@@ -121,6 +122,11 @@ class Run:
     @property
     def base_weights(self) -> str:
         return self.config["base_weights"]
+
+    @property
+    def gguf_type(self) -> str | None:
+        """The type of the GGUF that the adapter was trained over and is served beside; None of a run to be merged."""
+        return get_gguf_type(self.base_weights)
 
     @property
     def base_dir(self) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.export.gguf_files import read_quantization
-from tune2gguf.export.pipeline import export_base, find_newest_gguf
+from tune2gguf.export.pipeline import export_base, find_served_files
 from tune2gguf.export.results import claim_folder, explain_write_errors
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.runs.validation_rows import read_validation_rows
@@ -46,7 +46,7 @@ def answer_before_and_after(run_dir: Path, *, gguf_path: Path | None = None, num
     """Ask the first validation questions of a run to its base and to its exported file, greedily.
 
     Args:
-        gguf_path: None takes the newest one
+        gguf_path: None takes the newest one, or the two that a run over a GGUF is served as
 
     Raises:
         ValueError: if the run, its base, the file or a question is missing
@@ -54,13 +54,16 @@ def answer_before_and_after(run_dir: Path, *, gguf_path: Path | None = None, num
     if num_questions < 1:
         raise ValueError(f"{num_questions} questions show nothing; give 1 or more")
     run = open_run(run_dir)
-    gguf_path = find_newest_gguf(run) if gguf_path is None else gguf_path
+    gguf_path, adapter_path = find_served_files(run) if gguf_path is None else (gguf_path, None)
     conversations = [conversation for conversation in read_validation_rows(run_dir) if conversation.messages]
     prompts = [cut_before_reply(conversation) for conversation in conversations[:num_questions]]
     if not prompts:
         raise ValueError(f"{run_dir}: has no validation conversation to ask")
     quantization = read_quantization(gguf_path)
-    after = _ask(gguf_path, prompts, context_length=run.max_seq_len)
+    after = _ask(gguf_path, prompts, context_length=run.max_seq_len, adapter_path=adapter_path)
+    if adapter_path is not None:
+        before = _ask(gguf_path, prompts, context_length=run.max_seq_len)
+        return _pair(prompts, before, after)
     # The next export clears away what a killed process leaves of this name.
     leftover = {"dir": run.export_dir, "prefix": ".base.", "suffix": ".unfinished"}
     with (
@@ -76,14 +79,18 @@ def answer_before_and_after(run_dir: Path, *, gguf_path: Path | None = None, num
             takes_tools=any(prompt.tools for prompt in prompts),
         )
         before = _ask(base_path, prompts, context_length=run.max_seq_len)
+    return _pair(prompts, before, after)
+
+
+def _pair(prompts: list[Prompt], before: list[str], after: list[str]) -> list[Answer]:
     return [
         Answer(question=prompt.question, reference=prompt.reference, before=said_before, after=said_after)
         for prompt, said_before, said_after in zip(prompts, before, after, strict=True)
     ]
 
 
-def _ask(gguf_path: Path, prompts: list[Prompt], *, context_length: int) -> list[str]:
-    model = open_model(gguf_path, context_length=context_length + MAX_REPLY_TOKENS)
+def _ask(gguf_path: Path, prompts: list[Prompt], *, context_length: int, adapter_path: Path | None = None) -> list[str]:
+    model = open_model(gguf_path, context_length=context_length + MAX_REPLY_TOKENS, adapter_path=adapter_path)
     replies = [
         model.chat(make_request_messages(prompt.messages), tools=prompt.tools, max_tokens=MAX_REPLY_TOKENS)
         for prompt in prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tune2gguf.export.pipeline import find_adapter_files, find_newest_gguf
+from tune2gguf.export.pipeline import find_adapter_files, find_served_files
 from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.run import Run
@@ -36,7 +36,7 @@ def open_chat_model(
     if uses_adapter_gguf:
         gguf_path, adapter_path = find_adapter_files(run)
     elif gguf_path is None:
-        gguf_path = find_newest_gguf(run)
+        gguf_path, adapter_path = find_served_files(run)
     return open_model(gguf_path, num_threads=num_threads, context_length=run.max_seq_len, adapter_path=adapter_path)
 
 

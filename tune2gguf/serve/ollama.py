@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tune2gguf.export.measure.validation_set import load_validation_rows
-from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, ExportedModel
+from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, ExportedAdapter, ExportedModel
 from tune2gguf.runs.proof import ProofRecord
 from tune2gguf.serve.serving import MAX_REPLY_TOKENS, find_askable
 from tune2gguf.tokenizer.conversation import Message, cut_before_reply, describe_reply, make_request_messages
@@ -44,7 +44,7 @@ class Ollama:
         """Whether there is a model of this name."""
         return _ask_server(self.address, "/api/show", {"model": name}, accepts_missing=True) is not None
 
-    def create_model(self, name: str, model: ExportedModel) -> None:
+    def create_model(self, name: str, model: ExportedModel | ExportedAdapter) -> None:
         """Run `ollama create`; its progress goes to the terminal.
 
         Raises:
@@ -133,7 +133,7 @@ def ask_as_proven(ollama: Ollama, name: str, export: Export, proof: ProofRecord 
     if validation is None:
         return []
     asked = find_askable(validation.conversations, validation.tokenizer, context_length=export.run.max_seq_len)
-    proven = [] if proof is None else proof.served_by_llama_cpp[export.models[0].quantization]["replies"]
+    proven = [] if proof is None else proof.served_by_llama_cpp[export.served.step]["replies"]
     answers = []
     for number, conversation in enumerate(asked[: len(proven) or NUM_QUESTIONS]):
         prompt = cut_before_reply(conversation)

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tune2gguf.export.gguf_file.kernels import Kernels, load_kernels
-from tune2gguf.export.gguf_file.types import QUANTIZATIONS
+from tune2gguf.base.gguf_rounding import GGUF_SCHEME
+from tune2gguf.commands import format_command, format_overrides
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.measure.step_losses import StepLoss, measure_steps
 from tune2gguf.export.measure.validation_set import ValidationSet, load_validation_rows
@@ -19,13 +20,17 @@ from tune2gguf.export.measure.weight_sources import (
 )
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.export.merge_choice import MergeChoice
-from tune2gguf.export.pipeline import Export
+from tune2gguf.export.pipeline import BESIDE, Export
 from tune2gguf.export.results import open_bar
+from tune2gguf.ggml.kernels import Kernels, load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS
+from tune2gguf.runs.files import CONFIG_FILE
+from tune2gguf.runs.folder import find_free_folder
 from tune2gguf.runs.proof import ProofRecord, write_proof
+from tune2gguf.runs.run import Run
 from tune2gguf.serve.serving import ServedFile, serve_file
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
-_WITH_ADAPTER = " + adapter"  # behind the type of a base that an adapter's GGUF is applied to
 COMPUTED_BY = "torch in float32; a file's weights are its dequantized tensors"
 # llama.cpp rounds activations to 8 bits and its cache to 16, so that its loss is not quite that of the weights.
 MAX_SCORE_DIFFERENCE = 0.1  # nats per token
@@ -43,10 +48,12 @@ class _File:
 class _Subject:
     """What is proven, opened."""
 
+    run: Run
     merge: MergeChoice
     adapter: Adapter
     kernels: Kernels
     validation: ValidationSet
+    importance: ImportanceMatrix | None
 
 
 def prove_export(
@@ -73,7 +80,7 @@ def prove_export(
     if validation is None:
         return None
     adapter = read_adapter(export.run.adapter_dir, export.merge.trained.specs)
-    subject = _Subject(export.merge, adapter, load_kernels(), validation)
+    subject = _Subject(export.run, export.merge, adapter, load_kernels(), validation, export.importance.matrix)
     served_files = _list_files(export)
     steps = _measure_export(subject, served_files, show=show)
     files = {
@@ -117,10 +124,9 @@ def prove_export(
 
 def _list_files(export: Export) -> dict[str, _File]:
     """Return the files that are served, by the name of their step."""
-    files = {model.quantization: _File(model.gguf_path) for model in export.models}
+    files = {model.step: _File(model.gguf_path) for model in export.models}
     if export.adapter is not None:
-        name = f"{export.adapter.quantization}{_WITH_ADAPTER}"
-        files[name] = _File(export.adapter.base_path, export.adapter.adapter_path)
+        files[export.adapter.step] = _File(export.adapter.base_path, export.adapter.adapter_path)
     return files
 
 
@@ -129,8 +135,9 @@ def _measure_export(subject: _Subject, files: dict[str, _File], *, show: bool) -
     sources = {
         BASE: open_base_source(trained, adapter=None),
         ADAPTER: open_base_source(trained, adapter=adapter),
-        MERGED: open_merged_source(subject.merge.chosen, adapter),
     }
+    if any(file.adapter_path is None for file in files.values()):
+        sources[MERGED] = open_merged_source(subject.merge.chosen, adapter)
     for name, file in files.items():
         beside = None if file.adapter_path is None else adapter
         sources[name] = open_gguf_source(file.gguf_path, trained, subject.kernels, adapter=beside)
@@ -141,7 +148,7 @@ def _measure_export(subject: _Subject, files: dict[str, _File], *, show: bool) -
 
 def _find_step_that_lost_most(steps: dict[str, StepLoss]) -> str:
     """Merging and a base's type start from the adapter, every other type from the merged weights."""
-    starts = {name: ADAPTER if name == MERGED or name.endswith(_WITH_ADAPTER) else MERGED for name in steps}
+    starts = {name: ADAPTER if name == MERGED or name.endswith(BESIDE) else MERGED for name in steps}
     losses = {name: step.loss - steps[starts[name]].loss for name, step in steps.items() if name not in (BASE, ADAPTER)}
     return max(losses, key=losses.__getitem__)
 
@@ -155,21 +162,40 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
         if name in QUANTIZATIONS:
             found = _find_smallest_type(subject, limit, larger_than=name)
             failure += f". {found}" if found else ". No larger type stays within it"
+            if QUANTIZATIONS[name].is_trainable and subject.run.gguf_type is None:
+                failure += f". Or train for the file itself:\n    {_format_training(subject.run, name)}"
         failures.append(failure)
     return failures
 
 
+def _format_training(run: Run, type_name: str) -> str:
+    """Return the command of a run like this one over what a file of this type holds."""
+    values = {"base_weights": f"{GGUF_SCHEME}{type_name}", "quantization": type_name, "dtype": "bf16"}
+    folder = find_free_folder(run.run_dir.with_name(f"{run.name}-{type_name}"))
+    overrides = format_overrides(values | {"output_dir": folder, "resume": False})
+    config = run.run_dir / CONFIG_FILE
+    return format_command("tune", "run", "recipes/lora_finetune.py", "--config", config, *overrides)
+
+
 def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
     """Return a sentence that names the smallest larger type within the limit, without writing files."""
-    adapter, rows = subject.adapter, subject.validation.rows
-    sizes = {name: count_file_bytes(subject.merge.chosen, kind) for name, kind in QUANTIZATIONS.items()}
+    base, adapter, importance = subject.merge.chosen, subject.adapter, subject.importance
+    kinds = [kind for kind in QUANTIZATIONS.values() if importance is not None or not kind.needs_importance]
+    sizes = {kind.name: count_file_bytes(base, kind, has_importance=importance is not None) for kind in kinds}
     larger = sorted((size, name) for name, size in sizes.items() if size > sizes[larger_than])
     reference = open_base_source(subject.merge.trained, adapter=adapter)
     for _, name in larger:
-        source = open_quantized_source(subject.merge.chosen, adapter, QUANTIZATIONS[name], subject.kernels)
-        step = measure_steps({ADAPTER: reference, name: source}, rows, reference=ADAPTER)[name]
-        if step.increase <= limit:
-            return f"The smallest type within it is {name} ({step.increase:+.1%}): --quantization {name}"
+        kind, ways = QUANTIZATIONS[name], [] if importance is None else [importance]
+        # As the export does it, the better way.
+        ways += [] if kind.needs_importance else [None]
+        sources = {ADAPTER: reference}
+        for number, way in enumerate(ways):
+            source = open_quantized_source(base, adapter, kind, subject.kernels, importance=way)
+            sources[f"{name} {number}"] = source
+        steps = measure_steps(sources, subject.validation.rows, reference=ADAPTER)
+        increase = min(step.increase for way, step in steps.items() if way != ADAPTER)
+        if increase <= limit:
+            return f"The smallest type within it is {name} ({increase:+.1%}): --quantization {name}"
     return None
 
 

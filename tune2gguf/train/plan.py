@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from omegaconf import DictConfig
 
+from tune2gguf.base.gguf_rounding import get_gguf_type
 from tune2gguf.data import PreparedData
 from tune2gguf.distributed.parallel import describe_parallel
 from tune2gguf.machine.cpu import describe_cpu
@@ -38,6 +39,9 @@ def describe_plan(
         lines.append(describe_layers(spec.obstacle_to_fusing, longest_row=spec.longest_row))
     if cfg.base_weights == "fp8":
         lines.append(describe_products(torch.device(device)))
+    gguf_type = get_gguf_type(cfg.base_weights)
+    if gguf_type is not None:
+        lines.append(f"served: the base in {gguf_type} and the adapter beside it, as trained; nothing is merged")
     if world_size > 1:
         lines.append(f"processes: {world_size}, {describe_parallel(cfg.parallel, parallel, device=device)}")
     formats = ", ".join(dict.fromkeys(file["format"] for file in data.ledger["files"] if file["format"]))

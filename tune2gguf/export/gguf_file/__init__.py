@@ -1,1 +1,1 @@
-"""The content of a GGUF file: metadata, tensors, vocabulary, quantization types and kernels."""
+"""The content of a GGUF file: metadata, tensors, vocabulary, importance matrix."""

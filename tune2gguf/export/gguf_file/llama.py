@@ -14,8 +14,9 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, Metadata, size_label
 
 from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name
-from tune2gguf.export.gguf_file.types import Quantization, choose_tensor_type, count_bytes, get_block
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_file.vocabulary import Vocabulary
+from tune2gguf.ggml.types import Quantization, choose_tensor_type, count_bytes, get_block
 from tune2gguf.model.architectures import Architecture
 
 ALIGNMENT = 32  # bytes, GGUF's default: every tensor starts at a multiple
@@ -43,8 +44,10 @@ def _get_layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def choose_types(tensors: list[GGUFTensor], architecture: Architecture, quantization: Quantization) -> dict[str, str]:
-    """Return each tensor's ggml type by its name."""
+def choose_types(
+    tensors: list[GGUFTensor], architecture: Architecture, quantization: Quantization, *, has_importance: bool
+) -> dict[str, str]:
+    """Return each tensor's ggml type by its name; with an importance matrix a few layers get another one."""
     return {
         tensor.name: choose_tensor_type(
             tensor.name,
@@ -53,6 +56,7 @@ def choose_types(tensors: list[GGUFTensor], architecture: Architecture, quantiza
             num_layers=architecture.num_layers,
             queries_per_key=architecture.num_heads // architecture.num_kv_heads,
             is_tied=architecture.tied,
+            has_importance=has_importance,
         )
         for tensor in tensors
     }
@@ -89,6 +93,7 @@ def write_metadata(
     jinja_template: str,
     hf_config: dict,
     sampling: dict[str, float],
+    importance: ImportanceMatrix | None,
 ) -> None:
     """Write a GGUF file up to where the tensors' bytes begin.
 
@@ -97,6 +102,7 @@ def write_metadata(
         name: of the model, general.name; written like a Hugging Face folder's name
         hf_config: config.json of the base
         sampling: as read_sampling returns it
+        importance: the matrix that the tensors are quantized with
     """
     writer = GGUFWriter(path, "llama")
     _add_general_keys(writer, name, sum(math.prod(tensor.shape) for tensor in tensors), sampling)
@@ -104,6 +110,8 @@ def write_metadata(
     _add_tokenizer_keys(writer, vocabulary, jinja_template)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_file_type(quantization.file_type)
+    for key, value in ({} if importance is None else importance.list_keys()).items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     for tensor in tensors:
         _add_tensor_info(writer, tensor, types[tensor.name])
     writer.write_header_to_file()

@@ -27,11 +27,15 @@ HEAD_ROWS = 8192  # vocabulary rows that are multiplied at a time
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where weights come from; `adapter` is applied beside them, unmerged."""
+    """Where weights come from; `adapter` is applied beside them, unmerged.
+
+    `observe` is called with the name of each of the layers' matrices and what it multiplies, [n, in].
+    """
 
     architecture: Architecture
     read_rows: ReadRows
     adapter: Adapter | None = None
+    observe: Callable[[str, Tensor], None] | None = None
 
     @cached_property
     def num_rows(self) -> dict[str, int]:
@@ -43,6 +47,8 @@ class WeightSource:
 
     def multiply(self, name: str, x: Tensor) -> Tensor:
         """Return x W^T, [n, rows of W], with the adapter's part where the weight has one."""
+        if self.observe is not None:
+            self.observe(name, x)
         product = x @ self.read(name).T
         pair = None if self.adapter is None else self.adapter.pairs.get(name)
         if pair is not None:

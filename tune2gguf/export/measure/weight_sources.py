@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, ReaderTensor
 
+from tune2gguf.base.bfloat16 import round_to_bfloat16
 from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.base.layout import get_gguf_name
-from tune2gguf.export.gguf_file.kernels import Kernels
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_file.llama import choose_types, list_gguf_tensors
-from tune2gguf.export.gguf_file.types import Quantization
 from tune2gguf.export.measure.layerwise import WeightSource
 from tune2gguf.export.merge.adapter import Adapter
-from tune2gguf.export.merge.arithmetic import round_to_bfloat16
 from tune2gguf.export.merge.slabs import read_merged_rows
+from tune2gguf.ggml.kernels import Kernels
+from tune2gguf.ggml.types import Quantization
 
 
 def open_base_source(base: BaseCheckpoint, *, adapter: Adapter | None) -> WeightSource:
@@ -34,18 +35,25 @@ def open_merged_source(base: BaseCheckpoint, adapter: Adapter) -> WeightSource:
 
 
 def open_quantized_source(
-    base: BaseCheckpoint, adapter: Adapter, quantization: Quantization, kernels: Kernels
+    base: BaseCheckpoint,
+    adapter: Adapter,
+    quantization: Quantization,
+    kernels: Kernels,
+    *,
+    importance: ImportanceMatrix | None = None,
 ) -> WeightSource:
     """Return what a file of this type would hold, without writing it."""
     tensors = list_gguf_tensors(base.specs, base.architecture)
-    types = choose_types(tensors, base.architecture, quantization)
+    importance = importance if quantization.takes_importance else None
+    types = choose_types(tensors, base.architecture, quantization, has_importance=importance is not None)
+    weights = {} if importance is None else importance.weights
     merged = open_merged_source(base, adapter)
 
     def read_rows(name: str, begin: int, end: int) -> np.ndarray:
         rows, ggml_type = merged.read_rows(name, begin, end), types[get_gguf_name(name)]
         if rows.ndim == 1 or ggml_type in ("F32", "BF16"):
             return rows
-        return kernels.dequantize(kernels.quantize(rows, ggml_type), ggml_type)
+        return kernels.dequantize(kernels.quantize(rows, ggml_type, weights.get(get_gguf_name(name))), ggml_type)
 
     return WeightSource(base.architecture, read_rows)
 

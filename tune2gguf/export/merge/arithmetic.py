@@ -1,4 +1,4 @@
-"""Merge an adapter into rows of the base: float32 arithmetic, one rounding to bfloat16."""
+"""Merge an adapter into rows of the base: float32 arithmetic."""
 
 from __future__ import annotations
 
@@ -29,22 +29,3 @@ def merge_rows(rows: np.ndarray, lora_a: np.ndarray, lora_b_rows: np.ndarray, *,
     merged *= np.float32(alpha / rank)
     merged += rows
     return merged
-
-
-def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 in place to the nearest bfloat16, ties to even, and return it; still float32.
-
-    Values must be finite: the bits of a NaN could round to infinity.
-    """
-    bits = values.view(np.uint32)
-    carry = bits >> np.uint32(16)
-    carry &= np.uint32(1)
-    carry += np.uint32(0x7FFF)
-    bits += carry
-    bits &= np.uint32(0xFFFF0000)
-    return values
-
-
-def narrow_to_bfloat16(rounded: np.ndarray) -> np.ndarray:
-    """Return the bits (uint16) of float32 values that are bfloat16 already."""
-    return (rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16)

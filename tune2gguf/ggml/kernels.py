@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from tune2gguf.export.gguf_file.types import get_block
+from tune2gguf.ggml.types import get_block
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,26 @@ class Kernels:
 
     library: ctypes.CDLL
 
-    def quantize(self, rows: np.ndarray, ggml_type: str) -> np.ndarray:
-        """Quantize float32 rows [num_rows, columns] to bytes [num_rows, bytes per row]; columns fill whole blocks."""
-        assert rows.dtype == np.float32 and rows.flags.c_contiguous, "the kernels read contiguous float32"
+    def quantize(self, rows: np.ndarray, ggml_type: str, importance: np.ndarray | None = None) -> np.ndarray:
+        """Quantize float32 rows [num_rows, columns] to bytes [num_rows, bytes per row]; columns fill whole blocks.
+
+        Args:
+            importance: float32 [columns], the weight of a squared error in each column
+        """
+        for given in (rows, *(() if importance is None else (importance,))):
+            assert given.dtype == np.float32 and given.flags.c_contiguous, "the kernels read contiguous float32"
         num_rows, columns = rows.shape
+        assert importance is None or importance.shape == (columns,), "each column has one weight"
         elements, block_bytes = get_block(ggml_type)
         quantized = np.empty((num_rows, columns // elements * block_bytes), np.uint8)
         written = self.library.ggml_quantize_chunk(
-            GGMLQuantizationType[ggml_type], rows.ctypes.data, quantized.ctypes.data, 0, num_rows, columns, None
+            GGMLQuantizationType[ggml_type],
+            rows.ctypes.data,
+            quantized.ctypes.data,
+            0,
+            num_rows,
+            columns,
+            None if importance is None else importance.ctypes.data,
         )
         assert written == quantized.nbytes, f"ggml_quantize_chunk wrote {written} of {quantized.nbytes} bytes"
         return quantized
@@ -66,7 +78,7 @@ def load_kernels() -> Kernels:
         raise ValueError(f"{folder}: holds no shared library; reinstall xllamacpp")
     library = ctypes.CDLL(str(candidates[0]))
     try:
-        quantize_chunk, init = library.ggml_quantize_chunk, library.ggml_quantize_init
+        quantize_chunk = library.ggml_quantize_chunk
     except AttributeError:
         raise ValueError(
             "the installed xllamacpp does not export ggml_quantize_chunk; install the release that pyproject.toml pins"
@@ -74,8 +86,4 @@ def load_kernels() -> Kernels:
     quantize_chunk.restype = ctypes.c_size_t
     int64, pointer = ctypes.c_int64, ctypes.c_void_p
     quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
-    init.argtypes = [ctypes.c_int]
-    # Tables of the IQ types are built once, before threads ask for them.
-    for ggml_type in ("IQ4_NL", "IQ4_XS"):
-        init(GGMLQuantizationType[ggml_type])
     return Kernels(library)

@@ -1,0 +1,207 @@
+"""What each GGUF type costs in held-out loss: quantized plainly, with an importance matrix, and trained for the file.
+
+    python benchmarks/four_bits.py train --seeds 42 43 44 --kinds bf16 gguf:Q4_K_M   # the quickstart, to runs/four_bits
+    python benchmarks/four_bits.py measure --seeds 42 43 44 --types Q4_K_M Q3_K_M    # adds lines to the results
+    python benchmarks/four_bits.py calibrate --seeds 42 --tokens 1024 4096 8192      # how many tokens a matrix needs
+    python benchmarks/four_bits.py speed --seeds 42 --kinds bf16 gguf:Q4_K_M         # what metrics.jsonl says
+    python benchmarks/four_bits.py table
+
+The model is SmolLM2-135M-Instruct (scripts/download.py), fine-tuned as examples/quickstart says. `plain` and `imatrix`
+are the bf16 run merged and quantized; `beside` is a run with base_weights=gguf:TYPE, served as that file and the
+adapter. The increase is over the loss of the bf16 run's unmerged adapter of the same seed, the divergence (KL) from
+that model; both in nats per supervised token of the held-out rows, in torch in float32 over dequantized weights.
+Another run answers differently anyhow, so that `beside` has a divergence for other reasons, too. A matrix is measured
+on calibration.jsonl, training rows. Ranges are over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
+from tune2gguf.export.gguf_files import count_file_bytes
+from tune2gguf.export.measure.importance import measure_importance
+from tune2gguf.export.measure.layerwise import WeightSource
+from tune2gguf.export.measure.step_losses import measure_steps
+from tune2gguf.export.measure.validation_set import ValidationSet, load_validation_rows
+from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source, open_quantized_source
+from tune2gguf.export.merge.adapter import Adapter, read_adapter
+from tune2gguf.ggml.kernels import load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS
+from tune2gguf.runs.calibration import read_calibration_rows
+from tune2gguf.runs.run import Run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RUNS = REPOSITORY / "runs/four_bits"
+RESULTS = REPOSITORY / "benchmarks/results/four_bits_smollm2.jsonl"
+REFERENCE = "adapter"
+TYPES = [name for name, quantization in QUANTIZATIONS.items() if quantization.takes_importance]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("train", "measure", "calibrate", "speed", "table"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--kinds", nargs="+", default=["bf16", "gguf:Q4_K_M"], help="of base weights, for train")
+    parser.add_argument("--types", nargs="+", default=TYPES)
+    parser.add_argument("--rows", type=int, default=16, help="held-out rows, the first ones; the proof takes 16")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.what == "train":
+        for seed in arguments.seeds:
+            for kind in arguments.kinds:
+                train(arguments.runs / name_run(kind, seed), kind=kind, seed=seed)
+    elif arguments.what == "measure":
+        for seed in arguments.seeds:
+            for name in arguments.types:
+                record(arguments.results, measure_type(arguments.runs, name, seed=seed, num_rows=arguments.rows))
+    elif arguments.what == "calibrate":
+        for seed in arguments.seeds:
+            subject = Subject(arguments.runs / name_run("bf16", seed), num_rows=arguments.rows)
+            for name in arguments.types:
+                print_calibration(subject, name, arguments.tokens)
+    elif arguments.what == "speed":
+        for seed in arguments.seeds:
+            for kind in arguments.kinds:
+                print(format_speed(arguments.runs / name_run(kind, seed)))
+    else:
+        print("\n".join(format_table(arguments.results)))
+
+
+def name_run(kind: str, seed: int) -> str:
+    return f"{kind.removeprefix('gguf:')}-{seed}"
+
+
+def train(run_dir: Path, *, kind: str, seed: int) -> None:
+    """Train the quickstart over this kind of base, unless the run is there."""
+    if (run_dir / "verdict.json").is_file():
+        return
+    overrides = [f"output_dir={run_dir}", f"seed={seed}", "num_samples=0", f"base_weights={kind}", "resume=auto"]
+    overrides += [f"quantization={kind.removeprefix('gguf:')}"] if kind.startswith("gguf:") else []
+    command = ["tune", "run", "recipes/lora_finetune.py", "--config", "examples/quickstart/lora.yaml", *overrides]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+
+
+def format_speed(run_dir: Path) -> str:
+    """Return the median speed of a run's last 60 steps, and its peak memory."""
+    steps = Run(run_dir).curves.training[-60:]
+    speed = statistics.median(step.tokens / step.seconds for step in steps)
+    peak = max(step.peak_memory_bytes for step in steps)
+    return f"{run_dir.name}: {speed:.0f} tokens/s, {peak / 1e9:.2f} GB"
+
+
+class Subject:
+    """The run in bf16 of a seed, opened."""
+
+    def __init__(self, run_dir: Path, *, num_rows: int) -> None:
+        self.run = Run(run_dir)
+        self.base: BaseCheckpoint = open_base(REPOSITORY / self.run.base_dir)
+        self.adapter: Adapter = read_adapter(self.run.adapter_dir, self.base.specs)
+        self.validation: ValidationSet = load_validation_rows(self.run, num_rows=num_rows)
+        self.kernels = load_kernels()
+
+    def measure_matrix(self, num_tokens: int | None = None) -> tuple[ImportanceMatrix, float]:
+        """Return the importance matrix of the merged model, and how long it took, in seconds."""
+        rows, left = [], num_tokens
+        for row in read_calibration_rows(self.run.run_dir):
+            rows.append(row[:left])
+            left = None if left is None else left - len(rows[-1])
+            if left == 0:
+                break
+        started = time.perf_counter()
+        matrix = measure_importance(open_merged_source(self.base, self.adapter), rows, name="", dataset="")
+        return matrix, time.perf_counter() - started
+
+    def quantize(self, name: str, matrix: ImportanceMatrix | None) -> WeightSource:
+        quantization = QUANTIZATIONS[name]
+        return open_quantized_source(self.base, self.adapter, quantization, self.kernels, importance=matrix)
+
+    def measure(self, sources: dict[str, WeightSource]) -> dict[str, dict[str, float]]:
+        """Return loss, increase over the unmerged adapter and divergence from it for each source."""
+        trained = open_base_source(self.base, adapter=self.adapter)
+        steps = measure_steps({REFERENCE: trained, **sources}, self.validation.rows, reference=REFERENCE)
+        return {
+            way: {"loss": step.loss, "increase": step.increase, "kl": step.divergence, "top1": step.agreement}
+            for way, step in steps.items()
+        }
+
+
+MATRICES: dict[Path, ImportanceMatrix] = {}
+
+
+def measure_type(runs: Path, name: str, *, seed: int, num_rows: int) -> Iterator[dict]:
+    """Yield a record for each way to this type that there is a run for."""
+    run_dir = runs / name_run("bf16", seed)
+    subject = Subject(run_dir, num_rows=num_rows)
+    if run_dir not in MATRICES:
+        MATRICES[run_dir] = subject.measure_matrix()[0]
+    sources = {} if QUANTIZATIONS[name].needs_importance else {"plain": subject.quantize(name, None)}
+    sources["imatrix"] = subject.quantize(name, MATRICES[run_dir])
+    beside = runs / name_run(f"gguf:{name}", seed)
+    if (beside / "best").is_dir():
+        rounded = subject.base.round_to_gguf(name)
+        sources["beside"] = open_base_source(rounded, adapter=read_adapter(Run(beside).adapter_dir, subject.base.specs))
+    for way, found in subject.measure(sources).items():
+        size = count_file_bytes(subject.base, QUANTIZATIONS[name], has_importance=way == "imatrix")
+        yield {"seed": seed, "type": name, "way": way, "rows": num_rows, "bytes": size, **found}
+
+
+def record(results: Path, records: Iterator[dict]) -> None:
+    for one in records:
+        with results.open("a") as file:
+            file.write(json.dumps(one) + "\n")
+        print(format_record(one), flush=True)
+
+
+def format_record(one: dict) -> str:
+    return f"{one['seed']} {one['type']:<8} {one['way']:<8} {one['loss']:.4f} {one['increase']:+8.2%} {one['kl']:.4f}"
+
+
+def print_calibration(subject: Subject, name: str, counts: list[int]) -> None:
+    """Print what the number of tokens of a matrix changes."""
+    sources, seconds = {"plain": subject.quantize(name, None)}, {}
+    for num_tokens in counts:
+        matrix, seconds[f"{num_tokens} tokens"] = subject.measure_matrix(num_tokens)
+        sources[f"{num_tokens} tokens"] = subject.quantize(name, replace(matrix, name=str(num_tokens)))
+    for way, found in subject.measure(sources).items():
+        took = f" {seconds[way]:.1f} s" if way in seconds else ""
+        print(f"{name:<8} {way:<12} {found['loss']:.4f} {found['increase']:+8.2%} {found['kl']:.4f}{took}", flush=True)
+
+
+def format_table(results: Path) -> Iterator[str]:
+    """Yield a line for each type: size, and increase and divergence of each way, mean and range over seeds."""
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    yield f"{'type':<8} {'MB':>6}  {'way':<8} {'seeds':>5} {'increase':>9} {'range':>20} {'KL':>8} {'range':>16}"
+    for name in QUANTIZATIONS:
+        for way in ("plain", "imatrix", "beside"):
+            found = {one["seed"]: one for one in records if (one["type"], one["way"]) == (name, way)}
+            if found:
+                yield format_line(name, way, list(found.values()))
+
+
+def format_line(name: str, way: str, found: list[dict]) -> str:
+    increases, divergences = ([one[key] for one in found] for key in ("increase", "kl"))
+    return (
+        f"{name:<8} {found[0]['bytes'] / 1e6:6.1f}  {way:<8} {len(found):5d} {statistics.mean(increases):+9.2%} "
+        f"{min(increases):+9.2%} .. {max(increases):+7.2%} {statistics.mean(divergences):8.4f} "
+        f"{min(divergences):.4f} .. {max(divergences):.4f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

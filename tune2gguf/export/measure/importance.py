@@ -1,0 +1,50 @@
+"""Measure an importance matrix: the squared inputs of every matrix of the layers, summed over rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from tune2gguf.base.layout import get_gguf_name
+from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
+from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
+
+
+def measure_importance(
+    source: WeightSource,
+    rows: Sequence[np.ndarray],
+    *,
+    name: str,
+    dataset: str,
+    report: Callable[[int], None] = lambda count: None,
+) -> ImportanceMatrix:
+    """Run the rows through the model layer by layer, and sum what each column of each matrix is multiplied with.
+
+    llama-imatrix sums in float32, one token after another; here the sums are float64, rounded once.
+
+    Args:
+        source: the weights that are to be quantized
+        rows: token ids of each row
+        name: of the matrix's file
+        dataset: what the rows are, for the file
+        report: called with the number of layers done
+    """
+    sums: dict[str, np.ndarray] = {}
+
+    def add(tune_name: str, x: Tensor) -> None:
+        sums[get_gguf_name(tune_name)] = x.double().square().sum(0).float().numpy()
+
+    compute_hidden(replace(source, observe=add), rows, report=report)
+    num_tokens = sum(map(len, rows))
+    chunk_size = max(map(len, rows))
+    return ImportanceMatrix(
+        name=name,
+        sums=sums,
+        counts=dict.fromkeys(sums, num_tokens),
+        datasets=(dataset,),
+        num_chunks=num_tokens // chunk_size,
+        chunk_size=chunk_size,
+    )
