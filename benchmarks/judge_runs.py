@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from verdict_runs import DATA_SETS, KINDS, REPOSITORY, Run
+from recipe_runs import REPOSITORY
+from verdict_runs import DATA_SETS, KINDS, Run
 
 from tune2gguf.runs.curves import Curves, TrainingStep, Validation
 from tune2gguf.runs.files import read_json_lines
@@ -180,7 +181,7 @@ written down before the first run (`KINDS` in `benchmarks/verdict_runs.py`):
 
 Made {" to ".join(dict.fromkeys((days[0], days[-1])))} with
 
-    python benchmarks/verdict_runs.py --out runs/verdict --jobs 6 --device cuda   # or cpu, see above
+    python benchmarks/verdict_runs.py --out runs/verdict --devices 0 --jobs 6   # or cpu, see above
     python benchmarks/verdict_runs.py --out runs/verdict --no-training --record benchmarks/results/verdict_runs.jsonl
 
 This page is `python benchmarks/judge_runs.py`, on the recorded runs with the verdict as it is now. What each figure \

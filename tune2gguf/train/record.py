@@ -13,6 +13,7 @@ from tune2gguf.distributed.world import describe_error
 from tune2gguf.report import write_report
 from tune2gguf.runs.curves import TrainingStep, Validation, read_curves
 from tune2gguf.runs.files import METRICS_FILE, SAMPLES_FILE, JsonLinesFile
+from tune2gguf.runs.forgetting import Forgetting, write_forgetting
 from tune2gguf.runs.samples import Sample
 from tune2gguf.verdict.conclude import conclude_run
 
@@ -59,6 +60,10 @@ class RunRecord:
         """Write the lines of the answers after a step."""
         for sample in samples:
             self.files[SAMPLES_FILE].write(vars(sample))
+
+    def write_forgetting(self, forgetting: Forgetting) -> None:
+        """Write forgetting.json."""
+        write_forgetting(self.folder, forgetting)
 
     def write_report(self) -> None:
         """Write report.html, unless the time since the last one is short beside what it took; no file depends on it."""
