@@ -1,6 +1,6 @@
 """What a run loses of its base, by rate and epochs, and what the advice against it does at what held-out loss.
 
-python benchmarks/forgetting.py --out runs/forgetting [--devices 0 --jobs 5] --result benchmarks/results/forgetting_cpu.txt
+python benchmarks/forgetting.py [--devices 0 --jobs 5] --result benchmarks/results/forgetting_cpu.txt
 
 The quickstart's conversations on SmolLM2-135M-Instruct. `mixed` trains general rows beside them, as the advice on the
 run of RATE and EPOCHS has it; `half rate` and `fewer epochs` are its other advice. Finished runs are not repeated.
@@ -96,8 +96,8 @@ def main() -> None:
     lines = [
         f"SmolLM2-135M-Instruct, {arguments.rows} rows of the quickstart, {base.environment['device']}, torch "
         f"{base.environment['packages']['torch']}; base's held-out loss {base.curves.base.loss:.3f}",
-        f"general prompts: {len(base.forgetting.answers)}; nats a token with 95 % intervals; of the base's tokens, those "
-        "that stay the likeliest",
+        f"{len(base.forgetting.answers)} general prompts; nats a token with 95 % intervals; kept: tokens of the base's "
+        "answers that stay the likeliest",
         "",
         f"{'':<24}{'held-out loss':>27}{'loss increase':>27}{'KL':>27}{'kept':>8}",
         *(describe(point, out) for point in points),

@@ -26,7 +26,7 @@ def make_general_rows(run: Run) -> tuple[Path, int, int]:
     would teach to cut answers.
 
     Raises:
-        ValueError: if base or adapter are missing or do not fit together
+        ValueError: if base or adapter are missing or do not fit together, or no answer ended
     """
     tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)
     model, device = load_trained_model(run)
@@ -45,6 +45,8 @@ def make_general_rows(run: Run) -> tuple[Path, int, int]:
             if reply.ended_by_itself and reply.text.strip():
                 messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply.text}]
                 rows.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    if not rows:
+        raise ValueError(f"{run.base_dir}: none of its answers to general prompts ended within {MAX_TOKENS} tokens")
     path = run.run_dir / GENERAL_FILE
     write_text(path, "".join(rows))
     return path, len(rows), len(prompts) - len(rows)
