@@ -73,6 +73,7 @@ from tune2gguf.train.resume import (
     save_when_stopped,
 )
 from tune2gguf.train.samples import choose_prompts
+from tune2gguf.train.schedules import compute_learned_share
 from tune2gguf.train.seeds import capture_random_state, seed_dropout
 from tune2gguf.train.steps import (
     accumulate_gradients,
@@ -347,6 +348,9 @@ class LoRAFinetuneRecipe:
             if loss is not None and at.step > 0 and at.take_loss(loss):
                 at.best_sha256 = self._save_adapter("best")
             at.validated_step = at.step
+            if loss is not None and self.record is not None:
+                learned = compute_learned_share(self.schedule, at.step, self.num_steps)
+                self.record.show_outlook(num_steps=self.num_steps, learned=learned)
         if (is_epoch_end or self._is_over()) and at.sampled_step != at.step:
             self.validator.answer(at, after_token=self.stop.raise_if_requested)
             at.sampled_step = at.step

@@ -16,6 +16,7 @@ from tune2gguf.runs.files import METRICS_FILE, SAMPLES_FILE, JsonLinesFile
 from tune2gguf.runs.forgetting import Forgetting, write_forgetting
 from tune2gguf.runs.samples import Sample
 from tune2gguf.verdict.conclude import conclude_run
+from tune2gguf.verdict.early import foresee, is_due
 
 if TYPE_CHECKING:
     from torchtune.training.metric_logging import MetricLoggerInterface
@@ -55,6 +56,17 @@ class RunRecord:
         """Write the line of a validation, and show it above the progress bar."""
         self._write(validation.to_record())
         tqdm.write(validation.describe())
+
+    def show_outlook(self, *, num_steps: int, learned: float) -> None:
+        """Say what the run will probably come to, at the first validation at which that can be told.
+
+        Args:
+            learned: the share of the run's learning rate, summed over steps, that is behind it
+        """
+        curves = read_curves(self.folder)
+        outlook = foresee(curves, learned=learned) if is_due(curves, num_steps) else None
+        if outlook is not None:
+            tqdm.write(outlook.describe(curves.final.step, num_steps))
 
     def write_samples(self, samples: Iterable[Sample]) -> None:
         """Write the lines of the answers after a step."""
