@@ -179,7 +179,7 @@ def make_page(chains: dict[tuple, dict[int, dict]]) -> str:
     return f"""# What longer runs came to
 
 `python benchmarks/judge_chains.py` writes this page, by the verdict as it is now, from the runs that
-`benchmarks/epoch_chains.py` and `benchmarks/verdict_runs.py` recorded; [verdict.md](verdict.md) says what a figure means.
+`benchmarks/epoch_chains.py` and `benchmarks/verdict_runs.py` recorded. The figures: [verdict.md](verdict.md).
 
 ## Forecasts
 

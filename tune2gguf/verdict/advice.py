@@ -90,7 +90,7 @@ def advise(verdict: Verdict, curves: Curves, situation: Situation) -> list[Advic
     ]
     if verdict.label == GOOD_FIT:
         stop = _advise_export(situation, "the fit is good: stop here and export")
-        return [stop, *advice, *_advise_larger_model(situation)]
+        return [stop, *advice, *_advise_larger_model(situation, situation.free_dirs[len(advice)])]
     if verdict.label == OVERFITTING:
         best = f"best/ is the adapter of step {curves.best.step}, before the rise, and what the export takes"
         return [*advice, _advise_export(situation, best)]
@@ -297,7 +297,7 @@ def _advise_export(situation: Situation, reason: str) -> Advice:
     return Advice(format_command("python", "scripts/export.py", Path(situation.run_dir)), {}, reason, ITERATING)
 
 
-def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
+def _advise_larger_model(situation: Situation, output_dir: str) -> Iterator[Advice]:
     """Yield the run of the next larger model on the same rows, with its own guide values."""
     config = situation.config
     larger = LARGER.get(config["model"].get("architecture"))
@@ -309,7 +309,7 @@ def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
     changes = {"dataset.validation_split": None} if dataset.get("dataset.validation_files") else {}
     changes |= {"dataset.files": None} if dataset.get("dataset.sources") else {}
     changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
-    train = _write_run(path, {**changes, "output_dir": situation.free_dirs[0]}, situation.num_processes)
+    train = _write_run(path, {**changes, "output_dir": output_dir}, situation.num_processes)
     reason = f"if it does not answer well enough, the next larger model: {larger}, with its own rate"
     download = format_command("python", "scripts/download.py", "--config", path)
     yield Advice(f"{download} && {train}", changes, reason, CHOOSING)
