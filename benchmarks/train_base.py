@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from recipe_runs import SMOLLM2
+from recipe_runs import REPOSITORY, SMOLLM2
 
 from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
@@ -26,10 +26,18 @@ SEQ, ROWS_PER_STEP, PEAK_RATE, WARMUP_STEPS = 512, 32, 6e-4, 100
 MAX_DOCSTRING = 2000  # characters
 
 
-def list_docstrings(folder: Path) -> list[tuple[str, str]]:
-    """Return name and docstring of the modules, classes and functions below a folder, each docstring once."""
+def list_sources() -> list[Path]:
+    """Return the Python files, but for tests, of the standard library and of all folders that imports come from."""
+    folders = {Path(folder).resolve() for folder in (sysconfig.get_path("stdlib"), *sys.path)}
+    outside = [folder for folder in folders if folder.is_dir() and not folder.is_relative_to(REPOSITORY)]
+    paths = {path for folder in outside for path in folder.rglob("*.py")}
+    return sorted(path for path in paths if not {"test", "tests", "testing"} & set(path.parts))
+
+
+def list_docstrings() -> list[tuple[str, str]]:
+    """Return name and docstring of modules, classes and functions, each docstring once."""
     found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*.py")):
+    for path in list_sources():
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError, OSError, RecursionError):
@@ -45,7 +53,7 @@ def list_docstrings(folder: Path) -> list[tuple[str, str]]:
 def make_tokens(num_tokens: int) -> np.ndarray:
     """Return so many tokens, or all that there are, in an order drawn from a seed."""
     tokenizer = load_tokenizer(SMOLLM2, chat_template="chatml")
-    pairs = [pair for key in ("stdlib", "purelib") for pair in list_docstrings(Path(sysconfig.get_path(key)))]
+    pairs = list_docstrings()
     random.Random(0).shuffle(pairs)
     ids: list[int] = []
     for number, (name, text) in enumerate(pairs):
@@ -86,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=512)
     arguments = parser.parse_args()
