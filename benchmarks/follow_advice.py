@@ -4,7 +4,7 @@
     python benchmarks/follow_advice.py --sets labels --starts "rate too low" --rates 1e-3 --epochs 2 --rows 24 \\
         --held-out 12 --record /tmp/advice.jsonl --docs /tmp
 
-Every start is a run of SmolLM2-135M-Instruct with one thing badly wrong (STARTS). Its first advice is run, then that
+Every start is a run, of SmolLM2-135M-Instruct by default, with one thing badly wrong (STARTS). Its first advice is run, then that
 run's, up to MAX_FOLLOWED times, until a run says to stop and export. `tune run` is started as this Python's recipe;
 nothing else of the command is changed. A line's result is the lowest held-out loss of its runs. Random choice takes as
 many runs from the grid, none twice; its mean over all choices is exact. Finished runs are not repeated.
@@ -22,6 +22,7 @@ from epoch_chains import SEEN, write_data
 from judge_chains import read_held
 from recipe_runs import (
     REPOSITORY,
+    SMOLLM2,
     add_arguments,
     count_threads,
     do_side_by_side,
@@ -198,6 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=[*STARTS])
     parser.add_argument("--rates", nargs="+", type=float, default=[2e-4, 1e-3, 3e-3], help="of the grid")
     parser.add_argument("--epochs", nargs="+", type=int, default=[2, 4, 8], help="of the grid")
+    parser.add_argument("--model", type=Path, default=SMOLLM2, help="folder of the base")
     parser.add_argument("--rows", type=int, default=120, help="to train on")
     parser.add_argument("--held-out", type=int, default=80)
     parser.add_argument("--record", type=Path, default=RESULTS, help="JSONL of all runs")
@@ -218,6 +220,8 @@ def main() -> None:
         data_set, name, settings = task
         run_dir = out / f"{data_set}-{name.replace(' ', '-')}-start"
         settings |= {
+            "base_dir": str(arguments.model.resolve()),
+            "model.architecture": None,
             "dataset.files": [str(files[data_set][0])],
             "dataset.validation_files": [str(files[data_set][1])],
             "max_val_rows": arguments.held_out,

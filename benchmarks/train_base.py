@@ -13,6 +13,7 @@ import shutil
 import sys
 import sysconfig
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 SEQ, ROWS_PER_STEP, PEAK_RATE, WARMUP_STEPS = 512, 32, 6e-4, 100
 MAX_DOCSTRING = 2000  # characters
+FILES_AT_A_TIME = 2000
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def list_sources() -> list[Path]:
@@ -34,27 +37,34 @@ def list_sources() -> list[Path]:
     return sorted(path for path in paths if not {"test", "tests", "testing"} & set(path.parts))
 
 
-def list_docstrings() -> list[tuple[str, str]]:
-    """Return name and docstring of modules, classes and functions, each docstring once."""
-    found: dict[str, str] = {}
-    for path in list_sources():
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError, OSError, RecursionError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                text = ast.get_docstring(node)
-                if text and len(text) > 40:
-                    found.setdefault(text[:MAX_DOCSTRING], getattr(node, "name", path.stem))
+def read_docstrings(path: Path) -> list[tuple[str, str]]:
+    """Return name and docstring of the module, classes and functions of a file."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return []
+    nodes = (node for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
+    pairs = [(getattr(node, "name", path.stem), ast.get_docstring(node) or "") for node in nodes]
+    return [(name, text[:MAX_DOCSTRING]) for name, text in pairs if len(text) > 40]
+
+
+def list_docstrings(num_characters: int) -> list[tuple[str, str]]:
+    """Return names and docstrings of so many characters, or all, each docstring once, in an order drawn from a seed."""
+    paths, found = list_sources(), {}
+    random.Random(0).shuffle(paths)
+    with ProcessPoolExecutor() as pool:
+        for begin in range(0, len(paths), FILES_AT_A_TIME):
+            for pairs in pool.map(read_docstrings, paths[begin : begin + FILES_AT_A_TIME], chunksize=20):
+                found |= {text: name for name, text in pairs if text not in found}
+            if sum(map(len, found)) > num_characters:
+                break
     return [(name, text) for text, name in found.items()]
 
 
 def make_tokens(num_tokens: int) -> np.ndarray:
     """Return so many tokens, or all that there are, in an order drawn from a seed."""
     tokenizer = load_tokenizer(SMOLLM2, chat_template="chatml")
-    pairs = list_docstrings()
-    random.Random(0).shuffle(pairs)
+    pairs = list_docstrings(6 * num_tokens)
     ids: list[int] = []
     for number, (name, text) in enumerate(pairs):
         if number % 2:

@@ -15,8 +15,8 @@ from tune2gguf.serve.adapter_model import load_trained_model
 from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
-MAX_TOKENS = 96
-PROMPTS_AT_A_TIME = 25
+MAX_TOKENS = 48
+PROMPTS_AT_A_TIME = 50
 
 
 def make_general_rows(run: Run) -> tuple[Path, int, int]:
