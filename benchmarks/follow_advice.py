@@ -4,10 +4,10 @@
     python benchmarks/follow_advice.py --sets labels --starts "rate too low" --rates 1e-3 --epochs 2 --rows 24 \\
         --held-out 12 --record /tmp/advice.jsonl --docs /tmp
 
-Every start is a run, of SmolLM2-135M-Instruct by default, with one thing badly wrong (STARTS). Its first advice is run, then that
-run's, up to MAX_FOLLOWED times, until a run says to stop and export. `tune run` is started as this Python's recipe;
-nothing else of the command is changed. A line's result is the lowest held-out loss of its runs. Random choice takes as
-many runs from the grid, none twice; its mean over all choices is exact. Finished runs are not repeated.
+Every start is a run, of SmolLM2-135M-Instruct by default, with one thing badly wrong (STARTS). Its first advice is run,
+then that run's, up to MAX_FOLLOWED times, until a run says to stop and export. `tune run` is started as this Python's
+recipe; nothing else of the command is changed. A line's result is the lowest held-out loss of its runs. Random choice
+takes as many runs from the grid, none twice; its mean over all choices is exact. Finished runs are not repeated.
 """
 
 import argparse
