@@ -83,19 +83,18 @@ def make_case(name: str, curves: Curves, truth: float) -> Iterator[Case]:
         yield Case(name, printed, late.map(forecast.find_short_tail), truth)
 
 
-def count_inside(cases: Sequence[Case], kind: str) -> tuple[int, int, int]:
-    """Return how often the truth lay in the interval, above it and below it."""
+def count_inside(cases: Sequence[Case], kind: str) -> tuple[int, int, int, int]:
+    """Return how often the truth lay in the interval, above it and below it, and how often of these the loss rose."""
     intervals = [(getattr(case, kind), case.truth) for case in cases]
     above = sum(truth > one.high for one, truth in intervals)
     below = sum(truth < one.low for one, truth in intervals)
-    return len(cases) - above - below, above, below
+    rose = sum(truth < one.low and truth < 0 for one, truth in intervals)
+    return len(cases) - above - below, above, below, rose
 
 
 def format_forecasts(cases: Sequence[Case]) -> str:
-    lines = [
-        "| interval | runs | truth inside | above | below | median error, % of gain |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = "| interval | runs | truth inside | above | below | of these the loss rose | median error, % of gain |"
+    lines = [head, "|---" * 7 + "|"]
     groups = {
         "runs of twice the epochs": [case for case in cases if "→" in case.name],
         "constant-rate runs, cut": [case for case in cases if "→" not in case.name],
@@ -103,10 +102,12 @@ def format_forecasts(cases: Sequence[Case]) -> str:
     for name, kind in (("as printed", "printed"), ("exponential, rows alone", "before")):
         for group, some in groups.items():
             if some:
-                inside, above, below = count_inside(some, kind)
+                inside, above, below, rose = count_inside(some, kind)
                 error = statistics.median(abs(getattr(case, kind).value - case.truth) for case in some)
                 share = f"{inside} ({inside / len(some):.0%})"
-                lines.append(f"| {name}: {group} | {len(some)} | {share} | {above} | {below} | {100 * error:.1f} |")
+                lines.append(
+                    f"| {name}: {group} | {len(some)} | {share} | {above} | {below} | {rose} | {100 * error:.1f} |"
+                )
     return "\n".join(lines)
 
 
@@ -187,7 +188,7 @@ How often what as much learning again brought lay in the interval that the run p
 
 {format_forecasts(cases)}
 
-Truths far below are runs that began to overfit: no curve shows that beforehand. They are counted all the same.
+Where the loss rose, more training began to overfit: no curve shows that beforehand. These are counted all the same.
 
 {format_cases(cases)}
 

@@ -168,7 +168,8 @@ def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     figures = _name("further_gain", printed) | _name("late_share", late_share) | {"late_share_at": at}
     came = (
         f"{_percent(late_share.value)} of the gain came in the last {_percent(1 - at)} of the learning (learning rate "
-        f"summed over steps); as much again would bring about {_describe_share(printed, 'likely')} more"
+        f"summed over steps); as much again would bring about {_describe_share(printed, 'likely')} more, "
+        "if it does not begin to overfit"
     )
     if late_share.low > 0 and further.value > NOTABLE_FURTHER_GAIN:
         return Verdict(UNDERFITTING, (f"the validation loss was still falling: {came}", won), figures)
