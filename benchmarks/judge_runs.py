@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from verdict_runs import DATA_SETS, KINDS, REPOSITORY, Run
+from recipe_runs import REPOSITORY
+from verdict_runs import DATA_SETS, KINDS, Run
 
 from tune2gguf.runs.curves import Curves, TrainingStep, Validation
 from tune2gguf.runs.files import read_json_lines
+from tune2gguf.verdict.early import RECORDED as EARLY_RECORDED
+from tune2gguf.verdict.early import Outlook, foresee, is_due
 from tune2gguf.verdict.judge import LABELS, OVERFITTING, UNDERFITTING, Verdict, judge
 
 RECORDED = REPOSITORY / "benchmarks/results/verdict_runs.jsonl"
@@ -39,19 +42,20 @@ class JudgedRun:
         return self.verdict.label == self.run.kind.expected
 
 
-def read_recorded(path: Path) -> list[JudgedRun]:
+def read_recorded(path: Path = RECORDED) -> list[JudgedRun]:
     """Return the runs of a file that verdict_runs.py recorded, judged, in the order of data sets and kinds."""
     judged = []
     for data in read_json_lines(path):
         match = re.fullmatch(rf"({'|'.join(DATA_SETS)})-({'|'.join(KINDS)})-(\d+)", data["run"])
-        run, curves = Run(match[1], match[2], int(match[3])), _make_curves(data)
+        run, curves = Run(match[1], match[2], int(match[3])), make_curves(data)
         made_on = f"{data['device']}, torch {data['torch']}"
         judged.append(JudgedRun(run, curves, judge(curves), made_on, data["started"]))
     sets, kinds = [*DATA_SETS], [*KINDS]
     return sorted(judged, key=lambda one: (kinds.index(one.run.kind_name), sets.index(one.run.data_set), one.run.seed))
 
 
-def _make_curves(data: dict) -> Curves:
+def make_curves(data: dict) -> Curves:
+    """Return the curves of a record that holds what verdict_runs.describe_run returns."""
     tokens = tuple(data["row_tokens"])
     training = [
         TrainingStep(step=number, epoch=0, loss=loss, lr=lr)
@@ -84,6 +88,29 @@ def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
         for one in curves.validations
     ]
     return Curves(curves.training, tuple(validations))
+
+
+def foresee_early(curves: Curves) -> Outlook | None:
+    """Return what the run said at a third of its steps; None where it said nothing."""
+    num_steps = len(curves.training)
+    for number in range(1, len(curves.trained) + 1):
+        last = curves.trained[number - 1].step
+        kept = tuple(one for one in curves.validations if one.step <= last)
+        cut = Curves(curves.training[:last], kept)
+        if is_due(cut, num_steps):
+            rates = [step.lr or 0.0 for step in curves.training]
+            return foresee(cut, learned=sum(rates[:last]) / sum(rates))
+    return None
+
+
+def format_early(judged: Sequence[JudgedRun]) -> str:
+    """Return a Markdown table: of the runs that were told a label at a third, how they ended."""
+    told = [(foresee_early(one.curves), one.verdict.label) for one in judged]
+    lines = ["| told at a third | " + " | ".join(LABELS) + " |", "|---|" + "---|" * len(LABELS)]
+    for likely in (*EARLY_RECORDED, None):
+        counts = Counter(label for outlook, label in told if (outlook.label if outlook else None) == likely)
+        lines.append(f"| {likely or 'nothing'} | " + " | ".join(str(counts[label]) for label in LABELS) + " |")
+    return "\n".join(lines)
 
 
 def format_table(judged: Sequence[JudgedRun]) -> str:
@@ -180,7 +207,7 @@ written down before the first run (`KINDS` in `benchmarks/verdict_runs.py`):
 
 Made {" to ".join(dict.fromkeys((days[0], days[-1])))} with
 
-    python benchmarks/verdict_runs.py --out runs/verdict --jobs 6 --device cuda   # or cpu, see above
+    python benchmarks/verdict_runs.py --out runs/verdict --devices 0 --jobs 6   # or cpu, see above
     python benchmarks/verdict_runs.py --out runs/verdict --no-training --record benchmarks/results/verdict_runs.jsonl
 
 This page is `python benchmarks/judge_runs.py`, on the recorded runs with the verdict as it is now. What each figure \
@@ -189,6 +216,13 @@ means: [verdict.md](verdict.md).
 ![Validation loss of each run]({FIGURE})
 
 {format_table(judged)}
+
+## At a third
+
+What each run says at the first validation from a third of its steps on at which the curve has two points, and how it
+was judged at its end.
+
+{format_early(judged)}
 
 ## On fewer rows
 

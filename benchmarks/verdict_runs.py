@@ -1,6 +1,6 @@
 """Make real runs of which it is known beforehand how they must be judged: KINDS says it. judge_runs.py judges them.
 
-    python benchmarks/verdict_runs.py --out runs/verdict --device cuda --jobs 6 [--only TEXT] [--pack FILE.tar.gz]
+    python benchmarks/verdict_runs.py --out runs/verdict --devices 0 --jobs 6 [--only TEXT] [--pack FILE.tar.gz]
     python benchmarks/verdict_runs.py --out runs/verdict --no-training --record benchmarks/results/verdict_runs.jsonl
 
 SmolLM2-135M-Instruct on three data sets: the quickstart's conversations, orders as JSON, unit conversions. Finished
@@ -10,26 +10,22 @@ ends; unpacked elsewhere they are runs like those made there. --record keeps wha
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tarfile
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tune2gguf.runs.curves import Curves, read_curves
+from recipe_runs import END_FILE, REPOSITORY, add_arguments, count_threads, do_side_by_side, is_finished, train
+
+from tune2gguf.runs.curves import read_curves
 from tune2gguf.runs.files import split_lines
 from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, OVERFITTING, UNDERFITTING, judge
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DATA_SETS = {"quickstart": "examples/quickstart", "orders": "benchmarks/data/orders", "units": "benchmarks/data/units"}
 BATCH_SIZE = 8
-# Written last, when a run has ended.
-END_FILE = "verdict.json"
 PACKED = ("config.yaml", "environment.json", "data.json", "plan.json", "heldout.jsonl", "metrics.jsonl", END_FILE)
 
 
@@ -101,8 +97,8 @@ def count_steps(run: Run) -> int:
     return settings["epochs"] * min(steps_per_epoch, settings.get("max_steps_per_epoch", steps_per_epoch))
 
 
-def make_command(run: Run, *, out: Path, base_dir: str, device: str, precision: str) -> list[str]:
-    """Write the run's own training rows where it has fewer, and return its command."""
+def make_settings(run: Run, out: Path) -> dict[str, Any]:
+    """Write the run's own training rows where it has fewer, and return its settings."""
     folder, kind = REPOSITORY / DATA_SETS[run.data_set], run.kind
     train = folder / "train.jsonl"
     if kind.num_rows is not None:
@@ -110,44 +106,15 @@ def make_command(run: Run, *, out: Path, base_dir: str, device: str, precision: 
         train.parent.mkdir(parents=True, exist_ok=True)
         picked = random.Random(run.seed).sample(read_rows(run, "train"), kind.num_rows)
         train.write_text("".join(f"{line}\n" for line in picked), encoding="utf-8")
-    settings = {
-        "device": device,
-        "dtype": precision,
-        "base_weights": precision,
-        "base_dir": base_dir,
+    return {
         "batch_size": BATCH_SIZE,
         "seed": run.seed,
-        "dataset.files": f"[{train}]",
-        "dataset.validation_files": f"[{folder / 'heldout.jsonl'}]",
+        "dataset.files": [str(train)],
+        "dataset.validation_files": [str(folder / "heldout.jsonl")],
         "max_val_rows": kind.num_validation_rows or len(read_rows(run, "heldout")),
         "eval_every_n_steps": -(-count_steps(run) // 10),
-        "num_samples": 0,
-        "keep_last": 1,
-        "output_dir": out / run.name,
-        "resume": "auto",
         **kind.settings,
     }
-    recipe = [sys.executable, str(REPOSITORY / "recipes/lora_finetune.py")]
-    overrides = [f"{key}={value}" for key, value in settings.items()]
-    return [*recipe, "--config", str(REPOSITORY / "examples/quickstart/lora.yaml"), *overrides]
-
-
-def train(run: Run, *, out: Path, threads: int, **settings: str) -> float | None:
-    """Make the run, unless it is finished; return its seconds, None where it failed."""
-    if is_finished(run, out):
-        return 0.0
-    command = make_command(run, out=out, **settings)
-    started = time.perf_counter()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
-    with (out / f"{run.name}.log").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    seconds = time.perf_counter() - started
-    print(f"{run.name}: {'done' if done.returncode == 0 else f'FAILED ({log.name})'} in {seconds:.0f} s", flush=True)
-    return seconds if done.returncode == 0 else None
-
-
-def is_finished(run: Run, out: Path) -> bool:
-    return (out / run.name / END_FILE).is_file()
 
 
 def pack(runs: list[Run], *, out: Path, path: Path, lock: threading.Lock) -> None:
@@ -157,41 +124,34 @@ def pack(runs: list[Run], *, out: Path, path: Path, lock: threading.Lock) -> Non
     with lock:
         with tarfile.open(unfinished, "w:gz") as archive:
             for run in runs:
-                files = [out / run.name / name for name in PACKED] if is_finished(run, out) else []
+                files = [out / run.name / name for name in PACKED] if is_finished(out / run.name) else []
                 for file in (*files, out / f"{run.name}.log"):
                     if file.is_file():
                         archive.add(file, file.relative_to(out))
         unfinished.replace(path)
 
 
-def record(run: Run, run_dir: Path, curves: Curves) -> str:
-    """Return what the verdict reads of a run, and where it was made, as a line of JSON; losses to 4 digits."""
+def describe_run(run_dir: Path) -> dict[str, Any]:
+    """Return what the verdict reads of a run, and where it was made; losses to 4 digits."""
     environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
-    return json.dumps(
-        {
-            "run": run.name,
-            "started": environment["started"],
-            "device": environment["device"],
-            "torch": environment["packages"]["torch"],
-            "loss": [step.loss and round(step.loss, 4) for step in curves.training],
-            "lr": [step.lr and float(f"{step.lr:.4g}") for step in curves.training],
-            "row_tokens": curves.validations[0].row_tokens,
-            "validations": [
-                {"step": one.step, "epoch": one.epoch, "rows": [round(x, 4) for x in one.row_losses]}
-                for one in curves.validations
-            ],
-        },
-        separators=(",", ":"),
-    )
+    curves = read_curves(run_dir)
+    return {
+        "started": environment["started"],
+        "device": environment["device"],
+        "torch": environment["packages"]["torch"],
+        "loss": [step.loss and round(step.loss, 4) for step in curves.training],
+        "lr": [step.lr and float(f"{step.lr:.4g}") for step in curves.training],
+        "row_tokens": curves.validations[0].row_tokens,
+        "validations": [
+            {"step": one.step, "epoch": one.epoch, "rows": [round(x, 4) for x in one.row_losses]}
+            for one in curves.validations
+        ],
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make runs of known kinds.")
-    parser.add_argument("--out", type=Path, default=Path("runs/verdict"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of base and computation")
-    parser.add_argument("--base-dir", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    add_arguments(parser, out=Path("runs/verdict"))
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds this")
     parser.add_argument("--no-training", action="store_true", help="take what is there")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="keep the runs without weights in a .tar.gz")
@@ -205,22 +165,24 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     runs = list_runs(arguments.only)
     if not arguments.no_training:
-        threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-        options = {name: getattr(arguments, name) for name in ("base_dir", "device", "precision")}
         lock = threading.Lock()
+        options = {
+            "precision": arguments.precision,
+            "threads": count_threads(arguments.devices, arguments.jobs),
+        }
 
-        def train_and_pack(run: Run) -> None:
-            train(run, out=out, threads=threads, **options)
+        def train_and_pack(run: Run, device: str) -> None:
+            train(out / run.name, make_settings(run, out), device=device, **options)
             if arguments.pack is not None:
                 pack(runs, out=out, path=arguments.pack, lock=lock)
 
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(train_and_pack, runs))
-    finished = [(run, read_curves(out / run.name)) for run in runs if is_finished(run, out)]
+        do_side_by_side(train_and_pack, runs, devices=arguments.devices, jobs=arguments.jobs)
+    finished = [(run, read_curves(out / run.name)) for run in runs if is_finished(out / run.name)]
     for run, curves in finished:
         print(f"{run.name}: made to be {run.kind.expected}, judged {judge(curves).label}")
     if arguments.record is not None:
-        lines = [record(run, out / run.name, curves) for run, curves in sorted(finished, key=lambda one: one[0].name)]
+        records = [{"run": run.name, **describe_run(out / run.name)} for run, _ in finished]
+        lines = sorted(json.dumps(one, separators=(",", ":")) for one in records)
         arguments.record.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         print(f"wrote {arguments.record}")
     missing = len(runs) - len(finished)

@@ -53,13 +53,14 @@ from tune2gguf.model.lengths import pad_length
 from tune2gguf.model.llama import prepare_training
 from tune2gguf.model.lora import initialize_adapters
 from tune2gguf.model.sharding import copy_to_cpu
-from tune2gguf.runs.adapter import collect_peft_adapter, save_adapter
+from tune2gguf.runs.adapter import collect_peft_adapter, read_adapter_weights, restore_adapter, save_adapter
 from tune2gguf.runs.checkpoints import Checkpoint, CheckpointWriter
 from tune2gguf.runs.curves import TrainingStep
 from tune2gguf.runs.lock import hold_run_folder
 from tune2gguf.runs.plan import LAYOUT_KEYS, Plan, write_plan
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.train.compiling import compile_kernels_meanwhile
+from tune2gguf.train.forgetting import plan_forgetting
 from tune2gguf.train.plan import describe_plan
 from tune2gguf.train.record import RunRecord, check_learned
 from tune2gguf.train.resume import (
@@ -72,6 +73,7 @@ from tune2gguf.train.resume import (
     save_when_stopped,
 )
 from tune2gguf.train.samples import choose_prompts
+from tune2gguf.train.schedules import compute_learned_share
 from tune2gguf.train.seeds import capture_random_state, seed_dropout
 from tune2gguf.train.steps import (
     accumulate_gradients,
@@ -216,6 +218,13 @@ class LoRAFinetuneRecipe:
             cfg, self.data, self.progress, rows_per_step=self.rows_per_step, steps_per_epoch=self.steps_per_epoch
         )
 
+        self.forgetting = plan_forgetting(
+            self.tokenizer,
+            score=cfg.score_general_prompts,
+            max_seq_len=cfg.max_seq_len,
+            training_tokens=self.validation.training_tokens,
+        )
+
     def _setup_run_folder(self, checkpoint) -> None:
         self.record, self.writer, self.prompts = None, None, []
         if not self.world.is_main:
@@ -235,6 +244,7 @@ class LoRAFinetuneRecipe:
                 num_trainable=sum(parameter.numel() for parameter in self.adapter_params),
                 validation=self.validation,
                 prompts=self.prompts,
+                forgetting=self.forgetting,
                 num_steps=self.num_steps,
                 spec=self.spec,
             )
@@ -253,6 +263,7 @@ class LoRAFinetuneRecipe:
             validation=self.validation,
             rows=self.data.validation.take(self.validation.rows),
             prompts=broadcast_from_main(self.prompts),
+            forgetting=self.forgetting,
             tokens_per_pass=self.spec.tokens_per_pass,
             max_seq_len=self.cfg.max_seq_len,
             world=self.world,
@@ -337,6 +348,9 @@ class LoRAFinetuneRecipe:
             if loss is not None and at.step > 0 and at.take_loss(loss):
                 at.best_sha256 = self._save_adapter("best")
             at.validated_step = at.step
+            if loss is not None and self.record is not None:
+                learned = compute_learned_share(self.schedule, at.step, self.num_steps)
+                self.record.show_outlook(num_steps=self.num_steps, learned=learned)
         if (is_epoch_end or self._is_over()) and at.sampled_step != at.step:
             self.validator.answer(at, after_token=self.stop.raise_if_requested)
             at.sampled_step = at.step
@@ -348,11 +362,21 @@ class LoRAFinetuneRecipe:
             if self.world.is_main:
                 check_learned(self.folder)
         self._save_adapter("last")
+        self._score_general_prompts()
         if self.world.is_main:
             print(f"wrote {self.folder}; its GGUF: {format_script('export', self.folder)}")
             print("\n".join([*self.progress.describe_end(self.cfg.epochs), *self.record.conclude()]))
         wait_for_all()
         stop_world()
+
+    def _score_general_prompts(self) -> None:
+        """Measure what the adapter that will be exported lost of the base; the model has it from here on."""
+        at, name = self.progress, "last" if self.progress.best_step is None else "best"
+        if self.forgetting.prompts and name == "best" and at.best_step != at.step:
+            architecture = read_architecture(self.cfg.base_dir)
+            best = read_adapter_weights(self.folder / name, architecture) if self.world.is_main else None
+            restore_adapter(self.model, broadcast_from_main(best))
+        self.validator.score_general_prompts(name)
 
     def _save_adapter(self, name: str) -> str | None:
         return save_adapter(self.folder / name, *self.collect_adapter()) if self.world.is_main else None

@@ -25,6 +25,7 @@ SUBCOMMANDS = {
     "sweep": "sweep",
     "report": "report",
     "compare": "compare_runs",
+    "remind": "make_general_rows",
     "export": "export",
     "show": "show_result",
     "chat": "chat",

@@ -11,6 +11,7 @@ from tests.conftest import make_conversations, write_rows
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_resume import HARD
 from tests.recipes.test_training import measure_difference, read_records
+from tune2gguf.runs.run import Run
 
 
 @pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "fp8", "nf4"])
@@ -18,7 +19,7 @@ def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
     precision = {"fp32": ["dtype=fp32", "base_weights=fp32"], "bf16": ["dtype=bf16", "base_weights=bf16"]}
     precision |= {kind: ["dtype=fp32", f"base_weights={kind}"] for kind in ("fp8", "nf4")}
     arguments = [*run_arguments, *precision[base], f"base_dir={wide_base}", "batch_size=2", "learning_rate=0.01"]
-    arguments += ["gradient_accumulation_steps=2"]
+    arguments += ["gradient_accumulation_steps=2", "score_general_prompts=true"]
     for parallel in ("replicate", "shard"):
         folder = tmp_path / parallel
         run_to_end(
@@ -30,6 +31,9 @@ def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
     for key in ("loss", "val_loss", "grad_norm"):
         found = [[record.get(key) for record in read_records(tmp_path / name, key)] for name in ("replicate", "shard")]
         assert found[0] == pytest.approx(found[1], rel=1e-5)
+    lost = [Run(tmp_path / name).forgetting for name in ("replicate", "shard")]
+    assert [one.answer_ids for one in lost[0].answers] == [one.answer_ids for one in lost[1].answers]
+    assert lost[0].divergence.value == pytest.approx(lost[1].divergence.value, rel=1e-3) and lost[0].divergence.low > 0
 
 
 def test_processes_of_a_machine_share_the_pages_of_the_base(run_arguments, wide_base, tmp_path):

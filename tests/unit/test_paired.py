@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from tune2gguf.verdict.paired import choose_best_crosswise, count_rows_needed, extrapolate_gain
+from tune2gguf.runs.intervals import Estimate
+from tune2gguf.verdict.paired import FORECAST_FACTOR, SEED_NOISE, Forecast, choose_best_crosswise, count_rows_needed
 
 
 def test_rows_needed_is_the_sample_size_of_a_test_on_a_mean():
@@ -35,17 +36,37 @@ def test_crosswise_choice_finds_a_best_that_stands_out():
     assert np.array_equal(choose_best_crosswise(losses), losses[2])
 
 
-@pytest.mark.parametrize("rate", [0.1, 1.0, 2.5, 8.0])
+@pytest.mark.parametrize("whole", [1.0, 3.0])
 @pytest.mark.parametrize("at", [0.3, 0.5, 0.8])
-def test_extrapolated_gain_is_exact_for_an_exponential(rate, at):
-    def gain(progress):
-        return 1 - math.exp(-rate * progress)
+@pytest.mark.parametrize("bend", [0.1, 1.0, 2.5, 8.0])
+def test_a_forecast_is_bounded_by_the_exponential_and_the_hyperbola_that_it_is_exact_for(bend, at, whole):
+    def short(x):
+        return 1 - math.exp(-bend * x)
 
-    late_share = 1 - gain(at) / gain(1)
-    assert extrapolate_gain(late_share, at) == pytest.approx(gain(2) / gain(1) - 1, rel=1e-6)
+    def long(x):
+        return x / (x + bend)
+
+    forecast = Forecast(at, math.inf, whole)
+    further = [curve(2 * whole) / curve(whole) - 1 for curve in (short, long)]
+    assert forecast.find_short_tail(1 - short(at) / short(1)) == pytest.approx(further[0], rel=1e-5)
+    assert forecast.find_long_tail(1 - long(at) / long(1)) == pytest.approx(further[1], rel=1e-6)
+    late_share = 1 - short(at) / short(1)
+    bounds = forecast.find_short_tail(late_share), forecast.find_long_tail(late_share)
+    assert forecast.estimate(late_share) == pytest.approx(math.sqrt(math.prod(bounds)))
+    assert bounds[0] < forecast.estimate(late_share) < bounds[1]
+    widened = forecast.widen(Estimate(late_share, late_share, late_share))
+    assert widened.low == pytest.approx(bounds[0] / FORECAST_FACTOR - SEED_NOISE)
+    assert widened.high == pytest.approx(bounds[1] * FORECAST_FACTOR + SEED_NOISE)
 
 
-def test_extrapolated_gain_of_a_line_is_all_of_it_again_and_of_a_flat_end_nothing():
-    assert extrapolate_gain(0.5, 0.5) == extrapolate_gain(0.9, 0.5) == 1.0
-    assert extrapolate_gain(0.0, 0.5) == extrapolate_gain(-0.2, 0.5) == 0.0
-    assert extrapolate_gain(1e-300, 0.5) < 1e-9
+def test_a_forecast_of_a_line_is_all_of_it_again_and_of_a_flat_end_nothing():
+    forecast = Forecast(0.5, math.inf)
+    assert forecast.estimate(0.5) == forecast.estimate(0.9) == 1.0
+    assert forecast.estimate(0.0) == forecast.estimate(-0.2) == 0.0
+    assert forecast.estimate(1e-300) < 1e-9
+
+
+def test_no_loss_is_forecast_below_zero():
+    """Of a loss that fell by 4 to 0.2 there is a twentieth left to gain; negative control: without the limit."""
+    assert Forecast(0.5, 0.05).estimate(0.4) == 0.05
+    assert Forecast(0.5, math.inf).estimate(0.4) > 0.3

@@ -42,7 +42,9 @@ def list_steps(found: ValidationPlan, *, steps_per_epoch: int, epochs: int) -> l
 @pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("every", [1, 2, 5, 66, 1000])
 def test_counted_validations_are_those_that_come_due(steps_per_epoch, epochs, every):
-    found = ValidationPlan(rows=[0], num_validation_rows=1, every_n_steps=every, num_validations=0, share=0.0)
+    found = ValidationPlan(
+        rows=[0], num_validation_rows=1, every_n_steps=every, num_validations=0, training_tokens=1.0, share=0.0
+    )
     steps = list_steps(found, steps_per_epoch=steps_per_epoch, epochs=epochs)
     assert len(steps) == count_validations(every, steps_per_epoch=steps_per_epoch, epochs=epochs)
     assert {0, *(epoch * steps_per_epoch for epoch in range(1, epochs + 1))} <= set(steps)

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.synthetic_curves import approach, constant, cosine, make_curves
 from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, MIN_ROWS, NOTABLE_RISE, OVERFITTING, UNDERFITTING, judge
+from tune2gguf.verdict.paired import Forecast
 
 
 def rise_after(best: float, *, by: float, path=None):
@@ -61,6 +62,20 @@ def test_a_schedule_that_ends_at_zero_does_not_pass_for_convergence():
 
     assert judge(make_curves(by_summed_cosine, schedule=cosine)).label == UNDERFITTING
     assert judge(make_curves(by_summed_cosine, schedule=constant)).label == GOOD_FIT
+
+
+@pytest.mark.parametrize("bend", [0.1, 0.2, 0.4])
+def test_the_interval_of_a_forecast_holds_what_a_long_tail_brings_under_a_cosine(bend):
+    """A hyperbola of the learning, of which as much again brings bend / (2 + bend) of the gain; negative control: an
+    exponential through the same points, with the rows' interval alone."""
+
+    def fall(progress):
+        learned = progress + math.sin(math.pi * progress) / math.pi
+        return 4 - 3 * learned * (1 + bend) / (learned + bend)
+
+    figures, truth = judge(make_curves(fall, schedule=cosine)).figures, bend / (2 + bend)
+    assert figures["further_gain_low"] < truth < figures["further_gain_high"]
+    assert Forecast(figures["late_share_at"], math.inf).find_short_tail(figures["late_share_high"]) < truth
 
 
 def test_a_significant_rise_that_is_not_worth_a_run_is_no_overfitting():

@@ -18,6 +18,7 @@ _HELP = {
     "sweep": "run a config with each combination of values, and rank the runs",
     "report": "write report.html of a run again, and say its verdict and the next command",
     "compare": "show runs beside each other",
+    "remind": "write rows of general answers to mix in, against forgetting",
     "export": "write a run's GGUF and Modelfile, and prove them",
     "show": "show a run's validation loss and answers, before and after",
     "chat": "talk to a run's exported model",

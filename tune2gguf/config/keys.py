@@ -66,6 +66,7 @@ KEYS = {
     "max_val_rows": Key(int, minimum=1, optional=True, why_not="null takes what 10 % of the training time pays for"),
     "early_stopping_patience": Key(int, minimum=1, optional=True, why_not="null never stops early"),
     "num_samples": Key(int, minimum=0, why_not="0 turns samples off"),
+    "score_general_prompts": Key(bool, or_auto=True),
     "parent_run": Key(str, optional=True),
 }
 

@@ -103,7 +103,7 @@ class CausalLM(nn.Module):
         with nullcontext() if sharded is None else sharded.hold(sharded.embedding, then=sharded.head):
             return self.decoder.tok_embeddings(tokens)
 
-    def _hold_head(self) -> AbstractContextManager:
+    def hold_head(self) -> AbstractContextManager:
         sharded = self.sharded
         return nullcontext() if sharded is None else sharded.hold(sharded.head, then=sharded.embedding)
 
@@ -120,7 +120,7 @@ class CausalLM(nn.Module):
         if supervised is None:
             supervised = find_supervised(labels)
         hidden, targets = select_supervised(hidden, labels, supervised)
-        with self._hold_head():
+        with self.hold_head():
             return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
 
     def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class CausalLM(nn.Module):
             hidden = self._embed(tokens)
             for number, layer in enumerate(self.decoder.layers):
                 hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
-            with self._hold_head():
+            with self.hold_head():
                 return self.decoder.unembed(hidden)[:, -1].float()
 
 

@@ -18,6 +18,7 @@ from tune2gguf.pages.render import format_interval, format_loss, render_page
 from tune2gguf.report.plots import plot_losses, plot_training
 from tune2gguf.runs.curves import Validation
 from tune2gguf.runs.files import METRICS_FILE
+from tune2gguf.runs.forgetting import Forgetting
 from tune2gguf.runs.run import LAST, Run
 from tune2gguf.runs.samples import Sample
 from tune2gguf.verdict.lineage import describe_outcome
@@ -92,6 +93,7 @@ def _make_report(run: Run, progress: Progress) -> str:
         "validations": [_format_validation(line, curves.base) for line in curves.validations],
         "skipped": [(line.step, line.skipped) for line in curves.training if line.skipped],
         "max_listed": MAX_LISTED,
+        "lost": _describe_forgetting(run.forgetting),
         "prompts": [*_group_samples(run.samples, is_finished=is_finished)],
         "run_command": _make_command(run),
         **_describe_ledger(run.data),
@@ -207,6 +209,26 @@ def _group_samples(samples: Sequence[Sample], *, is_finished: bool) -> Iterator[
             "replies": replies,
             "columns": _choose_columns(len(replies) + 1),
         }
+
+
+def _describe_forgetting(forgetting: Forgetting | None) -> dict[str, Any]:
+    if forgetting is None:
+        return {}
+    worst_first = sorted(forgetting.answers, key=lambda one: -one.divergence / len(one.answer_ids))
+    return {
+        "sentence": forgetting.describe().removeprefix("what it lost: "),
+        "adapter": forgetting.adapter,
+        "asked": [one for one in worst_first if one.adapter_answer is not None],
+        "rows": [
+            (
+                one.prompt,
+                one.answer,
+                f"{(one.adapter_loss - one.base_loss) / len(one.answer_ids):+.3f}".replace("-", "−"),
+                f"{one.divergence / len(one.answer_ids):.3f}",
+            )
+            for one in worst_first
+        ],
+    }
 
 
 def _choose_columns(count: int) -> int:

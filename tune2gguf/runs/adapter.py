@@ -39,6 +39,16 @@ def restore_adapter(model: CausalLM, adapter: dict[str, Tensor]) -> None:
             parameter.copy_(adapter[name])
 
 
+def switch_adapter_off(model: CausalLM) -> None:
+    """Set every B to zero, so that the model is its base."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in _list_adapter_parameters(model):
+            if ".lora_b." in name:
+                parameter.zero_()
+
+
 def _list_adapter_parameters(model: CausalLM) -> list[tuple[str, Tensor]]:
     # Activation checkpointing wraps the layers, which shows in the names.
     return [
@@ -75,6 +85,13 @@ def from_peft_layout(weights: dict[str, Tensor], architecture: Architecture) -> 
                 lora_b if spec.num_heads is None else to_tune_rows(lora_b, spec.num_heads)
             )
     return adapter
+
+
+def read_adapter_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
+    """Return the weights of an adapter folder as collect_adapter has them."""
+    from safetensors.torch import load_file
+
+    return from_peft_layout(load_file(folder / ADAPTER_WEIGHTS), architecture)
 
 
 def make_peft_config(

@@ -20,7 +20,7 @@ RENAMED_COMPONENTS = {
     "tune2gguf.schedules.get_schedule": "tune2gguf.train.schedules.get_schedule",
 }
 # Keys that a run of an earlier version does not have, with what they do not change about it.
-ADDED_KEYS = {"tokens_per_pass": "auto"}
+ADDED_KEYS = {"tokens_per_pass": "auto", "score_general_prompts": "auto"}
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:

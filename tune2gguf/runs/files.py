@@ -19,7 +19,9 @@ CALIBRATION_FILE = "calibration.jsonl"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 VERDICT_FILE = "verdict.json"
+FORGETTING_FILE = "forgetting.json"
 PROOF_FILE = "proof.json"  # in the export folder
+GENERAL_FILE = "general.jsonl"
 LEDGER_FILE = "ledger.jsonl"  # beside the run folders
 
 # Stands in environment.json. 1 had none; 2 has the components' new names and `system_prompt` in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ class ProofRecord:
             of tokens with the same likeliest token
         lost_most: the step that raised the loss most
         merge: which of two possible bases was merged into; None where there was one
+        general: the same steps on the base's own answers to general prompts -> loss, its increase over the base's and
+            KL divergence from the base, in nats with their 95 % intervals, and top1; empty where the run scored none
+        general_prompts: how many there are
         served_by_llama_cpp: type, or `TYPE + adapter` -> what llama.cpp made of the same conversations
     """
 
@@ -37,6 +40,8 @@ class ProofRecord:
     lost_most: str
     merge: str | None
     served_by_llama_cpp: dict[str, dict[str, Any]]
+    general: dict[str, dict[str, float]] = field(default_factory=dict)
+    general_prompts: int = 0
 
 
 def write_proof(export_dir: Path, proof: ProofRecord) -> None:

@@ -20,6 +20,7 @@ from tune2gguf.runs.config_file import flatten_config, read_config
 from tune2gguf.runs.curves import Curves, read_curves
 from tune2gguf.runs.environment import Environment, read_environment
 from tune2gguf.runs.files import CONFIG_FILE, DATA_FILE
+from tune2gguf.runs.forgetting import Forgetting, read_forgetting
 from tune2gguf.runs.plan import Plan, read_plan
 from tune2gguf.runs.samples import Sample, read_samples
 from tune2gguf.runs.verdict_file import Conclusion, read_conclusion
@@ -99,6 +100,11 @@ class Run:
     def conclusion(self) -> Conclusion | None:
         """verdict.json; None of a run that has not ended."""
         return self._read(read_conclusion, None)
+
+    @cached_property
+    def forgetting(self) -> Forgetting | None:
+        """forgetting.json; None of a run that did not measure it."""
+        return self._read(read_forgetting, None)
 
     @cached_property
     def num_processes(self) -> int:

@@ -15,7 +15,17 @@ from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 
 def load_adapter_model(run: Run) -> AdapterModel:
-    """Load a run's base, in the precision it was trained with, and its adapter.
+    """Load a run's model as load_trained_model does, with caches for one conversation."""
+    model, device = load_trained_model(run)
+    with device:
+        dtype = model.decoder.tok_embeddings.weight.dtype
+        model.decoder.setup_caches(batch_size=1, dtype=dtype, decoder_max_seq_len=run.max_seq_len)
+    tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)
+    return AdapterModel(model, tokenizer, run.max_seq_len, device)
+
+
+def load_trained_model(run: Run) -> tuple[CausalLM, torch.device]:
+    """Load a run's base, in the precision it was trained with, and its adapter; on a GPU where there is one.
 
     Raises:
         ValueError: if base or adapter are missing or do not fit together
@@ -35,12 +45,7 @@ def load_adapter_model(run: Run) -> AdapterModel:
     )
     load_base(model, str(run.base_dir), device=device, base_weights=run.base_weights, show=True)
     _fill_adapter(model, adapter)
-    model.eval()
-    with device:
-        dtype = model.decoder.tok_embeddings.weight.dtype
-        model.decoder.setup_caches(batch_size=1, dtype=dtype, decoder_max_seq_len=run.max_seq_len)
-    tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)
-    return AdapterModel(model, tokenizer, run.max_seq_len, device)
+    return model.eval(), device
 
 
 def _fill_adapter(model: CausalLM, adapter: Adapter) -> None:

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tune2gguf.base.gguf_rounding import GGUF_SCHEME
 from tune2gguf.commands import format_command, format_overrides
 from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_files import count_file_bytes
-from tune2gguf.export.measure.step_losses import StepLoss, measure_steps
-from tune2gguf.export.measure.validation_set import ValidationSet, load_validation_rows
+from tune2gguf.export.measure.step_losses import StepLoss, measure_groups, measure_steps
+from tune2gguf.export.measure.validation_set import ValidationRow, ValidationSet, load_validation_rows
 from tune2gguf.export.measure.weight_sources import (
     open_base_source,
     open_gguf_source,
@@ -26,6 +28,8 @@ from tune2gguf.ggml.kernels import Kernels, load_kernels
 from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.files import CONFIG_FILE
 from tune2gguf.runs.folder import find_free_folder
+from tune2gguf.runs.forgetting import Forgetting
+from tune2gguf.runs.intervals import Estimate, estimate_ratio
 from tune2gguf.runs.proof import ProofRecord, write_proof
 from tune2gguf.runs.run import Run
 from tune2gguf.serve.serving import ServedFile, serve_file
@@ -54,6 +58,7 @@ class _Subject:
     kernels: Kernels
     validation: ValidationSet
     importance: ImportanceMatrix | None
+    general: list[ValidationRow]  # general prompts with the base's own answers
 
 
 def prove_export(
@@ -80,9 +85,10 @@ def prove_export(
     if validation is None:
         return None
     adapter = read_adapter(export.run.adapter_dir, export.merge.trained.specs)
-    subject = _Subject(export.run, export.merge, adapter, load_kernels(), validation, export.importance.matrix)
+    importance, general_rows = export.importance.matrix, _make_general_rows(export.run.forgetting)
+    subject = _Subject(export.run, export.merge, adapter, load_kernels(), validation, importance, general_rows)
     served_files = _list_files(export)
-    steps = _measure_export(subject, served_files, show=show)
+    steps, general = _measure_export(subject, served_files, show=show)
     files = {
         name: serve_file(
             file.gguf_path,
@@ -117,6 +123,8 @@ def prove_export(
         lost_most=_find_step_that_lost_most(steps),
         merge=export.merge.describe(),
         served_by_llama_cpp={name: asdict(served) for name, served in files.items()},
+        general={name: _compare_with_base(step, general[BASE], subject.general) for name, step in general.items()},
+        general_prompts=len(subject.general),
     )
     write_proof(export.run.export_dir, proof)
     return proof
@@ -130,7 +138,20 @@ def _list_files(export: Export) -> dict[str, _File]:
     return files
 
 
-def _measure_export(subject: _Subject, files: dict[str, _File], *, show: bool) -> dict[str, StepLoss]:
+def _make_general_rows(forgetting: Forgetting | None) -> list[ValidationRow]:
+    return [
+        ValidationRow(
+            np.array([*one.prompt_ids, *one.answer_ids]),
+            np.repeat([False, True], [len(one.prompt_ids), len(one.answer_ids)]),
+        )
+        for one in (forgetting.answers if forgetting else ())
+    ]
+
+
+def _measure_export(
+    subject: _Subject, files: dict[str, _File], *, show: bool
+) -> tuple[dict[str, StepLoss], dict[str, StepLoss]]:
+    """Return the steps on the validation rows, beside the adapter, and on the general rows, beside the base."""
     trained, adapter = subject.merge.trained, subject.adapter
     sources = {
         BASE: open_base_source(trained, adapter=None),
@@ -143,7 +164,30 @@ def _measure_export(subject: _Subject, files: dict[str, _File], *, show: bool) -
         sources[name] = open_gguf_source(file.gguf_path, trained, subject.kernels, adapter=beside)
     num_layers = len(sources) * trained.architecture.num_layers
     with open_bar("proving", total=num_layers, unit="layer", show=show) as bar:
-        return measure_steps(sources, subject.validation.rows, reference=ADAPTER, report=bar.update)
+        groups = [(subject.validation.rows, ADAPTER), *([(subject.general, BASE)] if subject.general else [])]
+        steps, *general = measure_groups(sources, groups, report=bar.update)
+    return steps, general[0] if general else {}
+
+
+def _compare_with_base(step: StepLoss, base: StepLoss, rows: list[ValidationRow]) -> dict[str, float]:
+    """Return what a step lost of the base, with intervals over the general prompts."""
+    lengths = [len(row.positions) for row in rows]
+    ends = np.cumsum(lengths)[:-1]
+
+    def estimate(values: np.ndarray) -> Estimate:
+        return estimate_ratio([part.sum(dtype=np.float64) for part in np.split(values, ends)], lengths)
+
+    increase, divergence = estimate(step.token_losses - base.token_losses), estimate(step.token_divergences)
+    return {
+        "loss": step.loss,
+        "increase": increase.value,
+        "increase_low": increase.low,
+        "increase_high": increase.high,
+        "kl_to_base": divergence.value,
+        "kl_to_base_low": divergence.low,
+        "kl_to_base_high": divergence.high,
+        "top1": step.agreement,
+    }
 
 
 def _find_step_that_lost_most(steps: dict[str, StepLoss]) -> str:
@@ -232,6 +276,7 @@ def format_table(proof: ProofRecord) -> str:
     lines += ["", f"the step that lost most: {proof.lost_most}"]
     if proof.merge is not None:
         lines.append(proof.merge)
+    lines += _format_general(proof)
     for name, served in proof.served_by_llama_cpp.items():
         lines += ["", *_format_served(name, served)]
     if proof.failures:
@@ -241,6 +286,20 @@ def format_table(proof: ProofRecord) -> str:
     else:
         lines += ["", "proven: ids and losses are within the limits; no reply was asked for"]
     return "\n".join(lines)
+
+
+def _format_general(proof: ProofRecord) -> list[str]:
+    if not proof.general:
+        return ["", "what it lost is not measured: the run scored no general prompts (score_general_prompts=true)"]
+    lines = ["", f"what it lost: the base's own answers to {proof.general_prompts} general prompts", ""]
+    lines.append(f"  {'step':<16} {'loss':>7} {'in nats, 95 % interval':>27} {'KL, 95 % interval':>27} {'top-1':>7}")
+    for name, step in proof.general.items():
+        columns = [
+            f"{step[key]:+.3f} ({step[f'{key}_low']:+.3f} … {step[f'{key}_high']:+.3f})"
+            for key in ("increase", "kl_to_base")
+        ]
+        lines.append(f"  {name:<16} {step['loss']:7.4f} {columns[0]:>27} {columns[1]:>27} {step['top1']:7.1%}")
+    return lines
 
 
 def _format_served(name: str, served: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from tune2gguf.machine.cpu import describe_cpu
 from tune2gguf.machine.memory import RunSpec
 from tune2gguf.model.fp8 import describe_products
 from tune2gguf.model.fused import describe_layers
+from tune2gguf.train.forgetting import ForgettingPlan
 from tune2gguf.train.samples import Prompt, describe_prompts
 from tune2gguf.train.validation_plan import ValidationPlan
 
@@ -28,6 +29,7 @@ def describe_plan(
     num_trainable: int,
     validation: ValidationPlan,
     prompts: Sequence[Prompt],
+    forgetting: ForgettingPlan,
     num_steps: int,
     spec: RunSpec,
 ) -> list[str]:
@@ -53,7 +55,7 @@ def describe_plan(
         num_validation_rows=len(data.validation),
         max_tokens=validation.max_reply_tokens,
     )
-    lines += [] if samples is None else [samples]
+    lines += [*([] if samples is None else [samples]), forgetting.describe()]
     if data.unit == "packs":
         lines.append(f"packs: {len(data.sequences)} of {cfg.max_seq_len} tokens, {data.sequences.fill:.1%} full")
     batch, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps

@@ -13,8 +13,10 @@ from tune2gguf.distributed.world import describe_error
 from tune2gguf.report import write_report
 from tune2gguf.runs.curves import TrainingStep, Validation, read_curves
 from tune2gguf.runs.files import METRICS_FILE, SAMPLES_FILE, JsonLinesFile
+from tune2gguf.runs.forgetting import Forgetting, write_forgetting
 from tune2gguf.runs.samples import Sample
 from tune2gguf.verdict.conclude import conclude_run
+from tune2gguf.verdict.early import foresee, is_due
 
 if TYPE_CHECKING:
     from torchtune.training.metric_logging import MetricLoggerInterface
@@ -55,10 +57,25 @@ class RunRecord:
         self._write(validation.to_record())
         tqdm.write(validation.describe())
 
+    def show_outlook(self, *, num_steps: int, learned: float) -> None:
+        """Say what the run will probably come to, at the first validation at which that can be told.
+
+        Args:
+            learned: the share of the run's learning rate, summed over steps, that is behind it
+        """
+        curves = read_curves(self.folder)
+        outlook = foresee(curves, learned=learned) if is_due(curves, num_steps) else None
+        if outlook is not None:
+            tqdm.write(outlook.describe(curves.final.step, num_steps))
+
     def write_samples(self, samples: Iterable[Sample]) -> None:
         """Write the lines of the answers after a step."""
         for sample in samples:
             self.files[SAMPLES_FILE].write(vars(sample))
+
+    def write_forgetting(self, forgetting: Forgetting) -> None:
+        """Write forgetting.json."""
+        write_forgetting(self.folder, forgetting)
 
     def write_report(self) -> None:
         """Write report.html, unless the time since the last one is short beside what it took; no file depends on it."""

@@ -57,6 +57,7 @@ OWN_KEYS = {
 # compared by their content. early_stopping_patience decides, as epochs does, how many steps there are.
 FREE_KEYS = OWN_KEYS | {
     "early_stopping_patience",
+    "score_general_prompts",
     "metric_logger",
     "save_every_n_steps",
     "keep_last",
@@ -117,7 +118,8 @@ def _flatten_without(left_out: set[str], cfg: DictConfig) -> dict[str, Any]:
 
 def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return why the run of a checkpoint is not this one; more epochs are no reason."""
-    differences, config = [], ADDED_KEYS | rename_components(saved["config"])
+    differences, added = [], {key: value for key, value in ADDED_KEYS.items() if key not in FREE_KEYS}
+    config = added | rename_components(saved["config"])
     for key in sorted(config.keys() | now["config"].keys()):
         before, after = config.get(key), now["config"].get(key)
         if key == "epochs" and after > before:

@@ -6,7 +6,7 @@ import math
 from functools import partial
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from tune2gguf.guide import SCHEDULERS
 
@@ -33,6 +33,16 @@ def compute_rate_factor(step: int, *, name: str, num_warmup_steps: int, num_trai
     # LambdaLR asks for the factor after the last step, too.
     progress = min(1.0, (step - num_warmup_steps) / max(1, num_training_steps - num_warmup_steps))
     return (1.0 + math.cos(math.pi * progress)) / 2.0 if name == "cosine" else 1.0 - progress
+
+
+def compute_learned_share(schedule: LRScheduler, step: int, num_steps: int) -> float:
+    """Return the share of a run's learning rate, summed over its steps, that lies in the first ones.
+
+    Of a schedule that says no rate beforehand, the share of the steps.
+    """
+    compute_factor = schedule.lr_lambdas[0] if isinstance(schedule, LambdaLR) else lambda taken: 1.0
+    rates = [compute_factor(taken) for taken in range(num_steps)]
+    return sum(rates[:step]) / sum(rates)
 
 
 def get_schedule(optimizer: Optimizer, *, name: str, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:

@@ -31,6 +31,7 @@ class ValidationPlan:
     num_validation_rows: int
     every_n_steps: int  # between validations; each epoch's end has one besides
     num_validations: int  # with the one before training
+    training_tokens: float  # of the whole run
     share: float  # of the training time that they cost, estimated
     samples_share: float = 0.0  # likewise of the samples
     max_reply_tokens: int = 0  # of a sample
@@ -104,6 +105,7 @@ def plan_validation(
         num_validation_rows=len(by_digest),
         every_n_steps=every_n_steps,
         num_validations=times,
+        training_tokens=training_tokens,
         share=float(costs[len(rows) - 1]) * times / training_tokens if rows else 0.0,
         samples_share=samples_cost / training_tokens,
         max_reply_tokens=max_reply_tokens,

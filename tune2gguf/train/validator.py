@@ -1,4 +1,4 @@
-"""What a run has learned, on its way: validation losses, and answers to validation prompts."""
+"""What a run learns, on its way: validation losses, and answers to validation prompts; what it lost, at its end."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
+from torch import OutOfMemoryError
+from tqdm import tqdm
 
 from tune2gguf.data import PreparedData
 from tune2gguf.data.tokenize import TokenizedRows
 from tune2gguf.distributed.world import World, broadcast_from_main
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
+from tune2gguf.train.forgetting import ForgettingPlan, measure_forgetting
 from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import RunRecord
 from tune2gguf.train.samples import Prompt, answer_prompts
@@ -59,6 +62,7 @@ class Validator:
     validation: ValidationPlan
     rows: TokenizedRows  # of the validation
     prompts: list[Prompt]
+    forgetting: ForgettingPlan
     tokens_per_pass: int
     max_seq_len: int
     world: World
@@ -96,8 +100,7 @@ class Validator:
         def agree(tokens: list[int]) -> list[int]:
             if self.is_sharded or self.world.size == 1:
                 after_token()
-            # Processes that went on with different tokens would wait for each other for ever.
-            return broadcast_from_main(tokens) if self.is_sharded else tokens
+            return self._agree(tokens)
 
         answers = answer_prompts(
             self.model,
@@ -112,6 +115,31 @@ class Validator:
         )
         if self.record is not None:
             self.record.write_samples(answers)
+
+    def _agree(self, tokens: list[int]) -> list[int]:
+        # Processes that went on with different tokens would wait for each other for ever.
+        return broadcast_from_main(tokens) if self.is_sharded else tokens
+
+    def score_general_prompts(self, adapter_name: str) -> None:
+        """Measure what the model lost with the adapter that it has, in the processes that answer prompts."""
+        if not self.forgetting.prompts or not (self.is_sharded or self.world.is_main):
+            return
+        try:
+            forgetting = measure_forgetting(
+                self.model,
+                self.tokenizer,
+                self.forgetting,
+                adapter_name=adapter_name,
+                tokens_per_pass=self.tokens_per_pass,
+                max_seq_len=self.max_seq_len,
+                device=self.world.device,
+                agree=self._agree,
+            )
+        except OutOfMemoryError:  # the adapters are written, whatever is said of them
+            tqdm.write("note: what the run lost is not measured: out of memory")
+            return
+        if self.record is not None:
+            self.record.write_forgetting(forgetting)
 
     def show(self) -> None:
         """Bring report.html up to date."""

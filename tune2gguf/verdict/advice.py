@@ -11,6 +11,8 @@ from typing import Any
 from tune2gguf.commands import format_overrides, format_run, format_script, format_value
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.runs.curves import Curves
+from tune2gguf.runs.files import GENERAL_FILE
+from tune2gguf.runs.forgetting import Forgetting
 from tune2gguf.runs.verdict_file import Advice, Verdict
 from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING
 
@@ -26,6 +28,10 @@ FIT_KEYS = (*(one.key for one in GUIDE_PARAMETERS if one.key not in ("seed", "qu
 DROPOUTS = (0.0, 0.1, 0.2, 0.3)
 WEIGHT_DECAYS = (0.0, 0.001, 0.01, 0.1)
 LOWEST_RATE, COMMON_RATE = 5e-5, 1e-4
+# A KL divergence from the base, in nats a token of its own answers; see docs/verdict.md.
+NOTABLE_DIVERGENCE = 0.1
+# General rows for each row of a user's own; their prompts are no more than these.
+GENERAL_SHARE, MAX_GENERAL_ROWS = 0.25, 100
 LARGER = {"smollm2_135m": "llama3_2_1b", "llama3_2_1b": "llama3_2_3b", "llama3_2_3b": "llama3_1_8b"}
 
 
@@ -40,6 +46,7 @@ class Situation:
         free_dirs: folders for the next runs, as many as there may be advice
         num_processes: that it ran on
         tried: changes, as `describe_change` has them, that brought no gain to the runs that led here or came of those
+        forgetting: what it lost; None where that was not measured
         past: flat configs of runs on the same base and rows, this one among them
     """
 
@@ -50,6 +57,7 @@ class Situation:
     num_processes: int = 1
     tried: frozenset[frozenset[tuple[str, str]]] = frozenset()
     past: Sequence[Mapping[str, Any]] = ()
+    forgetting: Forgetting | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class _Step:
     changes: dict[str, Any]
     reason: str
     section: str
+    first: str = ""  # a command to run before
 
 
 def advise(verdict: Verdict, curves: Curves, situation: Situation) -> list[Advice]:
@@ -65,18 +74,23 @@ def advise(verdict: Verdict, curves: Curves, situation: Situation) -> list[Advic
     A change that was tried without gain is not advised again, nor a config that has been run.
     """
     if verdict.label == OVERFITTING:
-        steps = _loosen(curves, situation.config)
+        steps = [*_loosen(curves, situation.config), *_retain(situation, only_rows=True)]
     elif verdict.label == UNDERFITTING:
         steps = _tighten(curves, situation)
     elif verdict.label == GOOD_FIT:
-        return [_advise_export(situation, "the fit is good: stop here and export"), *_advise_larger_model(situation)]
+        steps = _retain(situation)
     else:
         steps = _clear_up(verdict, curves, situation)
     steps = [step for step in (_avoid_past(step, situation) for step in steps) if step is not None]
     advice = [
-        Advice(_write_command(step.changes, situation, output_dir), step.changes, step.reason, step.section)
+        Advice(
+            step.first + _write_command(step.changes, situation, output_dir), step.changes, step.reason, step.section
+        )
         for step, output_dir in zip(steps, situation.free_dirs, strict=False)
     ]
+    if verdict.label == GOOD_FIT:
+        stop = _advise_export(situation, "the fit is good: stop here and export")
+        return [stop, *advice, *_advise_larger_model(situation, situation.free_dirs[len(advice)])]
     if verdict.label == OVERFITTING:
         best = f"best/ is the adapter of step {curves.best.step}, before the rise, and what the export takes"
         return [*advice, _advise_export(situation, best)]
@@ -149,6 +163,43 @@ def _tighten(curves: Curves, situation: Situation) -> Iterator[_Step]:
         yield _Step({"max_seq_len": longest}, cut, ADDITIONAL)
 
 
+def _retain(situation: Situation, *, only_rows: bool = False) -> Iterator[_Step]:
+    """Yield what keeps more of the base, where the run has clearly lost of it."""
+    config, forgetting = situation.config, situation.forgetting
+    if forgetting is None or forgetting.divergence.low < NOTABLE_DIVERGENCE:
+        return
+    lost = f"the run lost of what the base could do (KL {forgetting.divergence.value:.2f} on general prompts)"
+    changes = _mix_general_rows(situation)
+    if changes:
+        share = GENERAL_SHARE / (1 + GENERAL_SHARE)
+        reason = f"{lost}; the base's own answers to other general prompts, {share:.0%} of the rows, remind it"
+        make_rows = format_script("make_general_rows", Path(situation.run_dir))
+        yield _Step(changes, reason, ITERATING, f"{make_rows} && ")
+    if only_rows:
+        return
+    yield _Step({"learning_rate": config["learning_rate"] / 2}, f"{lost}; a lower rate moves it less", LEARNING_RATE)
+    if config["epochs"] > 1:
+        yield _Step({"epochs": config["epochs"] - 1}, f"{lost}; fewer passes move it less", EPOCHS)
+
+
+def _mix_general_rows(situation: Situation) -> dict[str, Any]:
+    """Return the data set with general rows as one more source; nothing where it has them already."""
+    dataset, path = situation.config["dataset"], str(Path(situation.run_dir, GENERAL_FILE))
+    sources, changes = dataset.get("sources"), {}
+    if sources is None:
+        own = {key: dataset[key] for key in ("files", "validation_files") if dataset.get(key) is not None}
+        sources, changes = [own], {f"dataset.{key}": None for key in own}
+    if any(Path(name).name == GENERAL_FILE for source in sources for name in _list_files(source["files"])):
+        return {}
+    rows = min(MAX_GENERAL_ROWS, math.ceil(GENERAL_SHARE * situation.data["training"]["rows"]))
+    general = {"files": [path], "format": "openai", "validation_split": 0, "rows": rows}
+    return {**changes, "dataset.sources": [*sources, general]}
+
+
+def _list_files(files: str | Sequence[str]) -> list[str]:
+    return [files] if isinstance(files, str) else [*files]
+
+
 def _clear_up(verdict: Verdict, curves: Curves, situation: Situation) -> Iterator[_Step]:
     """Yield what lets the next run be judged."""
     config, figures = situation.config, verdict.figures
@@ -189,7 +240,7 @@ def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator
         changes = {"dataset.sources": [_hold_out(source, share) for source in dataset["sources"]]}
     elif dataset.get("validation_files") is not None:
         files = [dataset["files"], dataset["validation_files"]]
-        both = [name for one in files for name in ([one] if isinstance(one, str) else one)]
+        both = [name for one in files for name in _list_files(one)]
         changes = {"dataset.files": both, "dataset.validation_files": None, **changes}
     if situation.config.get("max_val_rows") is not None:
         changes["max_val_rows"] = needed
@@ -199,7 +250,7 @@ def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator
 def _hold_out(source: Mapping[str, Any], share: float) -> dict[str, Any]:
     """Return a source that holds out a share of all its rows."""
     given = [source["files"], source.get("validation_files") or []]
-    both = [name for one in given for name in ([one] if isinstance(one, str) else one)]
+    both = [name for one in given for name in _list_files(one)]
     rest = {key: value for key, value in source.items() if key not in ("files", "validation_files")}
     return {"files": both, **rest, "validation_split": share}
 
@@ -246,7 +297,7 @@ def _advise_export(situation: Situation, reason: str) -> Advice:
     return Advice(format_script("export", Path(situation.run_dir)), {}, reason, ITERATING)
 
 
-def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
+def _advise_larger_model(situation: Situation, output_dir: str) -> Iterator[Advice]:
     """Yield the run of the next larger model on the same rows, with its own guide values."""
     config = situation.config
     larger = LARGER.get(config["model"].get("architecture"))
@@ -258,7 +309,7 @@ def _advise_larger_model(situation: Situation) -> Iterator[Advice]:
     changes = {"dataset.validation_split": None} if dataset.get("dataset.validation_files") else {}
     changes |= {"dataset.files": None} if dataset.get("dataset.sources") else {}
     changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
-    train = _write_run(path, {**changes, "output_dir": situation.free_dirs[0]}, situation.num_processes)
+    train = _write_run(path, {**changes, "output_dir": output_dir}, situation.num_processes)
     reason = f"if it does not answer well enough, the next larger model: {larger}, with its own rate"
     download = format_script("download", "--config", path)
     yield Advice(f"{download} && {train}", changes, reason, CHOOSING)

@@ -55,6 +55,7 @@ def _describe_conclusion(run: Run, conclusion: Conclusion) -> list[str]:
     lines = [f"verdict: {verdict.label}"]
     lines += [] if outcome is None else [describe_outcome(outcome, str(run.config.get("parent_run")))]
     lines += [f"  {reason}" for reason in verdict.reasons]
+    lines += [] if run.forgetting is None else [run.forgetting.describe()]
     shown = advice if verdict.label == GOOD_FIT else advice[:1]
     for one in shown:
         lines += [f"next: {one.reason} (guide, {one.guide_section})", f"  {one.command}"]
@@ -95,6 +96,7 @@ def _describe_situation(run: Run, entries: Sequence[Entry]) -> Situation:
         data=run.data,
         free_dirs=list_free_dirs(run.run_dir),
         num_processes=run.num_processes,
+        forgetting=run.forgetting,
         tried=list_tried(entries, family),
         past=[entry.config for entry in entries if (entry.data, entry.base) == (mine.data, mine.base)],
     )

@@ -10,7 +10,7 @@ import numpy as np
 from tune2gguf.runs.curves import Curves, Validation
 from tune2gguf.runs.intervals import Estimate, estimate_ratio
 from tune2gguf.runs.verdict_file import Verdict
-from tune2gguf.verdict.paired import choose_best_crosswise, count_rows_needed, extrapolate_gain
+from tune2gguf.verdict.paired import Forecast, choose_best_crosswise, count_rows_needed
 
 OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE = "overfitting", "underfitting", "good fit", "inconclusive"
 LABELS = (OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE)
@@ -163,16 +163,18 @@ def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     index, at = middle
     late, gained = losses.trained[index] - losses.final, losses.base - losses.final
     late_share = estimate_ratio(late, gained)
-    further = late_share.map(lambda share: extrapolate_gain(share, at))
-    figures = _name("further_gain", further) | _name("late_share", late_share) | {"late_share_at": at}
+    forecast = Forecast(at, curves.final.loss / gain.value)
+    further, printed = late_share.map(forecast.estimate), forecast.widen(late_share)
+    figures = _name("further_gain", printed) | _name("late_share", late_share) | {"late_share_at": at}
     came = (
         f"{_percent(late_share.value)} of the gain came in the last {_percent(1 - at)} of the learning (learning rate "
-        f"summed over steps); as much again would bring about {_describe_share(further)} more"
+        f"summed over steps); as much again would bring about {_describe_share(printed, 'likely')} more, "
+        "if it does not begin to overfit"
     )
     if late_share.low > 0 and further.value > NOTABLE_FURTHER_GAIN:
         return Verdict(UNDERFITTING, (f"the validation loss was still falling: {came}", won), figures)
     if _is_open(further, NOTABLE_FURTHER_GAIN):
-        slope = _find_slope(late_share.value, at)
+        slope = _find_slope(forecast, late_share.value)
         needed = count_rows_needed(late, gained, margin=NOTABLE_FURTHER_GAIN / slope)
         reason = f"whether the curve had flattened cannot be told on {len(losses.tokens)} rows: {came}"
         return _ask_for_more(reason, needed, curves, figures)
@@ -225,10 +227,10 @@ def _find_middle(curves: Curves) -> tuple[int, float] | None:
     return min(near)[1:] if near else None
 
 
-def _find_slope(late_share: float, at: float) -> float:
-    """Return how fast the extrapolated gain grows with the late share, at least 0.1 where it is flat."""
+def _find_slope(forecast: Forecast, late_share: float) -> float:
+    """Return how fast the forecast grows with the late share, at least 0.1 where it is flat."""
     step = 0.01
-    rise = extrapolate_gain(late_share + step, at) - extrapolate_gain(late_share - step, at)
+    rise = forecast.estimate(late_share + step) - forecast.estimate(late_share - step)
     return max(rise / (2 * step), 0.1)
 
 
@@ -279,8 +281,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if abs(share) < 0.0995 else f"{100 * share:.0f} %"
 
 
-def _describe_share(estimate: Estimate) -> str:
-    return f"{_percent(estimate.value)} (95 % interval {_percent(estimate.low)} to {_percent(estimate.high)})"
+def _describe_share(estimate: Estimate, kind: str = "95 % interval") -> str:
+    return f"{_percent(estimate.value)} ({kind} {_percent(estimate.low)} to {_percent(estimate.high)})"
 
 
 def _describe_nats(estimate: Estimate) -> str:

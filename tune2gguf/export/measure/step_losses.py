@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,16 +24,21 @@ class StepLoss:
     Attributes:
         loss: cross entropy, nats per token
         increase: of the loss over the reference's, as a fraction of it
-        divergence: Kullback-Leibler divergence from the reference, nats per token
         agreement: fraction of tokens at which the most probable token is the reference's
         token_losses: cross entropy of each token, row by row
+        token_divergences: from the reference, likewise
     """
 
     loss: float
     increase: float
-    divergence: float
     agreement: float
     token_losses: np.ndarray
+    token_divergences: np.ndarray
+
+    @cached_property
+    def divergence(self) -> float:
+        """Kullback-Leibler divergence from the reference, nats per token."""
+        return float(self.token_divergences.mean(dtype=np.float64))
 
 
 def measure_steps(
@@ -47,10 +53,35 @@ def measure_steps(
     Args:
         report: called with the number of layers done
     """
-    targets = torch.from_numpy(np.concatenate([row.tokens[row.positions] for row in rows]).astype(np.int64))
+    return measure_groups(sources, [(rows, reference)], report=report)[0]
+
+
+def measure_groups(
+    sources: Mapping[str, WeightSource],
+    groups: Sequence[tuple[Sequence[ValidationRow], str]],
+    *,
+    report: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, StepLoss]]:
+    """Return what measure_steps does of each group of rows and its reference; weights are read once for all of them."""
+    rows = [row for group, _ in groups for row in group]
     selected = {name: _select_hidden(source, rows, report) for name, source in sources.items()}
+    sizes = [sum(len(row.positions) for row in group) for group, _ in groups]
+    parts = {name: hidden.split(sizes) for name, hidden in selected.items()}
+    return [
+        _compare_sources(sources, {name: parts[name][place] for name in sources}, group, reference)
+        for place, (group, reference) in enumerate(groups)
+    ]
+
+
+def _compare_sources(
+    sources: Mapping[str, WeightSource],
+    selected: Mapping[str, Tensor],
+    rows: Sequence[ValidationRow],
+    reference: str,
+) -> dict[str, StepLoss]:
+    targets = torch.from_numpy(np.concatenate([row.tokens[row.positions] for row in rows]).astype(np.int64))
     token_losses = {name: torch.empty(len(targets)) for name in sources}
-    divergences = dict.fromkeys(sources, 0.0)
+    divergences = {name: torch.empty(len(targets)) for name in sources}
     agreements = dict.fromkeys(sources, 0)
     with torch.no_grad():
         for begin in range(0, len(targets), POSITIONS_PER_CHUNK):
@@ -59,16 +90,16 @@ def measure_steps(
             for name, source in sources.items():
                 found = expected if name == reference else source.multiply_head(selected[name][chunk]).log_softmax(-1)
                 token_losses[name][chunk] = -found.gather(1, targets[chunk, None])[:, 0]
-                divergences[name] += float((expected.exp() * (expected - found)).sum())
+                divergences[name][chunk] = (expected.exp() * (expected - found)).sum(-1)
                 agreements[name] += int((expected.argmax(-1) == found.argmax(-1)).sum())
     reference_loss = float(token_losses[reference].double().mean())
     return {
         name: StepLoss(
             loss=(loss := float(token_losses[name].double().mean())),
             increase=_compare(loss, reference_loss),
-            divergence=divergences[name] / len(targets),
             agreement=agreements[name] / len(targets),
             token_losses=token_losses[name].numpy(),
+            token_divergences=divergences[name].numpy(),
         )
         for name in sources
     }
