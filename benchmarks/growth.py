@@ -22,7 +22,7 @@ from tune2gguf.model.architectures import ARCHITECTURES
 LENGTHS = (256, 512, 1024, 2048, 4096)
 TABLES = (
     ("length of the rows, batch 1, rank 16", "seq", LENGTHS, {}),
-    ("rows of 256 tokens, rank 16", "batch", (1, 2, 4, 8), {}),
+    ("rows of 256 tokens, rank 16", "batch", (1, 2, 4, 8, 16), {}),
     ("rank, 2 rows of 256 tokens", "rank", (8, 16, 32, 64), {"batch": 2}),
     ("length of the rows with activation checkpointing", "seq", LENGTHS, {"checkpointing": True}),
 )

@@ -1,11 +1,14 @@
 """Step checkpoints on disk: whole or not there, and nothing is read that is not what was written."""
 
 import pickle
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.unit.test_atomic import full_disk
 from tune2gguf.files.atomic import clear_leftovers
 from tune2gguf.runs.checkpoints import (
     Checkpoint,
@@ -39,6 +42,33 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert torch.equal(found.adapter[name], written.adapter[name])
     assert torch.equal(found.state["optimizer"][0]["exp_avg"], written.state["optimizer"][0]["exp_avg"])
     assert torch.equal(found.state["random"][0], written.state["random"][0])
+
+
+def make_large_checkpoint() -> Checkpoint:
+    """Return one whose optimizer has 32 MB."""
+    return replace(make_checkpoint(1), state={"optimizer": {0: {"exp_avg": torch.zeros(8, 1024, 1024)}}})
+
+
+def test_optimizer_is_written_without_a_copy_in_memory(tmp_path):
+    checkpoint = make_large_checkpoint()
+    tracemalloc.start()
+    try:
+        write_checkpoint(tmp_path / "step_1", checkpoint)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e6
+    assert torch.equal(
+        read_checkpoint(tmp_path / "step_1").state["optimizer"][0]["exp_avg"], torch.zeros(8, 1024, 1024)
+    )
+
+
+def test_disk_that_is_full_is_named_and_leaves_nothing(tmp_path):
+    checkpoint = replace(make_large_checkpoint(), adapter={})
+    with pytest.raises(OSError, match="File too large") as caught, full_disk():
+        write_checkpoint(tmp_path / "step_1", checkpoint)
+    assert Path(caught.value.filename).name == "state.pt"
+    assert list(tmp_path.iterdir()) == []
 
 
 def flip_bit(path: Path) -> None:

@@ -20,10 +20,13 @@ def main() -> None:
     from tune2gguf.machine.fit import describe_estimate, describe_fit
     from tune2gguf.machine.memory import estimate_memory
     from tune2gguf.machine.passes import choose_passes
+    from tune2gguf.model.lengths import count_lengths
 
     config = read_config(arguments.config, arguments.overrides)
     check_values(config)
     spec = get_run_spec(config, longest_row=config.max_seq_len, num_devices=arguments.devices, parallel=config.parallel)
+    # The run itself counts the lengths of its rows; here they are not known.
+    spec = replace(spec, num_lengths=count_lengths(spec.tokens_per_pass))
     devices = "one device" if spec.num_devices == 1 else f"each of {spec.num_devices} devices"
     kept = "computed again" if spec.enable_activation_checkpointing else "kept"
     print(f"rows of up to {spec.longest_row} tokens, on {devices} ({spec.device_type});")

@@ -25,6 +25,7 @@ def describe_estimate(estimate: Estimate) -> list[str]:
         "adapter": estimate.adapter,
         "its gradients": estimate.gradients,
         "its optimizer": estimate.optimizer,
+        "a checkpoint's copies": estimate.checkpoint,
         "activations": estimate.activations,
         "logits and other work": estimate.work,
         "peak of training": estimate.training,
@@ -36,12 +37,12 @@ def describe_estimate(estimate: Estimate) -> list[str]:
 def announce(spec: RunSpec, device: Device) -> None:
     """Say in one line what a run will need before it takes it, and warn where that is not there."""
     estimate = estimate_memory(spec)
-    adapter = estimate.adapter + estimate.gradients + estimate.optimizer
+    adapter = estimate.adapter + estimate.gradients + estimate.optimizer + estimate.checkpoint
     parts = {"base": estimate.weights, "adapter": adapter, "activations": estimate.activations}
     parts |= {"work": estimate.work, "program": estimate.program}
-    listed = ", ".join(f"{name} {size / GIGABYTE:.1f}" for name, size in parts.items())
+    listed = ", ".join(f"{name} {size / GIGABYTE:.2f}" for name, size in parts.items())
     free = f"{device.free / GIGABYTE:.1f} GB are free on {device.name}"
-    print(f"memory: about {estimate.peak / GIGABYTE:.1f} GB ({listed}); {free}")
+    print(f"memory: about {estimate.peak / GIGABYTE:.2f} GB ({listed}); {free}")
     warning = find_warning(spec, device)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)

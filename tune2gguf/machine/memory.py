@@ -89,6 +89,7 @@ class Estimate:
     adapter: int
     gradients: int
     optimizer: int
+    checkpoint: int  # copies from which a checkpoint is written beside the next steps
     activations: int
     work: int
     loading: int  # peak while the base is read, all included
@@ -96,9 +97,8 @@ class Estimate:
     @property
     def training(self) -> int:
         """Peak of an optimizer step, all included."""
-        return (
-            self.program + self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.work
-        )
+        trained = self.adapter + self.gradients + self.optimizer + self.checkpoint
+        return self.program + self.weights + trained + self.activations + self.work
 
     @property
     def peak(self) -> int:
@@ -136,6 +136,8 @@ def estimate_memory(spec: RunSpec) -> Estimate:
         adapter=adapter,
         gradients=(1 + is_graphed) * adapter,
         optimizer=2 * adapter,
+        # Adapter and optimizer as they were, and the adapter's file; on a GPU they are in the host's memory.
+        checkpoint=4 * adapter if spec.device_type == "cpu" else 0,
         activations=count_kept_activations(spec),
         work=_count_work(spec) + passed + gathered,
         # Sharded, a layer, or the embedding, is on the device whole until it is complete and split.

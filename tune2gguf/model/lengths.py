@@ -15,3 +15,8 @@ def pad_length(num_tokens: int) -> int:
     """
     step = max(SHORTEST_STEP, 1 << max(0, (num_tokens - 1).bit_length() - 4))
     return max(1, -(-num_tokens // step)) * step
+
+
+def count_lengths(longest_pass: int) -> int:
+    """Return how many lengths passes are padded to that have from half as many tokens as the longest to as many."""
+    return len({pad_length(tokens) for tokens in range(max(1, longest_pass // 2), longest_pass + 1)})

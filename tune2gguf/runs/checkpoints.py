@@ -51,27 +51,55 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         OSError: if it cannot be written; nothing is left of it then
     """
-    import torch
     from safetensors.torch import save
 
-    # Serialized in memory: safetensors and torch.save hide what the disk says behind errors of their own.
-    buffer = io.BytesIO()
-    torch.save(checkpoint.state, buffer)
-    contents = {
-        ADAPTER_WEIGHTS: save(checkpoint.adapter, metadata={"format": "pt"}),
-        ADAPTER_CONFIG: json.dumps(checkpoint.adapter_config, indent=2).encode(),
-        STATE: buffer.getbuffer(),
-        PROGRESS: json.dumps(checkpoint.progress, indent=2).encode(),
+    adapter_config, progress = (
+        json.dumps(content, indent=2).encode() for content in (checkpoint.adapter_config, checkpoint.progress)
+    )
+    writers = {
+        ADAPTER_WEIGHTS: lambda file: file.write(save(checkpoint.adapter, metadata={"format": "pt"})),
+        ADAPTER_CONFIG: lambda file: file.write(adapter_config),
+        STATE: lambda file: _write_state(checkpoint.state, file),
+        PROGRESS: lambda file: file.write(progress),
     }
-    files = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
-    }
+    files = {}
     with write_folder(folder) as unfinished:
-        for name, content in contents.items():
-            with write_file(unfinished / name) as file:
-                file.write_bytes(content)
+        for name, write in writers.items():
+            with write_file(unfinished / name) as path, path.open("wb", buffering=0) as opened:
+                file = _DigestedFile(opened)
+                write(file)
+                files[name] = {"bytes": file.num_bytes, "sha256": file.sha256.hexdigest()}
         write_json(unfinished / MANIFEST, {"files": files})
+
+
+class _DigestedFile:
+    """A file that is written from its start to its end, with its size and sha256."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self.file = file
+        self.num_bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: bytes | memoryview) -> int:
+        left = memoryview(content).cast("B")
+        while left:
+            left = left[self.file.write(left) :]
+        self.num_bytes += len(content)
+        self.sha256.update(content)
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing: nothing is buffered."""
+
+
+def _write_state(state: dict[str, Any], file: _DigestedFile) -> None:
+    import torch
+
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        # torch hides what the disk says behind an error of its own.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def find_damage(folder: Path) -> str | None:
