@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tune2gguf.base.gguf_rounding import GGUF_SCHEME
-from tune2gguf.commands import format_command, format_overrides
+from tune2gguf.commands import format_overrides, format_run, format_script
 from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.measure.step_losses import StepLoss, measure_groups, measure_steps
@@ -203,6 +203,10 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
         if name in (BASE, ADAPTER) or step.increase <= limit:
             continue
         failure = f"{name} raises the validation loss by {step.increase:.1%}; the limit is {limit:.1%}"
+        if name == MERGED:
+            # An adapter of few steps is smaller than what rounding the sum takes off.
+            unmerged = format_script("export", subject.run.run_dir, "--adapter-gguf", "--force")
+            failure += f". In a file of its own the adapter is not rounded (Modelfile-adapter):\n    {unmerged}"
         if name in QUANTIZATIONS:
             found = _find_smallest_type(subject, limit, larger_than=name)
             failure += f". {found}" if found else ". No larger type stays within it"
@@ -218,7 +222,7 @@ def _format_training(run: Run, type_name: str) -> str:
     folder = find_free_folder(run.run_dir.with_name(f"{run.name}-{type_name}"))
     overrides = format_overrides(values | {"output_dir": folder, "resume": False})
     config = run.run_dir / CONFIG_FILE
-    return format_command("tune", "run", "recipes/lora_finetune.py", "--config", config, *overrides)
+    return format_run("--config", config, *overrides)
 
 
 def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) -> str | None:
