@@ -96,7 +96,7 @@ def train(model: torch.nn.Module, tokens: np.ndarray, *, steps: int, device: str
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
         if step % max(1, steps // 10) == 0:
-            print(f"step {step}: loss {float(loss):.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"step {step}: loss {float(losses[-1]):.3f}, {time.perf_counter() - started:.0f} s", flush=True)
     return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
 
 
