@@ -31,7 +31,7 @@ from tune2gguf.config import (
     get_run_spec,
     load_config,
 )
-from tune2gguf.data import lay_out_passes, plan_epoch
+from tune2gguf.data import count_step_tokens, lay_out_passes, plan_epoch
 from tune2gguf.distributed.failures import end_together
 from tune2gguf.distributed.parallel import choose_parallel, shard
 from tune2gguf.distributed.signals import StopSignals
@@ -150,7 +150,7 @@ class LoRAFinetuneRecipe:
         self.device = get_device(str(self.world.device))
         spec = get_run_spec(cfg, longest_row=int(self.lengths.max()), num_devices=self.world.size, parallel="replicate")
         self.parallel = choose_parallel(cfg.parallel, spec, self.world)
-        step_tokens = [int(self.lengths[rows].sum()) for rows in self.plan_epoch(0)]
+        step_tokens = count_step_tokens(self.lengths, self.plan_epoch, epochs=cfg.epochs)
         spec = choose_passes(
             replace(spec, parallel=self.parallel, num_lengths=len({pad_length(tokens) for tokens in step_tokens})),
             self.device.free,

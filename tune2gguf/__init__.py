@@ -6,7 +6,7 @@ import os
 # programs a step took sixty times as long. Its library reads this when torch loads it, so that it is said before. What
 # the user says stays.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str):

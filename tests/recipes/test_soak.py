@@ -24,7 +24,33 @@ def measure(pid: int) -> tuple[int, int]:
     return int(status["VmRSS"].split()[0]), len(os.listdir(f"/proc/{pid}/fd"))
 
 
-@pytest.mark.skipif(not QUICKSTART_BASE.is_dir(), reason="needs the quickstart's base: scripts/download.py")
+needs_base = pytest.mark.skipif(not QUICKSTART_BASE.is_dir(), reason="needs the quickstart's base: scripts/download.py")
+
+
+@needs_base
+def test_bytes_of_a_real_model_are_the_same_beside_busy_processes(tmp_path):
+    """Threads wait for each other, so that other programs change when a part is computed, never what."""
+    command = [sys.executable, "recipes/lora_finetune.py", "--config", "examples/quickstart/lora.yaml", "epochs=1"]
+    command += ["max_steps_per_epoch=3", "warmup_steps=0", "max_val_rows=1", "num_samples=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    adapters = {}
+    for num_busy in (0, 3):
+        busy = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(num_busy)]
+        run = tmp_path / f"run_{num_busy}"
+        try:
+            done = subprocess.run(
+                [*command, f"output_dir={run}"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+            )
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        assert done.returncode == 0, done.stderr[-3000:]
+        adapters[num_busy] = (run / "last/adapter_model.safetensors").read_bytes()
+    assert adapters[0] == adapters[3]
+
+
+@needs_base
 def test_memory_of_a_real_model_is_flat_once_most_lengths_were_seen(tmp_path):
     """SmolLM2 on the quickstart's rows, whose steps are of other lengths each time: oneDNN keeps what it compiles."""
     options = ["max_val_rows=4", "num_samples=0", "save_every_n_steps=1000", f"output_dir={tmp_path / 'run'}"]

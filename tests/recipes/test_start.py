@@ -33,3 +33,25 @@ print(json.dumps([name for name in {LATE!r} if name in sys.modules]))
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+@pytest.mark.slow
+def test_tune_imports_none_of_its_other_commands_needs_for_our_recipe_and_all_of_them_else(tmp_path):
+    """`tune` imports `tune download`, and with it kagglehub, before it runs any recipe."""
+    program = """
+import sys
+from torchtune._cli.tune import TuneCLIParser
+
+sys.argv = ["tune", "--help"]
+try:
+    TuneCLIParser().parse_args()
+except SystemExit:
+    print("kagglehub" in sys.modules)
+"""
+    found = {}
+    for argument in ("recipes/lora_finetune.py", "recipes/other.py"):
+        command = [sys.executable, "-c", program, argument]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[argument] = (done.stdout.splitlines()[-1], "download" in done.stdout)
+    assert found == {"recipes/lora_finetune.py": ("False", False), "recipes/other.py": ("True", True)}

@@ -84,7 +84,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.parametrize(
     ("said", "spins"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
     ids=["nothing", "spin count", "wait policy"],
 )
 def test_openmp_spins_for_a_short_time_before_torch_is_loaded_unless_the_user_says_otherwise(said, spins):
@@ -92,3 +92,12 @@ def test_openmp_spins_for_a_short_time_before_torch_is_loaded_unless_the_user_sa
     environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", program], env=environment | said, capture_output=True, text=True)
     assert done.stdout.split() == [spins, "False"]
+
+
+def test_llama_cpps_threads_are_openmps_whose_spinning_is_bounded():
+    """They meet at barriers of the same library, which reads GOMP_SPINCOUNT."""
+    program = "import tune2gguf, os, xllamacpp; print(os.environ['GOMP_SPINCOUNT'], open('/proc/self/maps').read())"
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    count, _, maps = done.stdout.partition(" ")
+    assert int(count) <= 1000 and "libgomp" in maps and "libomp" not in maps and "libiomp" not in maps

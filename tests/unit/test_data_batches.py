@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tune2gguf.data import Source, TokenizedRow, collate, lay_out_passes, plan_epoch
+from tune2gguf.data import Source, TokenizedRow, collate, count_step_tokens, lay_out_passes, plan_epoch
 
 LENGTHS = np.random.default_rng(0).lognormal(5, 1, 1000).astype(np.int64)
 
@@ -96,3 +96,15 @@ def test_a_single_row_needs_no_bounds():
 
 def test_first_token_does_not_count_as_supervised_because_nothing_predicts_it():
     assert make_row([5, 6, 7], [1, 0, 1]).num_supervised == 1
+
+
+def test_steps_of_all_epochs_are_counted_unless_the_data_set_is_large():
+    def plan(epoch: int) -> list[list[int]]:
+        return plan_epoch(lengths, seed=0, epoch=epoch, rows_per_step=4)
+
+    lengths = LENGTHS[:50]
+    found = count_step_tokens(lengths, plan, epochs=3)
+    assert found == [int(lengths[rows].sum()) for epoch in range(3) for rows in plan(epoch)]
+    assert max(found) > max(found[: len(plan(0))]), "a later epoch has the longest step"
+    lengths = np.ones(60_000, dtype=np.int64)
+    assert len(count_step_tokens(lengths, plan, epochs=3)) == 15_000

@@ -5,7 +5,7 @@ select: which row goes where · ledger: what became of every row · prepare: all
 packing: several rows in one sequence · batches: which rows a step takes, and the tensors they become
 """
 
-from tune2gguf.data.batches import Batch, collate, lay_out_passes, make_empty_batch, plan_epoch
+from tune2gguf.data.batches import Batch, collate, count_step_tokens, lay_out_passes, make_empty_batch, plan_epoch
 from tune2gguf.data.packing import Pack
 from tune2gguf.data.prepare import PreparedData, chat_dataset, check_files
 from tune2gguf.data.rows import Source
@@ -23,6 +23,7 @@ __all__ = [
     "chat_dataset",
     "check_files",
     "collate",
+    "count_step_tokens",
     "lay_out_passes",
     "make_empty_batch",
     "plan_epoch",

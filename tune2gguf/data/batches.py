@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from tune2gguf.data.tokenize import TokenizedRow
+
+MOST_PLANNED_ROWS = 100_000  # a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,19 @@ def _take_share(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, rank:
         shares[taker].append(place)
         work[taker] += int(lengths[place])
     return rows[sorted(shares[rank])].tolist()
+
+
+def count_step_tokens(lengths: np.ndarray, plan: Callable[[int], list[list[int]]], *, epochs: int) -> list[int]:
+    """Return the tokens of this rank's steps in all epochs, of a large data set in the first ones only.
+
+    The longest step of a later epoch would otherwise be cut into passes of lengths that no other has.
+
+    Args:
+        lengths: tokens of each row
+        plan: returns the rows of each step of an epoch
+    """
+    planned = max(1, min(epochs, MOST_PLANNED_ROWS // len(lengths)))
+    return [int(lengths[rows].sum()) for epoch in range(planned) for rows in plan(epoch)]
 
 
 def lay_out_passes(lengths: Sequence[int], *, tokens_per_pass: int) -> list[list[int]]:
