@@ -6,7 +6,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-WIDTH, HEIGHT = 1200, 1000
+WIDTH, HEIGHT = 1200, 1270
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for scheme in ("light", "dark"):
             viewport = {"width": WIDTH, "height": arguments.height}
-            page = browser.new_page(viewport=viewport, color_scheme=scheme, device_scale_factor=1.5)
+            page = browser.new_page(viewport=viewport, color_scheme=scheme, device_scale_factor=1)
             page.goto(page_uri)
             path = Path(__file__).with_name(f"report_{scheme}.png")
             page.screenshot(path=path)

@@ -100,7 +100,7 @@ class LoRAFinetuneRecipe:
             self._setup_data()
         self._plan_memory()
         scaling = self.cfg.lora_alpha / self.cfg.lora_rank
-        with compile_kernels_meanwhile(self.spec, scaling=scaling, device=self.world.device):
+        with compile_kernels_meanwhile(self.spec, scaling=scaling, device=self.world.device, show=self.world.is_main):
             checkpoint = self._open_checkpoint()
             with explain_out_of_memory(self.spec, self.device):
                 self._setup_model()

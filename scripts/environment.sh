@@ -9,6 +9,7 @@ fi
 _stamp=".venv/installed-${_extra:-base}"
 if ! cmp -s pyproject.toml "$_stamp"; then
     echo "installing tune2gguf${_extra:+ with the extra '$_extra'} (a few minutes the first time)"
-    python -m pip install --quiet --editable ".${_extra:+[$_extra]}"
+    # Errors only: warnings are about the user's pip, not about what is installed.
+    python -m pip install -qq --disable-pip-version-check --root-user-action=ignore --editable ".${_extra:+[$_extra]}"
     cp pyproject.toml "$_stamp"
 fi

@@ -1,6 +1,7 @@
 """The twelve parameters of the fine-tuning guide: what each is called here, where it goes and what it does.
 
-README's table and the head of every YAML are written from this list: python -m tests.unit.write_guide_tables
+The table of docs/parameters.md and the head of every YAML are written from this list:
+python -m tests.unit.write_guide_tables
 """
 
 from __future__ import annotations

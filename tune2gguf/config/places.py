@@ -78,7 +78,7 @@ def _find_mps_problems(valid: Mapping[str, Any], *, num_processes: int) -> Itera
         yield "device=mps: torch finds no GPU of Apple's on this machine; use device=cpu"
     if num_processes > 1:
         yield f"device=mps with {num_processes} processes: there is one device; start one process"
-    if valid.get("base_weights") in ("fp8", "nf4"):
+    if valid.get("base_weights") not in (None, "bf16", "fp32"):
         yield f"base_weights={valid['base_weights']} with device=mps: only bf16 and fp32 are computed there"
     for key in ("compile", "enable_activation_offloading"):
         if valid.get(key):

@@ -77,6 +77,11 @@ class Nf4Tensor(Tensor):
     ) -> Nf4Tensor:
         return Nf4Tensor(*(parts[name] for name in _PARTS), shape)
 
+    def _stable_hash_for_caching(self) -> str:
+        """Return what torch may keep compiled code under: all but the values, which are its inputs."""
+        parts = [getattr(self, name) for name in _PARTS]
+        return repr([self.shape, *((part.shape, part.stride(), part.dtype, part.device) for part in parts)])
+
     @classmethod
     def __torch_dispatch__(cls, operator: Any, types: Any, args: tuple, kwargs: dict | None = None) -> Nf4Tensor:
         kwargs = kwargs or {}

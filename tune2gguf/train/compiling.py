@@ -20,11 +20,14 @@ VOCAB_SIZE = 64  # of the embedding, which has no kernel of ours
 
 
 @contextmanager
-def compile_kernels_meanwhile(spec: RunSpec, *, scaling: float, device: torch.device) -> Iterator[None]:
+def compile_kernels_meanwhile(
+    spec: RunSpec, *, scaling: float, device: torch.device, show: bool = False
+) -> Iterator[None]:
     """Compile the kernels of a run in a thread, and wait for them at the end; nothing where layers are not fused.
 
     Args:
         scaling: what the adapters' products are multiplied by
+        show: whether to say it when there is something to wait for
     """
     if spec.obstacle_to_fusing is not None:
         yield
@@ -32,6 +35,8 @@ def compile_kernels_meanwhile(spec: RunSpec, *, scaling: float, device: torch.de
     with ThreadPoolExecutor(max_workers=1) as thread:
         compiled = thread.submit(compile_kernels, spec, scaling=scaling, device=device)
         yield
+        if show and not compiled.done():
+            print("compiling kernels, once: the next run finds them", flush=True)
         compiled.result()
 
 
