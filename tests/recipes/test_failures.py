@@ -146,7 +146,7 @@ def test_process_that_falls_silent_ends_the_others_with_a_line(run_arguments, tm
         launch.signal(signal.SIGKILL, rank=silent)
         assert launch.wait()[1 - silent] == 1 and seconds < 30
         text = launch.log.read_text()
-        assert text.count("error: ") == 1 and f"error: process {silent} has not been heard of for 24 s" in text
+        assert text.count("error: ") == 1 and f"error: process {silent} has been silent for 24 s" in text
         assert "Traceback" not in text
 
 
