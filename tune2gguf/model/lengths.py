@@ -17,5 +17,5 @@ def pad_length(num_tokens: int) -> int:
 
 
 def count_lengths(longest_pass: int) -> int:
-    """Return how many lengths passes are padded to that have from half as many tokens as the longest to as many."""
+    """Return the number of padded lengths of passes with longest_pass / 2 to longest_pass tokens."""
     return len({pad_length(tokens) for tokens in range(max(1, longest_pass // 2), longest_pass + 1)})
