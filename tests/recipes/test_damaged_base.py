@@ -34,7 +34,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_skipped(value, over
     assert Launch(arguments, log).wait() == [1]
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert f"{base_dir}: the loss is nan before the first step" in line
-    assert f"{UP} has 1 value that is not finite" in line
+    assert f"{UP} has 1 non-finite value" in line
     assert "on_nonfinite" not in line and "resume=auto" not in log.read_text()
 
 
@@ -48,7 +48,7 @@ def test_two_processes_name_it_once(run_arguments, tmp_path):
     base_dir, log = damage(tmp_path / "damaged", UP, math.nan), tmp_path / "log"
     launch = Launch([*run_arguments, f"base_dir={base_dir}"], log, num_processes=2)
     assert set(launch.wait()) == {1}
-    assert log.read_text().count(f"{UP} has 1 value that is not finite") == 1
+    assert log.read_text().count(f"{UP} has 1 non-finite value") == 1
 
 
 def test_a_run_that_skipped_every_step_fails(run_arguments, tmp_path):

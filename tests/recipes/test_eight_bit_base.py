@@ -50,4 +50,4 @@ def test_killed_on_fp8_and_resumed_equals_never_stopped(fp8_arguments, tmp_path)
 
 def test_a_run_says_that_its_device_has_no_8_bit_products(fp8_arguments, monkeypatch, capsys):
     run_recipe([*fp8_arguments, "epochs=1", "device=cpu"], monkeypatch)
-    assert "products: of 8-bit numbers as of others, cpu has none for them" in capsys.readouterr().out
+    assert "matrix products: cpu has no FP8 units" in capsys.readouterr().out

@@ -85,13 +85,13 @@ def set_tensor(suffix: str, tensor: torch.Tensor):
         (lambda weights: weights.pop(DOWN), "broken 4-bit state"),
         (set_tensor(f"{STATE_INFIX}nf4", torch.tensor([1, 2], dtype=torch.uint8)), "broken 4-bit state"),
         (lambda weights: change_state(weights, blocksize=0), "broken 4-bit state"),
-        (lambda weights: weights.pop(f"{DOWN}.quant_map"), "its quant_map is not NF4's"),
-        (set_tensor(".quant_map", torch.zeros(16)), "its quant_map is not NF4's"),
-        (set_tensor(".absmax", torch.zeros(384)), r"absmax has 1536 bytes, not 384"),
-        (set_tensor(".nested_absmax", torch.zeros(9)), r"nested_absmax has 36 bytes, not 8"),
-        (set_tensor("", torch.zeros(9, 1, dtype=torch.uint8)), r"codes has 9 bytes, not 12288"),
-        (set_tensor(".nested_absmax", torch.zeros(4).bfloat16()), r"nested_absmax is BF16, not F32"),
-        (lambda weights: change_state(weights, shape=[192, 128]), r"is \[192, 128\], not \[128, 192\]"),
+        (lambda weights: weights.pop(f"{DOWN}.quant_map"), "quant_map is not NF4's"),
+        (set_tensor(".quant_map", torch.zeros(16)), "quant_map is not NF4's"),
+        (set_tensor(".absmax", torch.zeros(384)), r"absmax has 1536 bytes, expected 384"),
+        (set_tensor(".nested_absmax", torch.zeros(9)), r"nested_absmax has 36 bytes, expected 8"),
+        (set_tensor("", torch.zeros(9, 1, dtype=torch.uint8)), r"codes has 9 bytes, expected 12288"),
+        (set_tensor(".nested_absmax", torch.zeros(4).bfloat16()), r"nested_absmax has dtype BF16, expected F32"),
+        (lambda weights: change_state(weights, shape=[192, 128]), r"has shape \[192, 128\], expected \[128, 192\]"),
         (lambda weights: weights.pop(f"{DOWN}{STATE_INFIX}nf4"), "down_proj.weight is U8|unexpected tensors"),
     ],
 )
@@ -110,13 +110,13 @@ def test_other_4bit_type_is_refused(base_dir):
     weights = load_file(path)
     weights[f"{DOWN}{STATE_INFIX}fp4"] = weights.pop(f"{DOWN}{STATE_INFIX}nf4")
     save_file(weights, path)
-    with pytest.raises(ValueError, match="4-bit type 'fp4'; only nf4 is read"):
+    with pytest.raises(ValueError, match="4-bit type 'fp4'; only nf4 is supported"):
         open_base(base_dir)
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"load_in_8bit": True}, "not 8 bits"), ({"quant_method": "gptq"}, "quant_method is 'gptq'")],
+    [({"load_in_8bit": True}, "not its 8 bits"), ({"quant_method": "gptq"}, "quant_method is 'gptq'")],
 )
 def test_other_quantization_is_refused(base_dir, changed, said):
     path = base_dir / "config.json"

@@ -90,7 +90,7 @@ def test_next_folders_are_free_and_count_on(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no run here \(config\.yaml is missing\)"):
+    with pytest.raises(ValueError, match=r"not the folder of a run \(config\.yaml is missing\)"):
         conclude_run(tmp_path)
 
 

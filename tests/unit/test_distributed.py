@@ -92,7 +92,7 @@ def test_missing_process_is_named(monkeypatch):
     monkeypatch.setattr(distributed, "MEETING_TIME", distributed.timedelta(seconds=0.2))
     store = dist.HashStore()
     store.set("tune2gguf/word/1", "asked in a start before this one")
-    with pytest.raises(TimeoutError, match="process 1 has not come in 0 s"):
+    with pytest.raises(TimeoutError, match="process 1 has not joined within 0 s"):
         agree_on_start(store, rank=0, size=3)
 
 

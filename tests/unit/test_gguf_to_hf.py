@@ -143,7 +143,7 @@ def test_transformers_loads_the_folder(tmp_path, tokenizer_dir):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"pre": "llama-bpe"}, "tokenizer 'llama-bpe' is not supported"),
+        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'"),
         ({"name": "qwen2"}, "architecture is 'qwen2'"),
         ({"skipped": "blk.1.ffn_up.weight"}, r"lacks 1 tensors, among them 'blk\.1\.ffn_up\.weight'"),
     ],

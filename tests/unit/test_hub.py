@@ -143,7 +143,7 @@ def test_token_reaches_the_hub_and_nobody_else(tmp_path, hub):
     [
         (GATED, None, "is gated: ask for access at {endpoint}/meta-llama/Llama-3.2-1B-Instruct"),
         (GATED, "hf_wrong", "the hub rejects the token"),
-        ("someone/missing", None, "does not exist, or is not visible"),
+        ("someone/missing", None, "does not exist, or this token cannot see it"),
         ("someone/tiny@nowhere", None, "has no revision 'nowhere'"),
     ],
 )

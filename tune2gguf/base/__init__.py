@@ -1,1 +1,1 @@
-"""Weights on disk: base checkpoints in, the adapter and the state of a run in and out."""
+"""Base models on disk: sources, downloads, checkpoints, loading."""

@@ -1,4 +1,4 @@
-"""bfloat16 in numpy, which has no such type: float32 values rounded to it, and their bits."""
+"""bfloat16 in numpy, which lacks the dtype: rounding float32 values to it, and their bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 in place to the nearest bfloat16, ties to even, and return it; still float32.
+    """Round float32 values in place to the nearest bfloat16, ties to even; the dtype stays float32.
 
     Values must be finite: the bits of a NaN could round to infinity.
     """
@@ -20,5 +20,5 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def narrow_to_bfloat16(rounded: np.ndarray) -> np.ndarray:
-    """Return the bits (uint16) of float32 values that are bfloat16 already."""
+    """Return the bfloat16 bits (uint16) of float32 values that are already rounded."""
     return (rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16)

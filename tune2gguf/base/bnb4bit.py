@@ -1,13 +1,13 @@
-"""Weights as bitsandbytes stores them in 4 bits: NF4 codes, and scales that are quantized themselves.
+"""bitsandbytes' 4-bit checkpoints: NF4 codes with quantized scales, as transformers and Unsloth write them.
 
-A weight X.weight is the tensors
+A weight X.weight is stored as the tensors
     X.weight                                 codes, uint8 [num_weights / 2, 1] (or other dtypes of the same bytes)
-    X.weight.absmax                          one scale for 64 weights: uint8 where nested, else float32
-    X.weight.nested_absmax                   one scale of scales for 256 scales, float32
-    X.weight.nested_quant_map                what a scale's byte stands for, float32 [256]
-    X.weight.quant_map                       what a code stands for, float32 [16]
+    X.weight.absmax                          one scale per 64 weights: uint8 if nested, else float32
+    X.weight.nested_absmax                   one scale of scales per 256 scales, float32
+    X.weight.nested_quant_map                values of a scale's byte, float32 [256]
+    X.weight.quant_map                       values of a code, float32 [16]
     X.weight.quant_state.bitsandbytes__nf4   JSON as bytes: shape, block sizes, mean of the scales (nested_offset)
-and a scale is nested_quant_map[absmax] * nested_absmax + nested_offset. It is what transformers and Unsloth write.
+A nested scale is nested_quant_map[absmax] * nested_absmax + nested_offset.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 STATE_INFIX = ".quant_state.bitsandbytes__"
 PART_SUFFIXES = ("absmax", "nested_absmax", "nested_quant_map", "quant_map")
 NESTED_BLOCK_SIZE = 256
-STATE_BYTES = 256  # of the JSON that we write, padded with spaces, because its length must be known before its content
+STATE_BYTES = 256  # our JSON, padded with spaces: its length must be known before its content
 
-# What config.json says of such a checkpoint; the names are transformers'.
+# config.json's quantization_config of such a checkpoint; the names are transformers'.
 QUANTIZATION_CONFIG = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -47,7 +47,7 @@ QUANTIZATION_CONFIG = {
 
 @dataclass(frozen=True)
 class StoredNf4:
-    """Where the parts of a 4-bit weight lie. The nested parts are None where the scales are stored as float32."""
+    """The stored parts of a 4-bit weight. The nested parts are None if the scales are stored as float32."""
 
     codes: StoredTensor
     absmax: StoredTensor
@@ -76,22 +76,22 @@ class StoredNf4:
 
     @property
     def has_whole_rows(self) -> bool:
-        """Whether no block reaches from one row into the next, so that rows can be read and moved on their own."""
+        """Whether every row consists of whole blocks; only then can rows be read and moved singly."""
         return self.shape[-1] % self.block_size == 0
 
 
 def group_nf4(found: dict[str, StoredTensor]) -> dict[str, StoredTensor | StoredNf4]:
-    """Return the tensors by name with the parts of each 4-bit weight gathered into one.
+    """Return the tensors by name, with the parts of each 4-bit weight grouped into one.
 
     Raises:
-        ValueError: if a weight is of another 4-bit type than NF4, or its parts are missing or do not fit together
+        ValueError: if a weight has a 4-bit type other than NF4, or its parts are missing or inconsistent
     """
     grouped: dict[str, StoredTensor | StoredNf4] = dict(found)
     for state_name in [name for name in found if STATE_INFIX in name]:
         weight_name, quant_type = state_name.split(STATE_INFIX)
         if quant_type != "nf4":
             raise ValueError(
-                f"{found[state_name].path}: {weight_name} is of 4-bit type {quant_type!r}; only nf4 is read"
+                f"{found[state_name].path}: {weight_name} has 4-bit type {quant_type!r}; only nf4 is supported"
             )
         grouped[weight_name] = _open_weight(weight_name, found[state_name], found)
         for name in (state_name, *(f"{weight_name}.{suffix}" for suffix in PART_SUFFIXES)):
@@ -134,32 +134,32 @@ def _find_problems(weight: StoredNf4, quant_map: StoredTensor | None) -> list[st
         num_nested = -(-num_scales // weight.nested_block_size)
         sizes.append(("nested_absmax", weight.nested_absmax.end - weight.nested_absmax.begin, 4 * num_nested))
         sizes.append(("nested_quant_map", weight.nested_quant_map.end - weight.nested_quant_map.begin, 4 * 256))
-    problems = [f"{what} has {found} bytes, not {wanted}" for what, found, wanted in sizes if found != wanted]
+    problems = [f"{what} has {found} bytes, expected {wanted}" for what, found, wanted in sizes if found != wanted]
     if num_weights % weight.block_size != 0 or num_weights % 2 != 0:
         problems.append(f"shape {list(weight.shape)} does not divide into blocks of {weight.block_size}")
     expected = ("U8", "F32", "F32") if weight.nested_absmax is not None else ("F32",)
     scales = [part for part in (weight.absmax, weight.nested_absmax, weight.nested_quant_map) if part is not None]
     problems += [
-        f"{part.name} is {part.dtype}, not {dtype}"
+        f"{part.name} has dtype {part.dtype}, expected {dtype}"
         for part, dtype in zip(scales, expected, strict=True)
         if part.dtype != dtype
     ]
-    # bitsandbytes' kernels have the table built in and do not read this one; it only tells whether the codes are NF4.
+    # bitsandbytes' kernels have a built-in table and never read this one; it only identifies the codes as NF4.
     values = () if quant_map is None or quant_map.dtype != "F32" else read_raw(quant_map).view(np.float32)
     if len(values) != 16 or max(abs(value - nf4) for value, nf4 in zip(values, NF4_VALUES, strict=True)) > 1e-3:
-        problems.append("its quant_map is not NF4's")
+        problems.append("quant_map is not NF4's")
     return problems
 
 
 def read_nf4(stored: StoredNf4, *, begin: int = 0, end: int | None = None) -> Nf4Weight:
-    """Read rows [begin, end) of a 4-bit weight, its scales decoded to float32 as bitsandbytes does, bit for bit.
+    """Read rows [begin, end) of a 4-bit weight; its scales are decoded to float32, bit for bit as in bitsandbytes.
 
-    Only whole weights can be read where a block reaches from one row into the next.
+    Without `has_whole_rows` only the whole weight can be read.
     """
     import torch
 
     end = stored.shape[0] if end is None else end
-    assert stored.has_whole_rows or (begin, end) == (0, stored.shape[0]), "a block has one scale for two rows"
+    assert stored.has_whole_rows or (begin, end) == (0, stored.shape[0]), "blocks span rows"
     columns = math.prod(stored.shape[1:])
     codes = torch.from_numpy(read_raw(stored.codes, begin * columns // 2, (end - begin) * columns // 2))
     scales = _read_scales(stored, begin * columns // stored.block_size, end * columns // stored.block_size)
@@ -179,7 +179,7 @@ def _read_scales(stored: StoredNf4, begin: int, end: int) -> Tensor:
 
 
 def _read_elements(stored: StoredTensor, begin: int, end: int) -> Tensor:
-    """Read elements [begin, end) of a tensor, whatever its shape."""
+    """Read elements [begin, end) of a flattened tensor."""
     import torch
 
     dtype = get_torch_dtype(stored)
@@ -187,7 +187,7 @@ def _read_elements(stored: StoredTensor, begin: int, end: int) -> Tensor:
 
 
 def list_nf4_tensors(name: str, shape: tuple[int, ...]) -> list[TensorToWrite]:
-    """Return the tensors that a 4-bit weight with nested scales is stored as, in the order of `encode_nf4`."""
+    """Return the stored tensors of a 4-bit weight with nested scales, in the order of `encode_nf4`."""
     num_weights = math.prod(shape)
     num_scales = num_weights // BLOCK_SIZE
     return [
@@ -201,10 +201,11 @@ def list_nf4_tensors(name: str, shape: tuple[int, ...]) -> list[TensorToWrite]:
 
 
 def encode_nf4(rows: Iterable[Tensor], shape: tuple[int, ...], *, dtype: str) -> Iterator[Tensor]:
-    """Yield the bytes of `list_nf4_tensors`, from chunks of rows that each divide into blocks of 64.
+    """Yield the contents of `list_nf4_tensors` for a weight.
 
     Args:
-        dtype: of the weight before it was quantized, for the state
+        rows: chunks of rows, each a multiple of 64 weights
+        dtype: the weight's dtype before quantization, for the state
     """
     import torch
 
@@ -244,7 +245,7 @@ def _quantize_scales(deviations: Tensor, quant_map: Tensor) -> tuple[Tensor, Ten
 def make_dynamic_map() -> Tensor:
     """Return bitsandbytes' signed dynamic 8-bit values, float32 [256], ascending (https://arxiv.org/abs/1511.04561).
 
-    Seven decades from 1e-7 to 1, the k-th with 2^k values, the middles of equal parts, both signs; then 0 and 1.
+    They are 0, 1 and, with both signs, the midpoints of 2^k equal parts of the k-th of seven decades from 1e-7 to 1.
     """
     import torch
 

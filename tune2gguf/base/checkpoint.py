@@ -1,7 +1,7 @@
-"""The frozen base: opens a folder in Hugging Face's layout, checks it, and hands out its tensors one at a time.
+"""Base checkpoints in Hugging Face's layout: opened, checked, and read one tensor at a time.
 
-Weights are bf16, float16, float32, or bitsandbytes' NF4; a 4-bit checkpoint leaves embedding, head, norms and whatever
-else it names unquantized, and each tensor is taken as it is stored.
+Weights are bf16, float16, float32, or bitsandbytes' NF4. A 4-bit checkpoint may leave any tensor unquantized; each is
+read as it is stored.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32", "NF4")
-COMPARED_BYTES = 1 << 24  # at a time
-SLAB_ELEMENTS = 1 << 20  # that a core rounds at a time
+COMPARED_BYTES = 1 << 24  # per read
+SLAB_ELEMENTS = 1 << 20  # elements that a core rounds at a time
 MAX_LISTED = 5  # tensors named in one error
 
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """An opened base folder; no weights are in memory. `specs` and `stored` are keyed by torchtune's names.
+    """An opened base folder; its weights stay on disk. `specs` and `stored` are keyed by torchtune's names.
 
-    With `rounds_to`, fp8 or nf4, the rows of the layers' matrices are what that leaves of them; with gguf:TYPE those of
-    all matrices are what a GGUF of that type holds.
+    With `rounds_to` fp8 or nf4, rows of the layers' matrices are read rounded to it. With gguf:TYPE rows of all
+    matrices are read as a GGUF of that type holds them.
     """
 
     base_dir: Path
@@ -61,12 +61,12 @@ class BaseCheckpoint:
     rounds_to: str | None = None
 
     def read_tensor(self, name: str) -> Tensor:
-        """Read the tensor with this torchtune name, rows in torchtune's order, in the stored dtype; NF4 as float32."""
+        """Read a tensor by torchtune's name, with torchtune's row order, in the stored dtype; NF4 as float32."""
         tensor = self._read_stored(name)
         return tensor.dequantize() if isinstance(self.stored[name], StoredNf4) else tensor
 
     def _is_as_wanted(self, name: str, dtype: torch.dtype | None, *, is_copied: bool) -> bool:
-        """Whether a weight can be used as it is stored. Norms are not worth a map; they become float32 anyway."""
+        """Whether a view of the mapped file will do. Norms never: they become float32 anyway."""
         stored, spec = self.stored[name], self.specs[name]
         if self._round_rows is not None:
             return False
@@ -91,7 +91,7 @@ class BaseCheckpoint:
         return weight if dtype is None and self.specs[name].is_linear else weight.dequantize(dtype)
 
     def _read_rounded(self, name: str, dtype: torch.dtype | None) -> Tensor:
-        """Read what a GGUF holds of a tensor, a slab of rows in each core at a time; norms are float32 there."""
+        """Read a tensor as a GGUF holds it, one slab of rows per core at a time; norms are float32."""
         import torch
 
         shape = self.specs[name].shape
@@ -108,15 +108,15 @@ class BaseCheckpoint:
 
     @property
     def holds_nf4(self) -> bool:
-        """Whether the folder itself holds 4-bit weights."""
+        """Whether the folder holds 4-bit weights."""
         return any(isinstance(stored, StoredNf4) for stored in self.stored.values())
 
     def round_to_fp8(self) -> BaseCheckpoint:
-        """Return this base with `rounds_to` 8 bits."""
+        """Return this base with rounds_to="fp8"."""
         return replace(self, rounds_to="fp8")
 
     def round_to_gguf(self, type_name: str) -> BaseCheckpoint:
-        """Return this base with `rounds_to` a GGUF's type, such as Q4_K_M."""
+        """Return this base with rounds_to="gguf:TYPE", TYPE being a GGUF type such as Q4_K_M."""
         return replace(self, rounds_to=f"{GGUF_SCHEME}{type_name}")
 
     @cached_property
@@ -125,25 +125,27 @@ class BaseCheckpoint:
         return None if type_name is None else make_rounding(self.specs, self.architecture, type_name)
 
     def round_to_nf4(self) -> BaseCheckpoint:
-        """Return this base with `rounds_to` 4 bits.
+        """Return this base with rounds_to="nf4".
 
         Raises:
-            ValueError: if rows do not hold whole 4-bit blocks
+            ValueError: if a row is not a multiple of 64 weights, NF4's block size
         """
         uneven = [spec.hf_name for spec in self.specs.values() if spec.is_linear and spec.shape[1] % BLOCK_SIZE]
         if uneven:
-            raise ValueError(f"{self.base_dir}: rows of {uneven[0]} do not hold whole 4-bit blocks of {BLOCK_SIZE}")
+            raise ValueError(
+                f"{self.base_dir}: {uneven[0]} cannot become NF4; a row must be a multiple of {BLOCK_SIZE} weights"
+            )
         return replace(self, rounds_to="nf4")
 
     def read_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Read rows [begin, end) in torchtune's order, which is GGUF's, as float32 [end - begin, in].
+        """Read rows [begin, end) in torchtune's (and GGUF's) row order, float32 [end - begin, in].
 
-        Torch is needed for 8 and 4 bits only.
+        Only FP8 and NF4 need torch.
         """
         spec = self.specs[name]
         if spec.num_heads is None:
             return self._read_hf_rows(name, begin, end)
-        # Rows change places within their head only.
+        # Reordering moves rows within their head only.
         head_dim = spec.shape[0] // spec.num_heads
         first_head, end_head = begin // head_dim, -(-end // head_dim)
         heads = self._read_hf_rows(name, first_head * head_dim, end_head * head_dim)
@@ -161,9 +163,9 @@ class BaseCheckpoint:
         if self.rounds_to == "fp8":
             from tune2gguf.model.fp8 import quantize_weight
 
-            # Training quantizes bf16.
+            # Training quantizes from bf16, too.
             return quantize_weight(torch.from_numpy(rows).bfloat16()).dequantize(torch.float32).numpy()
-        # What 4-bit training sees, but for the scales, which it rounds to 8 bits on top.
+        # Training also rounds the scales to 8 bits.
         return quantize_nf4(torch.from_numpy(rows)).dequantize(torch.float32).numpy()
 
     def _read_stored_rows(self, name: str, begin: int, end: int) -> np.ndarray:
@@ -177,15 +179,15 @@ class BaseCheckpoint:
     def iterate_tensors(
         self, *, dtype: torch.dtype | None = None, is_copied: bool = False
     ) -> Iterator[tuple[str, Tensor | Nf4Weight]]:
-        """Yield (torchtune's parameter name, weight in torchtune's layout), one at a time, in the order of the files.
+        """Yield (torchtune's parameter name, weight in torchtune's layout), one at a time, in file order.
 
-        Embedding and head, and with a dtype the layers' matrices, are views of the mapped file where they are stored as
-        they are wanted: nothing is copied, and the processes of a machine share them. All else is fresh memory. The
-        checkpoint keeps none: memory never holds more than what the caller keeps plus two copies of one tensor.
+        Embedding and head, and with `dtype` the layers' matrices, are views of the mapped file if they need no
+        conversion; the processes of a machine share these pages. All other weights are fresh memory. Peak memory is
+        what the caller keeps plus two copies of one tensor.
 
         Args:
-            dtype: convert to it; None keeps the stored dtype, and the layers' 4-bit weights as they are
-            is_copied: the caller copies every weight to a GPU, so that views serve for all that need no conversion
+            dtype: convert to it; None keeps the stored dtype, and 4-bit layer weights as Nf4Weight
+            is_copied: the caller copies every weight to a GPU: yield views of all weights that need no conversion
         """
         maps: dict[Path, Tensor] = {}
         for name in sorted(self.stored, key=lambda name: (self.stored[name].path, self.stored[name].begin)):
@@ -199,11 +201,11 @@ class BaseCheckpoint:
 
 
 def open_base(base_dir: str | Path) -> BaseCheckpoint:
-    """Open a base folder and check every tensor's name, shape and dtype against its config.json; reads headers only.
+    """Open a base folder and check names, shapes and dtypes of its tensors against config.json; reads headers only.
 
     Raises:
-        ValueError: if a file is missing, truncated or corrupted, the weights are pickles, or tensors are missing,
-            unexpected, of another shape or dtype
+        ValueError: if a file is missing, truncated or corrupted, the weights are pickles, or a tensor is missing,
+            unexpected, or has a wrong shape or dtype
     """
     base_dir = Path(base_dir)
     architecture = read_architecture(base_dir)
@@ -225,9 +227,9 @@ def _check_quantization(base_dir: Path) -> None:
     if config is None:
         return
     if config.values.get("quant_method") != "bitsandbytes":
-        config.refuse("quant_method", "only bitsandbytes' NF4 and unquantized bases are read")
+        config.refuse("quant_method", "only bitsandbytes' NF4 and unquantized bases are supported")
     if config.values.get("load_in_8bit"):
-        config.refuse("load_in_8bit", "of bitsandbytes only NF4 is read, not 8 bits")
+        config.refuse("load_in_8bit", "only bitsandbytes' NF4 is supported, not its 8 bits")
 
 
 def _read_headers(base_dir: Path) -> dict[str, StoredTensor]:
@@ -235,16 +237,18 @@ def _read_headers(base_dir: Path) -> dict[str, StoredTensor]:
     for path in find_weight_files(base_dir):
         for name, stored in read_header(path).items():
             if name in found:
-                raise ValueError(f"{base_dir}: tensor {name!r} is in both {found[name].path.name} and {path.name}")
+                raise ValueError(
+                    f"{base_dir}: tensor {name!r} is in both {found[name].path.name} and {path.name}; download it again"
+                )
             found[name] = stored
     return found
 
 
 def find_weight_files(base_dir: Path) -> list[Path]:
-    """Return the safetensors files of a base folder, from its index where it has one.
+    """Return the safetensors files of a base folder; an index, if present, lists them.
 
     Raises:
-        ValueError: if there are none, the index is broken, or files that it names are missing
+        ValueError: if there are none, the index is broken, or a file that it names is missing
     """
     index_path, single_path = base_dir / INDEX_FILE, base_dir / SINGLE_FILE
     if index_path.exists() and single_path.exists():
@@ -257,11 +261,11 @@ def find_weight_files(base_dir: Path) -> list[Path]:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index_path}: not a safetensors index ({error!r})") from None
-    # A name with a folder in it would reach outside the base folder.
+        raise ValueError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
+    # A name with a path separator could point outside the base folder.
     foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if foreign:
-        raise ValueError(f"{index_path}: names files outside the folder: {foreign[0]!r}")
+        raise ValueError(f"{index_path}: names {foreign[0]!r}; a file must be in the base folder")
     missing = [name for name in names if not (base_dir / name).is_file()]
     if missing:
         raise ValueError(f"{index_path}: names {len(missing)} missing files: {_list_few(missing)}; download them")
@@ -273,11 +277,11 @@ def _explain_missing_weights(base_dir: Path) -> str:
     shards = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if shards:
-        return f"{base_dir}: has {_list_few(shards)} but neither {SINGLE_FILE} nor {INDEX_FILE}"
+        return f"{base_dir}: has {_list_few(shards)}, but neither {SINGLE_FILE} nor {INDEX_FILE}; download one"
     if pickles:
         return (
-            f"{base_dir}: has its weights as pickles ({_list_few(pickles)}), which can run code when they are read; "
-            "only safetensors are read, so get the model's *.safetensors files"
+            f"{base_dir}: has its weights as pickles ({_list_few(pickles)}), which can run code; "
+            "only safetensors are read: download the model's *.safetensors files"
         )
     return f"{base_dir}: has no weights; expected {SINGLE_FILE}, or shards with {INDEX_FILE}"
 
@@ -287,11 +291,11 @@ def _check_tensors(
 ) -> None:
     head = found.pop("lm_head.weight", None) if is_tied else None
     missing = [name for name in specs if name not in found]
-    # Old checkpoints hold the rotary frequencies, which the architecture gives.
+    # Old checkpoints store RoPE frequencies; the architecture determines them.
     unexpected = [name for name in found if name not in specs and not name.endswith("rotary_emb.inv_freq")]
     both = [(specs[name], found[name]) for name in specs if name in found]
     shapes = [
-        f"{stored.name} is {list(stored.shape)}, not {list(spec.shape)}"
+        f"{stored.name} has shape {list(stored.shape)}, expected {list(spec.shape)}"
         for spec, stored in both
         if spec.shape != stored.shape
     ]
@@ -301,7 +305,7 @@ def _check_tensors(
         for what, names in (
             ("tensors missing", missing),
             ("unexpected tensors", unexpected),
-            ("shapes that config.json contradicts", shapes),
+            ("shapes other than config.json's", shapes),
             (f"tensors of a dtype other than {', '.join(WEIGHT_DTYPES)}", dtypes),
         )
         if names
@@ -313,13 +317,13 @@ def _check_tensors(
 
 
 def _check_tied_head(base_dir: Path, head: StoredTensor, embedding: StoredTensor) -> None:
-    """A tied model may store its head all the same; it must be the embedding, or the model would be another one."""
+    """Raise ValueError if a tied model stores an output head that differs from its token embedding."""
     size = head.end - head.begin
     pieces = ((begin, min(COMPARED_BYTES, size - begin)) for begin in range(0, size, COMPARED_BYTES))
     is_alike = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if not (is_alike and all((read_raw(head, *piece) == read_raw(embedding, *piece)).all() for piece in pieces)):
         raise ValueError(
-            f"{base_dir}: config.json says tie_word_embeddings, but lm_head.weight is not the token embedding"
+            f"{base_dir}: config.json has tie_word_embeddings=true, but lm_head.weight differs from the token embedding"
         )
 
 

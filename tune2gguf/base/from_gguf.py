@@ -1,4 +1,4 @@
-"""A GGUF of a small Llama turned into a base folder: dequantized weights, Hugging Face's layout, tokenizer rebuilt."""
+"""Conversion of a small Llama's GGUF into a base folder: dequantized weights, rebuilt tokenizer."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def convert_gguf_to_hf(
 ) -> Path:
     """Write a base folder from a GGUF of llama architecture, and return it; the folder appears whole or not at all.
 
-    The folder, not the GGUF, is the base that is trained, exported and compared with. Dequantized values (scale times
-    code, plus minimum) are float32; bfloat16 rounds each once, to nearest even, by at most 2^-8 of its size, and takes
-    half the disk and memory.
+    The folder, not the GGUF, is the base for training, export and comparisons. Dequantized values (scale times code,
+    plus minimum) are float32. bfloat16 halves disk and memory; it rounds each value once, to nearest even, by at most
+    2^-8 of its size.
 
     Args:
-        dtype: of the weights, `bfloat16` or `float32`
-        source: where the GGUF came from, for the folder's base.json; None records the file's name
+        dtype: dtype of the weights, `bfloat16` or `float32`
+        source: origin of the GGUF, for the folder's base.json; None records the file's name
 
     Raises:
-        ValueError: if the folder exists, the GGUF cannot be read, is of another architecture, has rope scaling (whose
-            parameters a GGUF does not tell), another tokenizer than SmolLM2's, or lacks tensors
+        ValueError: if the folder exists, or the GGUF cannot be read, has another architecture, RoPE scaling (a GGUF
+            lacks its parameters), another tokenizer than SmolLM2's, or missing tensors
     """
     gguf_path, base_dir = Path(gguf_path), Path(base_dir)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     refuse_existing(base_dir)
     reader = _open_gguf(gguf_path)
     keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -78,10 +78,10 @@ def _open_gguf(gguf_path: Path) -> GGUFReader:
 def _read_gguf_architecture(keys: dict[str, Any], tensors: dict[str, ReaderTensor], gguf_path: Path) -> Architecture:
     if keys.get("general.architecture") != "llama":
         raise ValueError(
-            f"{gguf_path}: architecture is {keys.get('general.architecture')!r}; only 'llama' is supported"
+            f"{gguf_path}: general.architecture is {keys.get('general.architecture')!r}; only 'llama' is supported"
         )
     if ROPE_FACTORS in tensors:
-        raise ValueError(f"{gguf_path}: has rope scaling; use the model's Hugging Face checkpoint as the base instead")
+        raise ValueError(f"{gguf_path}: RoPE scaling is not supported; use the model's Hugging Face checkpoint instead")
     try:
         num_heads, embed_dim = keys["llama.attention.head_count"], keys["llama.embedding_length"]
         return Architecture(
@@ -112,10 +112,12 @@ def _check_tensors(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], gg
         raise ValueError(f"{gguf_path}: lacks {len(missing)} tensors, among them {missing[0]!r}")
     for spec in specs:
         tensor = tensors[get_gguf_name(spec.tune_name)]
-        # GGUF names the fastest dimension first.
+        # GGUF lists the fastest dimension first.
         shape = tuple(int(length) for length in reversed(tensor.shape))
         if shape != spec.shape:
-            raise ValueError(f"{gguf_path}: {tensor.name!r} is {list(shape)}, not {list(spec.shape)} as its keys say")
+            raise ValueError(
+                f"{gguf_path}: {tensor.name!r} has shape {list(shape)}, expected {list(spec.shape)} from its keys"
+            )
 
 
 def _dequantize(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], dtype: str) -> Iterator[Tensor]:
@@ -123,18 +125,20 @@ def _dequantize(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], dtype
 
     for spec in specs:
         tensor = tensors[get_gguf_name(spec.tune_name)]
-        # A copy, because float32 tensors come as read-only views of the file.
+        # Copy: float32 tensors are read-only views of the file.
         weight = torch.from_numpy(numpy.array(quants.dequantize(tensor.data, tensor.tensor_type), dtype=numpy.float32))
         weight = weight.reshape(spec.shape)
         yield (weight if spec.num_heads is None else to_hf_rows(weight, spec.num_heads)).to(getattr(torch, dtype))
 
 
 def _build_tokenizer(keys: dict[str, Any], gguf_path: Path) -> Tokenizer:
-    """Rebuild tokenizer.json from vocabulary and merges; the pre-tokenizer is llama.cpp's rule for `smollm`."""
+    """Rebuild tokenizer.json from vocabulary and merges, with llama.cpp's pre-tokenizer for `smollm`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     if (keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")) != ("gpt2", "smollm"):
-        raise ValueError(f"{gguf_path}: tokenizer {keys.get('tokenizer.ggml.pre')!r} is not supported; 'smollm' is")
+        raise ValueError(
+            f"{gguf_path}: tokenizer.ggml.pre is {keys.get('tokenizer.ggml.pre')!r}; only 'smollm' is supported"
+        )
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens) if types[token_id] != TokenType.UNUSED}
     merges = [tuple(merge.split(" ")) for merge in keys["tokenizer.ggml.merges"]]
@@ -164,7 +168,7 @@ def _make_configs(keys: dict[str, Any], architecture: Architecture, dtype: str) 
         if f"tokenizer.ggml.{gguf_role}_token_id" in keys
     }
     tokens = {name.removesuffix("_id"): keys["tokenizer.ggml.tokens"][value] for name, value in token_ids.items()}
-    token_ids.pop("unk_token_id", None)  # the tokenizer's business only
+    token_ids.pop("unk_token_id", None)  # belongs to the tokenizer only
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": architecture.max_position_embeddings,

@@ -1,4 +1,4 @@
-"""What a GGUF's type leaves of a base's weights: the numbers that llama.cpp serves, to train an adapter over."""
+"""Rounding of base weights to a GGUF type: an adapter then trains over the weights that llama.cpp serves."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ GGUF_SCHEME = "gguf:"
 
 
 def make_gguf_kinds() -> tuple[str, ...]:
-    """Return the kinds of base weights that are a GGUF's: gguf:Q8_0, gguf:Q4_K_M …"""
+    """Return the values of base_weights that name a GGUF type: gguf:Q8_0, gguf:Q4_K_M …"""
     return tuple(f"{GGUF_SCHEME}{name}" for name, quantization in QUANTIZATIONS.items() if quantization.is_trainable)
 
 
 def get_gguf_type(base_weights: str) -> str | None:
-    """Return the type behind gguf:, None of another kind of base weights."""
+    """Return TYPE of base_weights gguf:TYPE; None for other base weights."""
     return base_weights.removeprefix(GGUF_SCHEME) if base_weights.startswith(GGUF_SCHEME) else None
 
 
 def make_rounding(
     specs: Mapping[str, TensorSpec], architecture: Architecture, type_name: str
 ) -> Callable[[str, np.ndarray], np.ndarray]:
-    """Return what rounds rows of a tensor, by torchtune's name, to what a file of this type holds of them, float32.
+    """Return a function (torchtune's tensor name, rows) -> rows rounded to a GGUF of this type, float32.
 
-    They are quantized from bfloat16 by the export's kernels, row by row, as the export does it.
+    The rounding is the export's: from bfloat16, by the same kernels, row by row.
     """
     kernels = load_kernels()
     types = {

@@ -1,4 +1,4 @@
-"""Base folders from Hugging Face's hub: only the files that are needed, resumed, every digest checked."""
+"""Downloads of base folders from Hugging Face's hub: needed files only, resumable, every digest checked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tune2gguf.tokenizer.tokenizer import TOKENIZER_FILES
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 FREE_DISK_MARGIN = 1.01
-# The HTTP library's base error: huggingface_hub 0 uses requests, later ones httpx, whose is no OSError.
+# The HTTP library's base error: huggingface_hub 0 uses requests, later ones httpx, whose error is no OSError.
 _HTTP_ERRORS = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
 
 # Gated repositories and their ungated 4-bit counterparts, with the config that uses them.
@@ -46,7 +46,7 @@ UNGATED_ALTERNATIVES = {
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a revision. `sha256` is known for large files, `git_blob` (git's sha1 of the content) for others."""
+    """One file of a revision. Large files have a `sha256`, others a `git_blob` (git's sha1 of the content)."""
 
     name: str
     num_bytes: int
@@ -56,7 +56,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubRevision:
-    """A repository at one commit, with the files of it that a base needs."""
+    """A repository at one commit, with the files that a base needs."""
 
     repo: str
     commit: str
@@ -66,8 +66,8 @@ class HubRevision:
 def download_from_hub(repo: str, base_dir: str | Path, *, revision: str | None = None) -> Path:
     """Download a base into a new folder, and record repository, commit and digests in its base.json.
 
-    Files are collected in `BASE_DIR.partial`, which becomes BASE_DIR when everything is there and fits together; after
-    an interruption the same call continues inside the file where it stopped.
+    Files go to `BASE_DIR.partial`, which is renamed to BASE_DIR when it is complete and checked. After an interruption
+    the same call continues inside the file where it stopped.
 
     Args:
         repo: `OWNER/NAME`
@@ -97,11 +97,11 @@ def download_from_hub(repo: str, base_dir: str | Path, *, revision: str | None =
 
 
 def find_revision(repo: str, *, revision: str | None = None) -> HubRevision:
-    """Resolve a revision to its commit and choose the files.
+    """Resolve a revision to its commit and choose the files to download.
 
     Raises:
         ValueError: if the repository has no safetensors weights
-        OSError: and the HTTP library's errors, if the hub refuses or cannot be reached
+        OSError: or an HTTP library's error, if the hub refuses or cannot be reached
     """
     info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -124,7 +124,7 @@ def choose_files(names: list[str], *, repo: str) -> list[str]:
     else:
         weights = [name for name in names if name == SINGLE_FILE]
     configs = [name for name in CONFIGS if name in names]
-    # What Meta's repositories have in original/ is needed where nothing is at the top.
+    # Meta's original/ tokenizer is needed only if the top folder has none.
     tokenizers = [name for name in TOKENIZER_FILES if name in names]
     tokenizers = [name for name in tokenizers if "/" not in name] or tokenizers
     lacking = [
@@ -137,12 +137,12 @@ def choose_files(names: list[str], *, repo: str) -> list[str]:
         if not is_there
     ]
     if lacking:
-        raise ValueError(f"{repo}: cannot be a base, it has no {', no '.join(lacking)}")
+        raise ValueError(f"{repo}: not usable as a base; it has no {', no '.join(lacking)}")
     return configs + tokenizers + weights
 
 
 def check_free_disk(revision: HubRevision, partial: Path) -> None:
-    """Raise ValueError if what is still to come does not fit on the disk."""
+    """Raise ValueError if the rest of the download does not fit on the disk."""
     present = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
     needed = int((sum(file.num_bytes for file in revision.files) - present) * FREE_DISK_MARGIN)
     existing = next(folder for folder in (partial, *partial.absolute().parents) if folder.exists())
@@ -159,11 +159,11 @@ def _fetch_file(revision: HubRevision, file: HubFile, partial: Path) -> None:
     if target.is_file() and is_intact(target, file):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The digest in the name keeps bytes of different revisions apart.
+    # The digest in the name keeps revisions apart.
     incomplete = target.with_name(f"{target.name}.{(file.sha256 or file.git_blob or revision.commit)[:12]}.incomplete")
     if incomplete.exists() and incomplete.stat().st_size > file.num_bytes:
         incomplete.unlink()
-    # The library's own snapshot_download starts an interrupted file again from its first byte.
+    # huggingface_hub's snapshot_download would restart an interrupted file from its first byte.
     with incomplete.open("ab") as stream:
         http_get(
             hf_hub_url(revision.repo, file.name, revision=revision.commit),
@@ -180,7 +180,7 @@ def _fetch_file(revision: HubRevision, file: HubFile, partial: Path) -> None:
 
 
 def is_intact(path: Path, file: HubFile) -> bool:
-    """Whether a file on disk has the size and the digest that the hub gave."""
+    """Whether a file on disk has the hub's size and digest."""
     if path.stat().st_size != file.num_bytes:
         return False
     if file.sha256 is not None:
@@ -189,7 +189,7 @@ def is_intact(path: Path, file: HubFile) -> bool:
 
 
 def explain_hub_error(error: Exception, repo: str, *, revision: str | None) -> str:
-    """Return one sentence that says what is wrong and what to do; never a token, never a signed address."""
+    """Return one sentence with the problem and the way out; never a token or a signed address."""
     page = f"{constants.ENDPOINT}/{repo}"
     ungated, config = UNGATED_ALTERNATIVES.get(repo.lower(), (None, None))
     instead = f", or use the ungated {ungated} ({config})" if ungated else ""
@@ -202,12 +202,12 @@ def explain_hub_error(error: Exception, repo: str, *, revision: str | None) -> s
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}; see {page}/commits"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{repo} does not exist, or is not visible with this token: see {page}, then {login}{instead}"
+        return f"{repo} does not exist, or this token cannot see it: see {page}, then {login}{instead}"
     if status == 401:
         tokens_page = f"{constants.ENDPOINT}/settings/tokens"
         return f"{repo}: the hub rejects the token: {login} with a valid one from {tokens_page}{instead}"
     if status == 403:
-        return f"{repo}: the token has no right to read it: ask for access at {page}{instead}"
+        return f"{repo}: the token may not read it: ask for access at {page}{instead}"
     if status is not None:
         return f"{repo}: the hub answered with status {status}; run the same command again later"
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:

@@ -1,4 +1,4 @@
-"""The tensors of a dense Llama: Hugging Face's names and shapes, torchtune's names, and the two orders of Q/K rows."""
+"""The tensors of a dense Llama: shapes, names in Hugging Face, torchtune and GGUF, and the two orders of Q/K rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-ROPE_FACTORS = "rope_freqs.weight"  # GGUF's name of what Llama 3's scaling divides the frequencies by
-# torchtune's names -> GGUF's.
+ROPE_FACTORS = "rope_freqs.weight"  # GGUF's name of the divisors of Llama 3's RoPE scaling
+# torchtune's name -> GGUF's name.
 _TOP_NAMES = {
     "tok_embeddings.weight": "token_embd.weight",
     "norm.scale": "output_norm.weight",
@@ -35,7 +35,7 @@ Rows = TypeVar("Rows", "Tensor", "np.ndarray")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One base tensor. `num_heads` is set where the rows are in another order in HF layout (query and key)."""
+    """One base tensor. `num_heads` is set for query and key: their row order differs in HF layout."""
 
     tune_name: str
     hf_name: str
@@ -44,7 +44,7 @@ class TensorSpec:
 
     @property
     def is_linear(self) -> bool:
-        """Whether this is the weight of a linear layer inside a decoder layer (what 4-bit checkpoints quantize)."""
+        """Whether this is a linear weight of a decoder layer; 4-bit checkpoints quantize these."""
         return len(self.shape) == 2 and self.tune_name.startswith("layers.")
 
 
@@ -92,7 +92,7 @@ def to_hf_rows(rows: Rows, num_heads: int) -> Rows:
 
 
 def get_gguf_name(tune_name: str) -> str:
-    """Return GGUF's name of a tensor by torchtune's."""
+    """Return the GGUF name of a tensor from its torchtune name."""
     if tune_name in _TOP_NAMES:
         return _TOP_NAMES[tune_name]
     _, layer, part = tune_name.split(".", 2)

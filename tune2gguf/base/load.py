@@ -1,4 +1,4 @@
-"""Fill a model that was built on the meta device with the base's weights, one tensor at a time."""
+"""Loading of base weights into a model on the meta device, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import Nf4Weight, quantize_nf4
 from tune2gguf.model.nf4_tensor import pack_nf4
 
-# An 8-bit base is the bf16 base with its layers' matrices quantized.
+# fp8 quantizes the layers' matrices of the bf16 base.
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
-STAGED_BYTES = 64 << 20  # of each of two buffers on the way to a GPU
+STAGED_BYTES = 64 << 20  # size of each of the two staging buffers
 
 
 def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weights: str, show: bool) -> None:
-    """Load the frozen base into the model, make room for its adapters and build its rope tables, all on the device.
+    """Load the frozen base, allocate the adapters and build the RoPE tables, all on the device.
 
     Args:
-        base_weights: bf16 or fp32, the dtype of embedding, head and layers; fp8 and nf4 for 8-bit and
-            4-bit layers between a bf16 embedding and head; gguf:TYPE for what a GGUF holds of all of them, in bf16
-        show: whether to show a progress bar
+        base_weights: bf16 or fp32: dtype of embedding, head and layers; fp8 or nf4: quantized layers, bf16 embedding
+            and head; gguf:TYPE: all rounded to a GGUF of that type, held in bf16
+        show: show a progress bar
 
     Raises:
-        ValueError: if the checkpoint is incomplete, damaged or of another shape than the model
+        ValueError: if the checkpoint is incomplete or damaged, or its shapes differ from the model's
     """
     base = open_base(base_dir)
     gguf_type = get_gguf_type(base_weights)
     if gguf_type is not None:
         base, base_weights = base.round_to_gguf(gguf_type), "bf16"
-    # 4-bit weights stay as they are on their way into NF4; anything else is converted as it is read. What a CPU turns
-    # into 8 bits is not mapped: pages that were looked at would stay in memory.
+    # Stored 4-bit weights need no conversion to NF4; others are converted as they are read. Weights that a CPU
+    # quantizes to FP8 are read, not mapped: mapped pages stay in memory.
     is_read_as_stored = base_weights == "nf4" or (base_weights == "fp8" and device.type == "cpu")
     dtype = None if is_read_as_stored else _DTYPES[base_weights]
     weights = base.iterate_tensors(dtype=dtype, is_copied=device.type == "cuda")
@@ -50,32 +50,32 @@ def load_base(model: CausalLM, base_dir: str, *, device: torch.device, base_weig
 def fill_model(
     model: CausalLM, weights: Iterable[tuple[str, Tensor | Nf4Weight]], *, device: torch.device, base_weights: str
 ) -> None:
-    """Give a model from the meta device its base weights, room for its adapters and its rope tables.
+    """Fill a model on the meta device: base weights, uninitialized adapters, RoPE tables.
 
     Args:
         weights: (torchtune's parameter name, weight) of every base weight
         base_weights: as in load_base
 
     Raises:
-        ValueError: if a weight has another shape than the model's
+        ValueError: if a weight's shape differs from the model's
     """
     decoder = model.decoder
     sender = GpuSender(device) if device.type == "cuda" else None
     for name, weight in weights:
         if sender is not None and _choose_device(model, name, device, base_weights) == device:
-            weight = sender.send(weight)  # before it is quantized: a GPU is faster at that, too
+            weight = sender.send(weight)  # before quantization, which is faster on a GPU
         if base_weights == "nf4" and _is_layer_matrix(decoder, name):
             weight = pack_nf4(weight if isinstance(weight, Nf4Weight) else quantize_nf4(weight))
         elif base_weights == "fp8" and _is_layer_matrix(decoder, name):
-            # On the device: a GPU quantizes a layer in the time that the next one takes to arrive.
+            # On the device: a GPU quantizes a layer while the next one arrives.
             if isinstance(weight, Nf4Weight):
                 weight = weight.dequantize(torch.bfloat16)
             quantized = quantize_weight(weight.to(device).bfloat16())
             weight = quantized.codes
-            # Few enough to be whole in every process.
+            # Scales are small: they stay replicated.
             decoder.get_submodule(name.rsplit(".", 1)[0]).weight_scales = quantized.scales
         else:
-            # The norms are computed in float32; a weight in another dtype sends them down torch's slow path.
+            # Norms compute in float32: a weight in another dtype takes torch's slow path.
             weight = weight.to(torch.float32 if weight.dim() == 1 else _DTYPES.get(base_weights, torch.bfloat16))
         _set_frozen(decoder, name, weight.to(_choose_device(model, name, device, base_weights)))
         if model.sharded is not None:
@@ -88,11 +88,11 @@ def fill_model(
             with torch.device(device):
                 module.rope_init()
     unfilled = [name for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()] if tensor.is_meta]
-    assert not unfilled, f"every base weight is to be given; not filled: {unfilled}"
+    assert not unfilled, f"base weights missing: {unfilled}"
 
 
 class GpuSender:
-    """Copies tensors to a GPU through two pinned buffers: all cores fill one while the other one travels."""
+    """Copies of tensors to a GPU through two pinned buffers: all cores fill one while the other is sent."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -100,7 +100,7 @@ class GpuSender:
         self._buffers = cycle([(buffer, torch.cuda.Event()) for buffer in buffers])
 
     def send(self, weight: Tensor | Nf4Weight) -> Tensor | Nf4Weight:
-        """Return a tensor, or both parts of a 4-bit weight, on the GPU."""
+        """Copy a tensor, or both parts of a 4-bit weight, to the GPU."""
         if isinstance(weight, Nf4Weight):
             return Nf4Weight(self.send(weight.codes), self.send(weight.scales), weight.shape)
         if weight.device.type != "cpu":
@@ -116,7 +116,7 @@ class GpuSender:
 
 
 def _choose_device(model: CausalLM, name: str, device: torch.device, base_weights: str) -> torch.device:
-    """Beside 4-bit layers an embedding that is not the head as well is a large part: it stays in the host's memory."""
+    """Return a weight's device: an untied embedding, large beside 4-bit layers, stays in host memory."""
     is_looked_up_only = name == "tok_embeddings.weight" and not isinstance(model.decoder.output, TiedLinear)
     return torch.device("cpu") if base_weights == "nf4" and is_looked_up_only and model.sharded is None else device
 
@@ -131,5 +131,7 @@ def _set_frozen(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     module = decoder.get_submodule(module_name)
     parameter = getattr(module, parameter_name)
     if tensor.shape != parameter.shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)} in the base, the model needs {list(parameter.shape)}")
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)} in the base, the model expects {list(parameter.shape)}"
+        )
     setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))

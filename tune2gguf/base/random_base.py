@@ -1,4 +1,4 @@
-"""Base folders of any Llama shape with random weights: to try memory, speed and the whole path without a download."""
+"""Base folders with random weights, of any Llama shape: for tests of memory, speed and export without a download."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tune2gguf.files.atomic import write_folder, write_json
 from tune2gguf.model.architectures import Architecture, make_hf_config
 from tune2gguf.tokenizer.llama3 import make_llama3_tokenizer_json
 
-# Kind of base -> dtype of its weights, except for those in 4 bits.
+# Kind of base -> dtype of its unquantized weights.
 KINDS = {"bf16": "BF16", "float32": "F32", "bnb-4bit": "BF16"}
 INIT_STD = 0.02  # Llama's initializer_range
 MAX_CHUNK_ELEMENTS = 1 << 24
-MAX_SHARD_BYTES = 5_000_000_000  # what Hugging Face's own writers use
+MAX_SHARD_BYTES = 5_000_000_000  # as Hugging Face's writers
 LLAMA3_VOCAB_SIZE = 128_256
 
 
@@ -38,21 +38,22 @@ def write_random_base(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     device: str = "cpu",
 ) -> Path:
-    """Write a base folder with normal weights (standard deviation 0.02), norms of 1; its loss is near ln(vocab_size).
+    """Write a base folder with normal weights (standard deviation 0.02) and norms of 1.
 
-    The weights are made and written a slab of rows at a time; memory stays under 0.5 GB whatever the model's size.
+    Its loss is near ln(vocab_size). Weights are drawn and written one slab of rows at a time: memory stays under
+    0.5 GB at any model size.
 
     Args:
-        kind: `bf16`, `float32`, or `bnb-4bit`: NF4 as bitsandbytes stores it in the layers' matrices, else bf16
-        tokenizer_model: Llama 3's tokenizer.model, copied to where Meta's repositories have it, `original/`
-        as_tokenizer_json: write it as the tokenizer.json of the hub's repositories instead
-        device: what draws the weights; a GPU is faster, and draws others
+        kind: `bf16`, `float32`, or `bnb-4bit` (layers' matrices in bitsandbytes' NF4, the rest in bf16)
+        tokenizer_model: Llama 3's tokenizer.model, copied to `original/` as in Meta's repositories
+        as_tokenizer_json: convert it to tokenizer.json instead, as in the hub's repositories
+        device: device that draws the weights; a GPU is faster and draws other values
 
     Raises:
         ValueError: if the folder exists or the kind is unknown
     """
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+        raise ValueError(f"kind={kind!r} is unknown; choose from {', '.join(KINDS)}")
     base_dir = Path(base_dir)
     with write_folder(base_dir) as folder:
         _write_weights(folder, architecture, kind=kind, seed=seed, max_shard_bytes=max_shard_bytes, device=device)
@@ -82,7 +83,7 @@ def _write_weights(
 
 def _write_tokenizer(folder: Path, tokenizer_model: Path, *, as_json: bool) -> None:
     if as_json:
-        # The published file, byte for byte.
+        # Equals the published file, byte for byte.
         text = json.dumps(make_llama3_tokenizer_json(tokenizer_model), indent=2, ensure_ascii=False)
         (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="\n")
     else:
@@ -95,7 +96,7 @@ def _draw_rows(spec: TensorSpec, generator: torch.Generator) -> Iterator[Tensor]
         yield torch.ones(spec.shape)
         return
     num_rows, num_columns = spec.shape
-    # Whole blocks of 64 in every chunk, whatever the number of columns.
+    # A multiple of 64 rows: every chunk has whole NF4 blocks, whatever the number of columns.
     rows_per_chunk = max(64, MAX_CHUNK_ELEMENTS // num_columns // 64 * 64)
     for begin in range(0, num_rows, rows_per_chunk):
         chunk = torch.empty(min(rows_per_chunk, num_rows - begin), num_columns, device=generator.device)

@@ -1,8 +1,8 @@
-"""Safetensors files one tensor at a time: places from a checked header, reads into fresh memory, maps, streamed writes.
+"""Safetensors files, one tensor at a time: checked headers, reads, memory maps, streamed writes.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header,
-JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. A run maps what it keeps as it is stored.
-What is converted, quantized or written elsewhere is read: mapped pages count as resident memory until they are dropped.
+JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`; the tensors' bytes. A run maps weights that it keeps as
+stored. It reads weights that it converts, quantizes or copies: mapped pages count as resident memory until dropped.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `dtype` as the format names it, `begin` and `end` in bytes from the start of the file."""
+    """A tensor in a file: `dtype` by the format's name, `begin` and `end` in bytes from the start of the file."""
 
     path: Path
     name: str
@@ -59,7 +59,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """Name, dtype (as the format names it) and shape of a tensor whose bytes come later."""
+    """A tensor to write: name, dtype (the format's name) and shape; its bytes come later."""
 
     name: str
     dtype: str
@@ -71,13 +71,13 @@ class TensorToWrite:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a file by name, after checking that header and file fit together.
+    """Check a file's header and return its tensors by name.
 
     Raises:
-        ValueError: if the file is no safetensors file, is truncated, or has a header that does not fit its bytes
+        ValueError: if the file is no safetensors file, is truncated, or its header does not match its size
     """
     try:
-        # The library checks every byte's place, but does not tell it.
+        # The library checks all offsets, but does not return them.
         with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
@@ -89,17 +89,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: tensor {name!r} has dtype {entry['dtype']!r}, which is not supported")
+            raise ValueError(f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; supported: {', '.join(DTYPES)}")
         begin, end = (8 + header_bytes + offset for offset in entry["data_offsets"])
         tensors[name] = StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), begin, end)
     return tensors
 
 
 def read_raw(stored: StoredTensor, begin: int = 0, num_bytes: int | None = None) -> np.ndarray:
-    """Read bytes of a tensor, counted from its first, into fresh memory; all of them by default.
+    """Read bytes of a tensor into fresh memory, from its byte `begin`; all of them by default.
 
     Raises:
-        ValueError: if the file has become shorter since its header was read
+        ValueError: if the file was shortened after its header was read
     """
     buffer = _allocate(stored.end - stored.begin if num_bytes is None else num_bytes)
     with stored.path.open("rb", buffering=0) as file:
@@ -110,7 +110,7 @@ def read_raw(stored: StoredTensor, begin: int = 0, num_bytes: int | None = None)
             num_read = file.readinto(view[filled:])
             if not num_read:
                 raise ValueError(
-                    f"{stored.path}: ended inside tensor {stored.name!r}; the file changed after it was opened"
+                    f"{stored.path}: ends inside tensor {stored.name!r}; the file changed after it was opened"
                 )
             filled += num_read
     return buffer
@@ -127,7 +127,7 @@ def read_float32_rows(stored: StoredTensor, begin: int, end: int) -> np.ndarray:
 
 
 def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
-    """Return the float32 values of bfloat16 bits (uint16), which are the upper half of theirs."""
+    """Return the float32 values of bfloat16 bits (uint16)."""
     return np.left_shift(bits, np.uint32(16), dtype=np.uint32).view(np.float32)
 
 
@@ -139,22 +139,22 @@ def read_tensor(stored: StoredTensor) -> Tensor:
 
 
 def _allocate(num_bytes: int) -> np.ndarray:
-    """Return uninitialized bytes; many of them have a memory mapping of their own.
+    """Return uninitialized bytes; from OWN_MAPPING_BYTES on they have their own memory mapping.
 
-    malloc keeps what is freed between pieces that stay, which nearly doubled the peak of quantizing a model on load.
+    malloc does not return memory freed between live blocks, which nearly doubles the peak of quantization on load.
     """
     if num_bytes < OWN_MAPPING_BYTES:
         return np.empty(num_bytes, np.uint8)
-    # A child process must not share what it writes; on Windows it never does.
+    # Private: a child process must not share our writes. On Windows it never does.
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     return np.frombuffer(mmap.mmap(-1, num_bytes, **private), np.uint8)
 
 
 def map_file(path: Path) -> Tensor:
-    """Return a file's bytes, of which memory holds one copy for all processes that map it.
+    """Map a file: return its bytes, uint8; processes that map the same file share the memory.
 
-    What a process writes to them is its own and never reaches the file. Whoever shortens the file while it is mapped
-    kills the process; a download or a copy that puts another file in its place does not.
+    Writes are private and never reach the file. Shortening a mapped file kills the process; replacing it with another
+    file, as downloads and copies do, is safe.
     """
     import torch
 
@@ -162,10 +162,10 @@ def map_file(path: Path) -> Tensor:
 
 
 def view_tensor(content: Tensor, stored: StoredTensor) -> Tensor:
-    """Return a tensor as a view of its file's bytes; in fresh memory where it is not aligned to its elements.
+    """Return a tensor as a view of its mapped file; an unaligned tensor is read into fresh memory.
 
     Raises:
-        ValueError: if the file has become shorter since its header was read
+        ValueError: if the file was shortened after its header was read
     """
     dtype = get_torch_dtype(stored)
     if stored.begin % dtype.itemsize or len(content) < stored.end:
@@ -174,12 +174,13 @@ def view_tensor(content: Tensor, stored: StoredTensor) -> Tensor:
 
 
 def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], chunks: Iterator[Tensor]) -> None:
-    """Write a file of `tensors`, whose bytes are taken from `chunks`: one or more whole-row chunks for each, in order.
+    """Write a new file of `tensors` with bytes from `chunks`: one or more whole-row chunks per tensor, in order.
 
-    Nothing but the current chunk is in memory, and no chunk beyond the last tensor is taken. The file must not exist.
+    Only the current chunk is in memory; chunks after the last tensor are not consumed.
 
     Raises:
-        ValueError: if the chunks do not end where the tensors do
+        FileExistsError: if the file exists
+        ValueError: if a tensor's chunks exceed its size
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for tensor in tensors:
@@ -198,15 +199,17 @@ def write_safetensors(path: Path, tensors: Sequence[TensorToWrite], chunks: Iter
             while remaining > 0:
                 remaining -= file.write(get_bytes(next(chunks)))
             if remaining < 0:
-                raise ValueError(f"tensor {tensor.name!r}: {-remaining} bytes more than its shape {tensor.shape} holds")
+                raise ValueError(
+                    f"tensor {tensor.name!r}: its chunks exceed shape {tensor.shape} by {-remaining} bytes"
+                )
 
 
 def write_shards(
     folder: Path, tensors: Sequence[TensorToWrite], chunks: Iterator[Tensor], *, max_shard_bytes: int
 ) -> None:
-    """Write `model.safetensors`, or shards and their index where the tensors do not fit into one file.
+    """Write `model.safetensors`, or shards and their index if the tensors exceed `max_shard_bytes`.
 
-    Tensors keep their order; a tensor larger than `max_shard_bytes` gets a shard of its own.
+    Tensors keep their order; a tensor larger than `max_shard_bytes` gets its own shard.
     """
     shards: list[list[TensorToWrite]] = [[]]
     for tensor in tensors:
@@ -219,7 +222,7 @@ def write_shards(
 
 
 def write_files(folder: Path, files: dict[str, list[TensorToWrite]], chunks: Iterator[Tensor]) -> None:
-    """Write each file of its tensors, in order, and the index of several."""
+    """Write the files (name -> tensors) in order, and an index if there are several."""
     for name, tensors in files.items():
         write_safetensors(folder / name, tensors, chunks)
     if len(files) > 1:
@@ -229,7 +232,7 @@ def write_files(folder: Path, files: dict[str, list[TensorToWrite]], chunks: Ite
 
 
 def get_bytes(tensor: Tensor) -> memoryview:
-    """Return a contiguous tensor's bytes without a copy."""
+    """Return a tensor's bytes; without a copy if it is contiguous."""
     import torch
 
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())

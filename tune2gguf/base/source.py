@@ -1,4 +1,4 @@
-"""Where a base comes from, and what it is called."""
+"""Sources and names of bases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PYPI_BASES = {file.wheel: file for file in (SMOLLM2_GGUF,)}
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base comes from: a hub repository with its revision (None is the newest), or a PyPI package."""
+    """The source of a base: a hub repository with revision (None: the newest), or a PyPI package."""
 
     scheme: str
     name: str
@@ -37,14 +37,14 @@ def parse_base_source(text: str) -> BaseSource:
         package = text.removeprefix(PYPI_SCHEME)
         if package in PYPI_BASES:
             return BaseSource(PYPI_SCHEME, package)
-        raise ValueError(f"base_source={text!r}: no base is known in this package; known: {', '.join(PYPI_BASES)}")
+        raise ValueError(f"base_source={text!r}: unknown package; choose from {', '.join(PYPI_BASES)}")
     raise ValueError(
         f"base_source={text!r}: expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION or pypi://PACKAGE==VERSION"
     )
 
 
 def read_source(base_dir: Path) -> str | None:
-    """Return what base.json of a base folder says that it comes from; None where nobody has recorded it.
+    """Return the source recorded in a base folder's base.json; None without base.json.
 
     Raises:
         ValueError: if base.json is damaged
@@ -54,11 +54,11 @@ def read_source(base_dir: Path) -> str | None:
         return None
     record = JsonObject(path, read_json(path))
     if not isinstance(record.values.get("source"), str):
-        record.refuse("source", "it must say where the base comes from; without base.json nothing is said of that")
+        record.refuse("source", "it must be a string; remove base.json if the base's source is unknown")
     return record.values["source"]
 
 
 def name_base(base_dir: Path) -> str:
-    """Return the name by which peft and transformers find a base: the hub repository in base.json, else its folder."""
+    """Return a base's name for peft and transformers: the hub repository in base.json, else its folder."""
     source = read_source(base_dir)
     return source.removeprefix(HUB_SCHEME) if source is not None and source.startswith(HUB_SCHEME) else str(base_dir)

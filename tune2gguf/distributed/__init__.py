@@ -1,1 +1,1 @@
-"""Processes of one run: world, parallel modes, signals, failures."""
+"""The processes of a run: world, parallel modes, signals, failures."""

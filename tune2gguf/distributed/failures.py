@@ -1,4 +1,4 @@
-"""The end of a run that fails: one process says why in one line, and all of them end."""
+"""Failures of a run: one process prints the reason in one line, and all processes exit."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from tune2gguf.distributed.world import (
     wait_for_all,
 )
 
-# What a user can mend, said in one line; anything else is our mistake and shows where it happened.
+# Errors that a user can fix get one line; any other is a bug and gets its traceback.
 _ONE_LINE = (ValueError, FloatingPointError, OSError, OutOfMemoryError)
 _LOST = re.compile("[Cc]onnection|[Tt]imed out|remote process exited")
 
 
 @contextmanager
 def end_together() -> Iterator[None]:
-    """Join the processes, run the block, and turn its failure into one line and an exit code of every process.
+    """Join the processes and run the block; a failure becomes one line and an exit code in every process.
 
-    A process that is alone returns when the block succeeds; one of several ends.
+    After success a single process returns; one of several exits.
     """
     try:
         join_processes()
@@ -43,7 +43,7 @@ def end_together() -> Iterator[None]:
         sys.exit(f"error: {error}")
     reporter = _Reporter()
     if not is_main_process():
-        warnings.simplefilter("ignore")  # the main process has the same, and is the one that talks
+        warnings.simplefilter("ignore")  # the main process prints the same warnings
     try:
         yield
     except AgreedError as error:
@@ -51,12 +51,12 @@ def end_together() -> Iterator[None]:
     except StopRequested as stop:
         reporter.leave(str(stop), exit_code=128 + stop.signum)
     except KeyboardInterrupt:
-        # While it trains a run takes the signal otherwise; see signals.py.
-        reporter.fail("stopped; nothing was lost: the same command with resume=auto goes on", exit_code=130)
+        # During training signals.py handles Ctrl-C.
+        reporter.fail("stopped; nothing was lost: repeat the command with resume=auto to continue", exit_code=130)
     except _ONE_LINE as error:
         reporter.fail(f"error: {reporter.prefix}{describe_error(error)}", exit_code=1)
     except Exception as error:
-        # The boundary of the process: alone it shows its traceback as ever, among others only the first to fail does.
+        # A single process shows Python's traceback; of several only the first to fail prints one.
         if not dist.is_initialized():
             raise
         reporter.fail(describe_unexpected(error, reporter.prefix), exit_code=1)
@@ -67,7 +67,7 @@ def end_together() -> Iterator[None]:
 
 
 class _Reporter:
-    """Lets the first process that fails speak, and ends this one when it is left waiting for one that is gone."""
+    """Print the first process's failure, and end this process if another one fails or is lost."""
 
     def __init__(self) -> None:
         self.is_alone = not dist.is_initialized()
@@ -76,19 +76,19 @@ class _Reporter:
             self._watch = Watch()
 
     def fail(self, message: str, *, exit_code: int) -> NoReturn:
-        """Say why, unless another process was first, and end without waiting for the others."""
+        """Print the message, unless another process failed first, and exit without waiting."""
         if self.is_alone:
             print(message, file=sys.stderr, flush=True)
             sys.exit(exit_code)
         if self._watch.claim_failure():
             print(message, file=sys.stderr, flush=True)
         if dist.get_rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(4 * POLL_SECONDS)  # the store ends with this process; the others have to hear of it before
-        # Leaving the process group in good order would wait for processes that may be gone.
+            time.sleep(4 * POLL_SECONDS)  # the store ends with this process; the others must poll it before
+        # A clean shutdown of the process group would wait for processes that may be gone.
         _end_now(exit_code)
 
     def leave(self, message: str, *, exit_code: int) -> NoReturn:
-        """End for a reason that every process has; rank 0 says it before any of them is gone."""
+        """Exit for a reason that all processes share; rank 0 prints it before any process exits."""
         if is_main_process():
             print(message, file=sys.stderr, flush=True)
         wait_for_all()
@@ -96,30 +96,30 @@ class _Reporter:
         sys.exit(exit_code)
 
     def end(self, exit_code: int) -> None:
-        """End this process, if it is one of several, now that it needs the others no more."""
+        """Exit if this process is one of several."""
         self.close()
         if not self.is_alone:
             _end_now(exit_code)
 
     def close(self) -> None:
-        """Watch the other processes no more; this one is about to end."""
+        """Stop watching the other processes, before this one exits."""
         if not self.is_alone:
             self._watch.close()
 
 
 def describe_unexpected(error: Exception, prefix: str) -> str:
-    """Return the traceback, or one line where processes lost each other or their library says what is wrong."""
+    """Return the traceback of an unexpected error; one line for a lost connection or a torch.distributed error."""
     reason = join_lines(error)
     if isinstance(error, RuntimeError) and _LOST.search(reason):
-        way_out = "another process of the run is gone; was it killed, or did its machine run out of memory?"
-        return f"error: {way_out} ({reason})"
+        lost = "another process of the run is gone; check if it was killed or its machine ran out of memory"
+        return f"error: {lost} ({reason})"
     if isinstance(error, dist.DistError):
         return f"error: {prefix}{reason}"
     return f"{prefix}{''.join(traceback.format_exception(error)).rstrip()}"
 
 
 def _end_now(exit_code: int) -> NoReturn:
-    """End without Python's own way of ending, in which a thread of gloo's that frees its last tensor aborts."""
+    """Exit without Python's shutdown, in which a gloo thread that frees its last tensor aborts."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

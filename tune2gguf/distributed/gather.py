@@ -1,4 +1,4 @@
-"""How the parts of a base that is split over processes come together: read from the other GPUs, or in a collective."""
+"""Gathers of a sharded base: copies from GPU to GPU, or all-gather collectives."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tune2gguf.model.sharding import Gather
 
 
 def connect(parts: list[Tensor], *, world: World) -> Gather:
-    """Return how units are gathered: by copies from GPU to GPU where all processes are on one machine.
+    """Return the way to gather units: peer copies if all GPUs can read each other, else a collective.
 
     Args:
-        parts: this process's bytes of each unit, uint8
+        parts: this rank's shard of each unit, uint8
     """
     opened = _open_parts_of_others(parts, world) if world.device.type == "cuda" else None
     return Collective(parts) if opened is None else PeerCopies(opened, world)
 
 
 class Collective:
-    """Gathers together with the other processes, on a GPU beside what it computes, behind what it has computed.
+    """All-gather by all processes; on a GPU it follows earlier computation and overlaps later computation.
 
-    Graphs could hold NCCL's kernels, too, but all processes would have to capture and replay the same ones.
+    CUDA graphs could hold NCCL's kernels, but all processes would have to capture and replay the same graphs.
     """
 
     can_be_captured = False
@@ -37,27 +37,30 @@ class Collective:
         self._parts = parts
 
     def start(self, number: int, buffer: Tensor) -> Callable[[], None]:
-        """Begin to gather a unit; every process has to."""
+        """Start to gather a unit; every process must call it."""
         return dist.all_gather_into_tensor(buffer, self._parts[number], async_op=True).wait
 
 
 class PeerCopies:
-    """Reads the parts in the other GPUs' memory by this one's copy engines.
+    """Copies of shards from the other GPUs' memory, by this GPU's copy engines.
 
-    They take no multiprocessor from the products meanwhile, as NCCL's kernels do, and as parts never change, no
-    process waits for another.
+    Unlike NCCL's kernels they occupy no multiprocessor. Shards never change, so no process waits for another.
     """
 
     can_be_captured = True
 
     def __init__(self, parts: list[list[Tensor]], world: World) -> None:
-        """Take the parts of all processes, by process and unit."""
+        """Prepare the copies.
+
+        Args:
+            parts: shards of all processes, by process rank and unit
+        """
         self._parts, self._stream = parts, torch.cuda.Stream(world.device)
-        # Each begins with its own part and goes round, so that no two read from the same GPU.
+        # Each rank starts with its own shard: no two read from the same GPU at a time.
         self._order = [(world.rank + step) % world.size for step in range(world.size)]
 
     def start(self, number: int, buffer: Tensor) -> Callable[[], None]:
-        """Begin to gather a unit, behind what was computed so far."""
+        """Start to gather a unit, after all computation so far."""
         places = buffer.view(len(self._parts), -1)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(self._stream):
@@ -69,9 +72,9 @@ class PeerCopies:
 
 
 def _open_parts_of_others(parts: list[Tensor], world: World) -> list[list[Tensor]] | None:
-    """Return every process's parts as tensors that this GPU reads from the others; None where that cannot be.
+    """Return every process's shards as tensors that this GPU can read; None across machines or without a link.
 
-    It cannot across machines, and not between GPUs without a link. Every process has to ask.
+    Every process must call it.
     """
     devices = gather_over_ranks(world.device.index)
     can_read = world.local_size == world.size and len(set(devices)) == world.size
@@ -80,7 +83,7 @@ def _open_parts_of_others(parts: list[Tensor], world: World) -> list[list[Tensor
     )
     if not all(gather_over_ranks(can_read)):
         return None
-    torch.cuda.synchronize(world.device)  # what others are about to read is there
+    torch.cuda.synchronize(world.device)  # the others are about to read this rank's shards
     try:
         with _agree_on_obstacles():
             own = [reduce_tensor(part)[1] for part in parts]
@@ -92,13 +95,13 @@ def _open_parts_of_others(parts: list[Tensor], world: World) -> list[list[Tensor
             ]
     except AgreedError as obstacle:
         if world.is_main:
-            print(f"note: the GPUs cannot read each other's memory ({obstacle}); the base is gathered by NCCL, slower")
+            print(f"note: the GPUs cannot read each other's memory ({obstacle}); NCCL gathers the base, more slowly")
         return None
 
 
 @contextmanager
 def _agree_on_obstacles() -> Iterator[None]:
-    """Leave the block together: what CUDA refuses to one process stands in the way of all."""
+    """Leave the block together: a CUDA error in one process is an error in all."""
     with agree_on_errors():
         try:
             yield
@@ -107,10 +110,10 @@ def _agree_on_obstacles() -> Iterator[None]:
 
 
 def _open(handle: tuple, device: torch.device) -> Tensor:
-    """Return another process's tensor at an address that this process's GPU reads.
+    """Open another process's tensor at an address of this process's GPU.
 
-    Opened on its own device, as torch would do, it would cost a context of some hundred MB there, and copies would be
-    made by the other GPU, in the order of that one's stream. All has been waited for: there is no event to wait for.
+    torch would open it on the other GPU: that costs a CUDA context of some hundred MB there, and the other GPU would
+    copy, in its stream's order. No event is needed: all ranks have synchronized.
     """
     arguments = signature(rebuild_cuda_tensor).bind(*handle).arguments
     return rebuild_cuda_tensor(**arguments | {"storage_device": device.index, "event_sync_required": False})

@@ -1,4 +1,4 @@
-"""How several processes share one model: each holds all of it (replicate), or a part of the base (shard)."""
+"""Parallel modes: each process holds the whole base (replicate) or a shard of it (shard)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tune2gguf.machine.memory import RunSpec, estimate_memory
 from tune2gguf.model.llama import CausalLM
 from tune2gguf.model.sharding import ShardedBase
 
-# The allocator's gaps and what others keep on a GPU are not in the estimate.
+# The rest covers fragmentation and other users of the GPU, which the estimate leaves out.
 USABLE_SHARE = 0.9
 
 
 def choose_parallel(parallel: str, spec: RunSpec, world: World) -> str:
-    """Return replicate or shard: what was asked for, or for `auto` replicate where the run then fits on every GPU.
+    """Return replicate or shard, as requested; for `auto`, replicate if the run then fits on every GPU.
 
-    The GPU's whole memory counts, not what is free, so that a run that is resumed is split as it was. Processes of a
-    CPU replicate: they share its memory, and whoever wants them to shard says so.
+    Total GPU memory counts, not free memory: a resumed run keeps its mode. On a CPU `auto` replicates, because the
+    processes share its memory.
     """
     if world.size == 1:
         return "replicate"
@@ -37,31 +37,30 @@ def choose_parallel(parallel: str, spec: RunSpec, world: World) -> str:
 
 
 def describe_parallel(requested: str, chosen: str, *, device: str) -> str:
-    """Return what a run says of the way its processes share the base, and why where `auto` chose it."""
-    part = f"each with {'a part' if chosen == 'shard' else 'all'} of the base"
+    """Return how the processes share the base, for a run's printed line; with the reason if `auto` chose."""
+    part = f"each with {'a shard' if chosen == 'shard' else 'all'} of the base"
     if requested != "auto":
         return part
     if device == "cpu":
         return f"{part} (parallel=auto replicates on a CPU)"
-    verb = "exceeds" if chosen == "shard" else "fits into"
-    return f"{part} (parallel=auto: the estimated memory {verb} {USABLE_SHARE:.0%} of a GPU)"
+    verb = "exceeds" if chosen == "shard" else "is within"
+    return f"{part} (parallel=auto: the estimated memory {verb} {USABLE_SHARE:.0%} of a GPU's)"
 
 
 def shard(model: CausalLM, world: World) -> None:
-    """Split the base's matrices over the processes, in place, as they are loaded.
+    """Make a model shard the base's matrices over the processes as they are loaded.
 
     Args:
-        model: without weights, on the meta device
+        model: on the meta device, without weights
     """
     model.sharded = ShardedBase(model.decoder, rank=world.rank, size=world.size, connect=partial(connect, world=world))
 
 
 def sum_gradients(parameters: Sequence[Tensor], world: World) -> None:
-    """Replace the gradients of parameters that every process has by their sums over the processes.
+    """All-reduce the gradients of replicated parameters, in place.
 
-    They travel together, once a step: at 8B and rank 16 168 MB, within a millisecond between GPUs of a machine, which
-    is less than it costs to have them travel piece by piece in backward. One sum of always the same size is
-    taken in the same order each time.
+    One all-reduce per step: 168 MB at 8B and LoRA rank 16, within a millisecond between GPUs of one machine, cheaper
+    than many small ones during backward. Its size never changes, so its order of summation does not either.
     """
     if world.size == 1:
         return

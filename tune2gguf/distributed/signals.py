@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first one saves and stops the run, the second one ends it at once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from types import FrameType
 from tune2gguf.distributed.world import max_over_ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Slurm signals torchrun and its processes, and torchrun passes its own on: within this time it is one request.
+# Slurm signals torchrun and its processes, and torchrun forwards its own: signals within this time are one request.
 SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class StopRequested(Exception):
-    """The run was asked to stop and has done so at the same point in every process."""
+    """The run has stopped on request, at the same step in every process."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -24,7 +24,7 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """Within this context a signal is remembered, for the run to stop at a point of its own choice."""
+    """A context that records stop signals; the run checks for them between steps."""
 
     def __init__(self, *, show: bool) -> None:
         self.received = 0
@@ -45,28 +45,28 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def raise_if_requested(self) -> None:
-        """Raise StopRequested in every process if any of them got a signal; all of them have to ask."""
+        """Raise StopRequested in every process if any process got a signal; all processes must call it."""
         signum = max_over_ranks(self.received)
         if signum:
             raise StopRequested(signum)
 
     def request(self, signum: int) -> None:
-        """Ask the run to stop, as if the signal had come."""
+        """Record a stop request, as if the signal had arrived."""
         self.received, self._received_at = signum, time.monotonic()
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
         if not self.received:
             self.request(signum)
             if self._show:
-                # print is not safe inside a handler: the signal may have come in the middle of another print.
-                os.write(2, b"\nstopping: the run is saved first; a second signal ends it at once\n")
+                # print is not reentrant: the signal may interrupt another print.
+                os.write(2, b"\nstopping after the run is saved; a second signal ends it at once\n")
             return
         if _is_launched() and time.monotonic() - self._received_at < SECONDS_OF_ONE_REQUEST:
             return
         os._exit(128 + signum)
 
     def _watch_launcher(self, launcher: int) -> None:
-        """A launcher that was killed leaves its processes behind; they take it for SIGTERM."""
+        """Treat the launcher's death as SIGTERM: a killed launcher leaves its processes running."""
         while not self._is_over.wait(timeout=1.0):
             if os.getppid() != launcher:
                 self.request(signal.SIGTERM)
@@ -74,5 +74,5 @@ class StopSignals:
 
 
 def _is_launched() -> bool:
-    """Whether torchrun has started this process."""
+    """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

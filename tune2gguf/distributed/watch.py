@@ -1,7 +1,7 @@
-"""Keeps an eye on the other processes of a run: one that fails says so, one whose machine is lost falls silent.
+"""A watch on the other processes of a run: a failed process reports itself, a lost machine falls silent.
 
-Both go through the store where the processes met. Gloo and NCCL would wait for half an hour for a machine that has
-lost its power or its network, since nobody closes the connection then.
+Reports and heartbeats go through torchrun's store. Gloo and NCCL would wait half an hour for a machine without power or
+network, because nobody closes its connections.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch.distributed as dist
 from tune2gguf.distributed.world import broadcast_from_main
 
 POLL_SECONDS = 0.5
-# Counted, not timed: to a run that was suspended and goes on, nobody has been silent.
+# Polls, not time: a suspended run that continues must not count its suspension as silence.
 MAX_SILENT_POLLS = 48  # 24 seconds
 
 
 class Watch:
-    """Ends this process when another has failed or is lost; in a collective it would not hear of it."""
+    """Threads that end this process when another has failed or is lost, even inside a collective."""
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        # Of this start only: torchrun keeps its store over restarts.
+        # Unique per start: torchrun's store survives restarts.
         self._key = f"tune2gguf/failed/{broadcast_from_main(time.time_ns())}"
         self._store = _connect()
         self._is_over = threading.Event()
         self._unanswered_polls = 0
-        # The last beat of each process that this one listens to, and polls since it changed.
+        # Last heartbeat of each process that this one monitors, and the polls since it changed.
         heard = {0: range(1, self.size), 1: range(1)}.get(self.rank, ())
         self._beats = {rank: (b"", 0) for rank in heard}
         self._threads = [
@@ -42,18 +42,18 @@ class Watch:
             thread.start()
 
     def close(self) -> None:
-        """Look no more. A thread that Python finds inside the store when it ends can keep it from ending."""
+        """Stop the threads: one that is inside the store at Python's exit can block the exit."""
         self._is_over.set()
         for thread in self._threads:
             thread.join(timeout=5.0)
 
     def claim_failure(self) -> bool:
-        """Tell all processes that this one has failed; return whether it is the first."""
+        """Report this process's failure to all; return whether it is the first."""
         own = str(self.rank)
         try:
             return self._store.compare_set(self._key, "", own).decode() == own
         except RuntimeError:
-            return True  # the store is gone with its process, and nobody else can be asked
+            return True  # the store is gone with its process: nobody else can report
 
     def _talk(self) -> None:
         store, number = _connect(), 0
@@ -79,20 +79,21 @@ class Watch:
         while not self._is_over.wait(POLL_SECONDS):
             self._unanswered_polls += 1
             if self._unanswered_polls > MAX_SILENT_POLLS:
-                # The store is on the machine of process 0. One line a machine: who is cut off cannot ask who speaks.
+                # The store is on process 0's machine. One line per machine: without the store the processes cannot
+                # choose one to print it.
                 _end_without(0, speaks=os.environ.get("LOCAL_RANK") == "0")
 
 
 def _end_without(rank: int, *, speaks: bool) -> None:
     if speaks:
         seconds = MAX_SILENT_POLLS * POLL_SECONDS
-        reason = f"process {rank} has not been heard of for {seconds:.0f} s; its machine or the network to it is lost"
+        reason = f"process {rank} has been silent for {seconds:.0f} s; check its machine and the network"
         print(f"error: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def _connect() -> dist.TCPStore:
-    """Return a connection of its own to the store through which the processes found each other."""
+    """Return a new connection to the store of the rendezvous."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

@@ -1,4 +1,4 @@
-"""The processes of a run. One process is world size 1: the same code path, where every reduction is the identity."""
+"""The world: the processes of a run. A single process is world size 1; its reductions are the identity."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tune2gguf.machine.cpu import prepare_cpu
 
-# The machines of a run read the same programs from disks of different speed before their processes can meet.
+# Machines load the same programs from disks of different speed before their processes can meet.
 MEETING_TIME = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that torchrun started; `local_…` is among those of this machine."""
+    """This process's rank and device among the processes of a run; `local_…` counts those of this machine."""
 
     rank: int
     size: int
@@ -37,14 +37,14 @@ class World:
 
 
 class AgreedError(ValueError):
-    """An error that every process raises for the same reason, so that one of them speaks for all."""
+    """An error that every process raises for the same reason; one of them prints it."""
 
 
 def join_processes() -> None:
-    """Join the processes that torchrun started; stand alone where it did not.
+    """Join the process group of torchrun's processes; do nothing without torchrun.
 
     Raises:
-        ConnectionError: if they do not find each other
+        ConnectionError: if the processes do not find each other
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
@@ -52,7 +52,7 @@ def join_processes() -> None:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=MEETING_TIME))
         start = agree_on_start(store, rank=rank, size=size)
-        # What the processes tell each other beside gradients is on the CPU: no GPU has to wait for it.
+        # Messages other than gradients stay on the CPU: no GPU waits for them.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore(start, store), rank=rank, world_size=size)
     except (RuntimeError, TimeoutError) as error:
@@ -61,15 +61,14 @@ def join_processes() -> None:
 
 
 def agree_on_start(store: dist.Store, *, rank: int, size: int) -> str:
-    """Return a name of this start, the same in every process, that no start before has had.
+    """Return a unique name of this start, the same in every process.
 
-    torchrun keeps its store over restarts, with all that processes which are gone have written there: who takes an
-    address for one of this start is refused the connection. So rank 0 draws a name, and gives it to whoever asks with
-    a word that nobody has used.
+    torchrun's store survives restarts, so it may hold stale addresses. Rank 0 therefore draws a name; every other rank
+    asks for it under a random word of its own.
 
     Raises:
-        TimeoutError: in rank 0, if not all processes have asked in MEETING_TIME
-        RuntimeError: in the others, likewise
+        TimeoutError: in rank 0, if a process has not asked within MEETING_TIME
+        RuntimeError: in the others, if rank 0 has not answered within MEETING_TIME
     """
     if rank != 0:
         word = uuid.uuid4().hex
@@ -87,21 +86,21 @@ def agree_on_start(store: dist.Store, *, rank: int, size: int) -> str:
             elif store.check([f"tune2gguf/word/{other}"]):
                 store.set(f"tune2gguf/start/{store.get(f'tune2gguf/word/{other}').decode()}", start)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"process {min(waiting)} has not come in {MEETING_TIME.total_seconds():.0f} s")
+            raise TimeoutError(f"process {min(waiting)} has not joined within {MEETING_TIME.total_seconds():.0f} s")
         time.sleep(0.01)
     return start
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0 of the processes that have joined; it alone writes and talks."""
+    """Whether this process is rank 0, the only one that writes and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def start_world(device: str) -> World:
-    """Take this process's place and device among the joined processes; on a CPU, its share of the cores, too.
+    """Join the processes and set up this one's device; on a CPU also its share of the cores.
 
     Args:
-        device: cpu or cuda; with several GPUs each process takes the one of its local rank
+        device: cpu or cuda; with several GPUs each process uses that of its local rank
     """
     join_processes()
     size = dist.get_world_size() if dist.is_initialized() else 1
@@ -119,7 +118,7 @@ def start_world(device: str) -> World:
 
 
 def stop_world() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -133,7 +132,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def max_over_ranks(number: int) -> int:
-    """Return the largest of the processes' numbers."""
+    """Return the maximum of a number over all processes."""
     if not dist.is_initialized():
         return number
     found = torch.tensor(number)
@@ -142,7 +141,7 @@ def max_over_ranks(number: int) -> int:
 
 
 def gather_counts(counts: list[int]) -> Tensor:
-    """Return every process's counts, [processes, counts] int64, on every process."""
+    """All-gather the counts: return int64 [processes, counts] on every process."""
     own = torch.tensor([counts])
     if not dist.is_initialized():
         return own
@@ -152,7 +151,7 @@ def gather_counts(counts: list[int]) -> Tensor:
 
 
 def gather_over_ranks(record: Any) -> list[Any]:
-    """Return every process's record, in the order of the ranks, on every process."""
+    """All-gather a record: return the list of all, by process rank, on every process."""
     if not dist.is_initialized():
         return [record]
     records: list[Any] = [None] * dist.get_world_size()
@@ -161,7 +160,7 @@ def gather_over_ranks(record: Any) -> list[Any]:
 
 
 def broadcast_from_main(record: Any) -> Any:
-    """Return the record of rank 0 on every process."""
+    """Return rank 0's record on every process."""
     if not dist.is_initialized():
         return record
     records = [record]
@@ -170,16 +169,16 @@ def broadcast_from_main(record: Any) -> Any:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Wait until every process has called this."""
     max_over_ranks(0)
 
 
 @contextmanager
 def agree_on_errors() -> Iterator[None]:
-    """Leave the block together: what one process raises, all of them raise, so that none waits for another.
+    """Leave the block together: if one process raises, all raise, and none waits for another.
 
     Raises:
-        AgreedError: with the message of the first process that raised a ValueError or an OSError
+        AgreedError: if any process raised a ValueError or an OSError; it has the message of the lowest such rank
     """
     own: Exception | None = None
     try:
@@ -195,13 +194,13 @@ def agree_on_errors() -> Iterator[None]:
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error's message; for a file that could not be read or written, which one and why."""
+    """Return an error's message; for an OSError, `FILE: REASON`."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
 def join_lines(error: Exception) -> str:
-    """Return the message of a library's error in one line, without its C++ frames; NCCL has the cause in its last."""
+    """Return the message of a library's error as one line, without C++ frames; NCCL's last line has the cause."""
     message = str(error).partition("\nException raised from")[0].partition("\nframe #")[0]
     return " ".join(message.split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The network: a Llama with LoRA, its layers, attention, loss, 4-bit weights and generation."""
+"""The network: a Llama with LoRA, its layers, attention, loss, quantized weights and generation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["lora_llama"]
 
 
 def __getattr__(name: str) -> Any:
-    # torchtune takes four seconds to import, and whoever asks for a model's shape needs none of it.
+    # torchtune takes four seconds to import; reading a model's shape does not need it.
     if name == "lora_llama":
         from tune2gguf.model.llama import lora_llama
 

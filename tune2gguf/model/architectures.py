@@ -1,4 +1,4 @@
-"""The dense Llama architectures: the numbers that a checkpoint's config.json and the model builder must agree on."""
+"""Dense Llama architectures: the dimensions in which config.json and the model builder must agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense Llama decoder. Widths in elements; `tied` means that the output head is the token embedding."""
+    """The dimensions of a dense Llama decoder, in elements. `tied`: the output head is the token embedding."""
 
     vocab_size: int
     num_layers: int
@@ -92,7 +92,7 @@ ARCHITECTURES = {
     "smollm2_135m": SMOLLM2_135M,
 }
 
-# config.json's name -> the field here.
+# Key in config.json -> field of Architecture.
 _HF_FIELDS = {
     "vocab_size": "vocab_size",
     "num_hidden_layers": "num_layers",
@@ -107,9 +107,9 @@ _HF_FIELDS = {
     "rope_theta": "rope_base",
 }
 
-# Keys that change the forward pass, and the values with which it is the one that is computed here. A key that is
-# missing has transformers' default, which is among them. transformers ignores those of other architectures in a
-# Llama's config.json; who wrote them did not mean to have them ignored.
+# Keys that change the forward pass, with the supported values. A missing key means transformers' default, which is
+# always supported. transformers ignores other architectures' keys in a Llama's config.json; here they are refused,
+# because their author meant them.
 _COMPUTED = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -123,18 +123,18 @@ _COMPUTED = {
     "is_causal": (None, True),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), (None, 0, 1)),
 }
-_COMPUTED_HERE = "only a dense Llama is computed: SiLU, no biases, RoPE over whole heads, no experts, nothing scaled"
-_MAX_WHOLE, _MAX_FLOAT = 2**31 - 1, 3.4e38  # what a GGUF holds
-_MAX_LAYERS = 512  # llama.cpp's
-_TRANSFORMERS_THETA, _TRANSFORMERS_EPS = 10_000.0, 1e-6  # of a config.json that does not say
+_COMPUTED_HERE = "only a dense Llama is supported: SiLU, no biases, RoPE over whole heads, no experts, no extra scaling"
+_MAX_WHOLE, _MAX_FLOAT = 2**31 - 1, 3.4e38  # GGUF's limits
+_MAX_LAYERS = 512  # llama.cpp's limit
+_TRANSFORMERS_THETA, _TRANSFORMERS_EPS = 10_000.0, 1e-6  # transformers' defaults
 
 
 def read_architecture(base_dir: str | Path) -> Architecture:
     """Read the architecture from a base folder's config.json, as transformers does.
 
     Raises:
-        ValueError: if config.json is missing, no JSON object, or says anything that would be computed otherwise here;
-            with file, key and value
+        ValueError: if config.json is missing, is no JSON object, or asks for an unsupported forward pass; it names
+            file, key and value
     """
     path = Path(base_dir) / "config.json"
     if not path.is_file():
@@ -147,7 +147,7 @@ def read_architecture(base_dir: str | Path) -> Architecture:
     if layer_types is not None and (
         not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}
     ):
-        config.refuse("layer_types", "every layer here attends to all tokens before")
+        config.refuse("layer_types", "only full causal attention is supported")
     if not isinstance(config.values.get("tie_word_embeddings", False), bool):
         config.refuse("tie_word_embeddings", "it must be true or false")
     rope_base, rope_scaling = _read_rope(config)
@@ -181,15 +181,15 @@ def _read_heads(config: JsonObject) -> dict[str, int]:
     if num_heads % num_kv_heads:
         config.refuse("num_key_value_heads", f"it must divide num_attention_heads={num_heads}")
     if head_dim % 2:
-        config.refuse("head_dim", "RoPE turns pairs, so that it must be even")
+        config.refuse("head_dim", "it must be even, because RoPE rotates pairs of channels")
     return {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
 
 
 def _read_rope(config: JsonObject) -> tuple[float, RopeScaling | None]:
-    """Return base and scaling; transformers 5 spells `rope_parameters` what it spelled `rope_scaling` before.
+    """Return RoPE's base and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (before).
 
-    A rope_theta inside goes before the one beside it, as in transformers 5 and llama.cpp's converter. Where both
-    spellings stand, transformers takes the old one and the converter may take the new one: they must agree.
+    A nested rope_theta wins over a top-level one, as in transformers 5 and llama.cpp's converter. If both keys are
+    present they must agree: transformers reads the old one, the converter may read the new one.
     """
     spellings = {name: config.open(name) for name in ("rope_parameters", "rope_scaling")}
     found = {name: _read_spelling(config, rope) for name, rope in spellings.items() if rope is not None}
@@ -206,7 +206,7 @@ def _read_theta(config: JsonObject, default: float = _TRANSFORMERS_THETA) -> flo
 def _read_spelling(config: JsonObject, rope: JsonObject) -> tuple[float, RopeScaling | None]:
     for key, value in rope.values.items():
         if isinstance(value, dict):
-            rope.refuse(key, "all layers have the same rotary embeddings here")
+            rope.refuse(key, "only one rotary embedding for all layers is supported")
     _check_computed(rope, {"partial_rotary_factor": _COMPUTED["partial_rotary_factor"]})
     base = _read_theta(rope) if "rope_theta" in rope.values else _read_theta(config)
     type_key = "rope_type" if "rope_type" in rope.values else "type"
@@ -214,14 +214,14 @@ def _read_spelling(config: JsonObject, rope: JsonObject) -> tuple[float, RopeSca
     if rope_type == "default":
         return base, None
     if rope_type != "llama3":
-        rope.refuse(type_key, "'llama3' and 'default' are computed")
+        rope.refuse(type_key, "only 'llama3' and 'default' are supported")
     low, high = (rope.read(f"{end}_freq_factor", float, minimum=1e-30, maximum=_MAX_FLOAT) for end in ("low", "high"))
     if high <= low:
         rope.refuse("high_freq_factor", f"it must be above low_freq_factor={low}")
     length = "original_max_position_embeddings"
     original = rope.read(length, int, maximum=_MAX_WHOLE, default=config.values.get("max_position_embeddings"))
     if config.values.get(length, original) != original:
-        config.refuse(length, f"{rope.prefix}{length} is {original}")
+        config.refuse(length, f"it must equal {rope.prefix}{length}={original}")
     factor = rope.read("factor", float, minimum=1e-30, maximum=_MAX_FLOAT)
     return base, RopeScaling(factor, low, high, original)
 
@@ -241,7 +241,7 @@ def check_architecture(name: str, found: Architecture, base_dir: str | Path) -> 
     """Compare a base folder's architecture with the named one.
 
     Raises:
-        ValueError: if they differ, with one line for each field
+        ValueError: if they differ; one line per field
     """
     differences = [
         f"{field}: the model builder has {value!r}, config.json has {getattr(found, field)!r}"
@@ -249,4 +249,4 @@ def check_architecture(name: str, found: Architecture, base_dir: str | Path) -> 
         if getattr(found, field) != value
     ]
     if differences:
-        raise ValueError(f"{base_dir} does not hold {name}:\n  " + "\n  ".join(differences))
+        raise ValueError(f"{base_dir}: not a {name} model:\n  " + "\n  ".join(differences))

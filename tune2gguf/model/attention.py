@@ -1,8 +1,8 @@
-"""Causal attention of the rows of a pass on a CPU, in float32, by whichever kernel is faster for their length.
+"""CPU attention: causal attention within each row of a pass, in float32.
 
-Rows of about one length stand side by side, so that a pass takes a few large calls. The shortest go through torch's
-kernel. Beyond, it multiplies head by head in products so small that a block of queries in all heads at once takes less
-time. Blocks keep memory linear in a row's length. float32 has half of bf16's error in the gradients.
+Rows of similar length form a group, so a pass takes a few large calls. Short rows use torch's kernel. For longer rows
+that kernel's products, one head at a time, are too small; blocks of queries over all heads are faster. Blocks also
+keep memory linear in the row's length. float32 halves bf16's error in the gradients.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from torchtune.modules import MultiHeadAttention
 from tune2gguf.model.lengths import LONGEST_SHORT_ROW
 from tune2gguf.model.lora import apply_linears
 
-# Of a block, in all heads: 1 MB in float32, which stays in a core's cache.
+# Scores of a block over all heads: 1 MB in float32, which fits a core's cache.
 SCORES_AT_A_TIME = 1 << 18
 MIN_QUERIES = 16
-# Beyond, the products of torch's kernel are large enough for bf16 to pay: 2048 tokens take three quarters of the time.
+# Longer bf16 rows use torch's kernel in bf16: at 2048 tokens it takes three quarters of the float32 time.
 LONGEST_FLOAT32_ROW = 1024
-# Rows stand beside one that is at most so many times as long: padding costs less than further calls.
+# The longest row of a group over its shortest, at most: padding costs less than further calls.
 MAX_PADDING = 2.0
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of about one length.
+    """Rows of similar length, padded to the longest.
 
     Attributes:
-        num_rows, longest: rows, and tokens of the longest
-        places: where each token stands in the pass, [rows * longest]; behind a row's end its last one again. None: the
-            rows are the whole pass
-        is_token: 0 behind a row's end, else 1, float32 [rows * longest, 1, 1]; None likewise
+        num_rows: number of rows
+        longest: tokens of the longest row
+        places: index of each token in the pass, [rows * longest]; padding repeats the row's last token. None: the
+            group is the whole pass, unpadded
+        is_token: 1 for a token, 0 for padding, float32 [rows * longest, 1, 1]; None as for `places`
     """
 
     num_rows: int
@@ -45,11 +46,10 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Rows:
-    """How the tokens of a pass are laid out for attention.
+    """The groups that a pass is split into for attention.
 
     Attributes:
-        places: where each token of the pass stands in all groups, one behind the other, [tokens]; None where a single
-            group is the whole pass
+        places: index of each token of the pass in the concatenated groups, [tokens]; None: one group is the whole pass
         num_padding: tokens at the end of the pass that belong to no row
     """
 
@@ -59,11 +59,11 @@ class Rows:
 
 
 def lay_out_rows(lengths: list[int], num_tokens: int) -> Rows:
-    """Return the layout of a pass of so many tokens: rows of these lengths, one behind the other, then padding."""
+    """Return the groups of a pass of `num_tokens`: concatenated rows of these lengths, then padding."""
     if len(set(lengths)) == 1 and sum(lengths) == num_tokens:
         return Rows((RowGroup(len(lengths), lengths[0]),))
     ends = torch.tensor(lengths).cumsum(0)
-    # torch's kernel divides by a row's length: one without tokens would end the process.
+    # torch's kernel divides by the row's length: an empty row would kill the process.
     order = sorted((row for row, length in enumerate(lengths) if length > 0), key=lambda row: -lengths[row])
     groups, places, start = [], torch.zeros(num_tokens, dtype=torch.int64), 0
     while order:
@@ -82,10 +82,10 @@ def lay_out_rows(lengths: list[int], num_tokens: int) -> Rows:
 
 
 class Attention(MultiHeadAttention):
-    """torchtune's attention, with `attend` where the rows of a pass are trained on a CPU."""
+    """torchtune's attention, plus `attend_rows` for training on a CPU."""
 
     def attend_rows(self, x: Tensor, rows: Rows) -> Tensor:
-        """Map [tokens, dim] to the same."""
+        """Map [tokens, dim] to the same shape."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in apply_linears(x, projections))
         turns = torch.view_as_complex(self.pos_embeddings.cache)
@@ -94,19 +94,18 @@ class Attention(MultiHeadAttention):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, rows: Rows) -> Tensor:
-    """Return softmax(q k^T / sqrt(head_dim)) v of each head over a token's row up to itself, [tokens, heads, head_dim].
+    """Return causal attention, softmax(q k^T / sqrt(head_dim)) v, within each row, [tokens, heads, head_dim].
 
     Args:
-        q: [tokens, heads, head_dim], not yet rotated
-        k: [tokens, kv_heads, head_dim], of which each serves heads / kv_heads neighbouring heads; not yet rotated
-        v: likewise
-        turns: by which each position rotates pairs of channels, complex [positions, head_dim / 2]
+        q: [tokens, heads, head_dim], before RoPE
+        k, v: [tokens, kv_heads, head_dim], before RoPE; each kv head serves heads / kv_heads neighbouring heads
+        turns: RoPE's rotation of each pair of channels, complex [positions, head_dim / 2]
     """
     return _RowAttention.apply(q, k, v, turns, rows)
 
 
 class _RowAttention(torch.autograd.Function):
-    """Keeps q, k, v and its result for backward, which rotates again, and in blocks computes the weights again."""
+    """Keep q, k, v and the result for backward, which recomputes RoPE and, in blocks, the attention weights."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, turns: Tensor, rows: Rows) -> Tensor:
@@ -138,7 +137,7 @@ class _RowAttention(torch.autograd.Function):
                 found = _attend_in_blocks_back(*heads, grad_out)
             else:
                 found = _attend_at_once_back(*heads, grad_out, _take(out, group).to(grad_out.dtype), normalizers)
-            # A rotation's gradient is the rotation back.
+            # The gradient of a rotation is the inverse rotation.
             back = turns[: group.longest].conj()
             rotated_back = [_rotate(part.to(turns.real.dtype), back) for part in found[:2]]
             gradients.append([part.flatten(0, 1).to(q.dtype) for part in (*rotated_back, found[2])])
@@ -146,7 +145,7 @@ class _RowAttention(torch.autograd.Function):
 
 
 def _take_heads(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, group: RowGroup) -> list[Tensor]:
-    """Return a group's queries, keys and values, rotated, [rows, longest, heads, head_dim] in the kernel's dtype."""
+    """Return a group's q, k and v after RoPE, [rows, longest, heads, head_dim] in the kernel's dtype."""
     turns = turns[: group.longest]
     heads = [_rotate(_take(q, group), turns), _rotate(_take(k, group), turns), _take(v, group)]
     if q.dtype == torch.bfloat16 and group.longest > LONGEST_FLOAT32_ROW:
@@ -155,20 +154,20 @@ def _take_heads(q: Tensor, k: Tensor, v: Tensor, turns: Tensor, group: RowGroup)
 
 
 def _take(x: Tensor, group: RowGroup) -> Tensor:
-    """Return a copy of a group's tokens of [tokens, heads, head_dim], [rows, longest, heads, head_dim] in float32."""
+    """Copy a group's tokens from [tokens, heads, head_dim] to float32 [rows, longest, heads, head_dim]."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x.to(dtype, copy=True) if group.places is None else x.index_select(0, group.places).to(dtype)
     return x.view(group.num_rows, group.longest, *x.shape[1:])
 
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate pairs of channels as complex numbers, [rows, seq, heads, head_dim], in place."""
+    """Rotate pairs of channels of [rows, seq, heads, head_dim] as complex numbers, in place."""
     torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns[:, None])
     return x
 
 
 def _join(parts: list[Tensor], rows: Rows) -> Tensor:
-    """Return what the groups have of each token of the pass, zero for the padding, [tokens, heads, head_dim]."""
+    """Gather the groups' tokens in the order of the pass, [tokens, heads, head_dim]; zero for padding."""
     if rows.places is None:
         return parts[0]
     joined = (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, rows.places)
@@ -181,7 +180,7 @@ def _is_blockwise(q: Tensor) -> bool:
 
 
 def _attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the result of torch's kernel, like q, and the logarithms of its normalizers."""
+    """Return the result of torch's kernel, shaped like q, and its log-sum-exps."""
     k, v = (_repeat(part, q.shape[2]) for part in (k, v))
     out, normalizers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *(part.transpose(1, 2) for part in (q, k, v)), 0.0, True
@@ -203,7 +202,7 @@ def _attend_at_once_back(
 
 
 def _repeat(x: Tensor, num_heads: int) -> Tensor:
-    """Return keys or values once for every head that they serve."""
+    """Repeat each key or value head for the heads that it serves."""
     group = num_heads // x.shape[2]
     return x if group == 1 else x.repeat_interleave(group, dim=2)
 
@@ -239,7 +238,7 @@ def _attend_in_blocks_back(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) ->
 
 
 def _list_blocks(q: Tensor) -> Iterator[slice]:
-    """Yield the queries of each block of [rows, seq, heads, head_dim]."""
+    """Yield the slice of queries of each block of q [rows, seq, heads, head_dim]."""
     num_rows, seq, heads, _ = q.shape
     size = max(MIN_QUERIES, SCORES_AT_A_TIME // (num_rows * heads * seq))
     for start in range(0, seq, size):
@@ -247,11 +246,11 @@ def _list_blocks(q: Tensor) -> Iterator[slice]:
 
 
 def _compute_weights(queries: Tensor, keys: Tensor, block: slice) -> Tensor:
-    """Return what each query takes of each value, [rows * kv_heads, group * queries, keys]; a row's sum is 1.
+    """Return the attention weights, [rows * kv_heads, group * queries, keys].
 
     Args:
         queries: scaled queries, from _split_heads
-        keys: those up to the last query, likewise
+        keys: keys up to the block's last query, from _split_heads
     """
     scores = torch.bmm(queries, keys.mT)
     size = block.stop - block.start
@@ -269,7 +268,7 @@ def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _join_heads(split: Tensor, out: Tensor) -> None:
-    """Write what _split_heads has made of a tensor like `out`, [rows, n, heads, head_dim], back into it."""
+    """Undo _split_heads: copy `split` into `out`, [rows, n, heads, head_dim]."""
     rows, n, _, head_dim = out.shape
     by_head = split.view(rows, len(split) // rows, -1, n, head_dim)
     out.unflatten(2, (by_head.shape[1], -1)).copy_(by_head.permute(0, 3, 1, 2, 4))

@@ -1,12 +1,11 @@
-"""FP8: weights, activations and upstream gradients as float8_e4m3 with a scale for each row, and products of them.
+"""FP8 matrix products: weights, activations and gradients as float8_e4m3 codes with one scale per row.
 
-A frozen weight [out, in] is quantized once, with a scale for each output row. Activations and gradients are quantized
-as they come, with a scale for each token. Forward contracts over `in`, so that the weight's scales are factors of the
-result's columns. Backward contracts over `out`: there they go into the gradient before that is quantized, and the same
-codes serve both products.
+A frozen weight [out, in] is quantized once, with one scale per output row. Activations and gradients are quantized in
+every pass, with one scale per token. Forward contracts over `in`: the weight's scales multiply the result's columns.
+Backward contracts over `out`: they multiply the gradient before it is quantized. Both products use the same codes.
 
-GPUs that multiply 8-bit numbers do so with `torch._scaled_mm`. Everywhere else the codes are multiplied in the
-activations' dtype, which holds them exactly: the result differs by its rounding only.
+GPUs with FP8 units use `torch._scaled_mm`. Other devices multiply the codes in the activations' dtype, which holds
+them exactly: results differ in rounding only.
 """
 
 from __future__ import annotations
@@ -21,35 +20,35 @@ from torch import Tensor, nn
 
 CODES = torch.float8_e4m3fn
 LARGEST_CODE = 448.0
-LEAST_MAGNITUDE = 1e-30  # of a row: below it float32 has no inverse of the scale
-DIVISOR = 16  # of a weight's shape: what the GPU's product takes
-SCALES_PER_OCTAVE = 8  # that a weight's row tries; the format repeats itself at every power of two
-# That become codes at a time: on a CPU temporaries stay in the cache of a core, on a GPU they are small beside a layer.
+LEAST_MAGNITUDE = 1e-30  # lower bound of a row's largest magnitude: below it float32 cannot invert the scale
+DIVISOR = 16  # the GPU's product needs weight dimensions divisible by this
+SCALES_PER_OCTAVE = 8  # scales tried for a weight's row; the format repeats itself at every power of two
+# Values quantized at a time: on a CPU temporaries fit a core's cache, on a GPU they are small beside a layer.
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A weight as codes float8_e4m3fn [out, in] and scales float32 [out]."""
+    """An FP8 weight: codes float8_e4m3fn [out, in], scales float32 [out]."""
 
     codes: Tensor
     scales: Tensor
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense weight: value of the code times scale, computed in float32 and rounded once to dtype."""
+        """Return the dense weight, code value times scale, computed in float32 and rounded once to dtype."""
         return decode(self.codes, torch.float32).mul_(self.scales.unsqueeze(1)).to(dtype)
 
 
 def is_fp8(weight: Tensor) -> bool:
-    """Return whether a base weight is one of 8-bit codes."""
+    """Return whether a base weight consists of FP8 codes."""
     return weight.dtype == CODES
 
 
 @cache
 def multiplies_fp8(device: torch.device) -> bool:
-    """Return whether a device has 8-bit products: an NVIDIA GPU of the Ada or Hopper generation, or a later one.
+    """Return whether a device multiplies FP8: an NVIDIA GPU, Ada, Hopper or later.
 
-    Triton has to be there as well, whose kernels make the codes.
+    Triton must be installed too: its kernels compute the codes.
     """
     if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
         return False
@@ -62,10 +61,10 @@ def _list_values(codes: torch.dtype, dtype: torch.dtype) -> Tensor:
 
 
 def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values of codes, which every wider dtype holds exactly."""
+    """Return the values of codes in a wider dtype; exact."""
     if codes.device.type != "cpu":
         return codes.to(dtype)
-    # A CPU converts one by one, at a fifth of the speed.
+    # A table lookup: torch's conversion on a CPU is five times slower.
     flat, values = codes.view(torch.uint8).flatten(), _list_values(codes.dtype, dtype)
     out = torch.empty(codes.numel(), dtype=dtype)
     for begin in range(0, len(out), CHUNK_VALUES["cpu"]):
@@ -75,9 +74,9 @@ def decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_weight(weight: Tensor) -> Fp8Weight:
-    """Quantize a weight [out, in], each row with that scale of SCALES_PER_OCTAVE which leaves the least squared error.
+    """Quantize a weight [out, in]; each row tries SCALES_PER_OCTAVE scales and takes that of least squared error.
 
-    The first scale makes the largest magnitude 448; the others make it smaller, down to 224.
+    The scales map the row's largest magnitude to 448 (the largest code) or less, always above 224.
     """
     codes = torch.empty(weight.shape, dtype=CODES, device=weight.device)
     scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
@@ -87,7 +86,7 @@ def quantize_weight(weight: Tensor) -> Fp8Weight:
 
 
 def _cut_rows(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
-    """Yield parts of rows as large as a device computes best."""
+    """Yield slices of rows with about CHUNK_VALUES values each."""
     chunk = max(1, CHUNK_VALUES[device.type] // num_columns)
     yield from (slice(begin, begin + chunk) for begin in range(0, num_rows, chunk))
 
@@ -110,13 +109,13 @@ def _quantize_with_best_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Quantize rows of tensors side by side: codes [rows, sum of widths] and their scales, float32 [rows, 1].
+    """Quantize concatenated rows: return codes [rows, sum of widths] and scales, float32 [rows, 1].
 
-    The largest magnitude of a row becomes 448.
+    A row's largest magnitude becomes 448, the largest code.
 
     Args:
-        parts: [rows, width] each
-        factors: of each part's columns, float32 [width], multiplied in before
+        parts: tensors [rows, width], concatenated along the columns
+        factors: float32 [width] per part; they multiply its columns first
     """
     if multiplies_fp8(parts[0].device):
         from tune2gguf.model.fused.eight_bit import quantize_rows as quantize_in_one_kernel
@@ -126,7 +125,7 @@ def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None = None) -> t
 
 
 def quantize_rows_plainly(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """The same in torch's operations."""
+    """Same as `quantize_rows`, in plain torch operations."""
     num_rows, device = len(parts[0]), parts[0].device
     codes = torch.empty(num_rows, sum(part.shape[1] for part in parts), dtype=CODES, device=device)
     scales = torch.empty(num_rows, 1, dtype=torch.float32, device=device)
@@ -135,7 +134,7 @@ def quantize_rows_plainly(parts: list[Tensor], factors: list[Tensor] | None) -> 
         if factors is not None:
             rows *= torch.cat(factors)
         largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True).clamp_(min=LEAST_MAGNITUDE)
-        # Of two tensors: by or of a number torch divides with one more rounding.
+        # Divide tensor by tensor: torch rounds once more if one operand is a number.
         top_code = torch.full_like(largest, LARGEST_CODE)
         codes[chunk] = rows.mul_(top_code / largest).to(CODES)
         scales[chunk] = largest / top_code
@@ -143,7 +142,7 @@ def quantize_rows_plainly(parts: list[Tensor], factors: list[Tensor] | None) -> 
 
 
 def multiply_fp8(x: Tensor, weights: list[Fp8Weight]) -> list[Tensor]:
-    """Return x W^T for weights that take the same x, [rows, out] each in x's dtype.
+    """Return x W^T for several weights, [rows, out] each, in x's dtype.
 
     Args:
         x: [rows, in]
@@ -152,14 +151,14 @@ def multiply_fp8(x: Tensor, weights: list[Fp8Weight]) -> list[Tensor]:
 
 
 def multiply_codes(codes: Tensor, scales: Tensor, weights: list[Fp8Weight], *, dtype: torch.dtype) -> list[Tensor]:
-    """Return the products of what `quantize_rows` returned, [rows, out] each."""
+    """Return the products of quantized rows (from `quantize_rows`) and weights, [rows, out] each."""
     return [_multiply(codes, scales, weight, dtype) for weight in weights]
 
 
 def multiply_fp8_back(gradients: list[Tensor], weights: list[Fp8Weight]) -> Tensor:
-    """Return the sum of each gradient [rows, out] times its weight, [rows, in] in the gradients' dtype.
+    """Return the sum of each gradient [rows, out] times its weight, [rows, in], in the gradients' dtype.
 
-    The list is emptied as soon as the gradients are quantized, so that they need not stay in memory.
+    Clears the list once the gradients are quantized, to free their memory.
     """
     dtype = gradients[0].dtype
     codes, scales = quantize_rows(gradients, [weight.scales for weight in weights])
@@ -168,7 +167,7 @@ def multiply_fp8_back(gradients: list[Tensor], weights: list[Fp8Weight]) -> Tens
         return _multiply_back_plainly(codes, scales, weights, dtype)
     from tune2gguf.model.fused.eight_bit import transpose_codes
 
-    # The GPU's product wants both operands contiguous along what it contracts.
+    # The GPU's product needs both operands contiguous along the contracted dimension.
     transposed = transpose_codes([weight.codes for weight in weights])
     return torch._scaled_mm(
         codes, transposed.t(), scales, scales.new_ones(1, len(transposed)), out_dtype=dtype, use_fast_accum=True
@@ -176,7 +175,7 @@ def multiply_fp8_back(gradients: list[Tensor], weights: list[Fp8Weight]) -> Tens
 
 
 def _uses_units(codes: Tensor, dtype: torch.dtype) -> bool:
-    # With a scale for each row torch's product gives bf16 only.
+    # With one scale per row torch's product returns bf16 only.
     return dtype == torch.bfloat16 and multiplies_fp8(codes.device)
 
 
@@ -196,28 +195,26 @@ def _multiply_back_plainly(codes: Tensor, scales: Tensor, weights: list[Fp8Weigh
 
 
 def _scale(product: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Multiply a product of codes, [rows, columns], by its scales, in place."""
+    """Multiply a product of codes, [rows, columns], by its row and column scales, in place."""
     for chunk in _cut_rows(*product.shape, product.device):
         product[chunk] = (product[chunk] * rows[chunk]).mul_(columns)
     return product
 
 
 def describe_products(device: torch.device) -> str:
-    """Return what a run with an 8-bit base says of its products."""
+    """Return the line that a run with an FP8 base prints about its matrix products."""
     if multiplies_fp8(device):
-        return "products: of 8-bit numbers, where dtype is bf16"
-    return (
-        f"products: of 8-bit numbers as of others, {device} has none for them; base_weights=bf16 is as fast or faster"
-    )
+        return "matrix products: FP8 if dtype=bf16"
+    return f"matrix products: {device} has no FP8 units; base_weights=bf16 is as fast or faster"
 
 
 def get_fp8_weight(linear: nn.Module) -> Fp8Weight:
-    """Return the base weight of a linear module that `load_base` has filled with 8-bit codes."""
+    """Return the base weight of a linear module that holds FP8 codes."""
     return Fp8Weight(linear.weight, linear.weight_scales)
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer without bias or adapter, with a frozen weight in any of the base's kinds."""
+    """A frozen linear layer without bias or adapter; its base weight is fp32, bf16 or fp8."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__(in_dim, out_dim, bias=False)
@@ -232,7 +229,7 @@ class FrozenLinear(nn.Linear):
 
 
 class _Fp8Product(torch.autograd.Function):
-    """y = x W^T of which only x gets a gradient."""
+    """y = x W^T; only x gets a gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

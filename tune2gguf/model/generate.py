@@ -1,4 +1,4 @@
-"""Greedy or drawn replies of a model in torch, as it is trained: base and unmerged adapter, one token at a time."""
+"""Generation in torch with base and unmerged adapter: greedy or sampled, one token at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterModel:
-    """A base with its adapter, in evaluation mode and with caches; made by `load_adapter_model` or `kv_caches`.
+    """A base with its adapter, in evaluation mode, with KV caches; from `load_adapter_model` or `kv_caches`.
 
     Attributes:
-        max_seq_len: tokens of prompt and reply that the caches hold
-        agree: takes the tokens that this process chose, returns those that all processes go on with
+        max_seq_len: limit on the tokens of prompt plus reply
+        agree: maps this process's chosen tokens to those that all processes continue with
     """
 
     model: CausalLM
@@ -44,12 +44,14 @@ class AdapterModel:
         """Answer a conversation of {"role", "content"} messages; arguments as in `llama_cpp.LlamaCppModel.chat`.
 
         Raises:
-            ValueError: if the conversation leaves no room for a reply within max_seq_len
+            ValueError: if the prompt has max_seq_len tokens or more
         """
         prompt = self.tokenizer.encode_prompt([Message(turn["role"], turn["content"]) for turn in messages])
         room = self.max_seq_len - len(prompt)
         if room <= 0:
-            raise ValueError(f"the conversation has {len(prompt)} tokens; the model was trained for {self.max_seq_len}")
+            raise ValueError(
+                f"the conversation has {len(prompt)} tokens, the limit is max_seq_len={self.max_seq_len}; shorten it"
+            )
         stream = _TextStream(self.tokenizer, on_text)
         ids = self._generate(prompt, min(max_tokens, room), temperature, seed, stream)
         return make_reply(self.tokenizer, prompt, ids)
@@ -57,7 +59,7 @@ class AdapterModel:
     def _generate(
         self, prompt: list[int], max_tokens: int, temperature: float, seed: int, stream: _TextStream
     ) -> list[int]:
-        """Return the drawn ids; the last one is the end of the turn unless the limit came first."""
+        """Return the sampled ids; they end with a stop token unless the limit came first."""
         import torch
 
         decoder, ids = self.model.decoder, []
@@ -77,7 +79,7 @@ class AdapterModel:
 
 
 def make_reply(tokenizer: ChatTokenizer, prompt: Sequence[int], ids: Sequence[int]) -> Reply:
-    """Return the reply of these ids; it ended by itself if the last one is a stop."""
+    """Return the reply of these ids; it ended by itself if the last id is a stop token."""
     ended = bool(ids) and ids[-1] in tokenizer.stop_ids
     text = tokenizer.decode(ids[:-1] if ended else ids)
     return Reply(text=text, ended_by_itself=ended, num_prompt_tokens=len(prompt), num_reply_tokens=len(ids))
@@ -86,24 +88,24 @@ def make_reply(tokenizer: ChatTokenizer, prompt: Sequence[int], ids: Sequence[in
 def generate_together(
     adapter_model: AdapterModel, prompts: Sequence[Sequence[int]], *, max_tokens: int
 ) -> list[list[int]]:
-    """Return the likeliest tokens after each prompt, all prompts in one batch: a step costs hardly more than for one.
+    """Return the greedy reply to each prompt, all in one batch.
 
-    Prompts are padded in front, to end at the same place of the caches; nothing attends to the padding.
+    Prompts are left-padded, so all end at the same place of the caches. No token attends to padding.
 
     Args:
-        adapter_model: with a cache row per prompt, each `max_tokens` longer than the longest prompt
+        adapter_model: its caches have one row per prompt and hold the longest prompt plus `max_tokens`
         prompts: token ids, each fewer than adapter_model.max_seq_len
-        max_tokens: of a reply; none goes beyond adapter_model.max_seq_len either
+        max_tokens: limit on a reply; prompt plus reply never exceed adapter_model.max_seq_len either
 
     Returns:
-        the ids of each reply; the last one is the end of the turn unless a limit came first
+        the ids of each reply; they end with a stop token unless a limit came first
     """
     import torch
 
     device, longest = adapter_model.device, max(map(len, prompts))
     paddings = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     places = torch.arange(longest + max_tokens, device=device)
-    # A padding sees itself, as a row of a softmax over nothing would be NaN.
+    # Padding attends to itself: a softmax over nothing would be NaN.
     mask = (places[None, None] >= paddings[:, None, None]) & (places[None, None] <= places[None, :, None])
     mask |= torch.eye(len(places), dtype=torch.bool, device=device)
     positions = (places[None] - paddings[:, None]).clamp(0, adapter_model.max_seq_len - 1)
@@ -134,7 +136,7 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int
 
 @dataclass
 class _TextStream:
-    """Hands the text of growing ids on as it becomes whole; a character can take several tokens."""
+    """Pass generated text on once its last character is complete; a character can take several tokens."""
 
     tokenizer: ChatTokenizer
     on_text: Callable[[str], None] | None
@@ -162,11 +164,12 @@ def kv_caches(
     num_places: int,
     agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
 ) -> Iterator[AdapterModel]:
-    """Let a model that is being trained reply within this context; it is left as it was entered.
+    """Give a model KV caches, so it can generate in the middle of training; restore it on exit.
 
     Args:
-        max_seq_len: of a prompt and its reply
-        batch_size, num_places: rows of the caches, and tokens that each holds
+        max_seq_len: limit on the tokens of prompt plus reply
+        batch_size: rows of the caches
+        num_places: tokens per row of the caches
     """
     import torch
     from torchtune.modules import MultiHeadAttention
@@ -175,7 +178,7 @@ def kv_caches(
     decoder, was_training = model.decoder, model.training
     model.eval()
     dtype = decoder.tok_embeddings.weight.dtype
-    # Compiled layers compute as they are written here: a graph for a growing cache would be compiled for a few replies.
+    # Run compiled layers eagerly: compiling graphs for a growing cache does not pay for a few replies.
     with (
         torch.compiler.set_stance("force_eager"),
         local_kv_cache(decoder, batch_size=batch_size, device=device, dtype=dtype, decoder_max_seq_len=num_places),
@@ -183,7 +186,7 @@ def kv_caches(
         yield AdapterModel(model, tokenizer, max_seq_len, device, agree)
     for module in decoder.modules():
         if isinstance(module, MultiHeadAttention):
-            # torchtune leaves an empty submodule, at which a compiled layer would be compiled again.
+            # torchtune leaves an empty submodule, which would recompile a compiled layer.
             del module.kv_cache
             module.kv_cache = None
     model.train(was_training)
@@ -191,10 +194,10 @@ def kv_caches(
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said, and whether it ended its turn by itself or reached the limit."""
+    """A reply: its text, and whether the model ended its turn or the limit cut it."""
 
     text: str
     ended_by_itself: bool
     num_prompt_tokens: int
     num_reply_tokens: int
-    tool_calls: tuple[dict[str, Any], ...] = ()  # each of name and arguments, where the engine reads calls
+    tool_calls: tuple[dict[str, Any], ...] = ()  # name and arguments each, if the engine parses calls

@@ -1,4 +1,4 @@
-"""torchtune's norm, MLP and layer, with fewer passes over memory and less kept on a CPU."""
+"""torchtune's norm, MLP and layer; on a CPU they read memory less often and keep less for backward."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tune2gguf.model.lora import apply_linears
 
 
 class FrozenRMSNorm(RMSNorm):
-    """torchtune's RMSNorm, computed in float32, of which the scale gets no gradient.
+    """torchtune's RMSNorm in float32, with a frozen scale.
 
-    For backward it keeps its input as it came; autograd would keep a float32 copy.
+    It keeps its input for backward; autograd would keep a float32 copy.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,10 +43,10 @@ class _NormalizedProduct(torch.autograd.Function):
 
 
 class GatedMLP(FeedForward):
-    """torchtune's SwiGLU MLP, which keeps gate and up for backward, not the activation between them as well."""
+    """torchtune's SwiGLU MLP; it keeps gate and up for backward, but not the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., dim] to the same."""
+        """Map [..., dim] to the same shape."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         gate, up = apply_linears(x.flatten(0, -2), (self.w1, self.w3))
@@ -69,10 +69,10 @@ class _GatedProduct(torch.autograd.Function):
 
 
 class DecoderLayer(TransformerSelfAttentionLayer):
-    """torchtune's layer, which takes the rows of a pass flat on a CPU."""
+    """torchtune's layer; on a CPU it also takes a pass's flat rows."""
 
     def forward(self, x: Tensor, *, rows: Rows | None = None, **rest) -> Tensor:
-        """Map [tokens, dim] to the same; without `rows` as torchtune does it."""
+        """Map [tokens, dim] to the same shape; without `rows`, call torchtune's forward."""
         if rows is None:
             return super().forward(x, **rest)
         x = x + self.attn.attend_rows(self.sa_norm(x), rows)

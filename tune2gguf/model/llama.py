@@ -1,7 +1,7 @@
-"""Builders of Llama decoders with LoRA, from torchtune's modules; the shape of the base comes from its architecture.
+"""Builders of Llama decoders with LoRA, from torchtune's modules and the base's architecture.
 
-torchtune's own LoRA builders put the adapter into the dtype of the base; these keep it in float32 (see lora.py), and
-serve every dense Llama, tied or not, with or without Llama 3's rope scaling, from one place.
+torchtune's own LoRA builders give the adapter the dtype of the base; these keep it in float32 (see lora.py). They
+cover every dense Llama, tied or not, with or without Llama 3's RoPE scaling.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LORA_ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 
 
 class TokenEmbedding(nn.Embedding):
-    """An embedding whose weight may stay in the host's memory: a step looks up a few of its rows only."""
+    """A token embedding whose weight may stay in host memory: a step looks up few of its rows."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens [batch, seq] to [batch, seq, dim] on the tokens' device."""
@@ -42,7 +42,7 @@ class TokenEmbedding(nn.Embedding):
         places = tokens.to(self.weight.device)
         if not tokens.is_cuda:
             return super().forward(places).to(tokens.device)
-        # Into pinned memory, from which the copy waits for nothing.
+        # Pinned memory makes the copy asynchronous.
         shape = (*tokens.shape, self.embedding_dim)
         found = torch.empty(shape, dtype=self.weight.dtype, pin_memory=True)
         torch.index_select(self.weight, 0, places.flatten(), out=found.view(-1, self.embedding_dim))
@@ -50,24 +50,24 @@ class TokenEmbedding(nn.Embedding):
 
 
 class CausalLM(nn.Module):
-    """A decoder that returns the loss of its supervised positions: the head's product happens inside forward."""
+    """A decoder whose forward returns the loss of the supervised positions, output head included."""
 
     def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
         self.decoder = decoder
         self.offloading: AbstractContextManager = nullcontext()
         self.is_compiled = False
-        self.stack: FusedStack | None = None  # trains the layers where prepare_training fuses them
-        self.sharded: ShardedBase | None = None  # gathers the weights where each process has a part of them
+        self.stack: FusedStack | None = None  # set by prepare_training(fuse=True)
+        self.sharded: ShardedBase | None = None  # set if the base is sharded over processes
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head's weight [vocab, dim], the token embedding where the model is tied."""
+        """The output head's weight, [vocab, dim]; the token embedding if the model is tied."""
         output = self.decoder.output
         return output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
 
     def compute_hidden(self, tokens: Tensor, **rows) -> Tensor:
-        """Return the last hidden states after the final norm, [batch, seq, dim]; arguments as in forward."""
+        """Return the hidden states after the final norm, [batch, seq, dim]; arguments as in forward."""
         return self.decoder.norm(self._run_layers(tokens, **rows)[: tokens.numel()]).view(*tokens.shape, -1)
 
     def _run_layers(
@@ -78,7 +78,7 @@ class CausalLM(nn.Module):
         longest_row: int | None = None,
         input_pos: Tensor | None = None,
     ) -> Tensor:
-        """Return the last layer's output of the flat batch, [tokens, dim]; padding may follow."""
+        """Return the last layer's output for the flat batch, [tokens or more, dim]; padding may follow."""
         if self.stack is not None:
             from tune2gguf.model.fused.stack import lay_out_pass
 
@@ -108,13 +108,13 @@ class CausalLM(nn.Module):
         return nullcontext() if sharded is None else sharded.hold(sharded.head, then=sharded.embedding)
 
     def forward(self, tokens: Tensor, labels: Tensor, supervised: Tensor | None = None, **rows) -> Tensor:
-        """Return the cross entropy of each supervised position, [n] in float32, row by row.
+        """Return the cross entropy of each supervised position, float32 [n], row by row.
 
         Args:
             tokens: [batch, seq]
             labels: [batch, seq], not shifted; IGNORED_LABEL where a token is not supervised
-            supervised: places from `find_supervised`; None: looked for here
-            rows: row_starts, longest_row and input_pos of a data.Batch; none where a sequence is one row
+            supervised: indices from `find_supervised`; None: computed here
+            rows: row_starts, longest_row and input_pos of a data.Batch; none if each sequence is one row
         """
         hidden = self._run_layers(tokens, **rows)
         if supervised is None:
@@ -124,14 +124,14 @@ class CausalLM(nn.Module):
             return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
 
     def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
-        """Return the logits of the token after each row, [batch, vocab] in float32; the decoder's caches grow.
+        """Append tokens to the KV caches and return the next token's logits, float32 [batch, vocab].
 
         Args:
-            tokens: what follows the tokens in the caches, [batch, new]
-            mask: True where a new token attends to a place of the caches, [batch, new, max_seq_len]
+            tokens: new tokens, [batch, new]
+            mask: True where a new token attends to a cache place, [batch, new, max_seq_len]
             input_pos: positions of the new tokens, [batch, new]
         """
-        # Compiled layers would be compiled anew for prompts, single tokens and caches, and crowd out those of training.
+        # Compiled layers would recompile for prompts, single tokens and caches, and evict the graphs of training.
         with torch.compiler.set_stance("force_eager"):
             hidden = self._embed(tokens)
             for number, layer in enumerate(self.decoder.layers):
@@ -141,11 +141,11 @@ class CausalLM(nn.Module):
 
 
 def pad_pass(tokens: Tensor, row_starts: Tensor | None) -> tuple[Tensor, list[int]]:
-    """Return the tokens of a pass, flat and padded by `pad_length`, and the lengths of its rows.
+    """Return the flat tokens of a pass, padded to `pad_length`, and the lengths of its rows.
 
     Args:
         tokens: [batch, seq]
-        row_starts: first token of each row in the flat batch, then its size; None: each sequence is a row
+        row_starts: first token of each row in the flat batch, then the batch's size; None: each sequence is a row
     """
     batch, seq = tokens.shape
     lengths = [seq] * batch if row_starts is None else row_starts.diff().tolist()
@@ -153,10 +153,10 @@ def pad_pass(tokens: Tensor, row_starts: Tensor | None) -> tuple[Tensor, list[in
 
 
 def make_row_mask(row_starts: Tensor, batch: int, seq: int) -> Tensor:
-    """Return the mask that lets a token attend to the tokens before it in its own row, bool [batch, seq, seq].
+    """Return the causal mask within each row, bool [batch, seq, seq].
 
     Args:
-        row_starts: first token of each row in the flat batch, then its size, [rows + 1]
+        row_starts: first token of each row in the flat batch, then the batch's size, [rows + 1]
     """
     places = torch.arange(batch * seq, dtype=row_starts.dtype, device=row_starts.device)
     row_ids = torch.searchsorted(row_starts, places, right=True).view(batch, seq)
@@ -174,11 +174,11 @@ def prepare_training(
     """Wrap, compile or fuse the layers of a model, in place.
 
     Args:
-        compile: compile each layer; they share one compiled graph, for passes of any length from the start: torch
-            gives up after eight recompilations, and says so nowhere
-        enable_activation_checkpointing: keep a layer's input only and compute the layer again in backward
-        enable_activation_offloading: keep these inputs in the CPU's memory until then; the model is on a GPU
-        fuse: train each layer with the kernels of tune2gguf.model.fused, where it finds no obstacle
+        compile: compile each layer. All share one graph with dynamic lengths: torch silently gives up after eight
+            recompilations
+        enable_activation_checkpointing: keep only each layer's input and recompute the layer in backward
+        enable_activation_offloading: keep these inputs in CPU memory until backward; needs a GPU
+        fuse: train the layers with the kernels of tune2gguf.model.fused
     """
     layers = model.decoder.layers
     if enable_activation_offloading:
@@ -194,11 +194,11 @@ def prepare_training(
         for layer in layers:
             layer.forward = partial(_run_fused, layer, layer.forward, checkpointing=enable_activation_checkpointing)
         return
-    # Compiled first: around a checkpoint the compiler would give up at the attention's graph break.
+    # Compile before checkpointing: around a checkpoint the compiler gives up at attention's graph break.
     model.is_compiled = compile
     if compile:
         for layer in layers:
-            # Rounded where uncompiled layers round: else ties of bf16 sums follow the sign of the least adapter.
+            # Round where eager layers round: else the smallest adapter decides the ties of bf16 sums.
             layer.compile(dynamic=True, options={"emulate_precision_casts": True})
     if enable_activation_checkpointing:
         from torchtune import training
@@ -216,7 +216,7 @@ def _run_fused(
 ) -> Tensor:
     from tune2gguf.model.fused.layer import run_layer
 
-    if "layout" not in rest:  # a reply is generated token by token, with caches
+    if "layout" not in rest:  # generation with caches, token by token
         return plain_forward(x, **rest)
     return run_layer(layer, x, checkpointing=checkpointing, **rest)
 
@@ -231,16 +231,19 @@ def build_lora_llama(
     apply_lora_to_mlp: bool,
     max_seq_len: int,
 ) -> CausalLM:
-    """Build the model on torch's current default device; base weights and rope tables are filled in by `load_base`.
+    """Build the model on torch's default device; `load_base` fills in base weights and RoPE tables.
 
     Raises:
-        ValueError: if a LoRA module is unknown, or no module is named
+        ValueError: if a LoRA module is unknown, or none is named
     """
     unknown = sorted(set(lora_attn_modules) - set(LORA_ATTN_MODULES))
     if unknown:
-        raise ValueError(f"lora_attn_modules={unknown}: unknown; use {', '.join(LORA_ATTN_MODULES)}")
+        raise ValueError(f"lora_attn_modules={unknown} is unknown; choose from {', '.join(LORA_ATTN_MODULES)}")
     if not lora_attn_modules and not apply_lora_to_mlp:
-        raise ValueError("lora_attn_modules=[] and apply_lora_to_mlp=false leave nothing to train")
+        raise ValueError(
+            "lora_attn_modules=[] and apply_lora_to_mlp=false leave nothing to train; "
+            f"set apply_lora_to_mlp=true, or choose from {', '.join(LORA_ATTN_MODULES)}"
+        )
 
     def make_linear(in_dim: int, out_dim: int, has_lora: bool) -> nn.Module:
         if has_lora:
@@ -324,19 +327,19 @@ def lora_llama(
     apply_lora_to_mlp: bool,
     max_seq_len: int,
 ) -> CausalLM:
-    """Build a dense Llama with LoRA from the config.json of its base folder, without weights (on the meta device).
+    """Build a dense Llama with LoRA from its base folder's config.json, on the meta device, without weights.
 
     Args:
-        architecture: the name in ARCHITECTURES that config.json must agree with; None takes what config.json says
+        architecture: name in ARCHITECTURES that config.json must match; None accepts any dense Llama
 
     Raises:
-        ValueError: if config.json cannot be read, is not a dense Llama, or is not the named architecture
+        ValueError: if config.json cannot be read, is not a dense Llama, or does not match `architecture`
     """
     found = read_architecture(base_dir)
     if architecture is not None:
         if architecture not in ARCHITECTURES:
             raise ValueError(
-                f"architecture={architecture!r} is unknown; use one of {', '.join(ARCHITECTURES)}, or null"
+                f"architecture={architecture!r} is unknown; choose from {', '.join(ARCHITECTURES)}, or null"
             )
         check_architecture(architecture, found, base_dir)
     with torch.device("meta"):

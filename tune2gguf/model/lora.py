@@ -1,4 +1,4 @@
-"""The LoRA linear layer: a frozen base weight in bf16, float32, FP8 or NF4, and a float32 adapter beside it."""
+"""The LoRA linear layer: a frozen base weight (fp32, bf16, fp8 or nf4) and a float32 adapter."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.nn import functional
 from tune2gguf.model.fp8 import Fp8Weight, multiply_fp8, multiply_fp8_back
 from tune2gguf.model.nf4_tensor import Nf4Tensor, multiply_nf4
 
-# By their size in bytes.
+# Integer dtype by size in bytes.
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LoRALinear(nn.Module):
-    """y = x W^T + alpha / rank * dropout(x) A^T B^T, with W frozen.
+    """A linear layer with LoRA: y = x W^T + alpha / rank * dropout(x) A^T B^T, with W frozen.
 
-    The adapter is float32 because AdamW's small updates vanish in bf16; it is cast to the activations' dtype for the
-    products, so that the activations are never upcast.
+    The adapter is float32 because AdamW's small updates vanish in bf16. It is cast to the activations' dtype for the
+    products; activations are never upcast.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim), requires_grad=False)
-        self.register_buffer("weight_scales", None, persistent=False)  # of 8-bit codes, float32 [out_dim]
+        self.register_buffer("weight_scales", None, persistent=False)  # scales of FP8 codes, float32 [out_dim]
         self.lora_a = nn.Linear(in_dim, rank, bias=False, dtype=torch.float32)
         self.lora_b = nn.Linear(rank, out_dim, bias=False, dtype=torch.float32)
         self.rank = rank
@@ -34,7 +34,7 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
 
     def adapter_params(self) -> list[str]:
-        """Name the trainable parameters, as torchtune's adapter helpers ask for them."""
+        """Return the names of the trainable parameters, for torchtune's adapter helpers."""
         return ["lora_a.weight", "lora_b.weight"]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class LoRALinear(nn.Module):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _compute_plainly(self, x: Tensor) -> Tensor:
-        """The same in plain operations, for the compiler, which plans itself what to keep for backward."""
+        """Same as forward, in plain torch operations: the compiler itself plans what backward keeps."""
         dropped = functional.dropout(x, self.dropout, self.training)
         low_rank = functional.linear(dropped, self.lora_a.weight.to(x.dtype)) * self.scaling
         return _apply_frozen(x, self.weight) + functional.linear(low_rank, self.lora_b.weight.to(x.dtype))
@@ -56,10 +56,10 @@ def _apply_frozen(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def draw_keep_mask(x: Tensor, dropout: float) -> Tensor:
-    """Draw True with probability 1 - dropout for every element of x, [rows, in_dim].
+    """Draw dropout's mask for x [rows, in_dim]: True with probability 1 - dropout.
 
-    On a CPU torch draws a double for each element, which costs more than the adapter's products; 16 bits are enough:
-    the drawn fraction is within 2^-17 of `dropout`.
+    On a CPU torch draws a double per element, which costs more than the adapter's products. Here it is 16 bits, which
+    put the probability within 2^-17.
     """
     if x.device.type != "cpu":
         return torch.rand_like(x, dtype=torch.float32) >= dropout
@@ -69,9 +69,9 @@ def draw_keep_mask(x: Tensor, dropout: float) -> Tensor:
 
 
 def drop(x: Tensor, keep: Tensor | None) -> Tensor:
-    """Return x, [rows, in_dim], with zeros where `keep` is False; None keeps all.
+    """Return x [rows, in_dim] with zeros where `keep` is False; None keeps all.
 
-    By the bits: torch converts truth values to bf16 one by one, which takes ten times as long.
+    It masks the bits: torch's conversion from bool to bf16 takes ten times as long.
     """
     if keep is None:
         return x
@@ -80,21 +80,21 @@ def drop(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def to_dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a base weight as a plain tensor: NF4 is dequantized, any other stays as it is."""
+    """Dequantize a base weight if it is NF4; return any other unchanged."""
     return weight.dequantize(dtype) if isinstance(weight, Nf4Tensor) else weight
 
 
 def apply_linears(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """Apply linear layers to the same input, [rows, in_dim]; their adapters drop the same elements of it.
+    """Apply several linear layers to one input, [rows, in_dim]; their adapters share one dropout mask.
 
-    One mask and one product with all A take half the time that each adapter's own would.
+    One mask and one product with all A take half the time of separate ones.
     """
     adapted = [linear for linear in linears if isinstance(linear, LoRALinear)]
     if not adapted:
         return tuple(linear(x) for linear in linears)
     first = adapted[0]
     keep = draw_keep_mask(x, first.dropout) if first.training and first.dropout > 0 else None
-    # Dropped inputs are made up for by the others, so that the expected product stays.
+    # Scale kept inputs up to preserve the expected product.
     scale = first.scaling if keep is None else first.scaling / (1.0 - first.dropout)
     factors = [factor for linear in adapted for factor in (linear.lora_a.weight, linear.lora_b.weight)]
     has_adapter = [isinstance(linear, LoRALinear) for linear in linears]
@@ -103,9 +103,9 @@ def apply_linears(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]
 
 
 class _LoRAProducts(torch.autograd.Function):
-    """Base and adapter products of one input; kept for backward are the input, the mask, low_rank and the factors.
+    """Base and adapter products of one input. Backward keeps the input, the mask, low_rank and the factors.
 
-    Autograd's own graph would keep a dropped copy of x for every layer, and add two full-size temporaries to each pass.
+    Autograd would keep a dropped copy of x per layer and add two full-size temporaries to each pass.
     """
 
     @staticmethod
@@ -151,7 +151,11 @@ class _LoRAProducts(torch.autograd.Function):
 
 
 def _multiply_frozen(x: Tensor, frozen: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """Return x W^T for each of the weights, given as weight and scales of its 8-bit codes, or None, in turns."""
+    """Return x W^T for each weight.
+
+    Args:
+        frozen: weight, then the scales of its FP8 codes (else None), for each weight in turn
+    """
     weights, scales = frozen[::2], frozen[1::2]
     if scales[0] is None:
         return tuple(x @ to_dense(weight, x.dtype).T for weight in weights)
@@ -159,7 +163,7 @@ def _multiply_frozen(x: Tensor, frozen: Sequence[Tensor | None]) -> tuple[Tensor
 
 
 def _multiply_frozen_back(upstream: Sequence[Tensor], frozen: Sequence[Tensor | None]) -> Tensor:
-    """Return the sum of each gradient times its weight."""
+    """Return the sum of each gradient times its weight; `frozen` as in _multiply_frozen."""
     weights, scales = frozen[::2], frozen[1::2]
     if scales[0] is not None:
         return multiply_fp8_back(list(upstream), [Fp8Weight(*pair) for pair in zip(weights, scales, strict=True)])
@@ -171,9 +175,9 @@ def _multiply_frozen_back(upstream: Sequence[Tensor], frozen: Sequence[Tensor | 
 
 @torch.no_grad()
 def initialize_adapters(model: nn.Module, seed: int) -> None:
-    """Set every A to Kaiming uniform with a = sqrt(5) and every B to zero, from the seed alone.
+    """Set every A to Kaiming uniform with a = sqrt(5), and every B to zero.
 
-    Drawn on the CPU in the order of the modules, so that every device and rank starts from the same adapter.
+    The draws are made on the CPU in module order: every device and process starts from the same adapter.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Cross entropy over the supervised positions only, without ever holding [batch, seq, vocab]."""
+"""Cross entropy over the supervised positions only; logits of [batch, seq, vocab] never exist."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tune2gguf.model.lengths import pad_length
 
 IGNORED_LABEL = -100
 
-# Projected at a time: 256 x 128256 logits are 66 MB in bf16, and the product is still large enough to be efficient.
-# A GPU, whose kernel needs no float32 copy of them, takes 512: the product of 256 ran at three quarters of its speed.
+# 256 x 128256 logits take 66 MB in bf16, and the product is large enough to be efficient. A GPU's kernel needs no
+# float32 copy of the logits; with 512 positions its product is a third faster than with 256.
 POSITIONS_PER_CHUNK = {"cpu": 256, "cuda": 512, "mps": 512}
-# A CPU takes the softmax of so many logits at a time: their float32 copies of 2 MB stay in its cache.
+# Logits per softmax on a CPU: their float32 copy of 2 MB fits its cache.
 CACHED_LOGITS = 1 << 19
 
 
 def find_supervised(labels: Tensor) -> Tensor:
-    """Return the places whose next token is supervised, row by row, as indices of labels.flatten(), [n] int64.
+    """Return the positions whose next token is supervised, as indices of labels.flatten(), int64 [n], row by row.
 
-    Whoever asks on a GPU waits for it: batches are made with their places.
+    On a GPU this synchronizes; batches therefore carry their positions.
 
     Args:
         labels: [batch, seq], not shifted; IGNORED_LABEL where a token is not supervised
@@ -32,18 +32,18 @@ def find_supervised(labels: Tensor) -> Tensor:
 
 
 def select_supervised(hidden: Tensor, labels: Tensor, supervised: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the hidden states that predict a supervised token, [n, dim], and those tokens, [n].
+    """Return the hidden states that predict supervised tokens, [n, dim], and these tokens, [n].
 
     Args:
         hidden: [tokens or more, dim]
         labels: [batch, seq], not shifted
-        supervised: places from `find_supervised`
+        supervised: positions from `find_supervised`
     """
     return hidden.index_select(0, supervised), labels.flatten().index_select(0, supervised + 1)
 
 
 def cross_entropy_of_supervised(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross entropy of each position, [n] in float32, for a frozen output head.
+    """Return the cross entropy of each position, float32 [n], for a frozen output head.
 
     Args:
         hidden: [n, dim]
@@ -54,13 +54,13 @@ def cross_entropy_of_supervised(hidden: Tensor, head_weight: Tensor, targets: Te
 
 
 def pad_rows(hidden: Tensor) -> Tensor:
-    """Return [n, dim] with zeros behind it on a CPU, for which every number of rows is another product."""
+    """Pad [n, dim] with zero rows on a CPU, where oneDNN compiles a product for each number of rows."""
     padding = pad_length(len(hidden)) - len(hidden) if hidden.device.type == "cpu" else 0
     return functional.pad(hidden, (0, 0, 0, padding)) if padding else hidden
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient of a chunk is taken while its logits are at hand, so that only [n, dim] is kept for backward."""
+    """Cross entropy in chunks; forward computes each chunk's gradient, so backward keeps [n, dim] only."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             own = logits[: len(targets[chunk])]
             losses[chunk], own_gradient = compute(own, targets[chunk], with_gradient=gradient is not None)
             if gradient is not None:
-                gradient[chunk] = (logits @ head_weight)[: len(own)]  # the gradient stands where the logits were
-            del logits, own, own_gradient  # before the next chunk's are there
+                gradient[chunk] = (logits @ head_weight)[: len(own)]  # `compute` has replaced logits by their gradient
+            del logits, own, own_gradient  # before the next chunk's are allocated
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
@@ -84,12 +84,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        # The factors are 1 / N: rounded to bf16 they would be off by up to 0.4 %, all alike.
+        # The factors are 1 / N: in bf16 all would be off by the same error, up to 0.4 %.
         return torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient)), None, None
 
 
 def _compute_plainly(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Return each position's cross entropy, float32 [n], and its gradient over the logits [n, vocab], written there."""
+    """Return each position's cross entropy, float32 [n], and its gradient, which overwrites the logits [n, vocab]."""
     num_positions, vocab = logits.shape
     losses = torch.empty(num_positions, dtype=torch.float32, device=logits.device)
     at_a_time = max(1, CACHED_LOGITS // vocab) if logits.device.type == "cpu" else max(1, num_positions)
@@ -106,7 +106,7 @@ def _compute_plainly(logits: Tensor, targets: Tensor, *, with_gradient: bool) ->
 
 
 def _compute_fused(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """The same in one kernel, which writes the gradient over the logits."""
+    """Same as _compute_plainly, in one kernel."""
     from tune2gguf.model.fused.launch import cross_entropy
 
     losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)

@@ -1,6 +1,6 @@
-"""NF4: 4-bit codes with one scale for 64 weights (QLoRA, https://arxiv.org/abs/2305.14314).
+"""NF4: 4-bit codes with one scale per 64 weights (QLoRA, https://arxiv.org/abs/2305.14314).
 
-All arithmetic is float32. Two codes share a byte as in bitsandbytes: the first in the high nibble.
+All arithmetic is float32. Two codes share a byte, the first in the high nibble, as in bitsandbytes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BLOCK_SIZE = 64  # weights with one scale
+BLOCK_SIZE = 64  # weights per scale
 LOOKUP_CELLS = 4096
-CHUNK_WEIGHTS = 1 << 18  # float32 temporaries of 1 MB stay in the cache of a core
-GPU_CHUNK_WEIGHTS = 1 << 24  # of 64 MB: a GPU wants few kernels
+CHUNK_WEIGHTS = 1 << 18  # 1 MB of float32: temporaries fit a core's cache
+GPU_CHUNK_WEIGHTS = 1 << 24  # 64 MB of float32: few kernel launches
 
-# Quantiles of the normal distribution, the values that bitsandbytes' kernels have built in.
+# Quantiles of the normal distribution, as in bitsandbytes' kernels.
 NF4_VALUES = (
     -1.0,
     -0.6961928009986877,
@@ -42,43 +42,45 @@ NF4_VALUES = (
 
 @dataclass(frozen=True)
 class Nf4Weight:
-    """A weight [out, in] as NF4: `codes` uint8 [out * in / 2], `scales` float32 [out * in / 64], both row by row."""
+    """An NF4 weight [out, in]: `codes` uint8 [out * in / 2], `scales` float32 [out * in / 64], both row by row."""
 
     codes: Tensor
     scales: Tensor
     shape: tuple[int, ...]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the dense weight: value of the code times scale, computed in float32 and rounded once to dtype."""
+        """Return the dense weight, code value times scale, computed in float32 and rounded once to dtype."""
         table = get_nf4_table(self.codes.device)
         return dequantize_codes(
             self.codes, self.scales, table, self.shape, self.scales.dtype if dtype is None else dtype
         )
 
     def reorder_rows(self, reorder: Callable[[Tensor], Tensor]) -> Nf4Weight:
-        """Return the weight with `reorder` applied to its rows, which must hold whole blocks.
+        """Return the weight with `reorder` applied to its rows.
 
         Raises:
-            ValueError: if a block reaches from one row into the next
+            ValueError: if a row does not consist of whole blocks
         """
         num_rows, num_columns = self.shape
         if self.scales.numel() % num_rows != 0:
-            raise ValueError(f"rows of {num_columns} weights do not hold whole blocks, so that their order is fixed")
+            raise ValueError(
+                f"rows of {num_columns} weights cannot be reordered: a row must be a multiple of the block size"
+            )
         codes, scales = (reorder(part.view(num_rows, -1)).flatten() for part in (self.codes, self.scales))
         return Nf4Weight(codes, scales, self.shape)
 
 
 def get_nf4_table(device: torch.device | None = None) -> Tensor:
-    """Return the 16 values, float32, ascending."""
+    """Return the 16 NF4 values, float32 [16], ascending."""
     import torch
 
     return torch.tensor(NF4_VALUES, dtype=torch.float32, device=device)
 
 
 def quantize_nf4(weight: Tensor) -> Nf4Weight:
-    """Quantize a weight [out, in] in blocks of 64: the scale is the largest magnitude, each code the nearest.
+    """Quantize a weight [out, in] in blocks of 64; a block's scale is its largest magnitude.
 
-    Codes and scales are those of bitsandbytes' `quantize_4bit`, bit for bit.
+    Codes and scales equal those of bitsandbytes' `quantize_4bit`, bit for bit.
 
     Raises:
         ValueError: if the number of weights is not divisible by 64
@@ -86,7 +88,7 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     import torch
 
     if weight.numel() % BLOCK_SIZE != 0:
-        raise ValueError(f"a weight of shape {list(weight.shape)} does not divide into blocks of {BLOCK_SIZE}")
+        raise ValueError(f"weight of shape {list(weight.shape)}: the number of weights must divide by {BLOCK_SIZE}")
     flat = weight.reshape(-1)
     codes = torch.empty(flat.numel() // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(flat.numel() // BLOCK_SIZE, dtype=torch.float32, device=weight.device)
@@ -95,7 +97,7 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
     for begin in range(0, flat.numel(), chunk):
         blocks = flat[begin : begin + chunk].float().view(-1, BLOCK_SIZE)
         largest = blocks.abs().amax(dim=1)
-        # A block of zeros has the scale 0 and the code of 0.
+        # The clamp lets a block of zeros have scale 0 and the code of 0.
         scaled = blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)
         nearest = find_nearest_codes(scaled.view(-1), *lookup).view(-1, 2)
         codes[begin // 2 : begin // 2 + len(nearest)] = (nearest[:, 0] << 4) | nearest[:, 1]
@@ -104,25 +106,25 @@ def quantize_nf4(weight: Tensor) -> Nf4Weight:
 
 
 def _make_lookup(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return, for each of LOOKUP_CELLS equal cells of [-1, 1], the code at its lower edge and that code's upper bound.
+    """Return the table of find_nearest_codes: for each cell, the code at its lower edge and that code's upper bound.
 
-    A cell is narrower than any two bounds are apart, so that it holds at most one.
+    [-1, 1] is cut into LOOKUP_CELLS equal cells, each so narrow that it holds at most one bound.
     """
     import torch
 
     table = get_nf4_table()
     bounds = (table[:-1] + table[1:]) / 2
     edges = torch.arange(LOOKUP_CELLS + 1) * (2 / LOOKUP_CELLS) - 1
-    # A value just below an edge may be rounded into the cell above it.
+    # Rounding may put a value just below an edge into the cell above it.
     lower_codes = torch.bucketize(edges - 1e-7, bounds)
     next_bounds = torch.cat([bounds, torch.tensor([torch.inf])])[lower_codes]
     return lower_codes.to(torch.uint8).to(device), next_bounds.to(device)
 
 
 def find_nearest_codes(scaled: Tensor, lower_codes: Tensor, next_bounds: Tensor) -> Tensor:
-    """Return the code nearest to each value in [-1, 1], [n] uint8; a tie goes to the lower code.
+    """Return the code nearest to each value in [-1, 1], uint8 [n]; a tie goes to the lower code.
 
-    The same as `torch.bucketize` with the middles between the 16 values, at 10 to 20 times its speed on a CPU.
+    Equals `torch.bucketize` with the midpoints of the 16 values, but is 10 to 20 times as fast on a CPU.
     """
     import torch
 
@@ -134,12 +136,12 @@ def find_nearest_codes(scaled: Tensor, lower_codes: Tensor, next_bounds: Tensor)
 def dequantize_codes(
     codes: Tensor, scales: Tensor, table: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """Return a dense weight of this shape: value of the code times scale, without full-size temporaries on a CPU."""
+    """Return the dense weight, code value times scale; on a CPU without full-size temporaries."""
     import torch
 
     dense = torch.empty(math.prod(shape), dtype=dtype, device=codes.device)
     block_size = dense.numel() // scales.numel()
-    # One look-up gives both weights of a byte.
+    # One lookup decodes both weights of a byte.
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], dim=1).view(torch.int64).flatten()
     chunk = CHUNK_WEIGHTS if codes.device.type == "cpu" else dense.numel()
     for begin in range(0, dense.numel(), chunk):

@@ -1,4 +1,4 @@
-"""A layer's NF4 weight as a tensor of torch: the codes, and their scales in 8 bits (QLoRA's double quantization)."""
+"""An NF4 weight as a torch tensor, with 8-bit scales (QLoRA's double quantization)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ _MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.
 
 
 class Nf4Tensor(Tensor):
-    """A frozen weight [out, in] that calls itself float32; it can be moved, dequantized and multiplied, no more.
+    """A frozen NF4 weight [out, in] with nominal dtype float32; it can only be moved, dequantized and multiplied.
+
+    A block's scale is scales / factors + offset.
 
     Attributes:
-        codes: uint8 [out * in / 2], two in each: the first in the high nibble
-        scales: int8 [blocks], of one block of codes each
-        factors: float32 [blocks / scales with one factor]; scale = scales / factors + offset
+        codes: uint8 [out * in / 2], two codes per byte, the first in the high nibble
+        scales: int8 [blocks]
+        factors: float32 [blocks / scales per factor]
         offset: float32 []
-        table: float32 [16], the codes' values
+        table: float32 [16], the values of the codes
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -57,7 +59,7 @@ class Nf4Tensor(Tensor):
         return dequantize_codes(self.codes, self._compute_scales(), self.table, tuple(self.shape), dtype)
 
     def _dequantize_plainly(self, dtype: torch.dtype) -> Tensor:
-        """The same in plain operations, for the compiler."""
+        """Same as dequantize, in plain torch operations, for the compiler."""
         codes = torch.stack([self.codes >> 4, self.codes & 15], dim=1).view(self.scales.numel(), -1)
         return (self.table[codes.int()] * self._compute_scales().unsqueeze(1)).to(dtype).view(self.shape)
 
@@ -86,22 +88,22 @@ class Nf4Tensor(Tensor):
     def __torch_dispatch__(cls, operator: Any, types: Any, args: tuple, kwargs: dict | None = None) -> Nf4Tensor:
         kwargs = kwargs or {}
         if operator not in _MOVES or kwargs.pop("dtype", torch.float32) != torch.float32:
-            raise NotImplementedError(f"{operator} of an NF4 weight; dequantize it first")
+            raise NotImplementedError(f"{operator} is not supported for an NF4 weight; dequantize it first")
         return args[0]._map(lambda part: operator(part, **kwargs))
 
 
 def pack_nf4(weight: Nf4Weight) -> Nf4Tensor:
-    """Return a tensor with exactly these codes; only the scales are quantized anew, to 8 bits.
+    """Quantize the scales of an NF4 weight to 8 bits; the codes stay.
 
-    For normal weights the new scales add an error of 0.14 % of the weights' root mean square, less than rounding to
-    bfloat16 does (0.15 %), to the 9.2 % that NF4 itself costs.
+    For normal weights this adds an error of 0.14 % of the weights' root mean square to NF4's own 9.2 %; rounding to
+    bfloat16 costs 0.15 %.
     """
-    # Smaller weights than real models have need fewer scales with one factor.
+    # Weights smaller than those of real models need fewer scales per factor.
     num_scales = math.gcd(weight.scales.numel(), SCALES_PER_FACTOR)
-    offset = weight.scales.double().mean().float()  # whose bits do not depend on who adds
+    offset = weight.scales.double().mean().float()  # float64: the same bits in any order of summation
     deviations = (weight.scales - offset).view(-1, num_scales)
     largest = deviations.abs().amax(dim=1)
-    # 127: with 128 the largest deviation would be cut. A block without deviations has no factor.
+    # 127: with 128 the largest deviation would overflow int8. Without deviations the factor is 1.
     factors = torch.where(largest > 0, 127 / largest, torch.ones_like(largest))
     scales = (deviations * factors.unsqueeze(1)).round_().to(torch.int8).flatten()
     return Nf4Tensor(
@@ -110,7 +112,7 @@ def pack_nf4(weight: Nf4Weight) -> Nf4Tensor:
 
 
 def multiply_nf4(x: Tensor, weight: Nf4Tensor) -> Tensor:
-    """Return x W^T, [..., out]; backward dequantizes the weight again, so that no dense one is kept."""
+    """Return x W^T, [..., out]; backward dequantizes the weight again instead of keeping it dense."""
     return _Nf4Product.apply(x, weight)
 
 

@@ -1,13 +1,12 @@
-"""The frozen base split over processes: each keeps a part of every layer, and a layer is whole only while it computes.
+"""The sharded base: each process keeps a shard of every layer and gathers the layer while it computes.
 
-Frozen weights never change, so that nothing has to be reduced, and a part that was gathered stays true. All layers
-with an even number are gathered into one buffer, those with an odd number into another: while a layer computes, the
-one after it arrives, in forward as in backward. Token embedding and head share a third buffer. A weight is a view of
-its buffer; it has the same address whenever its layer computes, as autograd and compiled code ask for.
+Frozen weights never change: nothing is reduced, and a gathered layer stays valid. Even layers are gathered into one
+buffer, odd layers into another: while one layer computes, the next one is prefetched, forward and backward. Token
+embedding and head share a third buffer. Each weight is a view of its buffer at a fixed address, as autograd and
+compiled code require.
 
-FSDP2 would copy each weight into a buffer before it is sent and out of one after it has arrived, gather again what has
-not changed, and reduce the adapters' gradients layer by layer, pass by pass. Adapters are small: every process has them
-whole, as where the base is replicated.
+FSDP2 would copy each weight into and out of communication buffers, gather unchanged weights again, and reduce adapter
+gradients per layer and pass. Adapters are small and stay replicated.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ from torch import Tensor, nn
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.tied_linear import TiedLinear
 
-# A weight begins at a multiple of so many bytes: kernels read 16 at a time.
+# Bytes that each weight is aligned to: kernels read 16 at a time.
 ALIGNMENT = 256
 
 
 class Gather(Protocol):
-    """How the parts of a unit come together."""
+    """A way to gather the shards of a unit."""
 
     can_be_captured: bool  # in a CUDA graph
 
     def start(self, number: int, buffer: Tensor) -> Callable[[], None]:
-        """Begin to fill a unit's buffer; what is returned lets the computation wait for the end."""
+        """Start to gather a unit into `buffer`; return a function that makes the computation wait for the end."""
 
 
 @dataclass(eq=False)
 class Unit:
-    """Weights that are gathered together: the matrices of a layer, the token embedding, or the head.
+    """Weights that are gathered together: a layer's matrices, the token embedding, or the head.
 
     Attributes:
-        places: module and parameter's name of each
-        buffer: number of the buffer that it is gathered into
-        part: this process's bytes of it, uint8 [bytes / processes]; None until all of its weights are there
+        places: module and parameter name of each weight
+        buffer: number of the buffer that the unit is gathered into
+        part: this rank's shard, uint8 [bytes / processes]; None until all weights are loaded
     """
 
     number: int
@@ -51,14 +50,14 @@ class Unit:
     part: Tensor | None = None
 
     def is_filled(self) -> bool:
-        """Whether all weights are there, and whole."""
+        """Whether all weights are loaded and not yet split."""
         return self.part is None and not any(getattr(module, name).is_meta for module, name in self.places)
 
 
 class ShardedBase:
-    """A decoder's matrices, split by their bytes; `run_layer` and `hold` make them whole for the time of a computation.
+    """A decoder's matrices, sharded by bytes; `run_layer` and `hold` gather them for a computation.
 
-    Norms stay whole. Every process has to run the same layers in the same order.
+    Norms stay replicated. Every process must run the same layers in the same order.
     """
 
     EVEN, ODD, EDGE = range(3)  # buffers
@@ -66,10 +65,10 @@ class ShardedBase:
     def __init__(
         self, decoder: TransformerDecoder, *, rank: int, size: int, connect: Callable[[list[Tensor]], Gather]
     ) -> None:
-        """Take a decoder whose weights are not there yet.
+        """Prepare a decoder without weights.
 
         Args:
-            connect: called once, with the parts of all units; returns how they are gathered
+            connect: called once, with this rank's shards of all units; returns the way to gather them
         """
         self._rank, self._size, self._connect = rank, size, connect
         self._layers = [Unit(number, _list_matrices(layer), number % 2) for number, layer in enumerate(decoder.layers)]
@@ -80,25 +79,25 @@ class ShardedBase:
         self._units = [*self._layers, *dict.fromkeys([self.embedding, self.head])]
         self._buffers: dict[int, Tensor] = {}
         self._held: dict[int, Unit] = {}  # by buffer
-        self._waits: dict[int, Callable[[], None]] = {}  # for what is on its way into a buffer
+        self._waits: dict[int, Callable[[], None]] = {}  # by buffer, for a gather in flight
         self._gather: Gather | None = None
 
     @property
     def parts(self) -> list[Tensor]:
-        """This process's bytes of every unit, by the unit's number."""
+        """This rank's shard of every unit, by unit number."""
         return [unit.part for unit in self._units]
 
     @torch.no_grad()
     def split_filled(self) -> None:
-        """Keep a part only of each unit whose weights have all come."""
+        """Reduce each fully loaded unit to this rank's shard."""
         for unit in self._units:
             if unit.is_filled():
                 self._split(unit)
 
     def run_layer(self, number: int, layer: nn.Module, hidden: Tensor, **arguments: Any) -> Tensor:
-        """Return layer(hidden, **arguments), with whole weights now and in backward."""
+        """Return layer(hidden, **arguments), with gathered weights here and in backward."""
         self.go_forward(number)
-        # Backward begins with the last two layers, which are here then; another forward pass does not.
+        # Backward starts with the last two layers, which are gathered then; without it, forward starts again.
         if number == len(self._layers) - 1 and not torch.is_grad_enabled():
             self._prefetch_layer(0, beside=number)
         out = layer(hidden, **arguments)
@@ -108,33 +107,33 @@ class ShardedBase:
 
     @contextmanager
     def hold(self, unit: Unit, *, then: Unit) -> Iterator[None]:
-        """Have a unit whole in this context; the one that the same buffer is needed for next follows it."""
+        """Keep a unit gathered in this context; then prefetch `then`, which shares its buffer."""
         self._need(unit)
         yield
         self._prefetch(then)
 
     def go_forward(self, number: int) -> None:
-        """Make a layer whole that computes next, after those before it."""
+        """Gather a layer for forward and prefetch the one after it."""
         self._need(self._layers[number])
         self._prefetch_layer(number + 1, beside=number)
 
     def go_back(self, number: int) -> None:
-        """Make a layer whole whose output has its gradient: those after it have given theirs back."""
+        """Gather a layer for backward and prefetch the one before it."""
         self._need(self._layers[number])
         self._prefetch_layer(number - 1, beside=number)
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a CUDA graph may hold the gathers; not before the first of them."""
+        """Whether a CUDA graph may capture the gathers; False before the first gather."""
         return self._gather is not None and self._gather.can_be_captured
 
     def begin_graph(self, *, backward: bool) -> None:
-        """Have the two layers whole that a graph of all layers begins with: the first, or in backward the last."""
+        """Gather the two layers that a graph of all layers starts with: the first two, in backward the last two."""
         for unit in self._layers[-2:] if backward else self._layers[:2]:
             self._need(unit)
 
     def end_graph(self, *, backward: bool) -> None:
-        """Note which two layers a graph of all layers has left in the buffers."""
+        """Record which two layers a graph of all layers leaves in the buffers."""
         for unit in self._layers[:2] if backward else self._layers[-2:]:
             self._held[unit.buffer] = unit
 
@@ -143,7 +142,7 @@ class ShardedBase:
             self._prefetch(self._layers[number])
 
     def _prefetch(self, unit: Unit) -> None:
-        """Begin to gather a unit. What has been computed with its buffer so far comes first."""
+        """Start to gather a unit, after all computation so far that used its buffer."""
         if self._held.get(unit.buffer) is unit:
             return
         if self._gather is None:
@@ -170,7 +169,7 @@ class ShardedBase:
         if unit.buffer not in self._buffers:
             self._buffers[unit.buffer] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         buffer = self._buffers[unit.buffer]
-        assert buffer.numel() == num_bytes, "units of a buffer are alike"
+        assert buffer.numel() == num_bytes, "units of one buffer differ in size"
         unit.part = torch.zeros(share, dtype=torch.uint8, device=device)
         views = []
         for piece, end in zip(pieces, ends, strict=True):
@@ -179,7 +178,7 @@ class ShardedBase:
             first, last = max(start, self._rank * share), min(end, (self._rank + 1) * share)
             if first < last:
                 unit.part[first - self._rank * share : last - self._rank * share] = data[first - start : last - start]
-            # .data has a version counter of its own: autograd must not take the next layer's arrival for a change.
+            # .data has its own version counter: autograd must not see the next gather as an in-place change.
             views.append(buffer[start:end].view(piece.dtype).view(piece.shape).data)
         for (module, name), weight in zip(unit.places, weights, strict=True):
             own, views = views[: len(_list_pieces(weight))], views[len(_list_pieces(weight)) :]
@@ -187,7 +186,7 @@ class ShardedBase:
 
 
 def run_layer(sharded: ShardedBase | None, number: int, layer: nn.Module, hidden: Tensor, **arguments: Any) -> Tensor:
-    """Return layer(hidden, **arguments) of a base that may be sharded."""
+    """Return layer(hidden, **arguments), gathering the layer first if the base is sharded."""
     if sharded is None:
         return layer(hidden, **arguments)
     return sharded.run_layer(number, layer, hidden, **arguments)
@@ -203,14 +202,14 @@ def _list_matrices(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _list_pieces(weight: Tensor) -> list[Tensor]:
-    """Return the plain tensors that a weight consists of; a quantized one has several."""
+    """Return the plain tensors of a weight; a quantized weight has several."""
     if not hasattr(weight, "__tensor_flatten__"):
         return [weight]
     return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 def _put_together(weight: Tensor, pieces: list[Tensor]) -> Tensor:
-    """Return a weight like another one with its plain tensors replaced."""
+    """Return a weight like `weight`, made of other plain tensors."""
     if not hasattr(weight, "__tensor_flatten__"):
         return pieces[0]
     names, context = weight.__tensor_flatten__()
@@ -223,7 +222,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def copy_to_cpu(value: Any) -> Any:
-    """Return a nested structure with every tensor copied to the CPU."""
+    """Copy every tensor of a value or nested dict to the CPU."""
     if isinstance(value, dict):
         return {key: copy_to_cpu(element) for key, element in value.items()}
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

@@ -1,1 +1,1 @@
-"""The folder of a run: each of its files has its writer and its reader here."""
+"""The run folder: one writer and one reader for each of its files."""

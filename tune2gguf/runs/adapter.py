@@ -1,4 +1,4 @@
-"""The adapter out and in, in the layout that Hugging Face's `peft` loads."""
+"""Adapters on disk, in the layout of Hugging Face's `peft`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def collect_adapter(model: CausalLM) -> dict[str, Tensor]:
-    """Return copies of the trainable parameters by torchtune's names (`layers.0.attn.q_proj.lora_a.weight` …).
-
-    They are on the CPU.
-    """
+    """Return CPU copies of the trainable parameters by torchtune's names (`layers.0.attn.q_proj.lora_a.weight` …)."""
     from tune2gguf.model.sharding import copy_to_cpu
 
     return {name: copy_to_cpu(parameter) for name, parameter in _list_adapter_parameters(model)}
 
 
 def restore_adapter(model: CausalLM, adapter: dict[str, Tensor]) -> None:
-    """Set the trainable parameters to what collect_adapter returned."""
+    """Set the trainable parameters from the result of collect_adapter."""
     import torch
 
     with torch.no_grad():
@@ -40,7 +37,7 @@ def restore_adapter(model: CausalLM, adapter: dict[str, Tensor]) -> None:
 
 
 def switch_adapter_off(model: CausalLM) -> None:
-    """Set every B to zero, so that the model is its base."""
+    """Set every B to zero: the model then computes its base."""
     import torch
 
     with torch.no_grad():
@@ -50,7 +47,7 @@ def switch_adapter_off(model: CausalLM) -> None:
 
 
 def _list_adapter_parameters(model: CausalLM) -> list[tuple[str, Tensor]]:
-    # Activation checkpointing wraps the layers, which shows in the names.
+    # Activation checkpointing adds a wrapper to the names.
     return [
         (name.replace("_checkpoint_wrapped_module.", ""), parameter)
         for name, parameter in model.decoder.named_parameters()
@@ -59,7 +56,7 @@ def _list_adapter_parameters(model: CausalLM) -> list[tuple[str, Tensor]]:
 
 
 def to_peft_layout(adapter: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """Rename to PEFT's names and bring the rows of the query's and key's lora_b into Hugging Face's order."""
+    """Convert to PEFT's names, and query's and key's lora_b to Hugging Face's row order."""
     from torchtune.models.convert_weights import tune_to_peft_adapter_weights
 
     weights = tune_to_peft_adapter_weights(
@@ -88,7 +85,7 @@ def from_peft_layout(weights: dict[str, Tensor], architecture: Architecture) -> 
 
 
 def read_adapter_weights(folder: Path, architecture: Architecture) -> dict[str, Tensor]:
-    """Return the weights of an adapter folder as collect_adapter has them."""
+    """Read an adapter folder's weights, in the layout of collect_adapter."""
     from safetensors.torch import load_file
 
     return from_peft_layout(load_file(folder / ADAPTER_WEIGHTS), architecture)
@@ -117,7 +114,7 @@ def make_peft_config(
 def collect_peft_adapter(
     model: CausalLM, architecture: Architecture, *, rank: int, alpha: float, dropout: float, base_model_name: str
 ) -> tuple[dict[str, Tensor], dict]:
-    """Return the adapter's weights in PEFT's layout, and the content of its config; every process has to ask for it."""
+    """Return the adapter's weights in PEFT's layout and the content of adapter_config.json."""
     weights = to_peft_layout(collect_adapter(model), architecture)
     config = make_peft_config(weights, rank=rank, alpha=alpha, dropout=dropout, base_model_name=base_model_name)
     return weights, config
@@ -126,12 +123,12 @@ def collect_peft_adapter(
 def save_adapter(folder: Path, weights: dict[str, Tensor], config: dict) -> str:
     """Write an adapter folder and return the sha256 of its weights.
 
-    A killed process leaves the old adapter or the new one, whole and under this name.
+    A killed process leaves either the old adapter or the new one, complete.
     """
     from safetensors.torch import save
 
     content = save(weights, metadata={"format": "pt"})
-    # Two folders cannot change places in one move; files can, and the config is the same all through a run.
+    # A rename can replace a file, not a folder with files. The config never changes during a run.
     with nullcontext(folder) if folder.exists() else write_folder(folder) as target:
         write_json(target / ADAPTER_CONFIG, config)
         with write_file(target / ADAPTER_WEIGHTS) as file:

@@ -1,4 +1,4 @@
-"""calibration.jsonl: token ids of some training rows, on which an export measures how important each weight is."""
+"""calibration.jsonl: token ids of some training rows, for the export's importance matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tune2gguf.data.tokenize import TokenizedRows
 from tune2gguf.files.records import make_record
 from tune2gguf.runs.files import CALIBRATION_FILE, read_json_lines
 
-MAX_TOKENS = 4096  # a matrix of 2048 tokens is as good as one of 8192, by benchmarks/four_bits.py
+MAX_TOKENS = 4096  # 2048 tokens give as good a matrix as 8192 (benchmarks/four_bits.py)
 
 
 class _Row(TypedDict):
@@ -21,7 +21,7 @@ class _Row(TypedDict):
 
 
 def format_calibration_rows(train: TokenizedRows, *, seed: int) -> str:
-    """Return the content of calibration.jsonl: training rows drawn at random, of up to MAX_TOKENS tokens together."""
+    """Return the content of calibration.jsonl: training rows drawn at random, up to MAX_TOKENS tokens in total."""
     lines, num_tokens = [], 0
     for index in np.random.default_rng(seed).permutation(len(train)).tolist():
         row = train[index]
@@ -34,7 +34,7 @@ def format_calibration_rows(train: TokenizedRows, *, seed: int) -> str:
 
 
 def read_calibration_rows(run_dir: Path) -> list[np.ndarray]:
-    """Return the token ids of each row; none of a run of an earlier version.
+    """Return the token ids of each row; an empty list for a run of an earlier version.
 
     Raises:
         ValueError: if the file is damaged

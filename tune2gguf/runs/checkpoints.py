@@ -1,11 +1,12 @@
-"""Step checkpoints: checkpoints/step_N/ holds the adapter in PEFT's layout and all else that a run needs to go on.
+"""Step checkpoints: checkpoints/step_N/ holds the adapter in PEFT's layout and the state to resume from.
 
     adapter_model.safetensors, adapter_config.json   the adapter after step N
-    state.pt                                         optimizer, schedule, random numbers of every rank
-    progress.json                                    position in the run, and what the run is (see resume.py)
+    state.pt                                         optimizer, schedule, random numbers of every process
+    progress.json                                    position in the run, and the run's identity (see resume.py)
     manifest.json                                    size and sha256 of every other file
 
-A folder appears in one move when all of it is on disk; one that is cut or altered later does not match its manifest.
+A folder is renamed into place when it is complete on disk. One that is truncated or altered later does not match its
+manifest.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds. `adapter` is in PEFT's layout, all tensors are on the CPU."""
+    """The content of a checkpoint folder. `adapter` is in PEFT's layout; all tensors are on the CPU."""
 
     adapter: dict[str, Tensor]
     adapter_config: dict[str, Any]
@@ -46,10 +47,10 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint folder: all of it is on disk before its name appears.
+    """Write a checkpoint folder; its name appears once all of it is on disk.
 
     Raises:
-        OSError: if it cannot be written; nothing is left of it then
+        OSError: if it cannot be written; nothing is left behind
     """
     from safetensors.torch import save
 
@@ -73,7 +74,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 class _DigestedFile:
-    """A file that is written from its start to its end, with its size and sha256."""
+    """A file that is written sequentially, with its size and sha256 so far."""
 
     def __init__(self, file: io.RawIOBase) -> None:
         self.file = file
@@ -98,12 +99,12 @@ def _write_state(state: dict[str, Any], file: _DigestedFile) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:
-        # torch hides what the disk says behind an error of its own.
+        # torch wraps the disk's error in its own.
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint by its manifest; None where every byte is as it was written."""
+    """Check a checkpoint against its manifest; return the first problem, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -116,7 +117,7 @@ def find_damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != num_bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {num_bytes}"
+            return f"{name} has {path.stat().st_size} bytes, expected {num_bytes}"
         if digest_file(path) != sha256:
             return f"{name} was altered: its sha256 is not the manifest's"
     missing = {STATE, PROGRESS} - expected.keys()
@@ -124,10 +125,10 @@ def find_damage(folder: Path) -> str | None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint whose manifest was checked; no code in it can run.
+    """Check a checkpoint against its manifest and read it; no code in it can run.
 
     Raises:
-        ValueError: if it is damaged; the newest good one of the run is named
+        ValueError: if it is damaged; it names the run's newest good checkpoint
     """
     import torch
     from safetensors.torch import load_file
@@ -153,19 +154,19 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def describe_damage(folder: Path, damage: str) -> str:
-    """Return the error for a damaged checkpoint, with the newest good one and how to take it."""
+    """Return the message for a damaged checkpoint, with the command that resumes from the newest good one."""
     others = [other for other in reversed(list_checkpoints(folder.parent)) if other != folder]
     good = next((other for other in others if find_damage(other) is None), None)
     if good is None:
-        way_out = "No other checkpoint of this run is good; start again under another output_dir"
+        way_out = "No other checkpoint of this run is good: start again with another output_dir"
     else:
         command = format_command(*format_overrides({"resume": good}))
         way_out = f"The newest good one is {good}; to go on from there: {command}"
-    return f"{folder}: {damage}, so it is not loaded. {way_out}"
+    return f"{folder}: {damage}; it is not loaded. {way_out}"
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """Return the step folders, the oldest first."""
+    """Return the step folders, oldest first."""
     if not checkpoints_dir.is_dir():
         return []
     steps = [path for path in checkpoints_dir.iterdir() if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
@@ -178,14 +179,14 @@ def get_step(folder: Path) -> int:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint; whoever looks meanwhile sees all of it or nothing."""
-    removed = folder.with_name(f".{folder.name}.removed.unfinished")  # clear_leftovers goes on with it
+    """Remove a checkpoint; readers see all of it or nothing."""
+    removed = folder.with_name(f".{folder.name}.removed.unfinished")  # after a kill clear_leftovers removes it
     os.rename(folder, removed)
     shutil.rmtree(removed)
 
 
 class CheckpointWriter:
-    """Writes checkpoints beside the training, one at a time, and keeps the newest `keep_last`."""
+    """A thread that writes checkpoints during training, one at a time, and keeps the newest `keep_last`."""
 
     def __init__(self, run_dir: Path, *, keep_last: int) -> None:
         self.checkpoints_dir = run_dir / CHECKPOINTS
@@ -199,9 +200,9 @@ class CheckpointWriter:
         return next(reversed(list_checkpoints(self.checkpoints_dir)), None)
 
     def start(self, step: int, checkpoint: Checkpoint) -> None:
-        """Begin to write step_N from tensors that nobody changes any more, when the one before is on disk.
+        """Wait for the previous write, then start to write step_N; its tensors must not change any more.
 
-        A step has one state, so that its checkpoint is never written twice.
+        An existing step_N is kept: a step has only one state.
         """
         self.wait()
         folder = self.checkpoints_dir / f"step_{step}"
@@ -209,18 +210,18 @@ class CheckpointWriter:
             self._pending = self._thread.submit(self._write, folder, checkpoint)
 
     def wait(self) -> None:
-        """Return when the checkpoint that was begun is on disk; raise the error that kept it from there."""
+        """Wait until the pending checkpoint is on disk, and raise its error if the write failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def raise_if_failed(self) -> None:
-        """Raise the error of a write that has failed meanwhile; do not wait for one that goes on."""
+        """Raise the pending write's error if it has failed; do not wait for it."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def close(self) -> None:
-        """Let the thread end after its last write."""
+        """End the thread after its last write."""
         self._thread.shutdown(wait=True)
 
     def _write(self, folder: Path, checkpoint: Checkpoint) -> None:

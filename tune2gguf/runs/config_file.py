@@ -1,4 +1,4 @@
-"""config.yaml: the config of a run, with its overrides."""
+"""config.yaml: the config of a run, overrides included."""
 
 from __future__ import annotations
 
@@ -13,47 +13,46 @@ from omegaconf.errors import OmegaConfBaseException
 from tune2gguf.files.atomic import write_text
 from tune2gguf.runs.files import CONFIG_FILE
 
-# Names that the components had in runs of version 1.
+# Component names in run folders of version 1 -> today's.
 RENAMED_COMPONENTS = {
     "tune2gguf.models.lora_llama": "tune2gguf.model.lora_llama",
     "tune2gguf.tokenizers.load_tokenizer": "tune2gguf.tokenizer.load_tokenizer",
     "tune2gguf.schedules.get_schedule": "tune2gguf.train.schedules.get_schedule",
 }
-# Keys that a run of an earlier version does not have, with what they do not change about it.
+# Keys that earlier versions lack, with values that keep such a run's behaviour.
 ADDED_KEYS = {"tokens_per_pass": "auto", "score_general_prompts": "auto"}
 
 
 def write_config(run_dir: Path, config: DictConfig) -> None:
-    """Write config.yaml.
+    """Write config.yaml with its references unresolved.
 
-    References stay references: the file is the next run's --config, and a flat key changed there has to reach the
-    components. Who reads it resolves it.
+    The file can be the next run's --config: a flat key changed there must reach the components.
     """
     write_text(run_dir / CONFIG_FILE, OmegaConf.to_yaml(config))
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """Return the config of a run, resolved, its components by today's names.
+    """Read the config of a run, resolved, with today's component names.
 
     Raises:
-        ValueError: if there is none, or it is not a YAML mapping that resolves
+        ValueError: if config.yaml is missing, no YAML mapping, or cannot be resolved
     """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{run_dir}: no run here ({CONFIG_FILE} is missing); give the folder of a run, runs/NAME")
+        raise ValueError(f"{run_dir}: not the folder of a run ({CONFIG_FILE} is missing); give runs/NAME")
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
-            raise ValueError(f"{path}: holds no keys")
+            raise ValueError(f"{path}: must be a mapping of keys to values")
         return ADDED_KEYS | rename_components(resolve_config(config))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: a reference leads nowhere ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: a reference cannot be resolved ({' '.join(str(error).split())})") from None
 
 
 def resolve_config(config: DictConfig) -> dict[str, Any]:
-    """Return a config, resolved but for its metric logger: nobody asks it again, and its environment may be gone."""
+    """Resolve a config, except its metric logger: nothing reads that again, and its environment may be gone."""
     logger = OmegaConf.to_container(config).get("metric_logger")
     rest = OmegaConf.masked_copy(config, [key for key in config if key != "metric_logger"])
     logged = {"metric_logger": logger} if "metric_logger" in config else {}
@@ -61,7 +60,7 @@ def resolve_config(config: DictConfig) -> dict[str, Any]:
 
 
 def rename_components(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config, nested or flat, with today's names of its components."""
+    """Return a config, nested or flat, with today's component names."""
     renamed = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -73,7 +72,7 @@ def rename_components(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a config without levels, its components' keys with dots."""
+    """Flatten a config: nested keys are joined with dots."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

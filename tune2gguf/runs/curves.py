@@ -1,4 +1,4 @@
-"""metrics.jsonl: the curves of a run, a line for each optimizer step and each validation."""
+"""metrics.jsonl: the curves of a run, one line per optimizer step and per validation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tune2gguf.runs.files import METRICS_FILE, read_json_lines
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One optimizer step; what its line does not have is None.
+    """One optimizer step; fields missing from its line are None.
 
     Attributes:
-        loss: cross entropy per supervised token of the step, in nats; None where the step was left out
-        tokens: of all processes, without padding
-        seconds: that the step took
-        skipped: why the step was left out
+        loss: cross entropy per supervised token of the step, in nats; None if the step was skipped
+        tokens: tokens of all processes, without padding
+        seconds: duration of the step
+        skipped: reason for a skipped step
     """
 
     step: int
@@ -34,12 +34,12 @@ class TrainingStep:
     skipped: str | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """Return the line of metrics.jsonl."""
+        """Return the line for metrics.jsonl."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> TrainingStep:
-        """Return what a line of metrics.jsonl says."""
+        """Parse a line of metrics.jsonl."""
         return make_record(cls, record)
 
 
@@ -49,10 +49,10 @@ class Validation:
 
     Attributes:
         loss: cross entropy per supervised token over all validation rows, in nats
-        low, high: its 95 % interval; None where the run did not record one
-        row_losses: summed nats of each row, in row order; empty where the run did not record them
+        low, high: 95 % interval of the loss; None if the run did not record it
+        row_losses: summed loss of each row in nats, in row order; empty if the run did not record them
         row_tokens: supervised tokens of each row
-        row_indices: which of heldout.jsonl they are
+        row_indices: index of each row in heldout.jsonl
     """
 
     step: int
@@ -67,41 +67,41 @@ class Validation:
     row_indices: tuple[int, ...] = ()
 
     def to_record(self) -> dict[str, Any]:
-        """Return the line of metrics.jsonl; torchtune's users and their tools know the loss as val_loss."""
+        """Return the line for metrics.jsonl; torchtune's users and tools know the loss as val_loss."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return {name if name in _UNPREFIXED else f"val_{name}": value for name, value in values.items()}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Validation:
-        """Return what a line of metrics.jsonl says; an old run did not record all of it."""
+        """Parse a line of metrics.jsonl; old runs lack some keys."""
         found = {name: record.get(name if name in _UNPREFIXED else f"val_{name}") for name in cls.__dataclass_fields__}
         return make_record(cls, {name: value for name, value in found.items() if value is not None})
 
     def describe(self) -> str:
-        """Return the line that a run prints of it."""
+        """Return the line that a run prints about it."""
         interval = "one row has no interval" if self.low is None else f"{self.low:.4f} to {self.high:.4f}"
         return f"step {self.step}: validation loss {self.loss:.4f} ({interval}) on {self.rows} rows"
 
 
-# Keys that both kinds of lines have; by the others a reader tells them apart.
+# Keys that both kinds of lines share; all others tell the kinds apart.
 _UNPREFIXED = ("step", "epoch")
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run measured, in the order of its steps."""
+    """The curves of a run, in the order of its steps."""
 
     training: tuple[TrainingStep, ...] = ()
     validations: tuple[Validation, ...] = ()
 
     @property
     def base(self) -> Validation | None:
-        """The base before training."""
+        """The validation of the base, before training."""
         return next((validation for validation in self.validations if validation.step == 0), None)
 
     @property
     def best(self) -> Validation | None:
-        """The lowest validation loss after a step, the earliest of equals: the adapter in best/."""
+        """The validation with the lowest loss after a step, the earliest of equals: the adapter in best/."""
         return min(self.trained, key=lambda validation: validation.loss, default=None)
 
     @property
@@ -127,7 +127,7 @@ def read_curves(run_dir: str | Path) -> Curves:
 
 
 def _parse_line(values: Any) -> TrainingStep | Validation | None:
-    """Return what a line of metrics.jsonl says; None of one of another kind."""
+    """Parse a line of metrics.jsonl; None for a line of another kind."""
     record = make_record(AnyRecord, values)
     if "val_loss" in record:
         return Validation.from_record(record)

@@ -1,4 +1,4 @@
-"""environment.json: where and with what a run was started, and where it went on."""
+"""environment.json: the machine and software of a run's start and of each resume."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _REPORTED_PACKAGES = (
 
 
 class Start(TypedDict):
-    """What a reader needs to repeat a run: command, versions, machine, git revision."""
+    """One start of a run: command, versions, machine, git revision."""
 
     started: str  # ISO 8601, UTC
     command: list[str]
@@ -45,8 +45,8 @@ class Start(TypedDict):
 class Environment(Start, total=False):
     """The content of environment.json.
 
-    `version` is that of the folder's form; `base_digest` is what digest_base returned; each entry of `resumed` is a
-    Start with the `step` that it went on after.
+    `version` is FOLDER_VERSION; `base_digest` is the result of digest_base; each entry of `resumed` is a Start with the
+    `step` that it resumed after.
     """
 
     version: int
@@ -59,7 +59,7 @@ def write_environment(run_dir: Path, device: str, *, base_digest: str) -> None:
 
     Args:
         device: cpu or cuda
-        base_digest: sha256 of the base; the export compares it with the base that it merges into
+        base_digest: sha256 of the base; the export checks its base against it
     """
     write_json(
         run_dir / ENVIRONMENT_FILE,
@@ -71,7 +71,7 @@ def read_environment(run_dir: Path) -> Environment:
     """Read environment.json.
 
     Raises:
-        ValueError: if it is missing or not readable, or of a folder that a newer tune2gguf wrote
+        ValueError: if it is missing or damaged, or a newer tune2gguf wrote the folder
     """
     path = run_dir / ENVIRONMENT_FILE
     found = read_json(path).get("version", 1)
@@ -83,10 +83,10 @@ def read_environment(run_dir: Path) -> Environment:
 
 
 def record_resume(run_dir: Path, *, step: int, device: str) -> list[str]:
-    """Add to environment.json where, when and after which step the run went on.
+    """Append a resume to environment.json.
 
     Returns:
-        what of it rounds otherwise than where the run was last, so that the last bits may become others
+        the changes since the last start that affect rounding, and so the last bits: `NAME OLD before, NEW now`
     """
     environment = read_environment(run_dir)
     starts = [environment, *environment.setdefault("resumed", [])]
@@ -118,7 +118,7 @@ def describe_start(device: str) -> Start:
 
 
 def _find_version(package: str) -> str | None:
-    """Return None where it is not installed: training needs no llama.cpp, a checkout on the path no package."""
+    """Return a package's version; None if it is not installed, such as llama.cpp on a training machine."""
     try:
         return version(package)
     except PackageNotFoundError:

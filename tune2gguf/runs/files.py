@@ -1,4 +1,4 @@
-"""The files of a run's folder: their names, the version of their form, and JSON lines in and out of them."""
+"""The files of a run folder: names, format version, JSON lines."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ PROOF_FILE = "proof.json"  # in the export folder
 GENERAL_FILE = "general.jsonl"
 LEDGER_FILE = "ledger.jsonl"  # beside the run folders
 
-# Stands in environment.json. 1 had none; 2 has the components' new names and `system_prompt` in
-# data.json. In 3 a step's rows are drawn at random, and plan.json has how they went through the model.
+# Recorded in environment.json from version 2 on. 2: today's component names, `system_prompt` in data.json.
+# 3: a step's rows are drawn at random, plan.json has the keys of a pass (LAYOUT_KEYS).
 FOLDER_VERSION = 3
 
 T = TypeVar("T")
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether a folder is that of a run: it has a config.yaml from its first moment on."""
+    """Whether a folder is a run folder: it has a config.yaml from the start."""
     return (path / CONFIG_FILE).is_file()
 
 
 def shorten_path(path: Path) -> str:
-    """Return how to reach a file from where the command runs: below it relative, elsewhere absolute."""
+    """Return a path relative to the working directory if it is below it, else absolute."""
     absolute, here = Path(os.path.abspath(path)), Path.cwd()
     return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
 
 
 def split_lines(path: Path) -> list[str]:
-    """Return the lines of a JSONL file: they end with \\n only, while JSON text may hold every other line separator."""
+    """Return the lines of a JSONL file; only \\n ends a line, since JSON text may contain other line separators."""
     return path.read_bytes().decode("utf-8", errors="replace").split("\n")
 
 
 def read_json_lines(path: Path, parse: Callable[[Any], T] = parse_object) -> Iterator[T]:
-    """Yield what `parse` makes of each object of a JSONL file, also while it is written.
+    """Yield each parsed object of a JSONL file, also while it is being written.
 
     Raises:
-        ValueError: if the file is missing, or a line is no JSON object or is refused, other than a last one without
-            its end, which is left for later
+        ValueError: if the file is missing, or a line is no JSON object or `parse` refuses it; an incomplete last line
+            is skipped
     """
     if not path.is_file():
-        raise ValueError(f"{path}: not found; is {path.parent} the folder of a run?")
+        raise ValueError(f"{path}: not found; check that {path.parent} is the folder of a run")
     lines = split_lines(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -63,7 +63,7 @@ def read_json_lines(path: Path, parse: Callable[[Any], T] = parse_object) -> Ite
         try:
             record = parse_text(line, parse, place=f"{path}, line {number}")
         except ValueError:
-            # Whole lines end with a line break, so that what is after the last one is still being written.
+            # Complete lines end with a line break: text after the last one is still being written.
             if number < len(lines):
                 raise
             continue
@@ -71,7 +71,7 @@ def read_json_lines(path: Path, parse: Callable[[Any], T] = parse_object) -> Ite
 
 
 class JsonLinesFile:
-    """metrics.jsonl or samples.jsonl: one JSON object a line, on disk as soon as it is written."""
+    """An append-only JSONL file (metrics.jsonl, samples.jsonl): one JSON object per line, written at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,7 +84,7 @@ class JsonLinesFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def sync(self) -> int:
-        """Return the size in bytes when all of it is on the disk."""
+        """Flush the file to disk and return its size in bytes."""
         if not self.path.exists():
             return 0
         with self.path.open("rb") as file:
@@ -92,13 +92,13 @@ class JsonLinesFile:
             return os.fstat(file.fileno()).st_size
 
     def cut(self, num_bytes: int) -> None:
-        """Forget what was written after the first bytes.
+        """Truncate the file to `num_bytes`.
 
         Raises:
             ValueError: if the file is shorter
         """
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < num_bytes:
-            raise ValueError(f"{self.path} has {size} bytes, but had {num_bytes} at the checkpoint; bring it back")
+            raise ValueError(f"{self.path} has {size} bytes, but had {num_bytes} at the checkpoint; restore the file")
         if size > num_bytes:
             os.truncate(self.path, num_bytes)

@@ -1,4 +1,4 @@
-"""The folder of a run comes into being, whole or not at all; where it may stand."""
+"""Creation of run folders, and checks of output_dir and resume."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tune2gguf.runs.validation_rows import format_validation_rows
 
 @contextmanager
 def create_run_folder(cfg: DictConfig, *, data: PreparedData, device: str) -> Iterator[Path]:
-    """Yield the folder of a new run, unfinished, for what else it has to hold; when the block ends it takes its name.
+    """Yield a new run's unfinished folder, to add files to; it is renamed to output_dir at the end of the block.
 
     Raises:
-        ValueError: if the folder exists; a run never overwrites another
+        ValueError: if output_dir exists; a run never overwrites another
     """
     if os.path.lexists(cfg.output_dir):
         raise ValueError(describe_existing(Path(cfg.output_dir)))
@@ -35,14 +35,14 @@ def create_run_folder(cfg: DictConfig, *, data: PreparedData, device: str) -> It
 
 
 def write_start(folder: Path, cfg: DictConfig, *, data: PreparedData, device: str) -> None:
-    """Write what a run is before its first step: config.yaml, environment.json, what write_rows writes."""
-    # The digest was taken for the resume already.
+    """Write the files of a run before its first step: environment.json and those of write_rows."""
+    # Cheap: the resume check has already cached the digest.
     write_environment(folder, device, base_digest=digest_base(cfg.base_dir))
     write_rows(folder, cfg, data=data)
 
 
 def write_rows(folder: Path, cfg: DictConfig, *, data: PreparedData) -> None:
-    """Write config.yaml and what the run has of its rows: data.json, heldout.jsonl and calibration.jsonl."""
+    """Write config.yaml and the files about the run's rows: data.json, heldout.jsonl, calibration.jsonl."""
     validation_rows = format_validation_rows(data.validation)
     write_config(folder, cfg)
     write_json(folder / DATA_FILE, data.ledger)
@@ -51,7 +51,7 @@ def write_rows(folder: Path, cfg: DictConfig, *, data: PreparedData) -> None:
 
 
 def describe_existing(output_dir: Path) -> str:
-    """Return the error for a run folder that is taken: how to go on with it, and a name that is free."""
+    """Return the message for an existing output_dir, with the ways out: resume=auto, or a free name."""
     way_on = "To go on with that run, add resume=auto. " if is_run_folder(output_dir) else ""
     other = format_command(*format_overrides({"output_dir": find_free_folder(output_dir)}))
     return (
@@ -61,7 +61,7 @@ def describe_existing(output_dir: Path) -> str:
 
 
 def find_free_folder(wanted: str | Path) -> Path:
-    """Return the path itself where nothing stands there, else the first free of NAME-2, NAME-3 …"""
+    """Return the path itself if it is free, else the first free one of NAME-2, NAME-3 …"""
     wanted = Path(wanted)
     candidate, number = wanted, 2
     while candidate.exists():
@@ -70,13 +70,16 @@ def find_free_folder(wanted: str | Path) -> Path:
 
 
 def find_path_problems(resume: str | bool, output_dir: Path) -> Iterator[str]:
-    """Yield why `resume` and `output_dir` do not fit together: a run never overwrites another."""
+    """Yield the problems of `resume` and `output_dir`: a run never overwrites another."""
     if resume is False:
         if os.path.lexists(output_dir):
             yield describe_existing(output_dir)
     elif resume == "auto":
         if output_dir.exists() and not is_run_folder(output_dir):
-            yield f"resume=auto: {output_dir} exists, but is not the folder of a run (config.yaml is missing)"
+            yield (
+                f"resume=auto: {output_dir} exists, but is not the folder of a run (config.yaml is missing); "
+                "give another output_dir"
+            )
     elif not Path(resume).is_dir():
         yield f"resume={resume}: no such checkpoint; use auto, false, or a folder checkpoints/step_N of the run"
     elif Path(resume).resolve().parent.parent != output_dir.resolve():

@@ -1,4 +1,4 @@
-"""forgetting.json: how far a run's adapter has moved from the base on prompts that have nothing to do with its rows."""
+"""forgetting.json: how far a run's adapter moves the model from its base on general prompts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tune2gguf.runs.intervals import Estimate, estimate_ratio
 
 @dataclass(frozen=True)
 class GeneralAnswer:
-    """A general prompt with the base's own answer, and what the adapter makes of it.
+    """A general prompt with the base's own answer, scored with and without the adapter.
 
     Attributes:
-        prompt_ids, answer_ids: as the base read and wrote them
+        prompt_ids, answer_ids: token ids of the base's prompt and answer
         base_loss, adapter_loss: cross entropy of the answer, summed over its tokens, in nats
-        divergence: Kullback-Leibler divergence of the adapter's model from the base, summed likewise
-        agreed: tokens that are the likeliest ones with the adapter, too
-        adapter_answer: what the model answers with the adapter; None where it was not asked
+        divergence: KL divergence of the adapter's model from the base, summed over the answer's tokens, in nats
+        agreed: answer tokens that are the likeliest ones with the adapter, too
+        adapter_answer: the answer with the adapter; None if it was not generated
     """
 
     prompt: str
@@ -39,7 +39,7 @@ class GeneralAnswer:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What a run lost: its adapter against the base, on the base's own greedy answers.
+    """The forgetting of a run: its adapter against the base, on the base's own greedy answers.
 
     Attributes:
         adapter: `best` or `last`
@@ -50,12 +50,12 @@ class Forgetting:
 
     @cached_property
     def loss_increase(self) -> Estimate:
-        """Of the base's answers, in nats per token, over prompts."""
+        """Increase of the loss on the base's answers, in nats per token; interval over prompts."""
         return self._estimate([one.adapter_loss - one.base_loss for one in self.answers])
 
     @cached_property
     def divergence(self) -> Estimate:
-        """In nats per token, over prompts."""
+        """KL divergence from the base, in nats per token; interval over prompts."""
         return self._estimate([one.divergence for one in self.answers])
 
     @property
@@ -67,7 +67,7 @@ class Forgetting:
         return estimate_ratio(sums, [len(one.answer_ids) for one in self.answers])
 
     def describe(self) -> str:
-        """Return the sentence that a run says of it."""
+        """Return the sentence that a run prints about it."""
         increase, divergence = self.loss_increase, self.divergence
         return (
             f"what it lost: on the base's own answers to {len(self.answers)} general prompts the loss rises by "
@@ -83,10 +83,10 @@ def write_forgetting(run_dir: Path, forgetting: Forgetting) -> None:
 
 
 def read_forgetting(run_dir: Path) -> Forgetting | None:
-    """Read forgetting.json; None of a run that did not measure it.
+    """Read forgetting.json; None if the run did not measure it.
 
     Raises:
-        ValueError: if it is not readable
+        ValueError: if it is damaged
     """
     path = run_dir / FORGETTING_FILE
     return read_json(path, _parse) if path.is_file() else None

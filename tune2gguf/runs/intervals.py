@@ -1,4 +1,4 @@
-"""The 95 % interval of a ratio of sums over rows: of a mean loss, a difference of two, a share."""
+"""95 % intervals of ratios of sums over rows: mean losses, differences, shares."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 CONFIDENCE = 0.95
-# Intervals of few rows are read far out in the tails; those of many rows are costly to draw.
+# Few rows need many resamples, because their quantiles lie far in the tails; many rows are costly to resample.
 MANY_ROWS, NUM_RESAMPLES, NUM_RESAMPLES_OF_MANY = 1000, 9999, 1999
-_MAX_DRAWN_AT_ONCE = 2_000_000  # rows drawn in a batch of resamples, which bounds the memory
+_MAX_DRAWN_AT_ONCE = 2_000_000  # rows per batch of resamples; bounds the memory
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,22 @@ class Estimate:
     high: float
 
     def map(self, function: Callable[[float], float]) -> Estimate:
-        """Return the estimate of a rising function of the value."""
+        """Return the estimate of an increasing function of the value."""
         return Estimate(function(self.value), function(self.low), function(self.high))
 
 
 def estimate_ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
-    """Return sum(numerators) / sum(denominators) with its bootstrap interval over rows, both drawn together.
+    """Return sum(numerators) / sum(denominators) with its paired bootstrap interval over rows.
 
-    With a row's summed losses over its tokens this is the token-weighted mean; with differences of losses above and
-    below, a share. The percentile interval of few rows is too narrow: the bootstrap's spread lacks a factor
-    sqrt(n / (n - 1)), and its quantiles are the normal's instead of Student's. It is taken at the level that makes up
-    for both: T. Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015),
-    section 5.3 of the long version, arXiv 1411.5279 (expanded percentile interval).
+    Summed losses over tokens give the token-weighted mean; differences of losses over differences give a share.
+
+    The percentile interval of few rows is too narrow: the bootstrap's spread lacks a factor sqrt(n / (n - 1)), and its
+    quantiles are the normal's, not Student's. The level used corrects both (expanded percentile interval:
+    T. Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015), section 5.3
+    of the long version, arXiv 1411.5279).
 
     Args:
-        numerators, denominators: a number of each row, [rows]; at least two rows
+        numerators, denominators: one number per row, [rows]; at least two rows
     """
     from scipy import stats
 
@@ -53,7 +54,7 @@ def estimate_ratio(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
         n_resamples=NUM_RESAMPLES if num_rows < MANY_ROWS else NUM_RESAMPLES_OF_MANY,
         batch=max(1, _MAX_DRAWN_AT_ONCE // num_rows),
         confidence_level=float(1 - 2 * stats.norm.sf(quantile)),
-        # The others divide by the spread of the rows, which equal rows do not have.
+        # Other methods divide by the spread of the rows, which is zero for equal rows.
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval

@@ -1,7 +1,7 @@
-"""runs/ledger.jsonl: what every run of a folder was, how it came out, what was advised, and whether that helped.
+"""runs/ledger.jsonl: config, verdict, advice and outcome of every run of a folder.
 
-Lines are only ever added, under a lock, so that runs that end at the same time do not mix theirs. A run that goes on,
-or is extended, adds another line; the latest counts.
+Lines are only appended, under a lock: runs may end at the same time. A resumed or extended run appends another line;
+its latest line counts.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class Entry:
     """One line of the ledger.
 
     Attributes:
-        run: folder of the run, relative to the ledger's
-        time: when it was judged, ISO 8601
-        parent_run: the run whose advice it follows, relative to the ledger's folder
-        config: flat, components with dots, resolved
+        run: run folder, relative to the ledger's folder
+        time: time of the verdict, ISO 8601
+        parent_run: run whose advice this one follows, relative to the ledger's folder
+        config: resolved and flat, nested keys joined with dots
         data: fingerprint of training and validation rows
         base: digest of the base
-        heldout: digest of the validation rows that were measured; only runs with the same are ranked together
+        heldout: digest of the measured validation rows; only runs with equal digests are ranked together
         best, final: step, loss, low and high of the validation
-        advice: command and changes of each
-        outcome: beside the parent
+        advice: command and changes of each advice
+        outcome: comparison with the parent run
     """
 
     run: str
@@ -54,29 +54,31 @@ class Entry:
 
 
 def append_entry(folder: Path, entry: Entry) -> None:
-    """Add a line to the ledger of a folder of runs.
+    """Append a line to the ledger in a folder of runs.
 
     Raises:
-        ValueError: if another process holds the ledger for a minute
+        ValueError: if another process holds the ledger's lock for 60 s
     """
     path = folder / LEDGER_FILE
     try:
         with FileLock(folder / f".{LEDGER_FILE}.lock", timeout=_LOCK_SECONDS), path.open("a+b") as file:
             if file.tell() > 0:
-                # A writer that was killed may have left half a line; it must not swallow this one.
+                # End half a line of a killed writer first.
                 file.seek(-1, os.SEEK_END)
                 file.write(b"" if file.read() == b"\n" else b"\n")
             file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except Timeout:
-        raise ValueError(f"{path}: another process holds it; is one hanging?") from None
+        raise ValueError(
+            f"{path}: locked by another process for more than {_LOCK_SECONDS} s; end that process and try again"
+        ) from None
 
 
 def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
-    """Return the latest entry of each run, in the order of their first, and why lines were skipped.
+    """Return the latest entry of each run, in the order of first entries, and the problems of skipped lines.
 
-    A line may be torn by a kill, or written by another program or version; the run adds its line when it ends again.
+    A line may be cut by a kill, or come from another program or version; the run appends its line when it ends again.
     """
     path = folder / LEDGER_FILE
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""One writer to a run's folder, from before it exists until the run has ended."""
+"""The lock of a run folder: one writer, from before the folder exists until the run ends."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tune2gguf.files.atomic import write_text
 
 @contextmanager
 def hold_run_folder(run_dir: str | Path, *, timeout: float = 1.0) -> Iterator[None]:
-    """Keep other writers out of a run's folder; the lock ends with the process that holds it, however that ends.
+    """Lock a run folder against other writers; the lock ends with its process, even after a kill.
 
     Args:
-        timeout: seconds to wait for another writer; -1 waits for its end
+        timeout: seconds to wait for another writer; -1: without limit
 
     Raises:
-        ValueError: if another process writes there; it is named
+        ValueError: if another process holds the lock; it names that process
     """
     folder = Path(run_dir).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    holder = folder.with_name(f".{folder.name}.holder")  # not in the lock's own file, which whoever asks may empty
+    holder = folder.with_name(f".{folder.name}.holder")  # not in the lock file: acquiring it may truncate it
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=timeout)

@@ -1,4 +1,4 @@
-"""plan.json: what a run said it was about to do."""
+"""plan.json: the plan that a run printed before it started."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tune2gguf.files.json_files import read_json
 from tune2gguf.files.records import make_record
 from tune2gguf.runs.files import PLAN_FILE
 
-# Of a run that goes on: another layout would round otherwise.
+# A resumed run keeps these: another layout would round differently.
 LAYOUT_KEYS = ("tokens_per_pass", "enable_activation_checkpointing")
 
 
@@ -21,9 +21,10 @@ class _PlanOfVersion1(TypedDict):
 
 
 class Plan(_PlanOfVersion1, total=False):
-    """`num_steps` counts the optimizer steps of all epochs; `lines` is what the run printed.
+    """The content of plan.json.
 
-    LAYOUT_KEYS are how the rows of a step go through the model.
+    `num_steps` counts the optimizer steps of all epochs; `lines` are the printed lines. LAYOUT_KEYS say how a step's
+    rows are split into passes.
     """
 
     tokens_per_pass: int
@@ -39,6 +40,6 @@ def read_plan(run_dir: Path) -> Plan:
     """Read plan.json.
 
     Raises:
-        ValueError: if it is missing or not readable
+        ValueError: if it is missing or damaged
     """
     return read_json(run_dir / PLAN_FILE, partial(make_record, Plan))

@@ -1,4 +1,4 @@
-"""proof.json: whether exported files serve what was trained, and what each step cost."""
+"""proof.json: the check that exported files serve the trained model, and the loss of each export step."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class ProofRecord:
     """The content of proof.json.
 
     Attributes:
-        passed: whether there are no failures
-        rows, supervised_tokens: of validation rows that the losses were measured on
+        passed: True if there are no failures
+        rows, supervised_tokens: number of measured validation rows, and of their supervised tokens
         steps: base, adapter, merged, each type, and `TYPE + adapter` for an adapter's GGUF beside the base -> loss
             in nats, its increase over the adapter's as a fraction, KL divergence to the adapter's model in nats, share
             of tokens with the same likeliest token
         lost_most: the step that raised the loss most
-        merge: which of two possible bases was merged into; None where there was one
+        merge: the base merged into, if there were two candidates; else None
         general: the same steps on the base's own answers to general prompts -> loss, its increase over the base's and
-            KL divergence from the base, in nats with their 95 % intervals, and top1; empty where the run scored none
-        general_prompts: how many there are
-        served_by_llama_cpp: type, or `TYPE + adapter` -> what llama.cpp made of the same conversations
+            KL divergence from the base, in nats with their 95 % intervals, and top1; empty if the run scored none
+        general_prompts: number of general prompts
+        served_by_llama_cpp: type, or `TYPE + adapter` -> llama.cpp's results on the same conversations
     """
 
     passed: bool
@@ -50,10 +50,10 @@ def write_proof(export_dir: Path, proof: ProofRecord) -> None:
 
 
 def read_proof(export_dir: Path) -> ProofRecord | None:
-    """Read proof.json; None where there is none.
+    """Read proof.json; None if it is missing.
 
     Raises:
-        ValueError: if it is not readable
+        ValueError: if it is damaged
     """
     path = export_dir / PROOF_FILE
     if not path.is_file():

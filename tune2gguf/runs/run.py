@@ -1,4 +1,4 @@
-"""A run, as its folder tells of it: the one reader that everything after the training uses."""
+"""The reader of a run folder, for everything after training."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder. Each file is read when it is asked for, once.
+    """A run folder; each file is read once, on first access.
 
     Attributes:
-        run_dir: as it is typed in a command
-        adapter: `best` or `last`; None takes best where there is one
-        moved_base_dir: where the base is now, if not where config.yaml says
-        problems: where given, it gathers what cannot be read, and that part is empty; otherwise reading raises
-            ValueError with file and reason
+        run_dir: path as typed in a command
+        adapter: `best` or `last`; None: best if it exists, else last
+        moved_base_dir: the base's folder, if not the one in config.yaml
+        problems: collects read errors, and the unreadable part is empty; None: reading raises ValueError with file
+            and reason
     """
 
     run_dir: Path
@@ -52,12 +52,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        # resolve(): the name of "." is the folder's, too.
+        # resolve() turns "." into the folder's name.
         return self.run_dir.resolve().name
 
     @property
     def runs_dir(self) -> Path:
-        """Where the run folder and the ledger are."""
+        """The folder of the run folder and the ledger."""
         return self.run_dir.resolve().parent
 
     @property
@@ -71,7 +71,7 @@ class Run:
 
     @cached_property
     def flat_config(self) -> dict[str, Any]:
-        """config.yaml without levels, its components' keys with dots."""
+        """config.yaml, resolved and flat: nested keys are joined with dots."""
         return flatten_config(self.config)
 
     @cached_property
@@ -98,17 +98,17 @@ class Run:
 
     @cached_property
     def conclusion(self) -> Conclusion | None:
-        """verdict.json; None of a run that has not ended."""
+        """verdict.json; None if the run has not ended."""
         return self._read(read_conclusion, None)
 
     @cached_property
     def forgetting(self) -> Forgetting | None:
-        """forgetting.json; None of a run that did not measure it."""
+        """forgetting.json; None if the run did not measure it."""
         return self._read(read_forgetting, None)
 
     @cached_property
     def num_processes(self) -> int:
-        """On how many processes the newest checkpoint was written; 1 where there is none."""
+        """The number of processes that wrote the newest checkpoint; 1 without checkpoints."""
         return self._read(_read_num_processes, 1)
 
     @cached_property
@@ -131,7 +131,7 @@ class Run:
 
     @property
     def gguf_type(self) -> str | None:
-        """The type of the GGUF that the adapter was trained over and is served beside; None of a run to be merged."""
+        """The GGUF type that the adapter was trained over and is served with; None if the adapter is to be merged."""
         return get_gguf_type(self.base_weights)
 
     @property
@@ -140,13 +140,13 @@ class Run:
 
     @property
     def base_source(self) -> str | None:
-        """Where base.json says that the base comes from, not what config.yaml asked for; None where nothing says it."""
+        """The base's source in base.json, which may differ from config.yaml's base_source; None if unknown."""
         source = read_source(self.base_dir)
         return source if source is not None and source.startswith((HUB_SCHEME, PYPI_SCHEME)) else None
 
     @property
     def base_name(self) -> str:
-        """The base's hub repository or package, if it is known, else its folder's name."""
+        """The base's hub repository or package if known, else its folder's name."""
         source = self.base_source
         return self.base_dir.resolve().name if source is None else source.removeprefix(HUB_SCHEME)
 
@@ -156,7 +156,7 @@ class Run:
 
     @property
     def system_prompt(self) -> str | None:
-        """The one system prompt that every training row had."""
+        """The system prompt that all training rows share, if any."""
         return self.data.get("system_prompt")
 
     @cached_property
@@ -164,7 +164,7 @@ class Run:
         """The folder of the adapter.
 
         Raises:
-            ValueError: if the run has none, or not the one that was asked for
+            ValueError: if the run has no adapter, or not the requested one
         """
         if self.adapter is not None and self.adapter not in ADAPTERS:
             raise ValueError(f"unknown adapter {self.adapter!r}; choose from {', '.join(ADAPTERS)}")
@@ -173,7 +173,7 @@ class Run:
             if (self.run_dir / name).is_dir():
                 return self.run_dir / name
         names = " or ".join(f"{name}/" for name in wanted)
-        raise ValueError(f"{self.run_dir}: has no adapter ({names}); was the run finished?")
+        raise ValueError(f"{self.run_dir}: has no adapter ({names}); check that the run has finished")
 
     def _read(self, read: Callable[[Path], T], otherwise: T) -> T:
         try:
@@ -186,13 +186,13 @@ class Run:
 
 
 def open_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str | Path | None = None) -> Run:
-    """Open a run to export or to serve it, with all that this needs checked.
+    """Open a run for export or serving, and check everything that these need.
 
     Args:
-        adapter, base_dir: as Run's adapter and moved_base_dir
+        adapter, base_dir: Run's adapter and moved_base_dir
 
     Raises:
-        ValueError: if the run, its adapter or its base is missing, the base is not the one it was trained on, or
+        ValueError: if the run, its adapter or its base is missing, the base is not the one that the run trained on, or
             config.yaml is not a run's
     """
     run = Run(Path(run_dir), adapter, None if base_dir is None else Path(base_dir))
@@ -203,13 +203,13 @@ def open_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
     if run.config["chat_template"] not in CHAT_TEMPLATES:
         raise ValueError(f"{path}: unknown chat_template {run.config['chat_template']!r}")
     if not run.base_dir.is_dir():
-        raise ValueError(f"no base model in {run.base_dir}; if it has moved, say where it is with --base-dir")
+        raise ValueError(f"no base model in {run.base_dir}; if it was moved, give its folder with --base-dir")
     recorded = run.environment.get("base_digest")
     # An adapter on another base is another model.
     if recorded is not None and digest_base(run.base_dir) != recorded:
         raise ValueError(
             f"{run.base_dir} is not the base that {run_dir} was trained on, or it has changed since (digests differ); "
-            "say where the right one is with --base-dir"
+            "give the right folder with --base-dir"
         )
     _ = run.adapter_dir
     return run
@@ -226,7 +226,7 @@ def _read_num_processes(run_dir: Path) -> int:
     try:
         return make_record(_Processes, read_progress(checkpoints[-1]).get("run"))["processes"]
     except ValueError as error:
-        raise ValueError(f"{checkpoints[-1]}: says nothing of the run's processes ({error})") from None
+        raise ValueError(f"{checkpoints[-1]}: lacks the number of processes ({error})") from None
 
 
 class _Processes(TypedDict):

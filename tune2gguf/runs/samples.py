@@ -1,4 +1,4 @@
-"""samples.jsonl: validation prompts as the model answered them on the way."""
+"""samples.jsonl: sample replies to validation prompts during training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tune2gguf.runs.files import SAMPLES_FILE, read_json_lines
 
 @dataclass(frozen=True)
 class Sample:
-    """A validation prompt as the model answered it at a step.
+    """A sample reply to a validation prompt at a step.
 
     Attributes:
         row: index of the validation row
-        prompt: messages, each of "role" and "content", and of "tool_calls" where the assistant called
+        prompt: messages with "role", "content" and, if the assistant called tools, "tool_calls"
         reference: the row's own reply
-        ended_by_itself: whether the reply ended before the limit of tokens
+        ended_by_itself: whether the reply ended before the token limit
     """
 
     step: int
@@ -32,10 +32,10 @@ class Sample:
 
 
 def read_samples(run_dir: Path) -> tuple[Sample, ...]:
-    """Read samples.jsonl; a run without samples has none.
+    """Read samples.jsonl; empty if the run has none.
 
     Raises:
-        ValueError: if another line than the last is no sample
+        ValueError: if a line other than an incomplete last one is no sample
     """
     path = run_dir / SAMPLES_FILE
     if not path.is_file():

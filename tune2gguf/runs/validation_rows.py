@@ -1,4 +1,4 @@
-"""heldout.jsonl: the validation rows of a run as text, for whatever asks the model later."""
+"""heldout.jsonl: the validation rows of a run as conversations, for evaluation after training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tune2gguf.tokenizer.conversation import Conversation, Message
 
 
 def format_validation_rows(validation: TokenizedRows) -> str:
-    """Return the content of heldout.jsonl: one validation row a line, with its source, in the order of the rows.
+    """Return the content of heldout.jsonl: one validation row per line, with its source, in row order.
 
-    A piece of a long text is a line with the whole text, and with the tokens of it that the piece has.
+    A piece of a long text is a line with the whole text, the piece's first token and the overlap.
 
     Raises:
-        ValueError: if a file is not what it was when its rows were tokenized
+        ValueError: if a file has changed since its rows were tokenized
     """
     found = {}
     for number, file in enumerate(validation.files):
@@ -39,7 +39,7 @@ def format_validation_rows(validation: TokenizedRows) -> str:
         source = file.locate(int(file.index.lines[row]))
         conversation = found.get((number, source.line))
         if conversation is None or digest(conversation) != bytes(expected):
-            raise ValueError(f"{source}: is not what it was a moment ago; leave data files alone while a run begins")
+            raise ValueError(f"{source}: changed while the run was starting; start the run again")
         record = _make_record(source, conversation)
         if first:
             record |= {"first_token": first, "overlap": validation.overlap}
@@ -48,7 +48,7 @@ def format_validation_rows(validation: TokenizedRows) -> str:
 
 
 def _make_record(source: Source, conversation: Conversation) -> dict[str, Any]:
-    """Return a row of heldout.jsonl; keys of tools stand in it only where there are some."""
+    """Return a row of heldout.jsonl; it has keys for tools only if there are tools."""
     messages = [
         {key: value for key, value in vars(one).items() if key != "tool_calls" or value}
         for one in conversation.messages
@@ -58,7 +58,7 @@ def _make_record(source: Source, conversation: Conversation) -> dict[str, Any]:
 
 
 def _read_again(row: Row, reader: RowReader) -> Conversation | None:
-    """Return the conversation of a row that was a good one."""
+    """Return the conversation of a row; None if it is no longer valid."""
     if row.problem is not None:
         return None
     try:
@@ -68,7 +68,7 @@ def _read_again(row: Row, reader: RowReader) -> Conversation | None:
 
 
 def read_validation_rows(run_dir: Path) -> list[Conversation]:
-    """Return the validation conversations of a run, raw texts among them.
+    """Return the validation conversations of a run, including raw texts.
 
     Raises:
         ValueError: if the run has no heldout.jsonl
@@ -104,23 +104,23 @@ def _parse_row(values: Any) -> _Row:
     row = make_record(_Row, values)
     for message in row["messages"]:
         make_record(Message, message)
-        # Earlier versions wrote contents as they were read, and stripped them when they were rendered.
+        # Folders of earlier versions hold contents unstripped.
         message["content"] = message["content"].strip()
     return row
 
 
 def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[float, int]]:
-    """Return summed loss and tokens of each measured validation row, by the digest of its text and tokens.
+    """Return (summed loss in nats, tokens) of each measured validation row, by the digest of its text and tokens.
 
     Raises:
-        ValueError: if heldout.jsonl is missing, damaged or not that of the validation
+        ValueError: if heldout.jsonl is missing, damaged or another run's
     """
     records = _read_rows(run_dir)
     indices = validation.row_indices or range(len(validation.row_losses))
     beyond = next((index for index in indices if not 0 <= index < len(records)), None)
     if beyond is not None:
         path = run_dir / VALIDATION_FILE
-        raise ValueError(f"{path}: has {len(records)} rows, but row {beyond + 1} was measured; is it another run's?")
+        raise ValueError(f"{path}: has {len(records)} rows, but row {beyond + 1} was measured; restore this run's file")
     found = {}
     for index, loss, tokens in zip(indices, validation.row_losses, validation.row_tokens, strict=True):
         record = records[index]
@@ -132,5 +132,5 @@ def read_row_losses(run_dir: Path, validation: Validation) -> dict[str, tuple[fl
 
 
 def digest_validation_rows(run_dir: Path, validation: Validation) -> str:
-    """Return one digest of the validation rows that a run measured, whatever their order."""
+    """Return one digest of a run's measured validation rows, independent of their order."""
     return hashlib.sha256("".join(sorted(read_row_losses(run_dir, validation))).encode()).hexdigest()

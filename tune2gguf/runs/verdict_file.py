@@ -1,4 +1,4 @@
-"""verdict.json: how good a run was, what to try next, and how it came out beside its parent."""
+"""verdict.json: verdict, advice, and the outcome against the parent run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tune2gguf.runs.files import VERDICT_FILE
 
 @dataclass(frozen=True)
 class Verdict:
-    """A label, why, and the figures that led to it.
+    """A verdict: its label, the reasons, and the figures behind it.
 
     Attributes:
         label: one of verdict.judge.LABELS
-        reasons: sentences, the deciding one first
+        reasons: sentences, the decisive one first
         figures: by name; losses in nats per supervised token, shares as fractions of the gain over the base
     """
 
@@ -29,13 +29,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Advice:
-    """One step to take.
+    """One advice.
 
     Attributes:
-        command: to copy and paste, from the root of the checkout
-        changes: config key -> new value, of what it changes about the run; empty where nothing is trained again
-        reason: why, in a sentence or two
-        guide_section: of the fine-tuning guide, such as "4. Balancing Underfitting and Overfitting"
+        command: command to copy, for the root of the checkout
+        changes: config key -> new value; empty if nothing is trained again
+        reason: one or two sentences
+        guide_section: section of the fine-tuning guide, such as "4. Balancing Underfitting and Overfitting"
     """
 
     command: str
@@ -46,14 +46,15 @@ class Advice:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run beside its parent, on the validation rows that both measured; losses of their best adapters.
+    """A run against its parent: losses of their best adapters on the validation rows that both measured.
 
     Attributes:
-        helped: whether the loss fell; None where the rows do not tell
-        difference: of the token-weighted mean losses, this run's minus its parent's, in nats; with a 95 % interval
-        rows: validation rows compared
-        final_difference: the same of the last adapters
-        problem: why there is no comparison; the other fields then say nothing
+        helped: whether the loss fell; None if the interval contains 0
+        difference: token-weighted mean loss of this run minus its parent's, in nats
+        low, high: 95 % interval of the difference
+        rows: number of compared validation rows
+        final_difference: the difference of the last adapters
+        problem: why there is no comparison; the other fields are then unset
     """
 
     helped: bool | None = None
@@ -81,10 +82,10 @@ def write_conclusion(run_dir: Path, conclusion: Conclusion) -> None:
 
 
 def read_conclusion(run_dir: Path) -> Conclusion | None:
-    """Read verdict.json; None of a run that has not ended.
+    """Read verdict.json; None if the run has not ended.
 
     Raises:
-        ValueError: if it is not readable
+        ValueError: if it is damaged
     """
     path = run_dir / VERDICT_FILE
     if not path.is_file():
@@ -98,7 +99,7 @@ def _parse_conclusion(values: Any) -> Conclusion:
 
 
 def parse_outcome(values: Any) -> Outcome | None:
-    """Return the outcome that verdict.json or the ledger holds; None where a run follows no advice."""
+    """Parse the outcome in verdict.json or the ledger; None if the run follows no advice."""
     return None if values is None else make_record(Outcome, values)
 
 

@@ -1,6 +1,7 @@
-"""A Llama layer's training step in few CUDA kernels: `kernels` in Triton, `launch` for each, `layer` of all of them.
+"""Fused training of Llama layers on a GPU.
 
-`stack` takes all layers together, and `graphs` replays short passes in one launch.
+`kernels` holds the Triton kernels, `launch` calls them, `layer` combines them into a layer, `stack` runs all layers,
+and `graphs` replays short passes as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from importlib.util import find_spec
 from tune2gguf.model.architectures import Architecture
 
 NO_TRITON = "Triton is not installed"
-MAX_GRAPHED_TOKENS = 8192  # of a pass; for more a GPU computes longer than its kernels take to launch
-MAX_RANK = 128  # of an adapter whose tiles fit into a multiprocessor's memory
-MAX_HEAD_TILE = 128 * 128  # the same of a head's dimension times the rank, padded to a power of two
-MAX_HEAD_DIM = 256  # of flash attention
+MAX_GRAPHED_TOKENS = 8192  # tokens of a graphed pass; longer ones compute longer than their kernels take to launch
+MAX_RANK = 128  # LoRA rank; larger tiles do not fit a multiprocessor's shared memory
+MAX_HEAD_TILE = 128 * 128  # head_dim times rank padded to a power of two, for the same reason
+MAX_HEAD_DIM = 256  # flash attention's limit
 
 
 def why_not_fused(
     device_type: str, *, architecture: Architecture, dtype: str, compile: bool, lora_rank: int
 ) -> str | None:
-    """Return why a run trains torchtune's layers instead of the fused ones; None where nothing is in the way."""
+    """Return why a run cannot train the fused layers; None if it can."""
     if device_type != "cuda":
         return f"device={device_type}"
     if compile:
@@ -37,16 +38,16 @@ def why_not_fused(
 
 
 def pad_length(num_tokens: int) -> int:
-    """Return the length that a pass is padded to: 24 different ones up to MAX_GRAPHED_TOKENS."""
+    """Return the padded length of a pass; there are 24 lengths up to MAX_GRAPHED_TOKENS."""
     step = 128 if num_tokens <= 1024 or num_tokens > MAX_GRAPHED_TOKENS else 256 if num_tokens <= 2048 else 512
     return max(1, -(-num_tokens // step)) * step
 
 
 def describe_layers(obstacle: str | None, *, longest_row: int) -> str:
-    """Return what a run on a GPU says of its layers.
+    """Return the line that a run on a GPU prints about its layers.
 
     Args:
-        longest_row: of the run, tokens
+        longest_row: tokens of the run's longest row
     """
     if obstacle is not None:
         return f"layers: torchtune's, not the fused ones ({obstacle})"
@@ -55,5 +56,5 @@ def describe_layers(obstacle: str | None, *, longest_row: int) -> str:
     if longest_row < cudnn.MIN_ROW or not cudnn.pays():
         return "layers: fused kernels"
     if cudnn.is_available():
-        return f"layers: fused kernels, cuDNN's attention where a row has {cudnn.MIN_ROW} tokens"
+        return f"layers: fused kernels, cuDNN attention for passes with a row of {cudnn.MIN_ROW} tokens or more"
     return f"layers: fused kernels; {cudnn.MISSING}"

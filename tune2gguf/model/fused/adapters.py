@@ -1,4 +1,4 @@
-"""The adapters' own kernels: tiles of their products, dropout, and products over inputs that each drops differently."""
+"""Triton kernels of adapters: tiles of low-rank products, dropout, and products over inputs with dropout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _keep(seed, index, threshold):
-    """Draw True with probability 1 - threshold / 2^31, from a hash (Murmur3's finalizer) of seed and index alone."""
+    """Draw True with probability 1 - threshold / 2^31 from a hash of seed and index (Murmur3's finalizer)."""
     bits = index.to(tl.uint32) ^ seed.to(tl.uint32)
     bits ^= bits >> 16
     bits *= 0x85EBCA6B
@@ -24,7 +24,7 @@ def _low_rank_tile(
     low_rank, low_rank_stride, rows, row_mask, factor, column_stride, rank_stride, columns, column_mask,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return low_rank[rows] times the columns of a factor, [rows, columns] in float32."""
+    """Return low_rank[rows] times columns of a factor, float32 [rows, columns]."""
     r = tl.arange(0, RANK_BLOCK)
     left = tl.load(
         low_rank + rows[:, None] * low_rank_stride + r[None, :],
@@ -45,7 +45,7 @@ def _reduce_dropped_kernel(
     WIDTH: tl.constexpr, NUM_ADAPTERS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The first products of up to three adapters, each of which drops other elements of the same x, read once."""
+    """Compute the first products of up to three adapters, each with its own dropout; x is read once."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     row_mask = rows < num_rows
     r = tl.arange(0, RANK_BLOCK)
@@ -86,7 +86,7 @@ def _dropped_gradient_kernel(
     WIDTH: tl.constexpr, ROWS_PER_PART: tl.constexpr, NORMS: tl.constexpr, NUM_ADAPTERS: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of A of up to three adapters over a part of the rows, from x, or its norm, as each dropped it."""
+    """Compute the gradients of up to three A over a part of the rows, from x or its norm after dropout."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = columns < WIDTH
     r = tl.arange(0, RANK_BLOCK)
@@ -101,7 +101,7 @@ def _dropped_gradient_kernel(
         if NORMS:
             scale = tl.load(rstd + rows, mask=row_mask, other=0.0)
             gains = tl.load(weight + columns, mask=column_mask, other=0.0).to(tl.float32)
-            # Rounded as in forward.
+            # Round as in forward.
             tile = (tile * scale[:, None] * gains[None, :]).to(x.dtype.element_ty).to(tl.float32)
         tile *= keep_scale
         for adapter in tl.static_range(NUM_ADAPTERS):

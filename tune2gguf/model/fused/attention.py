@@ -1,8 +1,7 @@
-"""Attention over rows that lie one behind the other, each of which sees itself only.
+"""Causal attention within each of several concatenated rows, on a GPU.
 
-torch's FlashAttention takes the places where rows start, and skips what lies between rows; nothing is compiled, and no
-mask is made. cuDNN does the same, faster, where rows are long and its package is installed. A row may be empty: its
-blocks end before they touch anything, so that the list of starts can be padded to a length that passes share.
+torch's FlashAttention takes the starts of the rows; it needs no mask and no compilation. cuDNN, if installed, is faster
+for long rows. Empty rows are allowed: they pad the list of starts to a length that many passes share.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from tune2gguf.model.fused import cudnn
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of a pass lie.
+    """The rows of a pass.
 
     Attributes:
-        positions: of each token in its own row, [tokens] int64
-        starts: first token of each row, then the number of tokens, [rows + 1] int32
-        longest: no row has more tokens
-        is_long: whether the longest row has cudnn.MIN_ROW tokens
+        positions: position of each token in its row, int64 [tokens]
+        starts: first token of each row, then the number of tokens, int32 [rows + 1]
+        longest: upper bound on the tokens of a row
+        is_long: whether the longest row has at least cudnn.MIN_ROW tokens
     """
 
     positions: Tensor
@@ -37,23 +36,23 @@ class Layout:
     is_long: bool = False
 
     def takes_cudnn(self, q: Tensor, k: Tensor) -> bool:
-        """Whether cuDNN attends: rows are long, and its backward would not take too much of the memory."""
+        """Whether to use cuDNN: it is available, rows are long, and its backward fits BACKWARD_BYTES."""
         if not (self.is_long and self.starts.is_cuda and cudnn.is_available()):
             return False
         return cudnn.fits(q, k, num_rows=len(self.starts) - 1, longest=self.longest)
 
     @cached_property
     def ragged_rows(self) -> dict[tuple[int, int, int], cudnn.RaggedRows]:
-        """The rows as cuDNN takes them, by heads, heads of keys and their dimension."""
+        """A cache of the rows in cuDNN's layout, by heads, kv heads and head_dim."""
         return {}
 
 
 @contextmanager
 def choose_exact_kernels() -> Iterator[None]:
-    """Let flash attention's backward add in a fixed order, so that a run that is resumed ends as it would have."""
+    """Make flash attention's backward deterministic: a resumed run ends with the bits of an uninterrupted one."""
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = deterministic.fill_uninitialized_memory
-    # With warn_only it would warn, and add in any order. Its temporaries need not be filled with NaN first.
+    # warn_only would only warn and stay nondeterministic. Filling temporaries with NaN would cost time.
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = False
     try:
@@ -64,7 +63,7 @@ def choose_exact_kernels() -> Iterator[None]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return causal attention within each row, [tokens, heads, head_dim], and what backward takes besides.
+    """Return causal attention within each row, [tokens, heads, head_dim], and tensors to keep for `attend_back`.
 
     Args:
         q: [tokens, heads, head_dim]
@@ -84,7 +83,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, tup
 def attend_back(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: tuple[Tensor, ...], layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, from that of `attend`'s result and what it returned."""
+    """Return the gradients of q, k and v.
+
+    Args:
+        gradient: gradient of `out`
+        out, kept: the results of `attend`
+    """
     if not q.is_cuda:
         leaves = [part.detach().requires_grad_() for part in (q, k, v)]
         with torch.enable_grad():
@@ -102,7 +106,7 @@ def attend_back(
 
 
 def _lay_out_for_cudnn(layout: Layout, q: Tensor, k: Tensor) -> cudnn.RaggedRows:
-    """Return the layout's rows for these heads: all layers of a pass share them."""
+    """Return the layout's rows in cuDNN's layout; all layers of a pass share them."""
     key = (q.shape[1], k.shape[1], q.shape[2])
     if key not in layout.ragged_rows:
         layout.ragged_rows[key] = cudnn.RaggedRows.of(layout.starts, q, k)
@@ -110,7 +114,7 @@ def _lay_out_for_cudnn(layout: Layout, q: Tensor, k: Tensor) -> cudnn.RaggedRows
 
 
 def _attend_densely(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """The same on a CPU, which only tests ask for."""
+    """Same as `attend`, on a CPU; for tests."""
     places = torch.arange(len(q), dtype=layout.starts.dtype, device=q.device)
     row_ids = torch.searchsorted(layout.starts, places, right=True)
     mask = (row_ids[:, None] == row_ids[None, :]).tril()

@@ -1,8 +1,8 @@
-"""cuDNN's attention over rows that lie one behind the other, for rows that are long.
+"""cuDNN attention over concatenated long rows.
 
-On Hopper GPUs its kernels are twice as fast as torch's FlashAttention 2 on long rows, with sums in a fixed order. torch
-does not offer that order, NVIDIA's package `nvidia-cudnn-frontend` does. Tensors have the package's ragged layout:
-[rows, heads, longest, head_dim], with an offset for each row
+On Hopper GPUs its deterministic kernels are twice as fast on long rows as torch's FlashAttention 2. torch does not
+expose the deterministic ones; NVIDIA's package `nvidia-cudnn-frontend` does. Tensors have its ragged layout,
+[rows, heads, longest, head_dim] with an offset per row
 (https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html).
 """
 
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MIN_ROW = 1024  # tokens of a pass's longest row: for less, building a plan takes longer than it saves
-# For its fixed order backward writes the gradient of every score, bf16 [rows, longest, heads, longest]. As many heads
-# go at a time as stay below this.
+MIN_ROW = 1024  # tokens of a pass's longest row: for shorter rows, building a plan costs more than it saves
+# The deterministic backward writes the gradient of every score, bf16 [rows, longest, heads, longest]. Heads are
+# computed in groups that stay below this.
 BACKWARD_BYTES = 512 << 20
-MISSING = f"rows of {MIN_ROW} tokens and more are faster with cuDNN: pip install 'tune2gguf[cudnn]'"
+MISSING = f"rows of {MIN_ROW} tokens or more are faster with cuDNN: pip install 'tune2gguf[cudnn]'"
 
 
 @cache
 def is_available() -> bool:
-    """Return whether the package is installed, with cuDNN 9.6 or later, and the GPU is a Hopper or later one."""
+    """Return whether the package is installed, with cuDNN 9.6 or later, and the GPU is Hopper or later."""
     if not pays() or find_spec("cudnn") is None:
         return False
     import cudnn
@@ -34,13 +34,13 @@ def is_available() -> bool:
 
 
 def pays() -> bool:
-    """Return whether the GPU is one on which it is faster."""
+    """Return whether cuDNN is faster on this GPU: Hopper or later."""
     return torch.cuda.get_device_capability()[0] >= 9
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan is built for; numbers that vary from pass to pass are rounded up to powers of two."""
+    """The shape that a plan is built for; lengths that vary per pass are rounded up to powers of two."""
 
     rows: int
     longest: int
@@ -48,7 +48,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     tokens: int
-    groups: int  # of heads, of which one is computed at a time
+    groups: int  # groups of heads, computed one at a time
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, *, num_rows: int, longest: int, is_backward: bool) -> Shape:
@@ -61,7 +61,7 @@ class Shape:
 
     @property
     def backward_bytes(self) -> int:
-        """What the gradients of a group's scores take."""
+        """Bytes of the gradients of one group's scores."""
         return 2 * self.rows * self.longest**2 * self.heads // self.groups
 
     def get_dim(self, heads: int) -> list[int]:
@@ -80,7 +80,7 @@ class Shape:
 
 
 class Plan:
-    """The forward and the backward kernel for a shape."""
+    """cuDNN's forward and backward graphs for one shape, built on first use."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -185,10 +185,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class RaggedRows:
-    """Where rows lie, as the kernels take it; all int32 on the GPU."""
+    """The rows of a pass in cuDNN's ragged layout; all int32 on the GPU."""
 
     lengths: Tensor  # [rows]
-    q_offsets: Tensor  # [rows + 1], in elements, as the other two
+    q_offsets: Tensor  # [rows + 1] in elements, like the next two
     kv_offsets: Tensor
     stats_offsets: Tensor
 
@@ -199,7 +199,7 @@ class RaggedRows:
 
 
 def fits(q: Tensor, k: Tensor, *, num_rows: int, longest: int) -> bool:
-    """Return whether backward stays within BACKWARD_BYTES: not of the longest rows, nor of a long one among many."""
+    """Return whether backward fits BACKWARD_BYTES; it does not for very long rows, or a long row among many."""
     return Shape.of(q, k, num_rows=num_rows, longest=longest, is_backward=True).backward_bytes <= BACKWARD_BYTES
 
 
@@ -215,7 +215,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: RaggedRows, longest: int) -> t
 def attend_back(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, rows: RaggedRows, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; the same bits each time."""
+    """Return the gradients of q, k and v; deterministic."""
     plan = _get_plan(Shape.of(q, k, num_rows=len(rows.lengths), longest=longest, is_backward=True))
     found = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
     given = {"q": q, "k": k, "v": v, "out": out, "gradient": gradient, "stats": stats, **found}

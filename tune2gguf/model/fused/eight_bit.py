@@ -1,4 +1,4 @@
-"""Kernels around 8-bit products: rows quantized side by side, and the codes of weights transposed."""
+"""Triton kernels for FP8 products: quantize rows, transpose the codes of weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from tune2gguf.model.fp8 import CODES, LARGEST_CODE, LEAST_MAGNITUDE
 
 MAX_PARTS = 3
-VALUES_PER_WARP = 1024  # of a row that a warp holds in registers: 32 a thread
-TRANSPOSE_TILE = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}  # in words of four codes
+VALUES_PER_WARP = 1024  # values of a row in a warp's registers: 32 per thread
+TRANSPOSE_TILE = {"ROWS": 32, "COLUMNS": 32, "num_warps": 4}  # in 32-bit words of four codes
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _quantize_rows_kernel(
     FIRST_BLOCK: tl.constexpr, SECOND_BLOCK: tl.constexpr, THIRD_BLOCK: tl.constexpr, HAS_FACTORS: tl.constexpr,
     LARGEST: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """A program holds a row in registers, from its largest magnitude to its codes."""
+    """Quantize one row per program; the row stays in registers."""
     row = tl.program_id(0).to(tl.int64)
     one = _read_row(first, first_factors, row, FIRST, FIRST_BLOCK, HAS_FACTORS)
     largest = tl.maximum(tl.max(tl.abs(one), axis=0), LEAST)
@@ -58,7 +58,7 @@ def _quantize_rows_kernel(
 
 
 def quantize_rows(parts: list[Tensor], factors: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Return what `fp8.quantize_rows_plainly` returns, of up to three parts, in one kernel."""
+    """Same as `fp8.quantize_rows_plainly`, in one kernel, for up to three parts."""
     assert len(parts) <= MAX_PARTS
     parts = [part.contiguous() for part in parts]
     num_rows, widths = len(parts[0]), [part.shape[1] for part in parts]
@@ -82,7 +82,7 @@ def _decode_rows_kernel(codes, scales, out, WIDTH: tl.constexpr, BLOCK: tl.const
 
 
 def decode_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values of codes [rows, width] with scales float32 [rows, 1]."""
+    """Return codes [rows, width] times their scales, float32 [rows, 1]."""
     num_rows, width = codes.shape
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     _decode_rows_kernel[(num_rows,)](codes, scales, out, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=4)
@@ -91,7 +91,7 @@ def decode_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _keep_tile(tile, codes, scales, rows, row_mask, at, mask, LARGEST: tl.constexpr, LEAST: tl.constexpr):
-    """Write a float32 tile [rows, columns] in 8 bits, with a scale for each of its rows."""
+    """Store a float32 tile [rows, columns] as FP8 codes with one scale per row of the tile."""
     largest = tl.maximum(tl.max(tl.abs(tile), axis=1), LEAST)
     tl.store(scales + rows, largest / LARGEST, mask=row_mask)
     tl.store(codes + at, (tile * (LARGEST / largest)[:, None]).to(codes.dtype.element_ty), mask=mask)
@@ -99,7 +99,7 @@ def _keep_tile(tile, codes, scales, rows, row_mask, at, mask, LARGEST: tl.conste
 
 @triton.jit
 def _read_tile(codes, scales, rows, row_mask, at, mask):
-    """Return what `_keep_tile` has written, in float32."""
+    """Load a tile that `_keep_tile` stored, as float32."""
     scale = tl.load(scales + rows, mask=row_mask, other=0.0)
     return tl.load(codes + at, mask=mask).to(tl.float32) * scale[:, None]
 
@@ -108,9 +108,9 @@ def _read_tile(codes, scales, rows, row_mask, at, mask):
 def _transpose_kernel(
     source, out, num_rows, num_columns, out_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Transpose blocks of 4 x 4 bytes within words, then the words: bytes alone would be slow to exchange.
+    """Transpose bytes: 4 x 4 blocks within words first, then the words, which is faster than byte by byte.
 
-    Sizes are in words: a tile has 4 ROWS of COLUMNS words.
+    Sizes are in 32-bit words: a tile has 4 ROWS rows of COLUMNS words.
     """
     rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
@@ -128,9 +128,9 @@ def _transpose_kernel(
 
 
 def transpose_codes(weights: list[Tensor]) -> Tensor:
-    """Return the codes of weights [out, in] side by side, each transposed: [in, sum of out].
+    """Transpose the codes of weights [out, in] and concatenate them, [in, sum of out].
 
-    Their dimensions are multiples of 4.
+    All dimensions must be multiples of 4.
     """
     heights, width = [len(weight) for weight in weights], weights[0].shape[1]
     out = torch.empty(width, sum(heights), dtype=CODES, device=weights[0].device)

@@ -1,12 +1,12 @@
-"""CUDA graphs of all layers of a pass: one launch forward and one back, instead of thousands with Python in between.
+"""CUDA graphs of all layers of a pass: one launch forward and one backward replace thousands.
 
-A graph computes at fixed addresses for one length. Passes are therefore padded to few lengths, and to few numbers of
-rows; the first pass of a kind runs as ever, which compiles and loads its kernels, the second one is captured. Kernels,
-their order and their inputs are those of a pass without graphs, so that the bits are the same.
+A graph has fixed addresses and one length. Passes are therefore padded to few lengths and few numbers of rows. The
+first pass of a kind runs without a graph, which compiles and loads its kernels; the second is captured. Kernels, order
+and inputs equal those of an ungraphed pass, so results are bit-identical.
 
-Memory: all graphs share one pool, in which each finds what another has left, as a forward pass goes back before the
-next one comes. The pool takes what a pass of the longest captured length takes, and stays. As a block is reused by
-what is not larger, a longer pass than any before starts the pool anew.
+All graphs share one memory pool: each pass runs backward before the next one starts. The pool stays allocated at the
+size of the longest captured pass. Freed blocks serve only requests that are not larger, so a longer pass than any
+before resets the pool.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from tune2gguf.model.sharding import ShardedBase
 
 MAX_GRAPHED_ROWS = 257
-MAX_GRAPHS = 64  # kinds of passes; each takes some MB of a GPU for the list of its kernels
+MAX_GRAPHS = 64  # kinds of passes; each graph takes some MB of GPU memory for its list of kernels
 
 
 def pad_rows(num_rows: int, *, has_padding: bool) -> int:
-    """Return the number of rows that a pass is padded to: a power of two, and one for the padding's tokens."""
+    """Return the padded number of rows of a pass: a power of two, plus one for padding tokens."""
     return (1 << (num_rows - 1).bit_length()) + has_padding
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What passes have in common that share a graph."""
+    """The properties that passes must share to share a graph."""
 
     length: int
     num_starts: int
-    longest: int  # bound on the rows
+    longest: int  # upper bound on the tokens of a row
     is_long: bool
     trains: bool
     drops: bool
@@ -51,14 +51,14 @@ class Kind:
 
 @dataclass
 class Captured:
-    """The graphs of a kind; none for backward where nothing is trained."""
+    """The graphs of one kind; `backward` is None without gradients."""
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph | None
 
 
 class LayerGraphs:
-    """Graphs of a stack's layers by kind of pass, and the tensors that they read and write, which all kinds share."""
+    """The graphs of a stack's layers by kind of pass, and the input and output tensors that all graphs share."""
 
     def __init__(self, stack: FusedStack) -> None:
         self.stack = stack
@@ -69,10 +69,10 @@ class LayerGraphs:
         self._longest = 0
         self._passes: list[tuple[Tensor, Pass]] = []
         self._sharded: ShardedBase | None = None
-        self._hidden: Tensor | None = None  # what goes into the layers, [longest, dim]
-        self._out: Tensor | None = None  # what comes out, and then its gradient
+        self._hidden: Tensor | None = None  # the layers' input, [longest, dim]
+        self._out: Tensor | None = None  # the layers' output, later its gradient
         self._positions: Tensor | None = None
-        self.number_of_passes = 0  # a pass that is not the last one cannot go back any more
+        self.number_of_passes = 0  # only the newest pass can still run backward
 
     def run(
         self,
@@ -83,12 +83,12 @@ class LayerGraphs:
         *,
         sharded: ShardedBase | None = None,
     ) -> Tensor | None:
-        """Return the last layer's output, or None where the pass is to run without a graph.
+        """Return the last layer's output, or None if the pass must run without a graph.
 
         Args:
-            hidden: [tokens, dim], the first layer's input
-            weights: the adapters', which get gradients
-            sharded: gathers the layers' weights, in the graphs but for the two that each begins with
+            hidden: the first layer's input, [tokens, dim]
+            weights: the adapters' weights, which get gradients
+            sharded: gathers the layers' weights; the graphs contain all gathers but those of their first two layers
         """
         self._sharded = sharded
         if len(hidden) > MAX_GRAPHED_TOKENS:
@@ -116,17 +116,17 @@ class LayerGraphs:
         return _GraphedLayers.apply(self, self.captured[kind], kind.length, *weights)
 
     def replay_forward(self, captured: Captured, length: int) -> Tensor:
-        """Return the last layer's output for what the shared tensors hold."""
+        """Run the forward graph on the shared input tensors and return the last layer's output."""
         self.number_of_passes += 1
         self._replay(captured.forward, backward=False)
         return self._out[:length].clone()
 
     def replay_backward(self, captured: Captured, upstream: Tensor) -> list[Tensor]:
-        """Return the gradients of the weights, float32, from that of the output."""
+        """Run the backward graph and return the weights' gradients, float32, from the output's gradient."""
         self.number_of_passes += 1
         self._out[: len(upstream)].copy_(upstream)
         self._replay(captured.backward, backward=True)
-        # A copy: autograd makes what it gets a parameter's own gradient.
+        # Clone: autograd may keep the tensors that it gets as .grad.
         return list(_unflatten_dense_tensors(self._gradient.clone(), self._gradients))
 
     def _replay(self, graph: torch.cuda.CUDAGraph, *, backward: bool) -> None:
@@ -158,12 +158,12 @@ class LayerGraphs:
         finally:
             self._passes.clear()
         if self._sharded is not None:
-            self._sharded.end_graph(backward=True)  # nothing was computed: the first layers are still there
+            self._sharded.end_graph(backward=True)  # capture computes nothing: the first layers are still gathered
         self.captured[kind] = Captured(forward, backward)
         self._pool_bytes += torch.cuda.memory_reserved() - before
 
     def _allocate(self, hidden: Tensor, weights: list[Tensor]) -> None:
-        """Make what graphs of all lengths read and write."""
+        """Allocate the tensors that graphs of all lengths share."""
         device = hidden.device
         self._starts = torch.zeros(MAX_GRAPHED_ROWS + 1, dtype=torch.int32, device=device)
         shape = (len(self.stack.layers), len(GROUPS), SEEDS_PER_GROUP)
@@ -175,11 +175,11 @@ class LayerGraphs:
 
     def _record(self, work) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        # Graphs that Python finds unused meanwhile must not be destroyed meanwhile.
+        # The garbage collector must not destroy other graphs during capture.
         collects = gc.isenabled()
         gc.disable()
         try:
-            # Other threads go on: NCCL's asks whether its work is done, a checkpoint is written.
+            # Other threads use CUDA meanwhile: NCCL's watchdog polls, a checkpoint is written.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         finally:
@@ -211,16 +211,16 @@ class LayerGraphs:
             torch._foreach_copy_(self._gradients[number * len(found) : (number + 1) * len(found)], found)
 
     def _leave_room(self, num_tokens: int) -> None:
-        """Give the pool back where a pass without graphs might not fit beside it."""
+        """Free the pool if an ungraphed pass might not fit beside it."""
         if not self.captured:
             return
-        free = torch.cuda.mem_get_info()[0] - self._pool_bytes  # which the next line counts as free, too
+        free = torch.cuda.mem_get_info()[0] - self._pool_bytes  # the next line counts the pool as free, too
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         if free < 1.2 * self._pool_bytes * num_tokens / self._longest:
             self.drop()
 
     def drop(self) -> None:
-        """Forget all graphs and give their memory back; kinds that come again are captured again."""
+        """Drop all graphs and free their memory; kinds that recur are captured again."""
         torch.cuda.synchronize()
         self.captured.clear()
         self._hidden = self._out = self._positions = None
@@ -237,6 +237,6 @@ class _GraphedLayers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple:
-        assert ctx.number == ctx.graphs.number_of_passes, "a graphed pass goes back once, before the next one comes"
-        captured, ctx.captured = ctx.captured, None  # or a loss that is still around would keep its memory
+        assert ctx.number == ctx.graphs.number_of_passes, "a graphed pass runs backward once, before the next pass"
+        captured, ctx.captured = ctx.captured, None  # else a loss that outlives backward would keep the graphs
         return None, None, None, *ctx.graphs.replay_backward(captured, upstream)

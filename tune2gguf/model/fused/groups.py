@@ -1,4 +1,4 @@
-"""The adapters of a layer, by what they take: projections of the same input have their A side by side."""
+"""Groups of a layer's adapters: projections of the same input share one stacked A."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tune2gguf.model.lora import LoRALinear
 if TYPE_CHECKING:
     from torchtune.modules import TransformerSelfAttentionLayer
 
-# Projections that take the same input, in the order in which their adapters lie side by side.
+# Projections of the same input, in the order in which their adapters are stacked.
 QKV, OUTPUT, GATE_UP, DOWN = ("q_proj", "k_proj", "v_proj"), ("output_proj",), ("w1", "w3"), ("w2",)
 GROUPS = (QKV, OUTPUT, GATE_UP, DOWN)
-# A group's seeds begin at a multiple of 16 bytes: Triton compiles a kernel again for pointers that do not.
+# Aligns a group's seeds to 16 bytes: Triton recompiles a kernel for unaligned pointers.
 SEEDS_PER_GROUP = 4
 
 
@@ -29,7 +29,7 @@ def get_projections(layer: TransformerSelfAttentionLayer) -> dict[str, nn.Module
 
 
 def list_adapted(linears: dict[str, nn.Module]) -> list[str]:
-    """Return the names of the projections with an adapter, in the order of GROUPS."""
+    """Return the names of projections with an adapter, in the order of GROUPS."""
     return [name for name, linear in linears.items() if isinstance(linear, LoRALinear)]
 
 
@@ -41,15 +41,15 @@ def list_weights(linears: dict[str, nn.Module]) -> list[Tensor]:
 
 @dataclass
 class Group:
-    """The adapters of projections that take the same input; in the activations' dtype, A below each other."""
+    """The adapters of projections of one input, in the activations' dtype."""
 
     names: list[str]
     stacked_a: Tensor | None  # [n * rank, in]
     b: dict[str, Tensor]  # [out, rank]
     scaling: float
     rank: int
-    dropout: Dropout | None = None  # of this pass, with a seed for each name
-    low_rank: Tensor | None = None  # [rows, n * rank], the first product of this pass
+    dropout: Dropout | None = None  # of this pass, with one seed per name
+    low_rank: Tensor | None = None  # first products of this pass, [rows, n * rank]
 
     def get_slice(self, low_rank: Tensor, name: str) -> Tensor:
         """Return one adapter's columns of [rows, n * rank]."""
@@ -57,13 +57,13 @@ class Group:
         return low_rank[:, start : start + self.rank]
 
     def add_to(self, name: str) -> Adapted | None:
-        """Return what a projection's adapter adds in forward."""
+        """Return the term that a projection's adapter adds in forward; None without an adapter."""
         if name not in self.names:
             return None
         return Adapted(self.get_slice(self.low_rank, name), self.b[name])
 
     def reduce(self, x: Tensor) -> None:
-        """Compute the first products from what the projections take, [rows, in]."""
+        """Compute the first products from the projections' input x, [rows, in]."""
         if not self.names:
             return
         if self.dropout is not None:
@@ -74,7 +74,7 @@ class Group:
             self.low_rank *= self.scaling
 
     def reduce_gradients(self, upstream: dict[str, Tensor], gradients: dict[str, list[Tensor]]) -> Tensor | None:
-        """Return the gradient of the first products, [rows, n * rank]; note the gradient of every B."""
+        """Return the gradient of the first products, [rows, n * rank]; store every B's gradient in `gradients`."""
         if not self.names:
             return None
         parts = []
@@ -94,11 +94,12 @@ class Group:
         weight: Tensor | None = None,
         is_dropped: bool = False,
     ) -> None:
-        """Note the gradient of every A, from that of the first products and what the projections take.
+        """Store every A's gradient in `gradients`.
 
         Args:
-            x: [rows, in]; with rstd and weight they take its norm
-            is_dropped: what the only adapter drops of x is zero in it
+            low_rank: gradient of the first products, [rows, n * rank]
+            x: the projections' input, [rows, in]; with rstd and weight the input is x's norm
+            is_dropped: x already has zeros where the only adapter dropped it
         """
         if not self.names:
             return
@@ -112,7 +113,7 @@ class Group:
 
 
 def multiply_in_float32(left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right in float32: sums over all tokens, which are not to be rounded to bf16."""
+    """Return left @ right in float32: sums over all tokens must not be rounded to bf16."""
     if left.dtype == torch.float32:
         return left @ right
     return torch.mm(left, right, out_dtype=torch.float32)
@@ -124,7 +125,7 @@ Groups = dict[tuple[str, ...], Group]
 def lay_out_groups(
     linears: dict[str, nn.Module], *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Groups, list[Tensor]]:
-    """Return a layer's adapters by group, without values, and the parts of them that take those of list_weights."""
+    """Allocate a layer's adapters by group; return them and their views in the order of list_weights."""
     names, weights = list_adapted(linears), list_weights(linears)
     order = [*weights[::2], *weights[1::2]]
     sizes = [weight.numel() for weight in order]
@@ -151,8 +152,8 @@ def begin_pass(groups: Groups, seeds: Tensor | None, *, share: float) -> Groups:
     """Return a layer's groups for one pass.
 
     Args:
-        seeds: of the layer, [groups, adapters] int32; None: nothing is dropped
-        share: of the inputs that is dropped
+        seeds: the layer's dropout seeds, int32 [groups, adapters]; None: no dropout
+        share: dropout probability
     """
     return {
         members: replace(group, dropout=None if seeds is None else Dropout(seeds[number], share))

@@ -1,13 +1,13 @@
-"""Triton kernels of a training step on a GPU: what lies between the large matrix products of a Llama layer.
+"""Triton kernels for the operations between the large matrix products of a Llama layer.
 
-An adapter's second product, low_rank [rows, rank] times B or A, has so short an inner dimension that it costs as much
-as writing its result. It is therefore computed tile by tile where its result is used, and never written.
+An adapter's second product, low_rank [rows, rank] times B or A, is bound by writing its result: the inner dimension is
+short. It is therefore computed tile by tile where it is used, and never written.
 
-All arithmetic is float32; what is stored is rounded to the tensor's dtype. Matrices are row-major.
+All arithmetic is float32; stored values are rounded to the tensor's dtype. Matrices are row-major.
 
-A projection, base and adapter together, is rounded before anything else is done with it, as if it had been stored: the
-sum of two bf16 numbers often lies exactly between two others, where the least bit of an adapter would decide. Without
-that an adapter of 1e-6 in the direction of the gradient took 0.15 off SmolLM2's loss, which no merged weight can keep.
+A projection, base plus adapter, is rounded before its next use, as if it had been stored. The sum of two bf16 numbers
+is often a tie between two others, and the smallest adapter would decide all ties: without the rounding an adapter of
+1e-6 along the gradient lowered SmolLM2's loss by 0.15, a gain that merging loses.
 """
 
 from __future__ import annotations
@@ -135,11 +135,11 @@ def _rotate_kernel(
     RANK_Q: tl.constexpr, RANK_K: tl.constexpr, RANK_V: tl.constexpr, RANK_BLOCK: tl.constexpr,
     INVERSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program turns KV_HEADS heads: a part of q's, or all of k's; or adds to v's."""
+    """Rotate KV_HEADS heads of q or of k per program, or add the adapter's term to v."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     row_mask = rows < num_rows
     places = tl.load(positions + rows, mask=row_mask, other=0)
-    # torchtune's layout: neighbours are a pair, and a table of [places, HEAD_DIM / 2, (cos, sin)].
+    # torchtune's layout: neighbouring channels form a pair; the table is [places, HEAD_DIM / 2, (cos, sin)].
     angles = tl.load(rope + places[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], mask=row_mask[:, None])
     cos, sin = tl.split(tl.reshape(angles, (ROWS, HEAD_DIM // 2, 2)))
     if INVERSE:

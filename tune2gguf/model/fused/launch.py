@@ -1,7 +1,7 @@
-"""The kernels as functions of tensors: they allocate results, choose tiles and launch.
+"""Launchers of the kernels: they allocate results, choose tiles and launch.
 
-Low-rank products come as an `Adapted`: the first product [rows, rank], and the factor that the second one takes.
-Tensors are contiguous unless it says otherwise; rows are tokens, [rows, width].
+A low-rank product is passed as an `Adapted`: the first product [rows, rank] and the second product's factor. Tensors
+are contiguous unless stated otherwise; a row is a token, [rows, width].
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from tune2gguf.model.fp8 import CODES, LARGEST_CODE, LEAST_MAGNITUDE
 from tune2gguf.model.fused import adapters, kernels
 
-# Rows (tokens) and columns of a tile, and warps: the fastest of those tried on an H200 at the width of Llama-3.1-8B.
+# Rows (tokens) and columns of a tile, and warps: the fastest tried on an H200 at the width of Llama-3.1-8B.
 TILE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 SWIGLU_BACKWARD_TILE = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
-NORM_TILE = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # 16 rows are the least that a tile's product takes
+NORM_TILE = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}  # tl.dot needs at least 16 rows
 REDUCE_TILE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
 ROWS_PER_PART = 1024
@@ -29,12 +29,13 @@ CODES_PER_PROGRAM = 2048
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which elements of their input adapters drop; the same seed drops the same ones again.
+    """Dropout of the input of one or more adapters; equal seeds drop equal elements.
 
-    Seeds lie on the device, where a captured graph finds others each time.
+    Seeds are on the device: a captured graph reads new ones at each replay.
 
     Attributes:
-        seeds: int32 [n or more], one for each adapter that takes the input
+        seeds: int32 [n or more], one per adapter of the input
+        share: dropout probability
     """
 
     seeds: Tensor
@@ -51,11 +52,12 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an adapter adds to a product: low_rank [rows, rank], whose rows may lie apart, times factor.
+    """The term that an adapter adds to a product: low_rank times factor.
 
     Attributes:
+        low_rank: [rows, rank]; rows may be strided
         factor: B [out, rank] in forward, A [rank, in] in backward
-        dropout: of the adapter's input, which in backward drops what is added; None: nothing is dropped
+        dropout: dropout of the adapter's input, which backward applies to the added term; None: no dropout
     """
 
     low_rank: Tensor
@@ -69,11 +71,11 @@ class Adapted:
 
 @dataclass(frozen=True)
 class KeptInputs:
-    """Gate and up with their adapters' parts, in 8 bits, as backward reads them.
+    """Gate and up, adapters included, kept for backward in FP8.
 
     Attributes:
         codes: float8_e4m3fn [2, rows, width]
-        scales: of 128 columns of a row, float32 [2, blocks, rows]
+        scales: float32 [2, blocks, rows], one per 128 columns of a row
     """
 
     codes: Tensor
@@ -81,7 +83,7 @@ class KeptInputs:
 
     @classmethod
     def make(cls, gate: Tensor) -> KeptInputs:
-        """Make room for what `swiglu` keeps."""
+        """Allocate the tensors that `swiglu` fills."""
         num_rows, width = gate.shape
         num_blocks = triton.cdiv(width, TILE["COLUMNS"])
         return cls(
@@ -94,12 +96,12 @@ class KeptInputs:
 
 
 def pad_rank(*ranks: int) -> int:
-    """Return the inner dimension of a tile's product: a power of two, 16 at least."""
+    """Return the inner dimension of a tile's product: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(max(ranks)))
 
 
 def _draw(dropout: Dropout | None, stand_in: Tensor) -> tuple[Tensor, int, float]:
-    """Return what kernels take of a dropout; of none a tensor that they do not read."""
+    """Return a kernel's dropout arguments; without dropout `stand_in`, which is not read."""
     return (stand_in, 0, 1.0) if dropout is None else (dropout.seeds, dropout.threshold, dropout.keep_scale)
 
 
@@ -110,9 +112,9 @@ def _cover(num_rows: int, width: int, tile: dict[str, int]) -> tuple[int, int]:
 def norm(
     x: Tensor, weight: Tensor, eps: float, *, delta: Tensor | None = None, adapted: Adapted | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x + delta + what an adapter adds, its RMS norm, and 1 / its root mean square, float32 [rows].
+    """Return the sum x + delta + the adapter's term, its RMS norm, and 1 / its root mean square, float32 [rows].
 
-    Without delta the first is x itself.
+    Without delta the sum is x itself.
     """
     num_rows, dim = x.shape
     summed = x if delta is None else torch.empty_like(x)
@@ -140,12 +142,12 @@ def norm_backward(
     dropout: Dropout | None = None,
     rank: int = 0,
 ) -> Tensor:
-    """Return residual + the gradient through the norm; `gradient` is overwritten.
+    """Return residual + the gradient of the norm's input; `gradient` is overwritten.
 
     Args:
-        gradient: of the norm's output, [rows, dim], without what the adapters add
-        low_rank: of up to three adapters that take the norm's output, side by side, [rows, n * rank]
-        factor: their A below each other, [n * rank, dim]
+        gradient: gradient of the norm's output, [rows, dim], without the adapters' terms
+        low_rank: first products of up to three adapters of the norm's output, [rows, n * rank]
+        factor: their stacked A, [n * rank, dim]
     """
     num_rows, dim = x.shape
     out = torch.empty_like(x)
@@ -170,20 +172,21 @@ def rotate(
     adapted: tuple[Adapted | None, Adapted | None, Adapted | None] = (None, None, None),
     inverse: bool = False,
 ) -> None:
-    """Add what the adapters add to q, k and v, then turn q and k by their positions (back, if inverse), in place.
+    """Add the adapters' terms to q, k and v, then apply RoPE to q and k, in place.
 
     Args:
         q: [rows, heads * head_dim]
         k, v: [rows, kv heads * head_dim]
-        rope: float32 [places, head_dim / 2, 2], cosines and sines
+        rope: cosines and sines, float32 [places, head_dim / 2, 2]
         positions: int64 [rows]
+        inverse: rotate back
     """
     num_rows = q.shape[0]
     q_heads, kv_heads = q.shape[1] // head_dim, k.shape[1] // head_dim
     ranks = [0 if one is None else one.rank for one in adapted]
     strides = {one.low_rank.stride(0) for one in adapted if one is not None} or {0}
     (stride,) = strides
-    # A part of q's heads for each, one for k, and one for v where something is added to it.
+    # Programs per tile of rows: q's heads in parts of kv_heads, one for k, and one for v if it has an adapter.
     num_parts = q_heads // kv_heads + 1 + (adapted[2] is not None)
     kernels._rotate_kernel[(triton.cdiv(num_rows, HEAD_ROWS), num_parts)](
         q, k, v, *(q if one is None else one.low_rank for one in adapted),
@@ -202,10 +205,10 @@ def swiglu(
     adapted_up: Adapted | None,
     kept: KeptInputs | None = None,
 ) -> Tensor:
-    """Return silu(gate) * up, [rows, width], after the adapters' parts are added to both.
+    """Return silu(gate) * up, [rows, width], after adding the adapters' terms to both.
 
     Args:
-        kept: gets both in 8 bits; None: they are not written
+        kept: receives gate and up in FP8; None: they are not kept
     """
     num_rows, width = gate.shape
     out = torch.empty_like(gate)
@@ -232,12 +235,13 @@ def swiglu_backward(
     adapted_down: Adapted | None,
     kept: KeptInputs | None = None,
 ) -> None:
-    """Overwrite the gradient of silu(gate) * up with that product itself, and gate and up with their gradients.
+    """Overwrite `gradient` with the product silu(gate) * up, and gate and up with their gradients.
 
     Args:
-        gradient: [rows, width], without the part of the down projection's adapter
-        gate, up: [rows, width], without their adapters' parts; with `kept` only their gradients are written there
-        adapted_down: with its A; what its dropout drops of the product is zero in what `gradient` then holds
+        gradient: gradient of the product, [rows, width], without the term of the down projection's adapter
+        gate, up: [rows, width], without their adapters' terms; with `kept` they are not read
+        adapted_down: the down projection's term, with A; its dropout zeroes elements of the product in `gradient`
+        kept: FP8 copies of gate and up from `swiglu`
     """
     num_rows, width = gate.shape
     pair = (adapted_gate, adapted_up)
@@ -257,7 +261,7 @@ def swiglu_backward(
 
 
 def add(base: Tensor, adapted: Adapted | None, *, residual: Tensor | None = None, factor_is_a: bool = False) -> Tensor:
-    """Return base + residual + what an adapter adds, [rows, width]; written over `base`.
+    """Return base + residual + the adapter's term, [rows, width]; `base` is overwritten.
 
     Args:
         factor_is_a: the factor is A [rank, width]; else B [width, rank]
@@ -276,7 +280,7 @@ def add(base: Tensor, adapted: Adapted | None, *, residual: Tensor | None = None
 
 
 def apply_norm(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """Return the norm of x [rows, width] again, from 1 / its root mean square, [rows]."""
+    """Recompute the norm of x [rows, width] from rstd, 1 / its root mean square, [rows]."""
     num_rows, width = x.shape
     out = torch.empty_like(x)
     kernels._apply_norm_kernel[_cover(num_rows, width, TILE)](x, rstd, weight, out, num_rows, width, **TILE)
@@ -284,10 +288,10 @@ def apply_norm(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
 
 
 def reduce_dropped(x: Tensor, factor: Tensor, dropout: Dropout, *, rank: int) -> Tensor:
-    """Return the first products of up to three adapters, side by side, [rows, n * rank]; each drops elements of x.
+    """Return the first products of up to three adapters, [rows, n * rank], each with its own dropout of x.
 
     Args:
-        factor: their A below each other, [n * rank, width]
+        factor: their stacked A, [n * rank, width]
     """
     num_rows, width = x.shape
     out = torch.empty(num_rows, factor.shape[0], dtype=x.dtype, device=x.device)
@@ -307,13 +311,13 @@ def compute_dropped_gradient(
     rstd: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradients of up to three adapters' A below each other, float32 [n * rank, width].
+    """Return the stacked gradients of up to three adapters' A, float32 [n * rank, width].
 
-    Summed over parts of the rows in a fixed order, so that the same step gives the same bits.
+    Parts of the rows are summed in a fixed order: the result is deterministic.
 
     Args:
-        low_rank: the gradients of their first products, side by side, [rows, n * rank]
-        x: what they take and drop elements of; with rstd and weight they take its norm
+        low_rank: gradients of the first products, [rows, n * rank]
+        x: the adapters' input before dropout; with rstd and weight the input is x's norm
     """
     num_rows, width = x.shape
     num_parts, total_rank = triton.cdiv(num_rows, ROWS_PER_PART), low_rank.shape[1]
@@ -327,7 +331,11 @@ def compute_dropped_gradient(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, *, with_gradient: bool) -> None:
-    """Write each row's cross entropy, float32 [rows], and with_gradient its gradient over the logits [rows, vocab]."""
+    """Write each row's cross entropy into `losses`, float32 [rows].
+
+    Args:
+        logits: [rows, vocab]; with_gradient overwrites them with their gradient
+    """
     num_rows, vocab = logits.shape
     kernels._cross_entropy_kernel[(num_rows,)](
         logits, targets, losses, VOCAB=vocab, GRADIENT=with_gradient, BLOCK=CROSS_ENTROPY_BLOCK, num_warps=16
@@ -337,7 +345,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, *, with_gradi
 def dequantize_nf4(
     codes: Tensor, scales: Tensor, factors: Tensor, mean: Tensor, table: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
-    """Return a flat weight from an Nf4Tensor's parts."""
+    """Return the flat dense weight of an Nf4Tensor's parts."""
     num_codes = codes.numel()
     out = torch.empty(2 * num_codes, dtype=dtype, device=codes.device)
     kernels._dequantize_nf4_kernel[(triton.cdiv(num_codes, CODES_PER_PROGRAM),)](

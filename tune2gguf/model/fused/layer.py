@@ -1,9 +1,8 @@
-"""A Llama layer with LoRA as one differentiable function: few kernels, no compiler, and little kept for backward.
+"""A fused Llama layer with LoRA: one autograd function of few kernels, without the compiler.
 
-The base's weights are frozen, so that backward computes the gradients of the adapters and of the layer's input only.
-Kept are the layer's input, q, k, v and the attention's result, and gate and up before the activation; norms and the
-activation are computed again. With checkpointing only the input and the adapters' low-rank products are kept: the
-second forward pass needs neither those products nor the down projection.
+The base is frozen: backward computes only the gradients of the adapters and of the layer's input. Forward keeps the
+input, q, k, v, the attention result, and gate and up; backward recomputes norms and activation. With checkpointing
+forward keeps only the input and the low-rank products; recomputation then skips these products and the down projection.
 """
 
 from __future__ import annotations
@@ -47,16 +46,16 @@ if TYPE_CHECKING:
 
 
 def multiply(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Return the base's products x W^T of projections that take the same x."""
+    """Return the base's products x W^T for projections of one input."""
     if is_fp8(linears[0].weight):
         return multiply_fp8(x, [get_fp8_weight(linear) for linear in linears])
     return [x @ to_dense(linear.weight, x.dtype).T for linear in linears]
 
 
 def multiply_back(gradients: list[Tensor], *linears: nn.Module) -> Tensor:
-    """Return the base's part of the gradient of an input from those of the projections that take it.
+    """Return the base's part of an input's gradient, from the gradients of the projections of that input.
 
-    The list is emptied on the way, so that the gradients need not stay in memory.
+    Clears the list on the way, to free the gradients' memory.
     """
     if is_fp8(linears[0].weight):
         return multiply_fp8_back(gradients, [get_fp8_weight(linear) for linear in linears])
@@ -71,7 +70,7 @@ def multiply_back(gradients: list[Tensor], *linears: nn.Module) -> Tensor:
 
 @dataclass
 class Pass:
-    """What one forward pass of a layer computes, as far as backward has a use for it."""
+    """One forward pass of a layer, with the tensors that backward needs."""
 
     layer: TransformerSelfAttentionLayer
     linears: dict[str, nn.Module]
@@ -81,22 +80,22 @@ class Pass:
     first_rstd: Tensor | None = None
     heads: tuple[Tensor, ...] = ()  # q, k, v: [tokens, heads, head_dim]
     attended: Tensor | None = None  # [tokens, heads, head_dim]
-    kept: tuple[Tensor, ...] = ()  # of attention
+    kept: tuple[Tensor, ...] = ()  # by attention
     middle: Tensor | None = None  # after attention, [tokens, dim]
     second_rstd: Tensor | None = None
     gate: Tensor | None = None
     up: Tensor | None = None
-    kept_inputs: KeptInputs | None = None  # instead of gate and up
-    kept_attended: tuple[Tensor, Tensor] | None = None  # instead of attended: codes and scales of its product
+    kept_inputs: KeptInputs | None = None  # replaces gate and up
+    kept_attended: tuple[Tensor, Tensor] | None = None  # replaces attended: its FP8 codes and scales
 
     @property
     def keeps_8_bits(self) -> bool:
-        """Whether attended, gate and up, most of what a layer keeps, are kept in 8 bits, as products take them."""
+        """Whether attended, gate and up, most of a layer's kept memory, are kept in FP8."""
         weight = self.linears["w1"].weight
         return is_fp8(weight) and multiplies_fp8(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, [tokens, dim]; with checkpointing little else is kept."""
+        """Return the layer's output, [tokens, dim]; with checkpointing, free all but the low-rank products."""
         self.run_attention(x, again=False)
         out = self.finish()
         if self.checkpointing:
@@ -111,7 +110,7 @@ class Pass:
         )
 
     def run_attention(self, x: Tensor, *, again: bool) -> None:
-        """Compute what is kept up to the middle of the layer; the low-rank products only the first time."""
+        """Run the layer from its norm to gate and up; `again` reuses the low-rank products."""
         linears, qkv, output = self.linears, self.groups[QKV], self.groups[OUTPUT]
         norm = self.layer.sa_norm
         _, normed, self.first_rstd = launch.norm(x, norm.scale, norm.eps)
@@ -141,7 +140,7 @@ class Pass:
         return multiply_codes(*self.kept_attended, [get_fp8_weight(linear)], dtype=flat.dtype)[0]
 
     def finish(self) -> Tensor:
-        """Return the layer's output, [rows, dim]."""
+        """Run the rest of the layer: return its output, [rows, dim]."""
         down = self.groups[DOWN]
         product = self._activate(keeps=self.keeps_8_bits and not self.checkpointing)
         down.reduce(product)
@@ -157,11 +156,11 @@ class Pass:
         return product
 
     def backward(self, x: Tensor, upstream: Tensor, *, needs_input: bool) -> tuple[Tensor | None, dict]:
-        """Return the gradient of the layer's input and those of every [A, B], float32, by the projection's name."""
+        """Return the gradient of the layer's input, and those of every [A, B], float32, by projection name."""
         if self.checkpointing:
             self.run_attention(x, again=True)
             if self.keeps_8_bits:
-                self._activate(keeps=True)  # rounded as without checkpointing
+                self._activate(keeps=True)  # round as without checkpointing
         gradients = {name: [None, None] for group in self.groups.values() for name in group.names}
         middle_gradient = self._backward_mlp(upstream, gradients)
         heads = self._backward_attention(middle_gradient, gradients)
@@ -185,7 +184,7 @@ class Pass:
         return self._backward_norm(gate_up, low_rank, normed_gradient, self.middle, self.second_rstd, norm, upstream)
 
     def _backward_down(self, upstream: Tensor, gradients: dict) -> None:
-        """Replace gate and up by their gradients."""
+        """Overwrite gate and up with their gradients."""
         gate_up, down = self.groups[GATE_UP], self.groups[DOWN]
         low_rank = down.reduce_gradients({"w2": upstream}, gradients)
         product = multiply_back([upstream], self.linears["w2"])
@@ -254,7 +253,7 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple:
         (x,), one = ctx.saved_tensors, ctx.one
-        assert one is not None, "a fused layer goes back once"
+        assert one is not None, "a fused layer runs backward once"
         ctx.one = None
         out, gradients = one.backward(x, upstream, needs_input=ctx.needs_input_grad[0])
         return out, None, *(part for name in list_adapted(one.linears) for part in gradients[name])
@@ -273,9 +272,9 @@ def run_layer(
 
     Args:
         x: [tokens, dim] in bf16
-        groups: the layer's adapters in x's dtype; None: cast here, as where they are whole only while it computes
-        seeds: what the adapters drop, [groups, adapters] int32; None for nothing
-        checkpointing: keep little, and compute the layer again in backward
+        groups: the layer's adapters in x's dtype; None: cast here
+        seeds: the adapters' dropout seeds, int32 [groups, adapters]; None: no dropout
+        checkpointing: keep little and recompute the layer in backward
     """
     linears = get_projections(layer)
     weights = list_weights(linears)

@@ -1,4 +1,4 @@
-"""All layers of a decoder as one: a pass of rows without padding, seeds and casts of all adapters at once."""
+"""The fused layers of a decoder: one unpadded pass of rows; seeds and casts for all adapters at once."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ if TYPE_CHECKING:
 def lay_out_pass(
     tokens: Tensor, *, row_starts: Tensor | None, longest_row: int | None, input_pos: Tensor | None
 ) -> tuple[Tensor, Layout]:
-    """Return a batch's tokens one behind the other, padded at the end to a length that passes share, and its layout.
+    """Return a batch's flat tokens, padded at the end to a length that many passes share, and its layout.
 
-    The padding is a row of its own, which no label supervises, and further rows are empty.
+    The padding is one unsupervised row; further rows are empty.
 
     Args:
         tokens: [batch, seq]
-        row_starts: first token of each row in the flat batch, then its size, [rows + 1] int32; None: a row a sequence
-        longest_row: tokens of the longest row; None where row_starts is
-        input_pos: position of each token in its own row, [batch, seq]; None where a sequence is one row
+        row_starts: first token of each row in the flat batch, then the batch's size, int32 [rows + 1]; None: each
+            sequence is one row
+        longest_row: tokens of the longest row; None if row_starts is None
+        input_pos: position of each token in its row, [batch, seq]; None if each sequence is one row
     """
     batch, seq = tokens.shape
     num_tokens, device = tokens.numel(), tokens.device
@@ -56,7 +57,7 @@ def lay_out_pass(
     missing, is_long = length - num_tokens, longest_row >= MIN_ROW
     is_graphed = length <= MAX_GRAPHED_TOKENS
     missing_rows = int(missing > 0)
-    if is_graphed or is_long:  # passes of few kinds, for which graphs are captured and plans are built
+    if is_graphed or is_long:  # few kinds of passes, for few captured graphs and cuDNN plans
         missing_rows = pad_rows(num_rows, has_padding=missing > 0) - num_rows
     layout = Layout(
         positions=functional.pad(input_pos.flatten(), (0, missing)),
@@ -68,7 +69,7 @@ def lay_out_pass(
 
 
 def _round_longest(length: int, longest_row: int, *, is_long: bool) -> int:
-    """Return a bound on the rows of a pass that many passes share; of short rows all of a length share one."""
+    """Return an upper bound on a row's tokens that many passes share; passes of short rows share their length."""
     return min(length, 1 << (longest_row - 1).bit_length()) if is_long else length
 
 
@@ -78,10 +79,10 @@ class FusedStack:
     def __init__(
         self, layers: Sequence[TransformerSelfAttentionLayer], *, checkpointing: bool, is_graphed: bool
     ) -> None:
-        """Take layers that may yet be without weights.
+        """Prepare layers; their weights may be loaded later.
 
         Args:
-            checkpointing: keep a layer's input only and compute the layer again in backward
+            checkpointing: keep only each layer's input and recompute the layer in backward
             is_graphed: capture short passes on a GPU as CUDA graphs
         """
         self.layers = list(layers)
@@ -96,20 +97,20 @@ class FusedStack:
             if name in self.names
         ]
         self.groups: list[Groups] = []  # in the activations' dtype
-        self.parts: list[Tensor] = []  # of them, in the order of the weights
+        self.parts: list[Tensor] = []  # views of the groups, in the order of list_weights
         self.graphs = LayerGraphs(self) if is_graphed else None
 
     def list_weights(self) -> list[Tensor]:
-        """Return the adapters' weights, layer by layer: parameters may be replaced until training begins."""
+        """Return the adapters' current weights, layer by layer; they may be replaced until training begins."""
         return [weight for linears in self.linears for weight in list_weights(linears)]
 
     def make_pass(self, number: int, layout: Layout, seeds: Tensor | None) -> Pass:
-        """Return a pass of one layer that is to come; seeds as `draw_seeds` returns them."""
+        """Return a new pass of one layer; `seeds` from `draw_seeds`."""
         groups = begin_pass(self.groups[number], None if seeds is None else seeds[number], share=self.share)
         return Pass(self.layers[number], self.linears[number], layout, groups, self.checkpointing)
 
     def run(self, hidden: Tensor, layout: Layout, *, sharded: ShardedBase | None = None) -> Tensor:
-        """Return the last layer's output, [tokens, dim], from the first one's input.
+        """Return the last layer's output, [tokens, dim], from the first layer's input.
 
         Args:
             sharded: gathers the layers' weights
@@ -129,17 +130,17 @@ class FusedStack:
         return hidden
 
     def draw_seeds(self, device: torch.device) -> Tensor:
-        """Draw a seed for each adapter from torch's generator on the CPU, layer by layer, [layers, groups, n] int32."""
+        """Draw one seed per adapter from torch's CPU generator, layer by layer, int32 [layers, groups, n]."""
         draws = torch.randint(2**31 - 1, (len(self.layers), len(self.names)))
         seeds = torch.zeros(len(self.layers), len(GROUPS) * SEEDS_PER_GROUP, dtype=torch.int32)
         seeds[:, self.slots] = draws.int()
         seeds = seeds.view(len(self.layers), len(GROUPS), SEEDS_PER_GROUP)
-        # From pinned memory the copy waits for nothing, and nothing waits for it.
+        # Pinned memory makes the copy asynchronous.
         return seeds.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else seeds
 
     @torch.no_grad()
     def _cast(self, weights: list[Tensor], hidden: Tensor) -> None:
-        """Bring the adapters in the activations' dtype up to date, where graphs find them."""
+        """Copy the adapters into the activations' dtype, at the fixed addresses that graphs read."""
         if not self.groups:
             for linears in self.linears:
                 groups, parts = lay_out_groups(linears, dtype=hidden.dtype, device=hidden.device)
