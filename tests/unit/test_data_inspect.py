@@ -41,7 +41,7 @@ def test_rows_roles_and_reasons_are_counted(mixed_file, tiny_base):
     assert summary.data.ledger["truncated"] == 1
     text = inspect(mixed_file, tiny_base).format(colored=False)
     assert "rows: 43 read = 40 trained + 0 validated + 1 truncated + 2 dropped" in text
-    assert "mixed.jsonl, line 42: message 2, the assistant's, is empty" in text
+    assert "mixed.jsonl, line 42: message 2 (assistant) is empty" in text
     assert "max_seq_len=120 cuts 1 rows" in text
 
 
@@ -229,7 +229,7 @@ def test_mapping_of_the_columns_is_shown(tmp_path, tiny_base, overrides):
 
 def test_misspelled_part_of_a_mapping_is_refused(tmp_path, tiny_base):
     path = write_rows(tmp_path / "a.jsonl", [{"question": "Hi?", "answer": "Ho."}])
-    with pytest.raises(ValueError, match=r"'promt' is no part of a format; did you mean 'prompt'\?"):
+    with pytest.raises(ValueError, match=r"unknown part 'promt'; did you mean 'prompt'\?"):
         inspect_files(
             [str(path), "dataset.columns.promt=question"], tiny_base, chat_template="chatml", max_seq_len=99, num_rows=0
         )

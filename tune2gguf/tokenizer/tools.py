@@ -140,9 +140,11 @@ def _write_out_llama_turn(message: Message, tools: Sequence[Mapping[str, Any]]) 
     if not message.tool_calls:
         return message
     if len(message.tool_calls) > 1:
-        raise ValueError(f"Llama's format has one call a turn, not {len(message.tool_calls)}; call one after the other")
+        raise ValueError(
+            f"Llama's format allows one call per turn, got {len(message.tool_calls)}; write one call after the other"
+        )
     if message.content:
-        raise ValueError(f"Llama's format has no text beside a call, here {message.content[:40]!r}; leave it out")
+        raise ValueError(f"Llama's format allows no text beside a call, got {message.content[:40]!r}; remove it")
     call = message.tool_calls[0]
     content = f'{{"name": {write_json(call["name"])}, "parameters": {write_json(order_arguments(call, tools))}}}'
     return replace(message, content=content, tool_calls=())
