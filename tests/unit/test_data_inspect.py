@@ -132,7 +132,7 @@ def test_file_that_exists_is_not_overwritten(tmp_path, tiny_base):
     inspection = inspect(write_rows(tmp_path / "a.jsonl", make_conversations(2)), tiny_base)
     for name, write in {"page.html": inspection.write_html, "lengths.png": inspection.write_png}.items():
         (tmp_path / name).write_text("mine")
-        with pytest.raises(ValueError, match=f"{name} exists and is not overwritten"):
+        with pytest.raises(ValueError, match=f"{name} exists already and is not overwritten; remove it"):
             write(tmp_path / name)
         with pytest.raises(ValueError, match=r"there is no folder .*missing"):
             write(tmp_path / "missing" / name)
@@ -166,7 +166,7 @@ def test_script_prints_and_writes(tmp_path, tiny_base, mixed_file):
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 1
-    assert refused.stderr == f"error: {tmp_path / 'page.html'} exists and is not overwritten\n"
+    assert refused.stderr.startswith(f"error: {tmp_path / 'page.html'} exists already and is not overwritten; remove")
 
 
 def test_ambiguous_shape_is_one_sentence_and_its_way_out_works(tmp_path, tiny_base):

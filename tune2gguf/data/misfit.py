@@ -46,7 +46,7 @@ def describe_misfit(row: Mapping[str, Any], required_keys: Mapping[str, Sequence
     texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
     if not overrides and len(texts) > 1:
         columns = {"dataset.columns": dict(zip(("prompt", "completion"), texts, strict=False))}
-        way_out = f"; say which of them prompt and reply are, as in {format_way(columns)}"
+        way_out = f"; map two of them to prompt and reply, as in {format_way(columns)}"
     return f"its keys ({keys}) fit no format ({known}){way_out}"
 
 

@@ -212,7 +212,7 @@ def _require_rows(selection: Selection, files: Sequence[TokenizedFile], roles: S
 
 
 def _describe_faulty(rows: Sequence[Dropped]) -> str:
-    """Return what is wrong with rows of a file that follow each other and have the same fault."""
+    """Return the problem of consecutive bad rows of a file that have the same one."""
     first, last = rows[0], rows[-1]
     same = "" if len(rows) == 1 else f"; the same in {len(rows) - 1} more, up to {last.source.unit} {last.source.line}"
     return f"{first.source}: {first.reason}{same}"
