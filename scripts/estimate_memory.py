@@ -1,4 +1,4 @@
-"""Say how much memory a run will need, part by part, where it fits, and what would make it fit. Nothing is loaded."""
+"""Estimate a run's memory, part by part: where it fits, and what would make it fit. No model is loaded."""
 
 from tune2gguf.cli import run_command
 

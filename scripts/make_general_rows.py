@@ -1,4 +1,4 @@
-"""Let a run's base answer general prompts, as rows to mix in: python scripts/make_general_rows.py runs/NAME"""
+"""Answer general prompts with a run's base, as rows to mix in: python scripts/make_general_rows.py runs/NAME"""
 
 from tune2gguf.cli import run_command
 

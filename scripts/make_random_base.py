@@ -1,4 +1,4 @@
-"""Write a base folder of a true Llama shape with random weights, to try memory and speed without a download."""
+"""Write a base folder with a Llama architecture and random weights, to test memory and speed without a download."""
 
 from tune2gguf.cli import run_command
 

@@ -2,9 +2,8 @@
 
 import os
 
-# OpenMP's threads spin at every barrier, by default until a thread that is not scheduled comes back: beside other
-# programs a step took sixty times as long. Its library reads this when torch loads it, so that it is said before. What
-# the user says stays.
+# OpenMP's threads spin at every barrier, by default until a descheduled thread comes back: beside other programs a step
+# took 60 times as long. The library reads this when torch loads it, so it must be set before. A user's setting stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

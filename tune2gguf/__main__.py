@@ -1,4 +1,4 @@
-"""`python -m tune2gguf COMMAND …`, where the program tune2gguf is not on the path."""
+"""`python -m tune2gguf COMMAND …`, if the program tune2gguf is not on the path."""
 
 from tune2gguf.cli import main
 

@@ -1,8 +1,8 @@
-"""Let `tune run recipes/lora_finetune.py` find the recipes of the working directory, and start them soon.
+"""Import hooks: `tune run recipes/lora_finetune.py` finds the working directory's recipes and starts them faster.
 
 torchtune installs a top-level `recipes` package that raises on import, and `tune run` puts the working directory last
 on sys.path. tune2gguf.pth imports this module at every start of Python, so it must cost nothing: it imports only
-what is loaded anyway.
+modules that are loaded anyway.
 """
 
 import builtins
@@ -20,7 +20,7 @@ def _runs_our_recipe() -> bool:
 
 
 class LocalRecipes:
-    """A meta path finder that answers for the name `recipes` only, where the working directory has our recipe."""
+    """A meta path finder for `recipes`, if the working directory has our recipe."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -34,14 +34,14 @@ class LocalRecipes:
 
 
 class LeanTorchtune:
-    """A meta path finder for torchtune: its parts are imported when they are used, and it gets our NF4 for torchao's.
+    """A meta path finder for torchtune: imports its parts on first use, and gives it our NF4 in place of torchao's.
 
-    torchtune imports all of its parts at once, and with its data sets `datasets` and pandas: a fifth of the time that a
-    run takes to start. Of torchao it needs names that later ones have moved, and peft refuses those that have them.
-    Only torchtune is answered for torchao, where it serves this package or has no torchao that it could import.
+    torchtune imports all of its parts at once, and its data sets import `datasets` and pandas: a fifth of a run's
+    start-up time. It needs names of torchao that later releases have moved, and peft refuses the releases that have
+    them. torchao is replaced for torchtune alone, and only if torchtune serves this package or cannot import torchao.
     """
 
-    is_needed = None  # until torchtune is imported; the same for all of its parts
+    is_needed = None  # until torchtune is imported; then the same for all of its parts
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -82,10 +82,9 @@ def _needs_lean_torchtune() -> bool:
 
 
 class LeanLoader:
-    """A loader of torchtune's modules in which `import torchao` means tune2gguf.model.torchao_names.
+    """A loader of torchtune's modules in which `import torchao` imports tune2gguf.model.torchao_names.
 
-    Nor does torchtune call the compiler for its flex attention, which this package does not use: on a GPU it would be
-    imported at every start.
+    It also turns off flex attention, which this package does not use: on a GPU it imports the compiler at every start.
     """
 
     def __init__(self, loader):
@@ -111,9 +110,9 @@ def _import_for_torchtune(name, *context, **named_context):
 
 
 class NoDownload:
-    """A meta path finder for `tune download` where our recipe runs: `tune` imports all its commands, and none is used.
+    """A meta path finder that leaves out `tune download` when our recipe runs: `tune` imports all of its commands.
 
-    With that one come kagglehub and torchtune's checkpointers: an eighth of the time that a run takes to start.
+    This one imports kagglehub and torchtune's checkpointers: an eighth of a run's start-up time.
     """
 
     @staticmethod

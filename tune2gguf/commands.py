@@ -1,4 +1,4 @@
-"""Commands: what there are, overrides as users type them, and commands as printed, quoted for YAML and the shell."""
+"""Commands: their names, the files they take, overrides as typed, and commands as printed, quoted for the shell."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# What `tune2gguf COMMAND` is called, and the module in tune2gguf/cli/ and the file in scripts/ that it is.
+# Name in `tune2gguf COMMAND` -> name of its module in tune2gguf/cli/ and of its file in scripts/.
 SUBCOMMANDS = {
     "ls": "ls",
     "cp": "cp",
@@ -46,44 +46,44 @@ PATH_KEYS = (
     "dataset.validation_files",
     "metric_logger.log_dir",
 )
-# Keys that hold text, and null where there is none.
+# Keys that hold text or null.
 TEXT_KEYS = ("dataset.prompt",)
-# Keys that hold names under names.
+# Keys that map names to names.
 MAPPING_KEYS = ("dataset.columns",)
 # Keys that hold a text or a list of texts.
 TEXTS_KEYS = ("dataset.files", "dataset.validation_files")
 
 
 def expand_path(text: str) -> Path:
-    """Return a path that was typed; shells leave the ~ of --key=~/x and key=~/x as it is."""
+    """Return a typed path with ~ expanded, which shells do not do in --key=~/x and key=~/x."""
     return Path(os.path.expanduser(text))
 
 
 def find_shipped(name: str) -> Path:
-    """Return a file that comes with the package: beside its modules in a wheel, in the checkout otherwise."""
+    """Return the path of a file that comes with the package: in a wheel's tune2gguf/shipped, or in the checkout."""
     inside = _ROOT / "shipped"
     return (inside if inside.is_dir() else _ROOT.parent) / name
 
 
 def list_shipped() -> list[Path]:
-    """Return the files that come with the package, as find_shipped and `tune2gguf cp` take them."""
+    """Return the files that come with the package, as names for find_shipped and `tune2gguf cp`."""
     root = find_shipped("")
     return [path.relative_to(root) for pattern in _SHIPPED for path in sorted(root.glob(pattern))]
 
 
 def find_config(text: str) -> Path:
-    """Return the path of a config that was typed; one that is not there may be the name of one of the package's."""
+    """Return the path of a typed config; if there is no such file, it may name a config of the package."""
     path = expand_path(text)
     return find_shipped(text) if not path.exists() and Path(text) in list_shipped() else path
 
 
 def read_override(text: str, *, is_text: bool) -> Any:
-    """Return the value that is typed behind `key=`: YAML, but text stays as it is typed, unless it stands in quotes.
+    """Return the value typed after `key=`, read as YAML, except that unquoted text stays as it is typed.
 
-    YAML alone would cut `exp #2` at the #, and take `2024`, `yes` and `a: b` for something else.
+    YAML alone would cut `exp #2` at the #, and would not read `2024`, `yes` and `a: b` as text.
 
     Args:
-        is_text: whether the key holds text; null and nothing are no text
+        is_text: whether the key holds text; null and an empty value are not text
     """
     try:
         value = _read_yaml(text)
@@ -95,10 +95,10 @@ def read_override(text: str, *, is_text: bool) -> Any:
 
 
 def read_texts(text: str) -> Any:
-    """Return what is typed for a key that holds texts: a list in brackets, of which each is text; one text; or null."""
+    """Return the value typed for a key of TEXTS_KEYS: a list of texts in brackets, one text, or null."""
     if text.startswith("["):
         try:
-            values = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar is text to it
+            values = yaml.load(text, Loader=yaml.BaseLoader)  # reads every scalar as text
         except yaml.YAMLError:
             return text
         if isinstance(values, list) and all(isinstance(value, str) for value in values):
@@ -107,7 +107,7 @@ def read_texts(text: str) -> Any:
 
 
 def _read_yaml(text: str) -> Any:
-    """Return what OmegaConf's reader makes of a value; ValueError if it is no YAML."""
+    """Return a value as OmegaConf reads it. Raises ValueError if it is not YAML."""
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -122,7 +122,7 @@ def _is_quoted(text: str) -> bool:
 
 
 def format_command(*words: object) -> str:
-    """Return a command for the shell; a Path that would be taken for something else gets its ./"""
+    """Return a command for the shell. A Path that would be read as an option or a home folder gets a leading ./"""
     return shlex.join(_protect(word) if isinstance(word, Path) else str(word) for word in words)
 
 
@@ -143,13 +143,13 @@ def format_run(*words: object, num_processes: int = 1) -> str:
 
 
 def format_overrides(overrides: Mapping[str, Any]) -> list[str]:
-    """Return `key=value` words that read_config takes for these values, as words of format_command."""
+    """Return `key=value` words that read_config reads as these values; format_command quotes them."""
     values = {key: _protect_paths(value) if key in PATH_KEYS else value for key, value in overrides.items()}
     return [f"{key}={format_value(value)}" for key, value in values.items()]
 
 
 def escape_references(text: str) -> str:
-    """Return text that OmegaConf resolves to the text itself, though it holds ${."""
+    """Escape ${ in a text, so OmegaConf resolves it to the text itself."""
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
 
@@ -165,7 +165,7 @@ def _protect_paths(value: Any) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as YAML that every reader takes for what it is: 2.0e-4, as 2e-4 is text to some."""
+    """Return a value as YAML that every parser reads alike: 2.0e-4, because some read 2e-4 as text."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
@@ -186,7 +186,7 @@ def _format_inner(value: Any) -> str:
 
 
 def _quote(text: str, *, in_list: bool = False) -> str:
-    """Return text plain where YAML reads it as it is, else in double quotes."""
+    """Return text plain if YAML reads it unchanged, else in double quotes."""
     text = escape_references(text)
     try:
         is_plain = _read_yaml(f"[{text}]") == [text] if in_list else _read_yaml(text) == text

@@ -1,4 +1,4 @@
-"""The twelve parameters of the fine-tuning guide: what each is called here, where it goes and what it does.
+"""The twelve parameters of the fine-tuning guide: the config key, the component and the effect of each.
 
 The table of docs/parameters.md and the head of every YAML are written from this list:
 python -m tests.unit.write_guide_tables
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 SCHEDULERS = ("cosine", "linear", "constant")
 
 
-# One fact stands in one place: these component keys are what the flat key says.
+# These component keys take the value of a flat key, so that each value is set in one place.
 REFERENCES = {
     "model.base_dir": "base_dir",
     "model.lora_rank": "lora_rank",
@@ -29,11 +29,11 @@ REFERENCES = {
 
 @dataclass(frozen=True)
 class GuideParameter:
-    """One parameter. `component` is the config key that it is handed to; without one, what reads it."""
+    """One parameter. `component` is the config key that takes its value, or the program that reads it."""
 
     guide: str
     key: str
-    default: float | int | str  # the guide's recommendation, as the configs of its models have it
+    default: float | int | str  # the guide's recommendation, which the configs of its models use
     component: str
     effect: str
 

@@ -1,4 +1,4 @@
-"""Look at a data set as a run would see it: what scripts/inspect_data.py prints and writes."""
+"""Data inspection: what scripts/inspect_data.py prints and writes. Data is read as a run would read it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tune2gguf.files.atomic import write_file
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
-# The guide's batch size at the configs' accumulation, for files without a config.
+# For files without a config: the guide's batch size and the configs' accumulation.
 BATCH_SIZE, ACCUMULATION_STEPS = 2, 4
-# A run's, unless its config says another: the same rows are held out.
+# The default seed of a run, which holds out the same rows.
 _GUIDE_SEED = next(parameter.default for parameter in GUIDE_PARAMETERS if parameter.key == "seed")
 
 
@@ -47,21 +47,21 @@ class Inspection:
         return "\n\n".join([format_summary(self.summary), *shown])
 
     def write_html(self, path: Path) -> Path:
-        """Write figures and rows as a page, to a file that does not exist yet."""
+        """Write figures and rows as a page to a new file."""
         return _write_new(path, make_html(self.summary, self.rows, self.tokenizer).encode())
 
     def write_png(self, path: Path) -> Path:
-        """Write the histogram of the rows' tokens as a picture, to a file that does not exist yet."""
+        """Write the histogram of tokens per row as a picture to a new file."""
         return _write_new(path, draw_png(self.summary))
 
 
 def check_outputs(*paths: Path | None) -> None:
-    """Raise ValueError, before the data is read, if a file exists or its folder does not."""
+    """Raise ValueError if a file exists or its folder does not. To be called before the data is read."""
     for path in filter(None, paths):
         if path.exists():
-            raise ValueError(f"{path} exists and is not overwritten")
+            raise ValueError(f"{path} exists already and is not overwritten; remove it or choose another file")
         if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}")
+            raise ValueError(f"{path}: there is no folder {path.parent}; create it or choose another")
 
 
 def _write_new(path: Path, content: bytes) -> Path:
@@ -72,7 +72,7 @@ def _write_new(path: Path, content: bytes) -> Path:
 
 
 def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspection:
-    """Look at the data of a run's config, with `key=value` overrides as for the run.
+    """Inspect the data of a run's config, with `key=value` overrides as for the run.
 
     Raises:
         ValueError: if config, tokenizer or data cannot be read, or a key or value is wrong
@@ -96,10 +96,10 @@ def inspect_config(path: Path, overrides: list[str], *, num_rows: int) -> Inspec
 def inspect_files(
     arguments: Sequence[str], base_dir: Path, *, chat_template: str, max_seq_len: int, num_rows: int
 ) -> Inspection:
-    """Look at data files with the tokenizer of a base folder.
+    """Inspect data files with the tokenizer of a base folder.
 
     Args:
-        arguments: files as chat_dataset takes them, its other options as dataset.KEY=VALUE, and seed=N
+        arguments: chat_dataset's files, its other options as dataset.KEY=VALUE, and seed=N
 
     Raises:
         ValueError: if tokenizer or data cannot be read, or an option is wrong

@@ -1,4 +1,4 @@
-"""What a notebook or a program does with a run: `from tune2gguf import run_recipe, export_run, ask`."""
+"""The Python API for notebooks and programs: `from tune2gguf import run_recipe, export_run, ask`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ask", "export_run", "run_recipe"]
 
 
 def run_recipe(config: str | Path, overrides: Mapping[str, Any] | None = None, *, launcher: Sequence[str] = ()) -> Path:
-    """Run the recipe in processes of its own, showing what it shows, and return the run's folder.
+    """Run the recipe in its own processes, with its output, and return the run's folder.
 
     Args:
         config: a YAML, or the name of one that comes with the package
@@ -27,7 +27,7 @@ def run_recipe(config: str | Path, overrides: Mapping[str, Any] | None = None, *
 
     Raises:
         ValueError: if the config cannot be read with the overrides
-        subprocess.CalledProcessError: if the run fails; it has said why
+        subprocess.CalledProcessError: if the run fails; its output says why
     """
     words = format_overrides(overrides or {})
     run_dir = Path(read_config(find_config(str(config)), words).output_dir)
@@ -37,7 +37,7 @@ def run_recipe(config: str | Path, overrides: Mapping[str, Any] | None = None, *
 
 
 def ask(run_dir: str | Path, question: str, *, max_tokens: int = 256) -> str:
-    """Return the answer of a run's newest GGUF in llama.cpp, the likeliest token each time.
+    """Return the reply of a run's newest GGUF in llama.cpp, with greedy decoding.
 
     Raises:
         ValueError: if nothing has been exported yet

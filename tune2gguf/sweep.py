@@ -1,6 +1,6 @@
 """A sweep: a run for every point of a grid of config values, ranked by validation loss.
 
-The same command goes on where a sweep was stopped: finished runs are kept, a stopped one is resumed.
+The same command continues a stopped sweep: finished runs are kept, a stopped run is resumed.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class Point:
 
 
 def list_points(overrides: Sequence[str], folder: Path) -> list[Point]:
-    """Return the grid of the overrides: key=value,value,… is swept, a list in brackets or text in quotes is one value.
+    """Return the grid of the overrides. key=value,value,… is swept; a list in brackets or quoted text is one value.
 
     Raises:
         ValueError: if a key is the sweep's own or given twice, or if none is swept
     """
     keys = [override.partition("=")[0] for override in overrides]
     if {"output_dir", "resume"} & {*keys}:
-        raise ValueError("output_dir and resume are set by the sweep for each run; --out names the sweep's folder")
+        raise ValueError("output_dir and resume are set by the sweep for each run; choose its folder with --out")
     if len({*keys}) < len(keys):
-        raise ValueError(f"{' '.join(overrides)}: give each key once")
+        raise ValueError(f"{' '.join(overrides)}: a key is given twice; give each key once")
     choices = [_list_choices(override) for override in overrides]
     if all(len(values) == 1 for values in choices):
         raise ValueError("nothing to sweep: give a key several values, such as learning_rate=5e-5,1e-4")
@@ -69,11 +69,11 @@ def _list_choices(override: str) -> list[str]:
 
 
 def run_sweep(config_path: Path, points: Sequence[Point]) -> None:
-    """Run the points that are not finished, after a check of all; one that fails is said, and the next begins.
+    """Check all points, then run the unfinished ones. A failed run is reported, and the next one starts.
 
     Raises:
         ValueError: if a point's config is wrong
-        SystemExit: on SIGTERM or Ctrl-C, when the run at work has saved itself
+        SystemExit: on SIGTERM or Ctrl-C, after the current run has saved itself
     """
     configs = [_check_point(config_path, point) for point in points]
     for number, (point, config) in enumerate(zip(points, configs, strict=True), start=1):
@@ -84,9 +84,9 @@ def run_sweep(config_path: Path, points: Sequence[Point]) -> None:
                 continue
             print(f"run {number} of {len(points)}: {point.values}", flush=True)
             code = _run_recipe(["--config", str(config_path), *point.overrides], log)
-            # Another sweep may have begun the run in the same moment; then it is that one's.
+            # Another sweep may have started this run at the same moment, and has finished it.
             if code and not _is_finished(point.run_dir, config):
-                print(f"  failed with exit code {code}; {log_path} says why", flush=True)
+                print(f"  failed with exit code {code}; see {log_path}", flush=True)
 
 
 def _check_point(config_path: Path, point: Point) -> DictConfig:
@@ -96,14 +96,14 @@ def _check_point(config_path: Path, point: Point) -> DictConfig:
     except ValueError as error:
         raise ValueError(f"{point.values}: {error}") from None
     if not holds_rows_out(OmegaConf.to_container(config.dataset, resolve=True)):
-        raise ValueError("a sweep ranks by validation loss; hold rows out with dataset.validation_split=0.1")
+        raise ValueError("no validation rows; a sweep ranks by validation loss, so set dataset.validation_split=0.1")
     return config
 
 
 def _is_finished(run_dir: Path, config: DictConfig) -> bool:
-    """Whether a run has ended with this very config; the recipe refuses to resume another, or goes on with it.
+    """Return whether a run has finished with this config. A run with another one is the recipe's to resume or refuse.
 
-    A sweep that was killed outright leaves its run at work: its end is waited for.
+    A killed sweep leaves its current run going: wait for its end.
     """
     with hold_run_folder(run_dir, timeout=-1):
         pass
@@ -115,9 +115,9 @@ def _is_finished(run_dir: Path, config: DictConfig) -> bool:
 
 
 def _run_recipe(arguments: Sequence[str], log: TextIO) -> int:
-    """Return the exit code of a run. SIGTERM and Ctrl-C are handed on to it, and end the sweep when it has saved."""
+    """Run the recipe and return its exit code. SIGTERM and Ctrl-C go to it, and end the sweep after it has saved."""
     command = [sys.executable, str(find_shipped(RECIPE)), *arguments]
-    # In a session of its own Ctrl-C reaches the run once, from here; a second signal would end it unsaved.
+    # In its own session the run gets Ctrl-C once, from here; a second signal would end it unsaved.
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     received: list[int] = []
 
@@ -131,13 +131,13 @@ def _run_recipe(arguments: Sequence[str], log: TextIO) -> int:
     for signum, handler in before.items():
         signal.signal(signum, handler)
     if received:
-        print("stopped; the run at work has saved itself. The same command goes on from there", file=sys.stderr)
+        print("stopped; the current run has saved itself. Continue with the same command", file=sys.stderr)
         sys.exit(128 + received[0])
     return code
 
 
 def rank_points(points: Sequence[Point]) -> str:
-    """Return the comparison of the runs, the address of its page and the command that exports the best.
+    """Return the comparison of the runs, the path of its page and the command that exports the best.
 
     Raises:
         ValueError: if no run has measured a validation loss

@@ -77,6 +77,6 @@ def test_failed_run_is_said_and_the_others_are_ranked(run_arguments, tmp_path):
     process = start([sys.executable, "scripts/sweep.py", *fixed, "--out", str(folder), "max_seq_len=64,128"])
     said, complaint = process.communicate(timeout=100)
     assert process.returncode == 0, complaint
-    assert f"failed with exit code 1; {folder}/max_seq_len-64.log says why" in said
+    assert f"failed with exit code 1; see {folder}/max_seq_len-64.log" in said
     assert "error" in (folder / "max_seq_len-64.log").read_text()
     assert "best: max_seq_len-128" in said

@@ -109,7 +109,7 @@ LEDGER = {
     "training": {"rows": 279, "tokens": 15403, "supervised_tokens": 9128, "longest_row": 512},
     "validation": {"rows": 13, "tokens": 716, "supervised_tokens": 399, "longest_row": 139},
     "fingerprint": "161ae79d00957aebe30cf50c069462e7",
-    "notes": ["rows longer than max_seq_len=512, which will be cut: 30; max_seq_len=700 would keep every row whole"],
+    "notes": ["rows longer than max_seq_len=512, truncated: 30; max_seq_len=700 keeps every row whole"],
     "files": [
         {"file": "examples/quickstart/heldout.jsonl", "unit": "line", "read": 13, "validation_lines": [*range(1, 14)]},
         {"file": "examples/quickstart/train.jsonl", "unit": "line", "read": 286, "validation_lines": []},

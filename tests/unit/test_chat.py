@@ -124,7 +124,7 @@ def test_a_terminal_that_is_not_utf_8_shows_what_it_can(tmp_path, arguments):
 
 
 @pytest.mark.parametrize(
-    ("question", "said"), [("", "error: --once has no question"), (" \n", "error: --once has"), ("\udcff", "error: ll")]
+    ("question", "said"), [("", "error: --once is empty"), (" \n", "error: --once is empty"), ("\udcff", "error: ll")]
 )
 def test_a_question_that_is_none_is_one_line(run_dir, question, said):
     finished = run_script(run_dir, "--once", question, "--max-tokens", "2")

@@ -29,7 +29,7 @@ def test_help_names_every_command_and_a_wrong_one_is_refused_with_them():
     assert all(f"\n  {name} " in found.stdout for name in SUBCOMMANDS)
     wrong = run_cli("exprot")
     assert wrong.returncode == 1
-    assert wrong.stderr.startswith("error: tune2gguf has no command 'exprot'; it has ls, cp, download")
+    assert wrong.stderr.startswith("error: unknown command 'exprot'; known are ls, cp, download")
 
 
 def test_cp_copies_a_file_or_a_folder_and_overwrites_nothing(tmp_path):
@@ -44,7 +44,7 @@ def test_cp_copies_a_file_or_a_folder_and_overwrites_nothing(tmp_path):
     run_cli("cp", "examples/quickstart", str(tmp_path / "q"))
     assert {"lora.yaml", "train.jsonl", "heldout.jsonl"} <= {path.name for path in (tmp_path / "q").iterdir()}
     unknown = run_cli("cp", "pyproject.toml", str(tmp_path))
-    assert unknown.returncode == 1 and "does not come with the package; it has\n  recipes/" in unknown.stderr
+    assert unknown.returncode == 1 and "does not come with the package; these do:\n  recipes/" in unknown.stderr
 
 
 @pytest.mark.parametrize(

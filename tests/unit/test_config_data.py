@@ -69,7 +69,7 @@ def test_mapping_of_columns_is_accepted_and_its_mistakes_are_named(run_arguments
     ]
     columns = "dataset.columns={prompt: question, completion: answer}"
     check_config(load_config([*own, "dataset.validation_split=0.3", columns]))
-    with pytest.raises(ValueError, match=r"'promt' is no part of a format; did you mean 'prompt'\?"):
+    with pytest.raises(ValueError, match=r"unknown part 'promt'; did you mean 'prompt'\?"):
         check_config(load_config([*own, "dataset.columns={promt: question}"]))
     with pytest.raises(ValueError, match=r"unknown config key 'dataset.on_bad_row.x'"):
         check_config(load_config([*own, "dataset.on_bad_row.x=1"]))

@@ -41,7 +41,7 @@ def test_rows_roles_and_reasons_are_counted(mixed_file, tiny_base):
     assert summary.data.ledger["truncated"] == 1
     text = inspect(mixed_file, tiny_base).format(colored=False)
     assert "rows: 43 read = 40 trained + 0 validated + 1 truncated + 2 dropped" in text
-    assert "mixed.jsonl, line 42: message 2, the assistant's, is empty" in text
+    assert "mixed.jsonl, line 42: message 2 (assistant) is empty" in text
     assert "max_seq_len=120 cuts 1 rows" in text
 
 
@@ -132,7 +132,7 @@ def test_file_that_exists_is_not_overwritten(tmp_path, tiny_base):
     inspection = inspect(write_rows(tmp_path / "a.jsonl", make_conversations(2)), tiny_base)
     for name, write in {"page.html": inspection.write_html, "lengths.png": inspection.write_png}.items():
         (tmp_path / name).write_text("mine")
-        with pytest.raises(ValueError, match=f"{name} exists and is not overwritten"):
+        with pytest.raises(ValueError, match=f"{name} exists already and is not overwritten; remove it"):
             write(tmp_path / name)
         with pytest.raises(ValueError, match=r"there is no folder .*missing"):
             write(tmp_path / "missing" / name)
@@ -166,7 +166,7 @@ def test_script_prints_and_writes(tmp_path, tiny_base, mixed_file):
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     refused = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert refused.returncode == 1
-    assert refused.stderr == f"error: {tmp_path / 'page.html'} exists and is not overwritten\n"
+    assert refused.stderr.startswith(f"error: {tmp_path / 'page.html'} exists already and is not overwritten; remove")
 
 
 def test_ambiguous_shape_is_one_sentence_and_its_way_out_works(tmp_path, tiny_base):
@@ -229,7 +229,7 @@ def test_mapping_of_the_columns_is_shown(tmp_path, tiny_base, overrides):
 
 def test_misspelled_part_of_a_mapping_is_refused(tmp_path, tiny_base):
     path = write_rows(tmp_path / "a.jsonl", [{"question": "Hi?", "answer": "Ho."}])
-    with pytest.raises(ValueError, match=r"'promt' is no part of a format; did you mean 'prompt'\?"):
+    with pytest.raises(ValueError, match=r"unknown part 'promt'; did you mean 'prompt'\?"):
         inspect_files(
             [str(path), "dataset.columns.promt=question"], tiny_base, chat_template="chatml", max_seq_len=99, num_rows=0
         )

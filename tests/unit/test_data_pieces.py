@@ -68,7 +68,7 @@ def test_ledger_counts_a_split_text_as_a_row_and_lists_its_pieces(tmp_path, toke
     assert ledger["training"]["tokens"] == sum(len(row.tokens) for row in data.train)
     assert ledger["training"]["supervised_tokens"] == sum(row.num_supervised for row in data.train)
     assert data.train.lengths().tolist() == [len(row.tokens) for row in data.train]
-    assert any("texts longer than max_seq_len=40, which are split: 2, into" in note for note in ledger["notes"])
+    assert any("texts longer than max_seq_len=40, split: 2, into" in note for note in ledger["notes"])
     assert json.loads(json.dumps(ledger)) == ledger
 
 
@@ -121,7 +121,7 @@ def test_pieces_are_packed_as_rows_are(tmp_path, tokenizer):
     [
         ({"long_row_overlap": 0}, "dataset.long_row_overlap=0 must be a whole number of at least 1"),
         ({"long_row_overlap": 1.5}, "dataset.long_row_overlap=1.5 must be a whole number"),
-        ({"long_row_overlap": 5, "on_long_row": "drop"}, "does nothing without dataset.on_long_row=split"),
+        ({"long_row_overlap": 5, "on_long_row": "drop"}, "has no effect without dataset.on_long_row=split"),
     ],
 )
 def test_wrong_overlap_is_refused(tmp_path, options, said):

@@ -38,22 +38,25 @@ def list_lines(rows) -> list[tuple[str, int]]:
 BAD_LINES = {
     3: (b'{"messages": [', "malformed JSON"),
     4: (b'{"messages": [{"role": "user", "content": 3}]}', "'content' must be text, got int 3"),
-    5: (json.dumps(converse("Hi", "")).encode(), "message 2, the assistant's, is empty"),
-    6: (json.dumps({"messages": converse("Hi", "x")["messages"][::-1]}).encode(), "where the user's is due"),
-    7: (json.dumps({"messages": converse("Hi", "x")["messages"][:1]}).encode(), "no assistant turn"),
-    8: (json.dumps(converse("long " * 100, "behind")).encode(), "its supervised tokens begin at"),
+    5: (json.dumps(converse("Hi", "")).encode(), "message 2 (assistant) is empty"),
+    6: (
+        json.dumps({"messages": converse("Hi", "x")["messages"][::-1]}).encode(),
+        "message 1 has role 'assistant', expected 'user'",
+    ),
+    7: (json.dumps({"messages": converse("Hi", "x")["messages"][:1]}).encode(), "no message has role 'assistant'"),
+    8: (json.dumps(converse("long " * 100, "behind")).encode(), "its supervised tokens begin after"),
     9: (json.dumps(make_conversations(1)[0]).encode(), "repeats {path}, line 1"),
-    10: (json.dumps(make_conversations(1, start=70)[0]).encode(), "stands in both training and validation"),
+    10: (json.dumps(make_conversations(1, start=70)[0]).encode(), "is in both training and validation"),
     11: (b'{"messages": "\xff"}', "invalid UTF-8 at byte 14"),
     12: (json.dumps(converse("a\0b", "x")).encode(), "NUL byte"),
     13: (json.dumps(converse("a" * 10_000_000, "x")).encode(), "the row is 9.5 MiB long"),
     14: (
         b'{"prompt": "Hi", "completion": "x"}',
-        "its shape is prompt_completion, but the file's is openai since line 1",
+        "the row has format prompt_completion, but the file has openai since line 1",
     ),
     15: (
         json.dumps({"messages": [{"role": "tool", "content": "x"}]}).encode(),
-        "is a result, but no call before it waits for one",
+        "has role 'tool', but no call before it lacks a result",
     ),
     16: (b"[]", "a row must be a JSON object, got a list"),
     17: (b'{"question": "Hi"}', "fit no format"),
@@ -81,7 +84,7 @@ def test_every_kind_of_bad_row_is_an_error_that_names_its_line(bad_file, tokeniz
     *rows, way_out, longer = str(error.value).splitlines()
     assert {int(row.split(", line ")[1].split(":")[0]) for row in rows} == BAD_LINES.keys()
     assert way_out.endswith("dataset.on_bad_row=drop")
-    assert longer.startswith("A larger max_seq_len")
+    assert longer.startswith("Raise max_seq_len")
 
 
 def test_ledger_accounts_for_a_file_with_every_kind_of_bad_row(bad_file, tokenizer):
@@ -120,7 +123,7 @@ def test_long_row_is_cut_without_an_end_of_turn_and_listed(tmp_path, tokenizer):
     [listed] = cut.ledger["rows_truncated"]
     assert (listed["line"], listed["split"]) == (1, "train")
     assert listed["reason"] == f"{length} tokens; the last {length - 90} were cut"
-    assert f"max_seq_len={length} would keep every row whole" in cut.ledger["notes"][0]
+    assert f"max_seq_len={length} keeps every row whole" in cut.ledger["notes"][0]
 
 
 def test_row_of_exactly_max_seq_len_is_not_cut(tmp_path, tokenizer):
@@ -145,7 +148,9 @@ def test_rows_with_supervised_token_in_the_last_place_are_kept(tmp_path, tokeniz
     first = int(np.flatnonzero(data.train[0].supervised)[0])
     kept = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=first + 1, seed=1)
     assert kept.train[0].num_supervised == 1
-    with pytest.raises(ValueError, match=f"its supervised tokens begin at {first}, behind max_seq_len={first}"):
+    with pytest.raises(
+        ValueError, match=f"its supervised tokens begin after {first} tokens, beyond max_seq_len={first}"
+    ):
         chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=first, seed=1)
 
 
@@ -218,7 +223,9 @@ def test_keys_that_are_not_used_are_noted(tmp_path, tokenizer):
     rows[0]["messages"][1]["thinking"] = "Hm."
     path = write_rows(tmp_path / "a.jsonl", rows)
     data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=1000, seed=1)
-    assert data.ledger["notes"] == [f"{path}: read as openai; not used: topic (3 rows), messages[].thinking (1 rows)"]
+    assert data.ledger["notes"] == [
+        f"{path}: read as openai; unused keys: topic (3 rows), messages[].thinking (1 rows)"
+    ]
 
 
 def test_limit_of_a_row_holds_in_files_without_lines_too(tmp_path, tokenizer):
@@ -306,7 +313,7 @@ def test_split_that_holds_out_nothing_names_one_that_does(tmp_path, tokenizer):
     options = {"tokenizer": tokenizer, "max_seq_len": 1000, "seed": 1}
     with pytest.raises(ValueError, match="holds out none of the 5 rows") as error:
         chat_dataset(str(path), validation_split=0.001, **options)
-    fraction = float(str(error.value).split("from ")[1].split(" on")[0])
+    fraction = float(str(error.value).split("at least ")[1].split(",")[0])
     assert len(chat_dataset(str(path), validation_split=fraction, **options).validation) == 1
     assert fraction < 1
 
@@ -371,9 +378,9 @@ def test_good_options_have_no_problem_as_a_config_node_either(tmp_path):
         (["Be\u2028brief."] * 3, "Be\u2028brief.", None),
         (["Be brief.", "Be brief.\n", " Be brief."], "Be brief.", None),  # all are trained as the first is
         ([None] * 3, None, None),
-        (["Be brief.", "Be long."], None, "have 2 system prompts: none"),
-        (["Be brief.", None], None, "have 1 system prompt, and 1 rows have none: none"),
-        ([*map(str, range(300))], None, "have at least 101 system prompts: none"),
+        (["Be brief.", "Be long."], None, "have 2 system prompts; the Modelfile gets"),
+        (["Be brief.", None], None, "have 1 system prompt, and 1 rows have none; the Modelfile gets"),
+        ([*map(str, range(300))], None, "have at least 101 system prompts; the Modelfile gets"),
     ],
     ids=["the same", "the same but for spaces", "none", "two", "one row without", "many"],
 )
@@ -477,7 +484,7 @@ def test_end_of_turn_that_stands_elsewhere_stays_text_and_is_told(tmp_path, toke
 
 def test_reply_that_is_an_end_of_turn_alone_is_empty(tmp_path, tokenizer):
     row = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": " <|im_end|>"}]}
-    with pytest.raises(ValueError, match="line 1: message 2, the assistant's, is empty"):
+    with pytest.raises(ValueError, match=r"line 1: message 2 \(assistant\) is empty"):
         chat_dataset(str(write_rows(tmp_path / "a.jsonl", [row])), tokenizer=tokenizer, max_seq_len=200, seed=1)
 
 
@@ -494,6 +501,6 @@ def test_white_space_around_contents_is_taken_off_counted_and_gone_from_the_vali
         assert [row.tokens.tolist() for row in after] == [row.tokens.tolist() for row in before]
     assert clean.ledger["notes"] == []
     assert [note.partition(": ")[2].partition(";")[0] for note in spaced.ledger["notes"]] == [
-        "rows with white space around a content: 1"
+        "rows with white space around a message: 1"
     ] * 2
     assert "\u3000" not in format_validation_rows(spaced.validation)

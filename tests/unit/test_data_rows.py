@@ -79,7 +79,7 @@ def test_byte_order_mark_blank_lines_and_missing_last_line_break_are_no_rows(tmp
         (b'"text"', "a row must be a JSON object, got a string"),
         (b'{"a": "\xff"}', "invalid UTF-8 at byte 7 of the line"),
         (b"[" * 100_000, "malformed JSON: nested too deeply"),
-        (b'{"a": 2, "b": {"c": 1, "c": 2}}', "malformed JSON: the key 'c' stands twice in an object"),
+        (b'{"a": 2, "b": {"c": 1, "c": 2}}', "malformed JSON: duplicate key 'c' in an object"),
         (
             b'{"a": ' + b"9" * 5000 + b"}",
             "malformed JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits",
@@ -106,8 +106,8 @@ def test_row_at_the_limit_is_read_and_one_byte_more_is_not(tmp_path):
         (gzip.compress(b"{}"), "the file is gzip-compressed; its name must end in .gz"),
         (b"PK\x03\x04\x14", "the file is a zip archive; unpack it"),
         (b"PAR1\x15", "the file is a Parquet file; its name must end in .parquet"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "the file is a pointer of Git LFS; get the file itself"),
-        (b'{\n "a": 1\n}\n', r"line 1: a row must stand on one line, or all rows in an array: \[{…}, {…}\]"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "the file is a Git LFS pointer; get the file with"),
+        (b'{\n "a": 1\n}\n', r"line 1: a row must be on one line, or all rows in an array: \[{…}, {…}\]"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
@@ -134,8 +134,8 @@ def test_bad_csv_rows_are_named(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"prompt,completion\nx,y\nx\nx,y,z\nx,\xff\nx,\xc3\xa9\n")
     assert read(tmp_path / "a.csv") == [
         (2, {"prompt": "x", "completion": "y"}, None),
-        (3, None, "1 cells where the header names 2 columns"),
-        (4, None, "3 cells where the header names 2 columns"),
+        (3, None, "1 cells, but the header has 2 columns"),
+        (4, None, "3 cells, but the header has 2 columns"),
         (5, None, "invalid UTF-8"),
         (6, {"prompt": "x", "completion": "é"}, None),
     ]
@@ -156,15 +156,15 @@ def test_messages_in_a_csv_column_are_json(tmp_path):
             b'[{"a": 1},\n {"a" 2}]',
             r"a\.json, row 2: malformed JSON: .* line 2 column 7 .*nothing after it can be read",
         ),
-        ("a.json", b'[{"a": 1}\n {"a": 2}]', r"a\.json, row 1: malformed JSON: ',' or '\]' is missing after this row"),
-        ("a.json", b'[{"a": 1},]', r"a\.json, row 1: malformed JSON: a ',' stands behind the last row"),
-        ("a.json", b'[{"a": 1, "a": 2}]', r"a\.json, row 1: malformed JSON: the key 'a' stands twice"),
+        ("a.json", b'[{"a": 1}\n {"a": 2}]', r"a\.json, row 1: malformed JSON: missing ',' or '\]' after this row"),
+        ("a.json", b'[{"a": 1},]', r"a\.json, row 1: malformed JSON: ',' after the last row"),
+        ("a.json", b'[{"a": 1, "a": 2}]', r"a\.json, row 1: malformed JSON: duplicate key 'a'"),
         ("a.json", b'[{"a": 1},\n', r"a\.json, row 2: malformed JSON: Expecting value: line 2"),
-        ("a.json", b'[{"a": 1}] []', r"a\.json: malformed JSON: there is text behind the array's end"),
+        ("a.json", b'[{"a": 1}] []', r"a\.json: malformed JSON: text after the end of the array"),
         ("a.json", b'[\n{"a": "\xff"}]', r"a\.json, line 2: invalid UTF-8 at byte 9"),
         ("a.csv", b'a,b\nx,"y\n', r"a\.csv, line 2: malformed CSV: unexpected end of data"),
         ("a.csv", b"a,a\nx,y\n", r"a\.csv, line 1: the header names a column twice"),
-        ("a.csv", b"a;b\nx;y\n", r"a\.csv, line 1: the header is one column, 'a;b'; commas must stand between"),
+        ("a.csv", b"a;b\nx;y\n", r"a\.csv, line 1: the header has one column, 'a;b'; separate columns with commas"),
         ("a.parquet", b"PAR1 nonsense", r"a\.parquet: cannot be read as Parquet"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: damaged \.gz file"),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 1000)[:-12], r"a\.jsonl\.gz: damaged \.gz file"),
@@ -193,12 +193,12 @@ def test_every_file_that_cannot_be_used_is_named_in_one_error(tmp_path):
     said = {
         "missing.jsonl": "no such file",
         "none*.jsonl": "no such file",
-        "someone/chats": "someone/chats: no such file; the data set of the hub is hub:someone/chats",
+        "someone/chats": "someone/chats: no such file; for the hub data set write hub:someone/chats",
         "empty.jsonl": "the file is empty",
         "a.txt": "unknown type",
         ".": "a folder; name files or a glob",
-        "lost.jsonl": "a link that leads to no file",
-        "loop.jsonl": "a link that leads to no file",
+        "lost.jsonl": "a broken link",
+        "loop.jsonl": "a broken link",
         "pipe.jsonl": "not a regular file",
         "hub:name": "hub:OWNER/NAME",
     }

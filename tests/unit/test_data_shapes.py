@@ -171,9 +171,9 @@ def test_refusal_names_the_override_that_reads_the_file(tokenizer, name, overrid
     [
         ("image_parts.jsonl", r"line 1: messages\[0\]\.content\[1\] is of type 'image_url'; only parts of type 'text'"),
         ("train_detail.jsonl", r"line 1: messages\[1\]: 'train_detail' marks parts of a turn; a turn is trained whole"),
-        ("oasst_tree.jsonl", r"line 1: it is one message of a conversation tree \(parent_id, role, text\)"),
-        ("kto.jsonl", r"line 2: its 'label' is false: the reply is one not to be learned"),
-        ("preference.jsonl", r"line 1: it is a row of preference data \(chosen, rejected\)"),
+        ("oasst_tree.jsonl", r"line 1: the row is one message of a conversation tree \(parent_id, role, text\)"),
+        ("kto.jsonl", r"line 2: 'label' is false, which marks a reply that must not be trained"),
+        ("preference.jsonl", r"line 1: the row is preference data \(chosen, rejected\)"),
     ],
 )
 def test_file_that_cannot_be_trained_on_as_it_stands_is_a_line_a_row(tokenizer, name, said):
@@ -214,11 +214,11 @@ def test_every_file_of_the_folder_is_tried():
 
 def test_text_column_beside_alpaca_is_left_out_and_named(tokenizer):
     path = SHAPES / "alpaca_text.json"
-    assert prepare(path, tokenizer).ledger["notes"] == [f"{path}: read as alpaca; not used: text (2 rows)"]
+    assert prepare(path, tokenizer).ledger["notes"] == [f"{path}: read as alpaca; unused keys: text (2 rows)"]
 
 
 def test_weight_of_a_turn_that_is_never_trained_is_named(tmp_path, tokenizer):
     turns = [{"role": "user", "content": "Hi", "weight": 1}, {"role": "assistant", "content": "Ho", "weight": 1}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
     [note] = prepare(tmp_path / "a.jsonl", tokenizer).ledger["notes"]
-    assert note.endswith("not used: messages[].weight of the user (1 rows)")
+    assert note.endswith("unused keys: messages[].weight of the user (1 rows)")

@@ -138,7 +138,7 @@ def test_validation_files_of_any_source_keep_their_rows_from_the_training_of_all
     with pytest.raises(ValueError, match="fit"):  # the columns are the source's, for its validation files too
         prepare(tiny_base, sources)
     sources = [{"files": pairs, "columns": COLUMNS}, {"files": chats, "validation_files": [str(heldout)]}]
-    with pytest.raises(ValueError, match=r"chats\.jsonl, line 8: stands in both training and validation"):
+    with pytest.raises(ValueError, match=r"chats\.jsonl, line 8: is in both training and validation"):
         prepare(tiny_base, sources)
 
 

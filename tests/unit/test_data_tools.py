@@ -119,17 +119,17 @@ WRONG = [
     ({"tools": {"name": "x"}}, '\'tools\' must be a list of tools, got {"name": "x"}'),
     ({"tools": [7]}, r"tools\[0\] must be an object, got 7"),
     ({"tools": [{}]}, r"tools\[0\]: 'function' must be an object, got null"),
-    ({"tools": [{"type": "retrieval", "function": {}}]}, r"tools\[0\]: type 'retrieval' is no function"),
-    ({"tools": [{"function": {"name": " "}}]}, r"tools\[0\]: 'name' must be a name, got \" \""),
+    ({"tools": [{"type": "retrieval", "function": {}}]}, r"tools\[0\]: 'type' must be 'function', got 'retrieval'"),
+    ({"tools": [{"function": {"name": " "}}]}, r"tools\[0\]: 'name' must be non-empty text, got \" \""),
     ({"tools": [define("x", 7, {})]}, "'description' must be text, got 7"),
-    ({"tools": [PLAIN, PLAIN]}, "'tools' has two tools of the name 'find_departures'"),
-    ({"tools": [PLAIN], "functions": [PLAIN]}, "there are 'functions' beside 'tools'"),
+    ({"tools": [PLAIN, PLAIN]}, "'tools' has two tools named 'find_departures'"),
+    ({"tools": [PLAIN], "functions": [PLAIN]}, "the row has both 'tools' and 'functions'"),
     ({"tools": [{"name": "x", "parameters": {"type": "array"}}]}, "'parameters' must be of type 'object', got 'array'"),
     ({"tools": [define("x", "", {"a": 7})]}, "property 'a' must be an object, got 7"),
     ({"tools": [define("x", "", {"a": {"type": 7}})]}, "property 'a': 'type' must be a name or a list of names"),
     ({"tools": [define("x", "", {"a": {"enum": "b"}})]}, "property 'a': 'enum' must be a list"),
     ({"tools": [define("x", "", {"a": {}}, "b")]}, r"'required' must name properties, got \[\"b\"\]"),
-    ({"tools": [define("x", "\ud83d", {})]}, "'tools' holds half of a surrogate pair"),
+    ({"tools": [define("x", "\ud83d", {})]}, "'tools' holds a lone surrogate"),
 ]
 
 
@@ -146,29 +146,32 @@ def test_a_definition_that_is_none_is_one_line(row, said):
     [
         (
             [ASK, calling(call("fly"))],
-            "message 2 calls 'fly', which is none of the row's tools; they are find_departures",
+            "message 2 calls unknown tool 'fly'; the row's tools are find_departures",
         ),
-        ([ASK, calling({"id": 1})], r"messages\[1\]: tool_calls\[0\]: 'name' must be a name, got null"),
+        ([ASK, calling({"id": 1})], r"messages\[1\]: tool_calls\[0\]: 'name' must be non-empty text, got null"),
         ([ASK, calling("x")], r"messages\[1\]: tool_calls\[0\] must be an object, got \"x\""),
         ([ASK, {**ANSWER, "tool_calls": 7}], r"messages\[1\]: 'tool_calls' must be a list, got 7"),
         ([ASK, calling({"name": "find_departures", "arguments": "[1]"})], r"'arguments' must be an object, got \[1\]"),
         ([ASK, calling({"name": "find_departures", "arguments": "{"})], "'arguments': malformed JSON: .* at column 2"),
-        ([ASK, calling(call("find_departures", limit=float("nan")))], "holds a number that JSON has not, such as NaN"),
-        ([ASK, calling(call("find_departures", after="\ud83d"))], "holds half of a surrogate pair"),
-        ([ASK, {**calling(DEPART), "function_call": AS_TEXT}], "has a 'function_call' beside 'tool_calls'"),
-        ([{**ASK, "tool_calls": [DEPART]}, ANSWER], "message 1, the user's, calls a tool; only the assistant can"),
-        ([ASK, result("x"), ANSWER], "message 2 is a result, but no call before it waits for one"),
+        (
+            [ASK, calling(call("find_departures", limit=float("nan")))],
+            "holds a number that JSON does not have, such as NaN",
+        ),
+        ([ASK, calling(call("find_departures", after="\ud83d"))], "holds a lone surrogate"),
+        ([ASK, {**calling(DEPART), "function_call": AS_TEXT}], "has both 'tool_calls' and 'function_call'"),
+        ([{**ASK, "tool_calls": [DEPART]}, ANSWER], "message 1 has role 'user' and calls a tool; only 'assistant' can"),
+        ([ASK, result("x"), ANSWER], "message 2 has role 'tool', but no call before it lacks a result"),
         (
             [ASK, calling(DEPART), ANSWER],
-            "message 3 is the assistant's, but 1 results of the calls before it are missing",
+            "message 3 has role 'assistant', expected 'tool'; 1 results of the calls before it are missing",
         ),
         (
             [ASK, calling(DEPART), result("x"), result("y"), ANSWER],
-            "message 4 is a result, but no call before it waits",
+            "message 4 has role 'tool', but no call before it lacks a result",
         ),
-        ([ASK, calling(DEPART), result("x"), ASK, ANSWER], "message 4 is the user's where the assistant's is due"),
-        ([ASK, calling(DEPART), result("x")], "the last message is the tool's; a row ends with the assistant's reply"),
-        ([ASK, calling(DEPART), {**result("x"), "tool_call_id": "z"}, ANSWER], "tool_call_id 'z' is that of no call"),
+        ([ASK, calling(DEPART), result("x"), ASK, ANSWER], "message 4 has role 'user', expected 'assistant'"),
+        ([ASK, calling(DEPART), result("x")], "the last message has role 'tool', expected 'assistant'"),
+        ([ASK, calling(DEPART), {**result("x"), "tool_call_id": "z"}, ANSWER], "tool_call_id 'z' matches no call"),
         ([ASK, calling(DEPART), result(None), ANSWER], r"messages\[2\]: 'content' must be text, got null"),
     ],
 )
@@ -179,7 +182,7 @@ def test_calls_and_results_that_do_not_fit_are_one_line(turns, said):
 
 
 def test_calls_without_definitions_and_raw_texts_with_them_are_refused():
-    with pytest.raises(ValueError, match="which is none of the row's tools; the row has no 'tools'"):
+    with pytest.raises(ValueError, match="message 2 calls unknown tool 'find_departures'; the row has no 'tools'"):
         read({"messages": [ASK, calling(DEPART)]})
     with pytest.raises(ValueError, match="a raw text cannot have tools"):
         read({"text": "Hi", "tools": [PLAIN]})
@@ -191,7 +194,7 @@ def test_calls_without_definitions_and_raw_texts_with_them_are_refused():
         ("{", "malformed JSON"),
         ("[]", "holds no call"),
         ("7", "must be an object, got 7"),
-        (json.dumps({"name": "fly", "arguments": {}}), "message 2 calls 'fly'"),
+        (json.dumps({"name": "fly", "arguments": {}}), "message 2 calls unknown tool 'fly'"),
     ],
 )
 def test_a_sharegpt_call_that_is_none_is_one_line(value, said):
@@ -211,8 +214,8 @@ def test_what_a_format_has_no_place_for_is_a_bad_row_with_its_line(tmp_path):
     options = {"max_seq_len": 4000, "seed": 1, "on_bad_row": "drop"}
     data = chat_dataset(str(path), tokenizer=load_tokenizer(llama, chat_template="llama3"), **options)
     assert [(row["line"], row["reason"]) for row in data.ledger["rows_dropped"]] == [
-        (1, "Llama's format has one call a turn, not 2; call one after the other"),
-        (2, "Llama's format has no text beside a call, here 'Let me see.'; leave it out"),
+        (1, "Llama's format allows one call per turn, got 2; write one call after the other"),
+        (2, "Llama's format allows no text beside a call, got 'Let me see.'; remove it"),
     ]
     data = chat_dataset(str(path), tokenizer=load_tokenizer(chatml, chat_template="chatml"), **options)
     assert data.ledger["rows_dropped"] == []
@@ -247,11 +250,11 @@ def test_supervised_are_calls_and_replies_and_neither_results_nor_definitions(pr
 def test_ledger_and_figures_know_rows_with_tools(prepared):
     options, tokenizer, data = prepared
     assert data.ledger["rows_with_tools"] == 2
-    [note] = [note for note in data.ledger["notes"] if "do not print" in note]
-    assert "v.jsonl: rows with characters in tools or calls that do not print: 1 (lines 1); Ollama's template" in note
+    [note] = [note for note in data.ledger["notes"] if "unprintable" in note]
+    assert "v.jsonl: rows with unprintable characters in tools or calls: 1 (lines 1)" in note
     summary = summarize_data(options, tokenizer=tokenizer, max_seq_len=4000, seed=1, batch_size=1, accumulation_steps=1)
     shown = format_summary(summary)
-    assert "messages: 4 user, 5 assistant, 1 tool\n" in shown and "rows with tools: 2 of 3 trained ones\n" in shown
+    assert "messages: 4 user, 5 assistant, 1 tool\n" in shown and "rows with tools: 2 of 3 training rows\n" in shown
 
 
 def test_validation_rows_keep_tools_and_calls(prepared, tmp_path):

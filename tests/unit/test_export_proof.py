@@ -187,7 +187,7 @@ def test_the_script_proves_and_fails_with_exit_code_1(run_dir):
 def test_a_limit_that_makes_no_sense_is_refused_before_the_export(run_dir, limit):
     finished = run_script(run_dir, f"--max-loss-increase={limit}")
     assert finished.returncode == 1
-    assert finished.stderr == f"error: a loss increase of at most {limit} makes no sense; give 0 or more\n"
+    assert finished.stderr == f"error: --max-loss-increase must be at least 0, got {limit}\n"
     assert not (run_dir / "export").exists()
 
 

@@ -35,7 +35,7 @@ def test_values_that_are_paths_stay_in_the_folder_of_the_sweep(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["epochs=1,2", "output_dir=x"], "--out names"),
+        (["epochs=1,2", "output_dir=x"], "choose its folder with --out"),
         (["epochs=1,2", "resume=auto"], "set by the sweep"),
         (["epochs=1,2", "epochs=3"], "each key once"),
         (["epochs=1", "dataset.files=[a.jsonl,b.jsonl]"], "nothing to sweep"),

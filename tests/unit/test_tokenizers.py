@@ -245,8 +245,8 @@ def test_chat_template_that_does_not_fit_the_tokenizer_is_refused_with_the_one_t
     ("content", "said"),
     [
         (b"\x0a\x0e\x0a\x05<unk>\x15", r"line 1: not a tokenizer\.model of Llama 3"),
-        (b"IQ== 0\nIg== 2\n", "do not count from 0 without gaps"),
-        (b"", "do not count from 0 without gaps"),
+        (b"IQ== 0\nIg== 2\n", "its ranks are not 0, 1, 2"),
+        (b"", "its ranks are not 0, 1, 2"),
     ],
 )
 def test_damaged_tokenizer_model_is_refused(tmp_path, content, said):

@@ -15,15 +15,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run", type=expand_path, help="folder of an exported run, such as runs/quickstart")
     parser.add_argument("--once", metavar="QUESTION", help="print one reply and end")
     asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--adapter", action="store_true", help="base and adapter in torch instead of the exported file")
-    asked.add_argument("--adapter-gguf", action="store_true", help="the exported base and adapter of Modelfile-adapter")
+    asked.add_argument("--adapter", action="store_true", help="use base and adapter in torch, not the exported file")
+    asked.add_argument("--adapter-gguf", action="store_true", help="use base and adapter of Modelfile-adapter")
     asked.add_argument("--gguf", type=expand_path, help="default: the newest in the run's export folder")
-    parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
-    parser.add_argument("--system", help="system prompt; default: the one the run was trained with, if it was one")
+    parser.add_argument("--base-dir", type=expand_path, help="the base folder, if it has moved since the run")
+    parser.add_argument("--system", help="system prompt; default: the one that all training rows share")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most probable token")
-    parser.add_argument("--max-tokens", type=int, default=256, help="limit of a reply")
+    parser.add_argument("--max-tokens", type=int, default=256, help="maximum tokens per reply")
     parser.add_argument(
-        "--threads", type=int, help="of llama.cpp, no more than free cores; default: by the file's size"
+        "--threads", type=int, help="llama.cpp's threads, at most the free cores; default: by the file's size"
     )
     return parser.parse_args()
 
@@ -34,7 +34,7 @@ def main() -> None:
     try:
         check_options(**options, num_threads=arguments.threads)
         if arguments.once is not None and not arguments.once.strip():
-            raise ValueError("--once has no question in it")
+            raise ValueError("--once is empty; give it a question")
         run = open_run(arguments.run, base_dir=arguments.base_dir)
         model = open_chat_model(
             run,

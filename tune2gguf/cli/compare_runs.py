@@ -10,7 +10,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", type=expand_path, help="folders of runs; default: all in runs/")
     parser.add_argument(
-        "--html", type=expand_path, default=Path("runs/comparison.html"), metavar="PATH", help="of the page"
+        "--html", type=expand_path, default=Path("runs/comparison.html"), metavar="PATH", help="path of the page"
     )
     arguments = parser.parse_args()
 

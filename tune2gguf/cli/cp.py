@@ -21,7 +21,7 @@ def main() -> None:
     names = [path.as_posix() for path in list_shipped()]
     names += dict.fromkeys(str(PurePosixPath(name).parent) for name in names)
     if arguments.file not in names:
-        raise ValueError(f"{arguments.file!r} does not come with the package; it has\n  " + "\n  ".join(names))
+        raise ValueError(f"{arguments.file!r} does not come with the package; these do:\n  " + "\n  ".join(names))
     source, target = find_shipped(arguments.file), arguments.destination
     target = target / source.name if target.is_dir() else target
     if not arguments.force:

@@ -1,4 +1,4 @@
-"""Say how much memory a run will need, part by part, where it fits, and what would make it fit. Nothing is loaded."""
+"""Estimate a run's memory, part by part: where it fits, and what would make it fit. No model is loaded."""
 
 import argparse
 from dataclasses import replace
@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipe")
     arguments = parser.parse_intermixed_args()
     if arguments.devices < 1:
-        parser.error(f"--devices {arguments.devices}: at least 1 is needed")
+        parser.error(f"--devices must be at least 1, got {arguments.devices}")
 
     from tune2gguf.config import check_values, get_run_spec, read_config
     from tune2gguf.machine.devices import list_devices
@@ -25,12 +25,12 @@ def main() -> None:
     config = read_config(arguments.config, arguments.overrides)
     check_values(config)
     spec = get_run_spec(config, longest_row=config.max_seq_len, num_devices=arguments.devices, parallel=config.parallel)
-    # The run itself counts the lengths of its rows; here they are not known.
+    # A run counts the lengths of its own rows, which are not known here.
     spec = replace(spec, num_lengths=count_lengths(spec.tokens_per_pass))
     devices = "one device" if spec.num_devices == 1 else f"each of {spec.num_devices} devices"
-    kept = "computed again" if spec.enable_activation_checkpointing else "kept"
-    print(f"rows of up to {spec.longest_row} tokens, on {devices} ({spec.device_type});")
-    print(f"what is left to the run is counted as the least: {spec.tokens_per_pass} tokens a pass, activations {kept}:")
+    kept = "recomputed" if spec.enable_activation_checkpointing else "kept"
+    print(f"rows of up to {spec.longest_row} tokens, on {devices} ({spec.device_type}),")
+    print(f"with the least that a run may choose: {spec.tokens_per_pass} tokens per pass, activations {kept}:")
     print("\n".join(describe_estimate(estimate_memory(spec))))
     print("on this machine, with the layout that a run would choose:")
     for device in list_devices():

@@ -18,8 +18,8 @@ from tune2gguf.serve.ollama import Ollama, ask_as_proven, check_ollama_name, fin
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Exit code 1 where the proof fails. A run without validation rows is exported, said to be not proven, "
-        "and not handed to Ollama.",
+        epilog="Exit code 1 if the proof fails. A run without validation rows is exported without a proof, and not "
+        "handed to Ollama.",
     )
     parser.add_argument("run", type=expand_path, help="folder of a finished run, such as runs/quickstart")
     parser.add_argument(
@@ -29,18 +29,18 @@ def parse_arguments() -> argparse.Namespace:
         metavar="TYPE",
         help=f"one or more of {', '.join(QUANTIZATIONS)}; default: the run's own",
     )
-    parser.add_argument("--adapter", choices=("best", "last"), help="default: best where there is one, else last")
+    parser.add_argument("--adapter", choices=("best", "last"), help="default: best if there is one, else last")
     parser.add_argument(
         "--adapter-gguf",
         action="store_true",
-        help="also write the adapter as a GGUF, the base it is applied to, in the first type, and Modelfile-adapter",
+        help="also write the adapter as a GGUF, its base as a GGUF of the first type, and Modelfile-adapter",
     )
     parser.add_argument("--merged-hf", action="store_true", help="also write the merged model as a Hugging Face folder")
-    parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
+    parser.add_argument("--base-dir", type=expand_path, help="the base folder, if it has moved since the run")
     parser.add_argument(
         "--merge-base",
         choices=MERGE_BASES,
-        help="after 4-bit training; default: the one with the lower validation loss",
+        help="the base to merge into after 4-bit training; default: the one with the lower validation loss",
     )
     parser.add_argument(
         "--original-base",
@@ -60,35 +60,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ollama",
         metavar="NAME",
-        help="make the model in Ollama, and ask it the proof's questions; only if it is proven, or with --proof-rows 0",
+        help="create the model in Ollama and ask it the proof's questions; only if proven, or with --proof-rows 0",
     )
     parser.add_argument(
         "--proof-rows",
         type=int,
         default=DEFAULT_VALIDATION_ROWS,
-        help="validation rows to prove the files on; 0: no proof is wanted",
+        help="validation rows to prove the files on; 0: no proof",
     )
     parser.add_argument(
         "--max-loss-increase",
         type=float,
         default=0.05,
-        help="of the validation loss over the trained model's; 0.05 = 5 %%",
+        help="accepted increase of the validation loss over the trained model's; 0.05 = 5 %%",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=DEFAULT_TEMPERATURE,
-        help="of the Modelfile; default: %(default)g, the likeliest answer, which the proof checks",
+        help="the Modelfile's; default: %(default)g, the most probable tokens, which the proof checks",
     )
     parser.add_argument("--force", action="store_true", help="replace files of an earlier export")
-    parser.add_argument("--threads", type=int, help="to quantize and to prove with; default: all cores")
+    parser.add_argument("--threads", type=int, help="threads to quantize and prove with; default: all cores")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
     if not arguments.max_loss_increase >= 0:  # nor NaN
-        raise ValueError(f"a loss increase of at most {arguments.max_loss_increase:g} makes no sense; give 0 or more")
+        raise ValueError(f"--max-loss-increase must be at least 0, got {arguments.max_loss_increase:g}")
     ollama = None if arguments.ollama is None else open_ollama(arguments.ollama)
     export = export_run(
         arguments.run,
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def open_ollama(name: str) -> Ollama:
-    """Return the running Ollama, before anything slow; say that a model of this name is to be replaced."""
+    """Return the running Ollama, before anything slow; print a warning if it has a model of this name."""
     check_ollama_name(name)
     ollama = find_ollama()
     if ollama.has_model(name):
@@ -131,7 +131,7 @@ def open_ollama(name: str) -> Ollama:
 
 def show_proof(export: Export, arguments: argparse.Namespace) -> ProofRecord | None:
     """Prove the export, print the result and return it; None without validation rows."""
-    # torch: files that are not proven are written without it.
+    # Imported here because it imports torch, which an export without proof does not need.
     from tune2gguf.serve.proof import format_table, prove_export
 
     proof = prove_export(

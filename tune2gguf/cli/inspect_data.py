@@ -19,15 +19,13 @@ def main() -> None:
     parser.add_argument(
         "arguments", nargs="*", help="data files, dataset.KEY=VALUE, seed=N; with --config, any KEY=VALUE"
     )
-    parser.add_argument("--config", type=find_config, help="a run's YAML; data, tokenizer and step are taken from it")
-    parser.add_argument("--base-dir", type=expand_path, help="without --config: the base folder whose tokenizer counts")
+    parser.add_argument("--config", type=find_config, help="a run's YAML, with data, tokenizer and rows per step")
+    parser.add_argument("--base-dir", type=expand_path, help="without --config: the base folder with the tokenizer")
     parser.add_argument("--chat-template", default="llama3", help="without --config: llama3 | llama3_1 | chatml")
-    parser.add_argument("--max-seq-len", type=int, default=2048, help="without --config: tokens kept of a row")
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="without --config: tokens kept per row")
     parser.add_argument("--rows", type=int, default=3, help="rows to print with their supervised tokens coloured")
-    parser.add_argument("--html", type=expand_path, help="write the same as a page, to a file that does not exist yet")
-    parser.add_argument(
-        "--png", type=expand_path, help="write the histogram as a picture, to a file that does not exist yet"
-    )
+    parser.add_argument("--html", type=expand_path, help="also write a page, to a new file")
+    parser.add_argument("--png", type=expand_path, help="also write the histogram as a picture, to a new file")
     arguments = parser.parse_intermixed_args()
     if (arguments.config is None) == (arguments.base_dir is None):
         parser.error("give either --config, or data files and --base-dir")

@@ -1,4 +1,4 @@
-"""List what comes with the package: the recipe, and the configs that `tune2gguf run --config` takes by their names."""
+"""List the files of the package: the recipe, and the configs that `tune2gguf run --config` takes by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Let a run's base answer general prompts, as rows to mix in."""
+"""Answer general prompts with a run's base, and write them as rows to mix in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tune2gguf.serve.general_rows import make_general_rows
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=expand_path, help="folder of a run, such as runs/quickstart")
-    parser.add_argument("--base-dir", type=expand_path, help="where the base model is, if it has moved since the run")
+    parser.add_argument("--base-dir", type=expand_path, help="the base folder, if it has moved since the run")
     arguments = parser.parse_args()
     path, num_rows, num_left_out = make_general_rows(open_run(arguments.run, base_dir=arguments.base_dir))
-    print(f"wrote {path}: {num_rows} rows; {num_left_out} prompts left out, whose answers did not end in time")
+    print(f"wrote {path}: {num_rows} rows; {num_left_out} prompts left out because their answers were cut")

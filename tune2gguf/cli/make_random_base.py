@@ -1,4 +1,4 @@
-"""Write a base folder of a true Llama shape with random weights, to try memory and speed without a download."""
+"""Write a base folder with a Llama architecture and random weights, to test memory and speed without a download."""
 
 import argparse
 
@@ -14,9 +14,9 @@ def main() -> None:
     parser.add_argument("--kind", default="bf16", choices=KINDS)
     parser.add_argument("--out", required=True, type=expand_path, metavar="DIR")
     parser.add_argument("--seed", default=0, type=int)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what draws the weights")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="the device that draws the weights")
     parser.add_argument(
-        "--tokenizer-json", action="store_true", help="tokenizer.json instead of Meta's tokenizer.model"
+        "--tokenizer-json", action="store_true", help="write tokenizer.json instead of Meta's tokenizer.model"
     )
     arguments = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Write report.html of a run again, from what its folder holds, and say the verdict and the next command."""
+"""Write a run's report.html again from its folder, and print the verdict and the next command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train with a config that is there or comes with the package.
+"""Train with a config, one of your own or one that comes with the package.
 
 tune2gguf run --config configs/llama3_2_1b/lora.yaml dataset.files=[my.jsonl]
 tune2gguf run --nproc_per_node 8 --config configs/llama3_1_8b/lora.yaml      options of torchrun stand before --config
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return torchrun's options and the recipe's arguments: --config and all behind it, and every KEY=VALUE."""
+    """Return torchrun's options and the recipe's arguments: --config and all after it, and every KEY=VALUE."""
     words = ["--config", *words[0].split("=", 1)[1:], *words[1:]] if (words := _from_config(arguments)) else []
     before = arguments[: len(arguments) - len(_from_config(arguments))]
     if len(words) > 1:

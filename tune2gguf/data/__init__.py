@@ -1,8 +1,8 @@
-"""Rows of data files to batches of token ids: no row lost in silence, and what is trained is what will be served.
+"""Data files to batches of token ids. No row is lost silently, and rows are tokenized as they will be served.
 
-rows: files → rows with file and line · messages: row → conversation · tokenize: conversation → ids, supervised flags
-select: which row goes where · ledger: what became of every row · prepare: all of it in one call
-packing: several rows in one sequence · batches: which rows a step takes, and the tensors they become
+rows: file → rows with file and line · messages: row → conversation · tokenize: conversation → token ids
+select: train, validate, truncate, split or drop · ledger: the outcome of every row · prepare: all of it in one call
+packing: several rows in one sequence · batches: the rows of each step, as tensors
 """
 
 from tune2gguf.data.batches import Batch, collate, count_step_tokens, lay_out_passes, make_empty_batch, plan_epoch

@@ -1,4 +1,4 @@
-"""Rows to passes: which rows each step takes on each rank, which of them go together, and the tensors they become."""
+"""Batches: the rows of each step and rank, their split into passes, and the tensors of a pass."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MOST_PLANNED_ROWS = 100_000  # a tenth of a second
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one pass, one behind the other without padding; no row sees another.
+    """The rows of one pass, concatenated without padding. No row attends to another.
 
     Attributes:
         tokens: [1, tokens] int64
-        labels: [1, tokens] int64, not shifted: the token where it is supervised, else loss.IGNORED_LABEL
-        supervised: [n] int64, places whose next token is supervised, row by row
+        labels: [1, tokens] int64, not shifted: the token if it is supervised, else loss.IGNORED_LABEL
+        supervised: [n] int64, positions whose next token is supervised, row by row
         row_starts: [rows + 1] int32, first token of each row, then the number of tokens; None for a single row
         longest_row: tokens of the longest row; None for a single row
         input_pos: [1, tokens] int64, the position of each token in its own row; None for a single row
@@ -39,7 +39,7 @@ class Batch:
     input_pos: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; the program does not wait until it is there."""
+        """Return the batch on a device. Copies from CPU to CUDA are asynchronous."""
         import torch
 
         def move(value: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Batch:
 
 
 def make_empty_batch() -> Batch:
-    """Return a batch without a supervised token: it goes through the whole model and adds nothing."""
+    """Return a batch without supervised tokens: it runs through the whole model and adds nothing to the loss."""
     import torch
 
     from tune2gguf.model.loss import IGNORED_LABEL
@@ -63,10 +63,10 @@ def make_empty_batch() -> Batch:
 def plan_epoch(
     lengths: np.ndarray, *, seed: int, epoch: int, rows_per_step: int, world_size: int = 1, rank: int = 0
 ) -> list[list[int]]:
-    """Return this rank's rows of every step of an epoch. Every row stands in exactly one step, on one rank.
+    """Return this rank's rows of every step of an epoch. Every row is in exactly one step, on one rank.
 
-    The order depends on seed and epoch only, and step i takes the same rows on any number of ranks. The last step takes
-    what is left. Within a step the ranks' numbers of rows differ by at most one, and their tokens by little.
+    The order depends only on seed and epoch, and step i has the same rows for any number of ranks. The last step has
+    the remaining rows. Within a step, the ranks' numbers of rows differ by at most one, their tokens by little.
 
     Args:
         lengths: tokens of each row, or pack of rows, [num_rows]
@@ -77,7 +77,7 @@ def plan_epoch(
 
 
 def _take_share(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, rank: int) -> list[int]:
-    """Return one rank's rows: the longest are dealt out first, each to the rank with the least work so far."""
+    """Return one rank's rows. Longest first, each row goes to the rank with the fewest tokens so far."""
     if world_size == 1:
         return rows.tolist()
     shares: list[list[int]] = [[] for _ in range(world_size)]
@@ -105,10 +105,10 @@ def count_step_tokens(lengths: np.ndarray, plan: Callable[[int], list[list[int]]
 
 
 def lay_out_passes(lengths: Sequence[int], *, tokens_per_pass: int) -> list[list[int]]:
-    """Return which rows go through the model together, by their place in `lengths`; each list in that order.
+    """Return the rows of each pass, as sorted indices into `lengths`.
 
-    The longest first, each into the first pass that has room for it. A row longer than `tokens_per_pass` is a pass by
-    itself.
+    First fit decreasing: longest row first, each into the first pass with room. A row longer than `tokens_per_pass`
+    gets a pass of its own.
     """
     passes: list[list[int]] = []
     rooms: list[int] = []

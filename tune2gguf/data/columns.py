@@ -1,4 +1,4 @@
-"""Columns of any name: what a row calls its parts, and a prompt that is joined from several of them."""
+"""Column mapping: columns of any name as the parts of a format, and a prompt template over several columns."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _TURN_PARTS = ("role", "content", "from", "value")
 
 @dataclass(frozen=True)
 class RowReader:
-    """How the rows of a file become conversations.
+    """The options that turn a file's rows into conversations.
 
     Attributes:
-        format: one of FORMATS, or auto: the row's keys tell
-        columns: part of a format -> the column that holds it; a part that is not named is its own column
-        prompt: the user's message, with columns in braces; read_template says what it may hold
+        format: one of FORMATS, or auto: detected from the row's keys
+        columns: part of a format -> its column; other parts have columns of their own name
+        prompt: template of the user's message, with columns in braces; read_template has the syntax
     """
 
     format: str = "auto"
@@ -32,14 +32,14 @@ class RowReader:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The formats that a row may have: those that have every part in `columns`."""
+        """The formats that a row may have: all with every part in `columns`."""
         if self.format != "auto":
             return (self.format,)
         named = {part for part, _ in self.columns} | ({"prompt"} if self.prompt is not None else set())
         return tuple(name for name in FORMATS if named <= set(PARTS[name]))
 
     def describe(self) -> str:
-        """Return which columns become which parts, "" where each has its own name."""
+        """Return the mapped columns and the prompt template as text, "" without any."""
         parts = [f"{part} = column {name!r}" for part, name in self.columns]
         return ", ".join(parts + ([] if self.prompt is None else [f"prompt = {self.prompt!r}"]))
 
@@ -60,7 +60,7 @@ class RowReader:
         """Return the conversation of a row of this format.
 
         Raises:
-            ValueError: if the row is no conversation that can be trained on
+            ValueError: if the row cannot be trained on
         """
         if not self.columns and self.prompt is None:
             return read_conversation(row, format=format)
@@ -73,7 +73,7 @@ class RowReader:
         return replace(conversation, unused_keys=conversation.unused_keys + unused, absent_columns=absent)
 
     def _map(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]:
-        """Return the row by its parts, the columns that it has nothing under, and the keys that a part takes over."""
+        """Return the row keyed by part, its empty or missing columns, and its keys that a mapped part replaces."""
         columns = dict(self.columns)
         in_turns = {part: columns.pop(part) for part in _TURN_PARTS if part in columns}
         pieces = () if self.prompt is None else read_template(self.prompt)
@@ -93,9 +93,9 @@ class RowReader:
 
 @lru_cache
 def read_template(template: str) -> tuple[tuple[str, str | None], ...]:
-    r"""Return the pieces of a prompt's template: text, and the column that follows it, or None at the end.
+    r"""Return a prompt template as pairs of a text and the column after it (None after the last text).
 
-    A column stands in braces; {{ and }} are braces; \n and \t may be spelled with a backslash.
+    Columns are in braces; {{ and }} are literal braces; \n and \t may be spelled with a backslash.
 
     Raises:
         ValueError: if braces do not match, or hold no name
@@ -104,22 +104,22 @@ def read_template(template: str) -> tuple[tuple[str, str | None], ...]:
     try:
         parsed = [*string.Formatter().parse(text)]
     except ValueError as error:
-        raise ValueError(f"{error}; a brace itself is written {{{{ or }}}}") from None
+        raise ValueError(f"{error}; write a literal brace as {{{{ or }}}}") from None
     pieces = []
     for before, name, spec, conversion in parsed:
         if name is not None:
-            # A name may hold ! and :, behind which the library looks for how to print a value.
+            # string.Formatter splits a name at ! and :, which a column may contain.
             name += (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             if not name.strip():
-                raise ValueError("there are braces without the name of a column")
+                raise ValueError("braces without a column; write its name in them, such as {question}")
         pieces.append((before, name))
     if not any(name is not None for _, name in pieces):
-        raise ValueError("it names no column; write one in braces, such as {question}")
+        raise ValueError("no column; write one in braces, such as {question}")
     return tuple(pieces)
 
 
 def _fill_template(pieces: Sequence[tuple[str, str | None]], row: Mapping[str, Any]) -> str:
-    """Join texts and columns; of a column that is missing or empty the text before it goes, too."""
+    """Join texts and columns. A missing or empty column is left out with the text before it."""
     filled = ""
     for before, name in pieces:
         value = "" if name is None else row.get(name)
@@ -127,13 +127,13 @@ def _fill_template(pieces: Sequence[tuple[str, str | None]], row: Mapping[str, A
             filled += before
         elif not _is_empty(value):
             if not isinstance(value, str):
-                raise ValueError(f"{name!r}, which dataset.prompt names, must be text, got {type(value).__name__}")
+                raise ValueError(f"column {name!r} of dataset.prompt must be text, got {type(value).__name__}")
             filled += before + value
     return filled if any(not _is_empty(row.get(name)) for _, name in pieces if name is not None) else ""
 
 
 def _read_cell(part: str, value: Any, name: str) -> Any:
-    """Return what a column holds; a table without nested columns has a list of messages as JSON."""
+    """Return a column's value; tables without nested columns hold a list of messages as JSON text."""
     if part in ("messages", "conversations") and isinstance(value, str):
         try:
             return decode_json(value)
@@ -157,7 +157,7 @@ def _rename_turns(value: Any, in_turns: Mapping[str, str]) -> Any:
 
 
 def find_reader_problems(options: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """Yield what is wrong with `format`, `columns` and `prompt`; names begin with the prefix."""
+    """Yield the problems of `format`, `columns` and `prompt`, with their keys behind `prefix`."""
     format, columns, prompt = options.get("format", "auto"), options.get("columns"), options.get("prompt")
     if format not in ("auto", *FORMATS):
         yield f"{prefix}format={format} is not one of {', '.join(('auto', *FORMATS))}"
@@ -170,7 +170,7 @@ def find_reader_problems(options: Mapping[str, Any], prefix: str) -> Iterator[st
     if prompt is not None:
         yield from (f"{prefix}prompt={prompt!r}: {problem}" for problem in _find_template_problems(prompt))
         if "prompt" in (columns or {}):
-            yield f"{prefix}columns names a column for 'prompt', and {prefix}prompt makes one; keep one of the two"
+            yield f"{prefix}columns and {prefix}prompt both define 'prompt'; keep one of the two"
             return
     try:
         reader = make_reader(options)
@@ -179,7 +179,7 @@ def find_reader_problems(options: Mapping[str, Any], prefix: str) -> Iterator[st
     named = [part for part, _ in reader.columns] + (["prompt"] if prompt is not None else [])
     outside = [part for part in named if part not in PARTS.get(format, named)]
     if outside:
-        yield f"{prefix}columns: {outside[0]!r} is no part of format={format} ({', '.join(PARTS[format])})"
+        yield f"{prefix}columns: {outside[0]!r} is not a part of format={format} ({', '.join(PARTS[format])})"
     elif not reader.formats:
         known = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in PARTS.items())
         yield f"{prefix}columns: no format has {' and '.join(map(repr, named))} ({known})"
@@ -187,19 +187,19 @@ def find_reader_problems(options: Mapping[str, Any], prefix: str) -> Iterator[st
 
 def _find_column_problem(columns: Any) -> str | None:
     if not isinstance(columns, Mapping) or not columns:
-        return "must say which column holds which part, such as {prompt: question, completion: answer}"
+        return "must map parts to columns, such as {prompt: question, completion: answer}"
     known = list(dict.fromkeys(part for parts in PARTS.values() for part in parts))
     for part, name in columns.items():
         if part not in known:
             nearest = difflib.get_close_matches(str(part), known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; parts are {', '.join(known)}"
-            swapped = f"; it is written part: column, so {name}: {part}" if name in known else hint
-            return f"{part!r} is no part of a format{swapped}"
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known parts are {', '.join(known)}"
+            swapped = f"; write part: column, that is {name}: {part}" if name in known else hint
+            return f"unknown part {part!r}{swapped}"
         if not isinstance(name, str) or not name:
             return f"the column of {part!r} must be a name, got {name!r}"
     names = list(columns.values())
     twice = next((name for name in names if names.count(name) > 1), None)
-    return None if twice is None else f"the column {twice!r} is named for two parts"
+    return None if twice is None else f"column {twice!r} is mapped to two parts; keep one of them"
 
 
 def _find_template_problems(prompt: Any) -> Iterator[str]:
@@ -213,6 +213,6 @@ def _find_template_problems(prompt: Any) -> Iterator[str]:
 
 
 def make_reader(options: Mapping[str, Any]) -> RowReader:
-    """Return the reader of these options, which find_reader_problems found nothing wrong with."""
+    """Return the reader of options without problems (see find_reader_problems)."""
     columns = options.get("columns") or {}
     return RowReader(options.get("format", "auto"), tuple(columns.items()), options.get("prompt"))

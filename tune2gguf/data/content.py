@@ -1,4 +1,4 @@
-"""Turns as other tools spell them: content in parts, and whether a reply is trained."""
+"""Other tools' conventions for turns: content as a list of parts, and keys that say whether a reply is trained."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ _PART_TEXT_KEYS = ("text", "value", "content")
 # OpenAI and Mistral: weight; others: loss_weight. axolotl: train, training; ms-swift: loss.
 WEIGHT_KEYS = ("weight", "loss_weight")
 FLAG_KEYS = ("train", "training", "loss")
-# axolotl's spans of characters of a reply.
+# axolotl's character spans within a reply.
 _SPAN_KEYS = ("train_detail", "training_detail")
 
 
 def join_parts(content: Any, place: str) -> Any:
-    """Return the text of content in parts; anything else as it is.
+    """Return content in parts as one text; other content unchanged.
 
-    llama.cpp joins texts by a line break, but for empty ones in front, where a chat template takes no parts.
+    Parts are joined by a line break, which leading empty parts do not get. llama.cpp does the same for chat templates
+    that take no parts.
 
     Raises:
-        ValueError: if a part is no text
+        ValueError: if a part is not text
     """
     if not isinstance(content, list) or not content:
         return content
@@ -35,22 +36,22 @@ def _read_part(part: Any, place: str) -> str:
         return part
     if not isinstance(part, Mapping):
         raise ValueError(f"{place} must be a part such as {{type: text, text: …}}, got {type(part).__name__}")
-    # Tables fill with null what a part does not have.
+    # Tables store absent keys as null.
     held = {key: value for key, value in part.items() if value is not None}
     kind = held.get("type", "text" if any(key in held for key in _PART_TEXT_KEYS) else "/".join(map(str, held)))
     if kind not in _TEXT_TYPES:
         raise ValueError(f"{place} is of type {kind!r}; only parts of type 'text' can be trained")
     text = next((held[key] for key in _PART_TEXT_KEYS if key in held), None)
     if not isinstance(text, str):
-        raise ValueError(f"{place} is of type {kind!r}, but has no text under {', '.join(_PART_TEXT_KEYS)}")
+        raise ValueError(f"{place} is of type {kind!r} but has no text under {', '.join(_PART_TEXT_KEYS)}")
     return text
 
 
 def read_is_trained(turn: Mapping[str, Any], place: str) -> bool:
-    """Return whether a turn is trained, by any of the keys that say so; without one it is.
+    """Return whether a turn is trained, by WEIGHT_KEYS and FLAG_KEYS; True without any.
 
     Raises:
-        ValueError: if a key holds something between yes and no, two contradict, or spans of a turn are marked
+        ValueError: if a value is neither yes nor no, two keys contradict each other, or spans of a turn are marked
     """
     found = {}
     for key in WEIGHT_KEYS + FLAG_KEYS:

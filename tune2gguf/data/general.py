@@ -1,7 +1,7 @@
-"""General prompts, in several languages and of several tasks: what a model answers that was trained for one thing.
+"""General prompts, in several languages and for several tasks, beside the one that a model is trained for.
 
-Written for this project, Apache-2.0. The scored ones tell what a run lost; the mixed ones, of other topics, become rows
-that are trained beside a user's own.
+Written for this project, Apache-2.0. The scored prompts measure what a run forgets. The mixed prompts, of other topics,
+become training rows beside a user's own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def _read() -> dict:
 
 
 def list_scored_prompts() -> tuple[str, ...]:
-    """Return the prompts that are scored; the first ones of them are of as many kinds as all."""
+    """Return the scored prompts. The first ones already cover all kinds."""
     return tuple(_read()["scored"])
 
 
 def list_mixed_prompts() -> tuple[str, ...]:
-    """Return the prompts of rows to mix in, in an order that is drawn once for ever."""
+    """Return the prompts of rows to mix in, in a shuffled but fixed order."""
     prompts = [template.format(topic) for template, topics in _read()["mixed"].items() for topic in topics]
     return tuple(random.Random(0).sample(prompts, len(prompts)))

@@ -1,6 +1,6 @@
-"""A data summary as one HTML file that needs nothing else: figures, a histogram, rows with supervised tokens marked.
+"""A data summary as a self-contained HTML page: figures, a histogram, rows with supervised tokens marked.
 
-The histogram alone is to be had as a picture, too.
+The histogram is also available as a PNG file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def make_html(summary: DataSummary, rows: Sequence[TokenizedRow], tokenizer: ChatTokenizer) -> str:
-    """Return the page. Everything that comes from the data is escaped; there are no scripts."""
+    """Return the page. Everything from the data is escaped, and none of it reaches a script."""
     return render_page(
         "data.html",
         title=", ".join(summary.shapes),
@@ -51,7 +51,7 @@ def draw_png(summary: DataSummary) -> bytes:
 
 
 def plot_lengths(bins: Sequence[Bin], *, max_seq_len: int) -> Plot:
-    """Draw the histogram, with a line at max_seq_len where it is in the range."""
+    """Draw the histogram, with a line at max_seq_len if that is in the range."""
     limit = _find_limit(bins, max_seq_len)
     shown = ", ".join(f"{entry.start} to {entry.stop - 1}: {entry.count}" for entry in bins if entry.stop)
     longer = "" if bins[-1].stop else f"; {bins[-1].start} or more: {bins[-1].count}"
@@ -61,8 +61,8 @@ def plot_lengths(bins: Sequence[Bin], *, max_seq_len: int) -> Plot:
 
     options = {"name": "lengths", "ylabel": "rows", "xlabel": "tokens"}
     return Plot(
-        "Rows by their tokens",
-        label=f"Rows by tokens, {shown}{longer}",
+        "Rows by number of tokens",
+        label=f"Rows by number of tokens, {shown}{longer}",
         wide=render_figure(draw, WIDE, **options),
         narrow=render_figure(draw, NARROW, **options),
         keys=() if limit is None else (Key(f"max_seq_len = {limit}", "limit"),),
@@ -82,7 +82,7 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], *, limit: int | None, colors: Ma
     if limit is not None:
         axes.axvline(limit, color=colors["limit"], linewidth=1.5)
     bars = axes.bar(lefts, [entry.count for entry in bins], width=0.92 * width, align="edge", color=colors["bar"])
-    # Over every bar there is room for a figure of four digits only where the page is wide.
+    # On a narrow page, a count of four digits does not fit over a bar.
     if axes.figure.get_figwidth() * 72 >= WIDE[0]:
         axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=10, color=colors["ink"])
     every = -(-len(bins) // 8)

@@ -15,7 +15,7 @@ from tune2gguf.data.sources import DataSource
 from tune2gguf.data.tokenize import RAW_TEXT, TokenizedFile, TokenizedRows
 
 MAX_LINES_SHOWN = 5
-_OTHERS = "\0"  # system prompts that a file's index does not hold; no row holds a NUL byte
+_OTHERS = "\0"  # for system prompts that a file's index does not list; no row holds a NUL byte
 
 
 class _RowLedgerOfVersion1(TypedDict):
@@ -37,17 +37,17 @@ class _RowLedgerOfVersion1(TypedDict):
 class RowLedger(_RowLedgerOfVersion1, total=False):
     """The content of data.json.
 
-    `read` counts the rows of all files and is the sum of the four counts after it: `trained` and `validated` are whole
-    rows, `truncated` are rows of either side that were cut to max_seq_len, `dropped` are rows that were not used.
-    `training` and `validation` hold rows, tokens, supervised_tokens and longest_row; `files` a record for each file.
-    Cut and dropped rows are listed with file, line and reason, validation ones with file and line; all others are
-    trained on. In files whose `unit` is row, a line is the number of a row. `system_prompt` is the one that every
-    training row has, or None; `rows_with_tools` counts training rows that define tools.
+    `read` counts the rows of all files and is the sum of the four counts after it: `trained` and `validated` whole
+    rows, `truncated` rows of either split that were cut to max_seq_len, `dropped` rows that are not used.
+    `training` and `validation` hold rows, tokens, supervised_tokens and longest_row. `files` has one record per file.
+    Truncated and dropped rows are listed with file, line and reason, validation rows with file and line. All others are
+    trained on. In files with `unit` row, a line is a row number. `system_prompt` is the one that all training rows
+    share, or None. `rows_with_tools` counts training rows that define tools.
 
-    `rows_split` lists raw texts that are used whole, in pieces of max_seq_len, and that `trained` and `validated` count
-    as a row each; `training` and `validation` count pieces. `not_drawn` counts rows that the share of their source
-    leaves out, which stand in `lines_not_drawn` of their file: read = trained + validated + truncated + dropped +
-    not_drawn. `sources` says what each source gave. A row that an epoch takes twice is two rows of `training`.
+    `rows_split` lists raw texts that are split into pieces of max_seq_len. `trained` and `validated` count such a text
+    as one row, `training` and `validation` count its pieces. `not_drawn` counts rows that the share of their source
+    leaves out; `lines_not_drawn` of a file lists them. With these, read = trained + validated + truncated + dropped +
+    not_drawn. `sources` has the counts of each source. A row that an epoch takes twice is two rows of `training`.
     """
 
     system_prompt: str | None
@@ -66,7 +66,7 @@ def make_ledger(
     train: TokenizedRows,
     validation: TokenizedRows,
 ) -> RowLedger:
-    """Return what data.json holds."""
+    """Return the content of data.json."""
     cut = Counter(row.split for row in selection.truncated)
     return {
         "read": sum(file.index.num_read for file in files),
@@ -115,7 +115,7 @@ def make_ledger(
 
 
 def _count_rows(rows: TokenizedRows) -> int:
-    """Return how many rows these are, those that are picked more than once or in pieces counted once."""
+    """Return the number of distinct rows. Repeated picks and pieces of a row count once."""
     return len(np.unique(rows.picks[:, :2], axis=0))
 
 
@@ -155,7 +155,7 @@ def _describe_sources(
 
 
 def _count_system_prompts(train: TokenizedRows) -> Counter[str | None]:
-    """Return how many training conversations have each system prompt, or none."""
+    """Return system prompt (None: without one) -> number of training conversations."""
     counts: Counter[str | None] = Counter()
     for number, file in enumerate(train.files):
         rows = train.picks[train.picks[:, 0] == number, 1]
@@ -172,15 +172,15 @@ def _find_system_prompt(train: TokenizedRows) -> str | None:
 
 
 def _describe_system_prompts(train: TokenizedRows) -> Iterator[str]:
-    """Say why none is served, where there are some."""
+    """Yield a note if the training rows do not share one system prompt."""
     counts = _count_system_prompts(train)
     num_without, num_different = counts.pop(None, 0), len(counts)
     if num_different + bool(num_without) > 1 or _OTHERS in counts:
         at_least, plural = "at least " * (_OTHERS in counts), "s" * (num_different > 1)
         without = f", and {num_without} rows have none" if num_without else ""
         yield (
-            f"the training rows have {at_least}{num_different} system prompt{plural}{without}: none will be served; "
-            "if all rows had the same, the Modelfile would hold it"
+            f"the training rows have {at_least}{num_different} system prompt{plural}{without}; "
+            "the Modelfile gets a system prompt only if all rows share it"
         )
 
 
@@ -195,25 +195,25 @@ def _count_tokens(rows: TokenizedRows) -> dict[str, int]:
 
 
 def locate_row(ledger: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Return file and line of a cut or dropped row of data.json, or its number where its file has no lines."""
+    """Return the file and line of a truncated or dropped row of data.json; its row number if the file has no lines."""
     units = {file["file"]: file["unit"] for file in ledger["files"]}
     return str(Source(row["file"], row["line"], units.get(row["file"], "line")))
 
 
 def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: TokenizedRows) -> list[str]:
-    """Return the sentences that the user should see before the training starts."""
+    """Return the notes to show before training starts."""
     notes = []
     if selection.truncated:
         longest = max(row.num_tokens for row in selection.truncated)
         notes.append(
-            f"rows longer than max_seq_len={train.max_seq_len}, which will be cut: {len(selection.truncated)}; "
-            f"max_seq_len={longest} would keep every row whole"
+            f"rows longer than max_seq_len={train.max_seq_len}, truncated: {len(selection.truncated)}; "
+            f"max_seq_len={longest} keeps every row whole"
         )
     if selection.pieces:
         pieces = sum(row.num_pieces for row in selection.pieces)
         notes.append(
-            f"texts longer than max_seq_len={train.max_seq_len}, which are split: {len(selection.pieces)}, into "
-            f"{pieces} pieces; a later one begins with the last {train.overlap} of the one before"
+            f"texts longer than max_seq_len={train.max_seq_len}, split: {len(selection.pieces)}, into "
+            f"{pieces} pieces; consecutive pieces overlap by {train.overlap}"
         )
     if selection.dropped:
         reasons = _list_some([f"{row.source}: {row.reason}" for row in selection.dropped], "; ")
@@ -221,31 +221,31 @@ def list_notes(files: Sequence[TokenizedFile], selection: Selection, *, train: T
     for file in files:
         if file.index.unused_keys:
             unused = [f"{key} ({count} rows)" for key, count in file.index.unused_keys.items()]
-            notes.append(f"{file.name}: read as {file.index.format}; not used: {_list_some(unused)}")
+            notes.append(f"{file.name}: read as {file.index.format}; unused keys: {_list_some(unused)}")
         if file.index.absent_columns:
             absent = [f"{name} ({count} rows)" for name, count in file.index.absent_columns.items()]
-            notes.append(f"{file.name}: columns that are empty or missing, and left out: {_list_some(absent)}")
+            notes.append(f"{file.name}: columns left out because empty or missing: {_list_some(absent)}")
         if file.index.num_ended:
             notes.append(
                 f"{file.name}: rows with an end-of-turn token at the end of a turn: {file.index.num_ended}; "
-                "it is taken off, as the chat template adds its own"
+                "removed, because the chat template adds its own"
             )
         if file.index.num_stripped:
             notes.append(
-                f"{file.name}: rows with white space around a content: {file.index.num_stripped}; "
-                "it is taken off, as no template strips what is served"
+                f"{file.name}: rows with white space around a message: {file.index.num_stripped}; "
+                "removed, because no template strips it when serving"
             )
         lines = file.index.lines_written_otherwise
         if lines:
             notes.append(
-                f"{file.name}: rows with characters in tools or calls that do not print: {len(lines)} "
-                f"({file.index.unit}s {_list_some(lines)}); Ollama's template writes them escaped, other than trained"
+                f"{file.name}: rows with unprintable characters in tools or calls: {len(lines)} "
+                f"({file.index.unit}s {_list_some(lines)}); trained as they are, but Ollama's template escapes them"
             )
         lines = file.index.lines_that_spell_special
         if lines:
             notes.append(
                 f"{file.name}: rows that spell a special token: {len(lines)} ({file.index.unit}s {_list_some(lines)}); "
-                "it is trained as plain text, while a server would read the token"
+                "trained as plain text, but a server reads it as the token"
             )
     notes += _describe_system_prompts(train)
     return notes
@@ -257,7 +257,7 @@ def _list_some(values: Sequence[Any], separator: str = ", ") -> str:
 
 
 def compute_fingerprint(train: TokenizedRows, validation: TokenizedRows) -> str:
-    """Return a digest of the rows' content, their order, their side and their limit."""
+    """Return a digest of the rows' content, order, split and max_seq_len."""
     hasher = hashlib.blake2b(digest_size=16)
     for rows in (train, validation):
         hasher.update(np.int64([len(rows), rows.max_seq_len]).tobytes())

@@ -1,4 +1,4 @@
-"""Row shapes: a row of a data file becomes the messages of a conversation, or raw text.
+"""Row formats: a row of a data file becomes the messages of a conversation, or raw text.
 
 torchtune's message transforms are not used: they need four seconds of imports before a file can be checked, turn a
 `content` of null into the previous message's text, and pass unknown roles through as literal headers.
@@ -19,10 +19,10 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import END_OF_TEXT_TOKENS
 
 DIGEST_BYTES = 16
-# Of every template, as data sets go round that were written for another base.
+# Of every template: data sets written for another base are common.
 _ENDS = (*dict.fromkeys(template.end_of_turn for template in CHAT_TEMPLATES.values()), *END_OF_TEXT_TOKENS)
 
-# What distinguishes the shapes: the keys that a row must have.
+# The keys that a row must have, by which its format is detected.
 _REQUIRED_KEYS = {
     "openai": ("messages",),
     "sharegpt": ("conversations",),
@@ -36,18 +36,18 @@ _LISTS = ("openai", "sharegpt")
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}, **tools.SHAREGPT_ROLES}
 
-# What a row may have besides, and what its turns may have besides role and content. Other keys are counted as unused.
+# Optional keys of a row, and of a turn beside role and content. All other keys count as unused.
 _OPTIONAL_KEYS = {"openai": ("system",), "sharegpt": ("system",), "alpaca": ("input", "system")}
 _OPTIONAL_KEYS |= {"prompt_completion": ("system",), "text": ()}
 _OPTIONAL_TURN_KEYS = WEIGHT_KEYS + FLAG_KEYS
-# What dataset.columns may name: the parts of each format, and those of a turn.
+# The parts of each format and of its turns, which dataset.columns may map.
 _TURN_PARTS = {"openai": ("conversations", "role", "content"), "sharegpt": ("messages", "from", "value")}
 PARTS = {name: (*_REQUIRED_KEYS[name], *_OPTIONAL_KEYS[name], *_TURN_PARTS.get(name, ())) for name in FORMATS}
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Where a row keeps its messages, and what it calls role and content."""
+    """The keys of a format's list of messages, role and content, and the names of its roles."""
 
     list_keys: tuple[str, ...]
     role_key: str
@@ -61,15 +61,15 @@ _SHAREGPT = _Shape(("conversations", "messages"), "from", "value", _SHAREGPT_ROL
 
 
 class AmbiguousFormatError(ValueError):
-    """A row fits more than one format: only the user can say which is meant."""
+    """A row fits more than one format, and only the user can choose."""
 
 
 def digest(conversation: Conversation) -> bytes:
-    """Return DIGEST_BYTES bytes that are equal for rows that train the same, whatever shape or spacing they came in."""
+    """Return a digest of DIGEST_BYTES bytes, equal for rows that train the same in any format or spacing."""
     turns = [(message.role, message.content, message.is_trained) for message in conversation.messages]
     content: list[Any] = [turns, conversation.text]
     calls = [message.tool_calls for message in conversation.messages]
-    # Rows without tools have the digest that they have always had: it decides the side on which a row stands.
+    # Without tools, nothing is added: the digest decides a row's split, which must not change between versions.
     content += [calls, conversation.tools] if any(calls) or conversation.tools else []
     return hashlib.blake2b(repr(tuple(content)).encode(), digest_size=DIGEST_BYTES).digest()
 
@@ -78,8 +78,8 @@ def detect_format(row: Mapping[str, Any], *, among: Sequence[str] = FORMATS, is_
     """Return the format of a row, by its keys.
 
     Args:
-        among: the formats that it may have
-        is_mapped: whether the user has said what the keys are
+        among: the candidates
+        is_mapped: whether the keys come from the user's mapping
 
     Raises:
         AmbiguousFormatError: if more than one format fits
@@ -90,14 +90,14 @@ def detect_format(row: Mapping[str, Any], *, among: Sequence[str] = FORMATS, is_
         raise ValueError(special)
     fitting = [name for name in among if _has_keys(row, name, among)]
     if fitting == ["alpaca", "text"]:
-        fitting.remove("text")  # the published file has its row rendered beside its parts
+        fitting.remove("text")  # the published Alpaca file also has the rendered row as text
     if len(fitting) > 1:
         raise AmbiguousFormatError(
             f"its keys fit the formats {' and '.join(fitting)}; say which with dataset.format={fitting[0]}"
         )
     if not fitting:
         raise ValueError(describe_misfit(row, {name: _REQUIRED_KEYS[name] for name in among}))
-    # The list is named either way in the wild; the keys inside tell which of the two it is.
+    # Public data sets use either name for the list in either format: the keys of a turn decide.
     if set(_LISTS) <= set(among) and fitting[0] in _LISTS:
         turns = row[_REQUIRED_KEYS[fitting[0]][0]]
         if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
@@ -107,17 +107,17 @@ def detect_format(row: Mapping[str, Any], *, among: Sequence[str] = FORMATS, is_
 
 def _has_keys(row: Mapping[str, Any], format: str, among: Sequence[str]) -> bool:
     if format in _LISTS and not set(_LISTS) <= set(among):
-        return any(row.get(_REQUIRED_KEYS[name][0]) is not None for name in _LISTS)  # the list goes by either name
+        return any(row.get(_REQUIRED_KEYS[name][0]) is not None for name in _LISTS)  # either name of the list
     return all(row.get(key) is not None for key in _REQUIRED_KEYS[format])
 
 
 def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
     """Return the conversation of a row in the named format (one of FORMATS).
 
-    Contents lose the white space around them: no template strips what is served, and clients send none.
+    White space around contents is removed: clients send none, and no template strips it when serving.
 
     Raises:
-        ValueError: if the row is not in the format, or is no conversation that can be trained on
+        ValueError: if the row is not in the format or cannot be trained on
     """
     definitions, unwritten = tools.read_tools(row)
     used = {*_REQUIRED_KEYS[format], *_OPTIONAL_KEYS[format]}
@@ -140,7 +140,7 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
         key = _find_list_key(row, shape)
         messages = _read_turns(row[key], shape, key)
         turns = row[key]
-        used = {key, *_OPTIONAL_KEYS[format]}  # the list may go by its other name
+        used = {key, *_OPTIONAL_KEYS[format]}  # key may be the list's other name
         unused_in_turns = _find_unused_in_turns(turns, shape, key)
     problem = tools.find_call_problem(messages, definitions, turns)
     if problem is not None:
@@ -159,14 +159,14 @@ def read_conversation(row: Mapping[str, Any], *, format: str) -> Conversation:
 
 
 def _take_end_off(text: str) -> str:
-    """Take off one end of turn or text that the row brings along: the chat template adds its own."""
+    """Remove one end-of-turn or end-of-text token from the end: the chat template adds its own."""
     stripped = text.rstrip()
     end = next(filter(stripped.endswith, _ENDS), None)
     return text if end is None else stripped.removesuffix(end)
 
 
 def _find_unused(values: Mapping[str, Any], used: Collection[str]) -> tuple[str, ...]:
-    """Return the keys that hold something and are not used; tables fill with null what a row does not have."""
+    """Return the unused keys that are not empty; tables store absent keys as null."""
     return tuple(key for key in values if key not in used and values[key] not in (None, "", []))
 
 
@@ -176,22 +176,22 @@ def _find_unused_in_turns(turns: list[Mapping[str, Any]], shape: _Shape, list_ke
     for turn in turns:
         if len(turn) > 2:
             role = shape.roles[turn[shape.role_key]]
-            # A result may name the function that was called.
+            # A result may name the called function.
             known = (*used, "name") if role == "tool" else used
             names += [f"{list_key}[].{key}" for key in _find_unused(turn, known)]
-            # Only replies are trained, whatever another turn says of itself.
+            # Only replies are trained: a weight on another turn has no effect.
             asked = [key for key in _OPTIONAL_TURN_KEYS if turn.get(key) and role != "assistant"]
             names += [f"{list_key}[].{key} of the {role}" for key in asked]
     return tuple(dict.fromkeys(names))
 
 
 def _put_system_first(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Make the row's system column, where it has one, the system message."""
+    """Put the row's 'system', if it has one, first as the system message."""
     if row.get("system") in (None, ""):
         return messages
     system = _read_text(row, "system")
     if messages[0].role == "system":
-        raise ValueError("there is a 'system' beside a system message; keep one of the two")
+        raise ValueError("the row has both 'system' and a system message; keep one of the two")
     return [Message("system", system), *messages]
 
 
@@ -235,7 +235,10 @@ def _read_turn(turn: Any, shape: _Shape, place: str) -> Message:
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
-    """Join instruction and input by an empty line: a chat model needs no other framing of a user's message."""
+    """Return an alpaca row as two messages, with an empty line between instruction and input.
+
+    Alpaca's own prompt text is left out: a chat model needs no framing.
+    """
     if row.get("history"):
         raise ValueError("'history' is not supported in alpaca rows; write the turns as 'messages'")
     prompt = _read_text(row, "instruction")
@@ -245,10 +248,10 @@ def _read_alpaca(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _read_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
-    """Return prompt and completion, each a text or a list of messages; replies within the prompt are not trained."""
+    """Return the messages of prompt and completion, each text or a list. Replies in the prompt are not trained."""
     prompt, completion = _read_side(row, "prompt", "user"), _read_side(row, "completion", "assistant")
     if len(completion) > len(prompt) and completion[: len(prompt)] == prompt:
-        completion = completion[len(prompt) :]  # a chosen reply often has the prompt before it once more
+        completion = completion[len(prompt) :]  # 'chosen' often repeats the prompt
     prompt = [replace(one, is_trained=False) if one.role == "assistant" else one for one in prompt]
     return prompt + completion
 
@@ -274,28 +277,28 @@ def _check_text(text: str, place: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place} holds half of a surrogate pair at character {error.start}") from None
+        raise ValueError(f"{place} holds a lone surrogate at character {error.start}") from None
 
 
 def _check_messages(messages: list[Message]) -> None:
     turns = messages[1:] if messages[0].role == "system" else messages
     if not any(message.role == "assistant" for message in turns):
-        raise ValueError("there is no assistant turn to learn from")
+        raise ValueError("no message has role 'assistant'; there is no reply to train on")
     expected = "user"
     for number, message in enumerate(turns, start=1 + len(messages) - len(turns)):
-        if message.role not in (expected, "tool"):  # find_call_problem has looked at the results
+        if message.role not in (expected, "tool"):  # find_call_problem has checked the results
             raise ValueError(
-                f"message {number} is the {message.role}'s where the {expected}'s is due; "
-                "after an optional system message, user and assistant take turns, the user first"
+                f"message {number} has role {message.role!r}, expected {expected!r}; "
+                "after an optional system message, user and assistant alternate, user first"
             )
         expected = "user" if message.role == "assistant" and not message.tool_calls else "assistant"
     if turns[-1].role != "assistant":
-        raise ValueError(f"the last message is the {turns[-1].role}'s; a row ends with the assistant's reply")
+        raise ValueError(f"the last message has role {turns[-1].role!r}, expected 'assistant'; end with a reply")
     if not any(message.is_trained for message in turns if message.role == "assistant"):
-        raise ValueError("every assistant turn has weight 0; there is nothing to learn from")
+        raise ValueError("every reply has weight 0; there is nothing to train on")
     for index, message in enumerate(messages):
         if message.role in ("user", "assistant") and not message.content.strip() and not message.tool_calls:
-            raise ValueError(f"message {index + 1}, the {message.role}'s, is empty")
+            raise ValueError(f"message {index + 1} ({message.role}) is empty")
 
 
 def _describe(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rows that fit no format: what they probably are, and the override that would read them."""
+"""Rows that fit no format: their probable kind, and the override that reads them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _CONTENTS = ("content", "value", "text", "message", "utterance")
 
 
 def describe_special_row(row: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a row whose keys fit a format, though it is something else."""
+    """Return why a row whose keys fit a format is something else, None if it is not."""
     if {"parent_id", "role", "text"} <= row.keys():
         return (
-            "it is one message of a conversation tree (parent_id, role, text); "
-            "a row must hold a whole conversation: write each path from a prompt to a reply as 'messages'"
+            "the row is one message of a conversation tree (parent_id, role, text), expected a whole conversation; "
+            "write each path from a prompt to a reply as 'messages'"
         )
     if row.get("label") is False and {"prompt", "completion"} <= row.keys():
         return (
-            "its 'label' is false: the reply is one not to be learned; leave such rows out with "
-            "dataset.on_bad_row=drop, or name dataset.format=prompt_completion if the label means something else"
+            "'label' is false, which marks a reply that must not be trained; drop such rows with "
+            "dataset.on_bad_row=drop, or set dataset.format=prompt_completion if the label means something else"
         )
     return None
 
 
 def describe_misfit(row: Mapping[str, Any], required_keys: Mapping[str, Sequence[str]]) -> str:
-    """Return why a row fits no format, and which override would read it."""
+    """Return why a row fits no format, and the override that reads it."""
     preference = _describe_preference(row)
     if preference is not None:
         return preference
@@ -46,7 +46,7 @@ def describe_misfit(row: Mapping[str, Any], required_keys: Mapping[str, Sequence
     texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
     if not overrides and len(texts) > 1:
         columns = {"dataset.columns": dict(zip(("prompt", "completion"), texts, strict=False))}
-        way_out = f"; say which of them prompt and reply are, as in {format_way(columns)}"
+        way_out = f"; map two of them to prompt and reply, as in {format_way(columns)}"
     return f"its keys ({keys}) fit no format ({known}){way_out}"
 
 
@@ -61,20 +61,20 @@ def _describe_preference(row: Mapping[str, Any]) -> str | None:
     whole = {"text": "chosen"} if isinstance(row["chosen"], str) else {"messages": "chosen"}
     columns = {"completion": "chosen"} if row.get("prompt") is not None else whole
     return (
-        "it is a row of preference data (chosen, rejected), and a reply is learned here, not a choice; "
-        f"to learn the chosen one: {format_way({'dataset.columns': columns})}"
+        "the row is preference data (chosen, rejected), but training takes one reply; "
+        f"to train on the chosen one: {format_way({'dataset.columns': columns})}"
     )
 
 
 def suggest_overrides(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the overrides that probably read a row, or none where nothing is likely."""
+    """Return the overrides that probably read a row, {} if none is likely."""
     turns = next((key for key, value in row.items() if _is_list_of_turns(value)), None)
     if turns is not None:
         return {"dataset.columns": {"messages": turns, **_name_turn_keys(row[turns][0])}}
     texts = [key for key, value in row.items() if isinstance(value, str) and value.strip()]
     prompt = _find(_PROMPTS, texts)
     completion = _find(_COMPLETIONS, [key for key in texts if key != prompt])
-    # Some rows only have a context: this one's may be empty.
+    # The context may be empty in this row and filled in others.
     others = [key for key, value in row.items() if isinstance(value, (str, type(None)))]
     context = _find(_CONTEXTS, [key for key in others if key not in (prompt, completion)])
     if prompt is not None and completion is not None:
@@ -92,7 +92,7 @@ def suggest_overrides(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find(likely: Sequence[str], keys: Collection[str]) -> str | None:
-    """Return the key with the likeliest name; case, and what stands before or after the name, do not matter."""
+    """Return the key with the likeliest name: the same name in any case, or else a key with it as one of its words."""
     lowered = {str(key).lower(): key for key in keys}
     for name in likely:
         if name in lowered:
@@ -111,7 +111,7 @@ def _is_list_of_turns(value: Any) -> bool:
 
 
 def _name_turn_keys(turn: Mapping[str, Any]) -> dict[str, str]:
-    """Return the keys of role and content in a turn where they have names of their own."""
+    """Return the turn's keys for role and content, {} if they are a format's own."""
     if {"from", "value"} <= turn.keys() or {"role", "content"} <= turn.keys():
         return {}
     names = {"role": _find(_ROLES, turn), "content": _find(_CONTENTS, turn)}

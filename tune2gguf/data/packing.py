@@ -1,4 +1,4 @@
-"""Several rows in one sequence of max_seq_len, none of which sees another."""
+"""Packing: several rows in one sequence of max_seq_len, without attention between rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tune2gguf.data.tokenize import TokenizedRow, TokenizedRows
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows that share a sequence; to whoever counts or collates it looks like one long row."""
+    """Rows that share a sequence. It is counted and collated like one long TokenizedRow."""
 
     rows: tuple[TokenizedRow, ...]
 
@@ -29,7 +29,7 @@ class Pack:
 
     @property
     def supervised(self) -> np.ndarray:
-        """[seq] bool; never a row's first token, which the last one of the row before must not learn to predict."""
+        """[seq] bool. A row's first token is never supervised: the row before must not predict it."""
         flags = np.concatenate([row.supervised for row in self.rows])
         flags[np.cumsum([0, *self.row_lengths[:-1]])] = False
         return flags
@@ -45,7 +45,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class PackedRows(Sequence[Pack]):
-    """Rows in packs: `packs[i]` are the indices of the rows of pack i."""
+    """Rows in packs: `packs[i]` holds the row indices of pack i."""
 
     rows: TokenizedRows
     packs: list[list[int]]
@@ -58,17 +58,16 @@ class PackedRows(Sequence[Pack]):
 
     @cached_property
     def fill(self) -> float:
-        """The share of max_seq_len that is tokens, over all packs but the least filled one."""
+        """The filled share of max_seq_len, over all packs except the least filled one."""
         lengths = self.rows.lengths()
         filled = sorted(int(lengths[pack].sum()) for pack in self.packs)[1:]
         return sum(filled) / (len(filled) * self.rows.max_seq_len) if filled else 1.0
 
 
 def pack_rows(rows: TokenizedRows, *, seed: int) -> PackedRows:
-    """Put every row into a pack of at most max_seq_len tokens; the packs are the same for all epochs of a run.
+    """Put every row into a pack of at most max_seq_len tokens. All epochs of a run have the same packs.
 
-    Best fit decreasing: the longest row first, each into the fullest pack that has room for it. Among rows of equal
-    length the seed decides.
+    Best fit decreasing: longest row first, each into the fullest pack with room. The seed orders rows of equal length.
     """
     lengths = rows.lengths()
     shuffled = np.random.default_rng(seed).permutation(len(lengths))

@@ -1,4 +1,4 @@
-"""Files to the rows of a run: found, read, checked, tokenized, split, and accounted for in the ledger."""
+"""Data preparation: find, read, check, tokenize and split the rows of a run, and account for them in the ledger."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_FILES_SHOWN = 5
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The rows of a run. `ledger` is what data.json holds; its `notes` are for the user to see before training."""
+    """The rows of a run. `ledger` is the content of data.json; the user sees its `notes` before training."""
 
     train: TokenizedRows
     validation: TokenizedRows
@@ -34,7 +34,7 @@ class PreparedData:
 
     @property
     def unit(self) -> str:
-        """What a sequence is called."""
+        """The name of a sequence: rows or packs."""
         return "rows" if self.sequences is self.train else "packs"
 
     @property
@@ -63,33 +63,32 @@ def chat_dataset(
     long_row_overlap: int = 1,
     packing: bool = False,
 ) -> PreparedData:
-    """Prepare the rows of a run: the component `dataset` of the configs.
+    """Prepare the rows of a run. This is the `dataset` component of the configs.
 
     An epoch takes every training row once, or as often as the weight of its source says.
 
     Args:
         files: paths, globs, or hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
-        max_seq_len: tokens that are kept of a row
-        seed: decides which rows validation_split holds out, and which of a source an epoch takes
-        validation_files: all their rows are for validation; a row of `files` that also stands in them is a bad row
-        validation_split: fraction of the rows to hold out; a row's content decides, so that it keeps its side when
-            rows are added
-        format: the shape of the rows, one of messages.FORMATS, or auto
-        columns: part of the format -> column that holds it, where the two have different names
-        prompt: the user's message, joined from columns in braces: "{instruction}\\n\\n{context}"; of a column that is
-            missing or empty in a row the text before it is left out, too
-        sources: instead of files, a list of mappings with files, validation_files, validation_split, format, columns
-            and prompt of their own, and with `weight`, how often an epoch takes each row, or `rows`, how many rows it
-            takes; what a source does not say it has from above
-        on_bad_row: error | drop, for rows that cannot be trained on and for repeated ones
+        max_seq_len: tokens kept per row
+        seed: selects the rows that validation_split holds out and that an epoch takes of a source
+        validation_files: all of their rows are for validation; a row of `files` that repeats one is a bad row
+        validation_split: fraction of the rows to hold out. A row's content decides: adding rows moves no other row
+        format: row format, one of messages.FORMATS, or auto
+        columns: part of the format -> its column, if their names differ
+        prompt: template of the user's message, with columns in braces: "{instruction}\\n\\n{context}". A missing or
+            empty column is left out with the text before it
+        sources: instead of files, a list of mappings, each with its own files, validation_files, validation_split,
+            format, columns and prompt, and with `weight` (how often an epoch takes each row) or `rows` (how many rows
+            an epoch takes). Missing options are taken from above
+        on_bad_row: error | drop, for rows that cannot be trained on and for repeated rows
         on_long_row: truncate | split | drop | error, for rows of more than max_seq_len tokens; split cuts raw texts
             into pieces of max_seq_len, and truncates conversations
-        long_row_overlap: tokens of the piece before that a later piece begins with; they are not trained again. With 1
-            every token of the text is trained that would be if it fitted
-        packing: train on sequences of max_seq_len that hold several rows, none of which sees another
+        long_row_overlap: tokens that a piece repeats from the piece before; they are not trained again. With 1, the
+            same tokens are trained as if the text fitted
+        packing: train on sequences of max_seq_len with several rows each, without attention between rows
 
     Raises:
-        ValueError: with every problem found, those of rows with file and line
+        ValueError: lists every problem, those of rows with file and line
     """
     options = {
         "files": files,
@@ -111,7 +110,7 @@ def chat_dataset(
         raise ValueError("\n".join(problems))
     found = list_sources(options)
     tokenized, roles, problems = _tokenize_sources(found, tokenizer, stop_at_problem=on_bad_row == "error")
-    # A long row that is an error is dropped first, and then reported.
+    # For on_long_row=error, long rows are dropped here and reported by _require_good_rows.
     limits = Limits(max_seq_len, "drop" if on_long_row == "error" else on_long_row, long_row_overlap)
     selection = select_rows(tokenized, roles, [source.share for source in found], seed=seed, limits=limits)
     _require_good_rows(selection, problems, on_bad_row=on_bad_row, on_long_row=on_long_row)
@@ -128,7 +127,7 @@ def chat_dataset(
 def _tokenize_sources(
     sources: Sequence[DataSource], tokenizer: ChatTokenizer, *, stop_at_problem: bool
 ) -> tuple[list[TokenizedFile], list[Role], list[str]]:
-    """Return the files that can be read, those for validation first, and what is wrong with those that cannot."""
+    """Return the readable files, validation files first, their roles, and the problems of the other files."""
     tokenized, roles, problems = [], [], []
     for is_validation in (True, False):
         for number, source in enumerate(sources):
@@ -145,7 +144,7 @@ def _tokenize_sources(
 
 
 def check_files(dataset: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the options and files of a `dataset` component, before a row or a tokenizer is read."""
+    """Return the problems of a `dataset` component's options and files. No row and no tokenizer is read."""
     return [*_find_option_problems(dataset), *find_source_problems(dataset)]
 
 
@@ -161,10 +160,10 @@ def _find_option_problems(dataset: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1:
         yield (
             f"dataset.long_row_overlap={overlap} must be a whole number of at least 1: the first token of a piece is "
-            "not trained, so that it has to be one that the piece before trains"
+            "not trained, so the piece before must train it"
         )
     elif overlap > 1 and dataset.get("on_long_row") != "split":
-        yield f"dataset.long_row_overlap={overlap} does nothing without dataset.on_long_row=split"
+        yield f"dataset.long_row_overlap={overlap} has no effect without dataset.on_long_row=split"
 
 
 def _require_good_rows(selection: Selection, file_problems: list[str], *, on_bad_row: str, on_long_row: str) -> None:
@@ -176,19 +175,19 @@ def _require_good_rows(selection: Selection, file_problems: list[str], *, on_bad
     if len(groups) > MAX_PROBLEMS_SHOWN:
         lines.append(f"and {sum(map(len, groups[MAX_PROBLEMS_SHOWN:]))} more rows")
     if any(row.kind != "long" for row in faulty):
-        lines.append("Correct these rows, or leave them out with dataset.on_bad_row=drop")
+        lines.append("Correct these rows, or drop them with dataset.on_bad_row=drop")
     if any(row.kind == "nothing supervised" for row in faulty):
-        lines.append("A larger max_seq_len would reach the replies that lie behind it")
+        lines.append("Raise max_seq_len to reach the replies beyond it")
     if any(row.kind == "long" for row in faulty):
         lines.append("Raise max_seq_len, or set dataset.on_long_row=truncate or drop (raw texts: split)")
     raise ValueError("\n".join(lines))
 
 
 def _require_columns(files: Sequence[TokenizedFile]) -> None:
-    """Refuse a column that no row of a file has: it is misspelled, or another file's."""
+    """Raise ValueError for a column that no row of a file has: it is misspelled, or another file's."""
     problems = [
-        f"{file.name}: no row has anything in the column {name!r}, which dataset.columns or dataset.prompt names"
-        + (f"; not used are {', '.join(file.index.unused_keys)}" if file.index.unused_keys else "")
+        f"{file.name}: column {name!r} of dataset.columns or dataset.prompt is empty or missing in every row"
+        + (f"; unused columns are {', '.join(file.index.unused_keys)}" if file.index.unused_keys else "")
         for file in files
         for name, count in file.index.absent_columns.items()
         if count == len(file.index.lines)
@@ -208,12 +207,12 @@ def _require_rows(selection: Selection, files: Sequence[TokenizedFile], roles: S
     if fraction and not len(selection.validation):
         raise ValueError(
             f"dataset.validation_split={fraction} holds out none of the {len(selection.train)} rows; "
-            f"from {find_smallest_split(files, seed)} on it holds out one (or name validation_files)"
+            f"set at least {find_smallest_split(files, seed)}, or give validation_files"
         )
 
 
 def _describe_faulty(rows: Sequence[Dropped]) -> str:
-    """Return what is wrong with rows of a file that follow each other and have the same fault."""
+    """Return the problem of consecutive bad rows of a file that have the same one."""
     first, last = rows[0], rows[-1]
     same = "" if len(rows) == 1 else f"; the same in {len(rows) - 1} more, up to {last.source.unit} {last.source.line}"
     return f"{first.source}: {first.reason}{same}"

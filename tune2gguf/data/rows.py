@@ -1,7 +1,7 @@
-"""Files to rows: JSONL, JSON array, CSV and Parquet, each row with the file and line it came from.
+"""Rows of data files (JSONL, JSON array, CSV, Parquet) and hub data sets, each with its file and line.
 
-A file is read in blocks, in order; a block is parsed by itself, in any process. `datasets` reads hub data sets only: of
-local files it tells neither a row's line nor every fault at once.
+A file is read in blocks, in order, and any process can parse a block by itself. `datasets` reads hub data sets only:
+for local files it reports neither a row's line nor all problems at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 MAX_ROW_BYTES = 4 * 2**20  # about a million tokens, far beyond any max_seq_len
-# Where a quote is not closed, the rest of a CSV file is one cell: it is read so far, and no further.
+# After an unclosed quote, the rest of a CSV file is one cell: this limits its memory.
 _MAX_CELL_CHARACTERS = 64 * 2**20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 # hub:OWNER/NAME, then /CONFIG, @REVISION and :SPLIT in this order; a branch's name may hold slashes.
@@ -37,22 +37,22 @@ _HUB_NAME = re.compile(
 BLOCK_BYTES = 2**20  # what a process parses at a time
 _BLOCK_ROWS = 1000
 _COMMIT = re.compile("[0-9a-f]{40}")
-# How surrogateescape spells a byte that is no UTF-8.
+# What surrogateescape makes of bytes that are not UTF-8.
 _INVALID_BYTE = re.compile("[\udc80-\udcff]")
-# How files begin that are not the text they are named as.
+# First bytes of files whose content is not the text that their name says.
 _OTHER_CONTENTS = {
     b"\xff\xfe": "is UTF-16; save it as UTF-8",
     b"\xfe\xff": "is UTF-16; save it as UTF-8",
     b"\x1f\x8b": "is gzip-compressed; its name must end in .gz",
     b"PK\x03\x04": "is a zip archive; unpack it",
     b"PAR1": "is a Parquet file; its name must end in .parquet",
-    b"version https://git-lfs": "is a pointer of Git LFS; get the file itself with git lfs pull",
+    b"version https://git-lfs": "is a Git LFS pointer; get the file with git lfs pull",
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a row stands: its line, or its number where a file has no lines (JSON arrays, Parquet, hub data sets)."""
+    """The place of a row: file and line, or row number in a file without lines (JSON array, Parquet, hub data set)."""
 
     file: str
     line: int  # from 1
@@ -64,7 +64,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """A row as read: its value, or what is wrong with it."""
+    """A row as read: its value, or its problem."""
 
     source: Source
     value: Any = None
@@ -73,13 +73,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that stand one behind the other in a file.
+    """Consecutive rows of a file.
 
     Attributes:
         name: the file
         start: line, or number, of the first row
         content: lines of JSON, or rows as they were read, or a batch of a Parquet file
-        position: how much of the file is read, of what measure_file returns
+        position: how much of the file has been read, in measure_file's unit
     """
 
     name: str
@@ -93,10 +93,10 @@ def is_hub(name: str) -> bool:
 
 
 def find_files(patterns: str | Sequence[str]) -> list[str]:
-    """Return the files that paths and globs name, in order and each once; names of hub data sets stay as they are.
+    """Return the files of paths and globs, in order and each once. Names of hub data sets are kept.
 
     Raises:
-        ValueError: with every path that does not exist, glob that fits nothing, file that is empty or of no known type
+        ValueError: lists every missing path, glob without a match, empty file and file of an unknown type
     """
     names, problems = [], []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -108,7 +108,7 @@ def find_files(patterns: str | Sequence[str]) -> list[str]:
             pattern = os.path.expanduser(pattern)
             found = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
             is_name = re.fullmatch(r"[\w-]+/[\w.-]+", pattern) and _get_suffix(Path(pattern)) not in SUFFIXES
-            hint = f"; the data set of the hub is hub:{pattern}" if is_name else ""
+            hint = f"; for the hub data set write hub:{pattern}" if is_name else ""
             problems += [] if found else [f"{pattern}: no such file{hint}"]
             names += found
     names = list(dict.fromkeys(names))
@@ -126,7 +126,7 @@ def _find_file_problem(name: str) -> str | None:
     if os.path.isdir(path):
         return f"a folder; name files or a glob such as {name.rstrip('/')}/*.jsonl"
     if os.path.islink(path) and not os.path.exists(path):
-        return "a link that leads to no file"
+        return "a broken link"
     if not os.path.isfile(path):
         return "not a regular file"
     try:
@@ -147,25 +147,25 @@ def _get_suffix(path: Path) -> str:
 
 
 def read_rows(name: str, *, lines: Collection[int] | None = None) -> Iterator[Row]:
-    """Yield the rows of one file that find_files returned; blank lines are no rows.
+    """Yield the rows of one file from find_files. Blank lines are not rows.
 
-    A row that cannot be read is yielded with its problem. Nothing is skipped.
+    An unreadable row is yielded with its problem. No row is skipped.
 
     Args:
-        lines: yield these rows only, by the `line` of their source; a few of a JSONL file are had without parsing all
+        lines: yield only rows with these `line` numbers; other lines of a JSONL file are not parsed
 
     Raises:
-        ValueError: if the file is damaged such that nothing behind the damage can be read
+        ValueError: if the file is damaged and nothing after the damage can be read
     """
     for block in read_blocks(name):
         yield from parse_block(block, lines=lines)
 
 
 def read_blocks(name: str) -> Iterator[Block]:
-    """Yield the blocks of one file that find_files returned; each block but a Parquet file's is about BLOCK_BYTES.
+    """Yield the blocks of one file from find_files, of about BLOCK_BYTES each except for Parquet.
 
     Raises:
-        ValueError: if the file is damaged such that nothing behind the damage can be read
+        ValueError: if the file is damaged and nothing after the damage can be read
     """
     suffix = "" if is_hub(name) else _get_suffix(Path(name))
     if is_hub(name):
@@ -186,7 +186,7 @@ def read_blocks(name: str) -> Iterator[Block]:
 
 
 def parse_block(block: Block, *, lines: Collection[int] | None = None) -> Iterator[Row]:
-    """Yield the rows of a block, or those of the `lines` only."""
+    """Yield the rows of a block, or only those in `lines`."""
     if isinstance(block.content, bytes):
         for number, line in enumerate(io.BytesIO(block.content), start=block.start):
             if (lines is None or number in lines) and not line.isspace():
@@ -200,7 +200,7 @@ def parse_block(block: Block, *, lines: Collection[int] | None = None) -> Iterat
 
 
 def _gather(name: str, rows: Iterator[Row], file: BinaryIO | None = None) -> Iterator[Block]:
-    """Yield rows that were read one by one as blocks."""
+    """Gather single rows into blocks."""
     number = num_characters = 0
     gathered: list[Row] = []
     for row in rows:
@@ -216,7 +216,7 @@ def _gather(name: str, rows: Iterator[Row], file: BinaryIO | None = None) -> Ite
 
 
 def measure_file(name: str) -> tuple[int | None, str]:
-    """Return how far the positions of a file's blocks go, and what they count; None where that is not known before."""
+    """Return the last position of a file's blocks (None: unknown before reading) and its unit, "B" or "row"."""
     if is_hub(name):
         return None, "row"
     if _get_suffix(Path(name)) == ".parquet":
@@ -230,7 +230,7 @@ def measure_file(name: str) -> tuple[int | None, str]:
 
 
 def _tell(file: BinaryIO) -> int:
-    """Return how much of the file on the disk is read, be it unpacked or not."""
+    """Return how many bytes of the file on disk have been read; compressed bytes for .gz."""
     return file.fileobj.tell() if isinstance(file, gzip.GzipFile) else file.tell()
 
 
@@ -240,7 +240,7 @@ def compute_content_digest(name: str) -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open for reading bytes, unpacked where the name ends in .gz, behind a byte order mark."""
+    """Open a file's bytes after any byte order mark, decompressed if the name ends in .gz."""
     file = (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb")
     beginning = file.read(32)
     for bytes_, said in _OTHER_CONTENTS.items():
@@ -252,14 +252,14 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _is_array(name: str, file: BinaryIO) -> bool:
-    """Whether the file is one JSON array; a ValueError says that its first row stands on several lines."""
+    """Return whether the file is one JSON array. Raises ValueError if its first row spans several lines."""
     start, number, line = file.tell(), 1, file.readline(4096)
     while line and not line.strip():
         number, line = number + line.endswith(b"\n"), file.readline(4096)
     file.seek(start)
     if line.strip() == b"{":
         source = Source(name, number)
-        raise ValueError(f"{source}: a row must stand on one line, or all rows in an array: [{{…}}, {{…}}]")
+        raise ValueError(f"{source}: a row must be on one line, or all rows in an array: [{{…}}, {{…}}]")
     return line.strip()[:1] == b"["
 
 
@@ -270,7 +270,7 @@ def _read_json_lines(name: str, file: BinaryIO) -> Iterator[Block]:
             content += file.readline(MAX_ROW_BYTES + 2)
         last = content.rpartition(b"\n")[2]
         if len(last) > MAX_ROW_BYTES:
-            # Of such a line no more is kept in memory than a block.
+            # At most a block of such a line is held in memory.
             length = len(last) + _skip_line(file)
             content = content[: len(content) - len(last)]
             if content:
@@ -285,7 +285,7 @@ def _read_json_lines(name: str, file: BinaryIO) -> Iterator[Block]:
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Read to the end of the line and return how long the rest of it was."""
+    """Skip the rest of the line and return its number of bytes."""
     length = 0
     while rest := file.readline(MAX_ROW_BYTES):
         length += len(rest)
@@ -295,7 +295,7 @@ def _skip_line(file: BinaryIO) -> int:
 
 
 def describe_too_long(num_bytes: int) -> str:
-    """Return what is wrong with a row of more than MAX_ROW_BYTES."""
+    """Return the problem of a row of more than MAX_ROW_BYTES."""
     return f"the row is {num_bytes / 2**20:.1f} MiB long; the limit is {MAX_ROW_BYTES // 2**20} MiB, so split it"
 
 
@@ -318,11 +318,11 @@ def _parse_json(line: bytes, source: Source) -> Row:
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; of a key that stands twice, Python's json would keep the last value in silence."""
+    """Return a JSON object. Raises ValueError for a duplicate key: Python's json silently keeps the last value."""
     value = dict(pairs)
     if len(value) < len(pairs):
         key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {key!r} stands twice in an object")
+        raise ValueError(f"duplicate key {key!r} in an object")
     return value
 
 
@@ -330,7 +330,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 def decode_json(text: str) -> Any:
-    """Return the value of a JSON text; a ValueError says in a line what is wrong with it."""
+    """Return the value of a JSON text. Raises ValueError with a one-line message."""
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
@@ -340,7 +340,7 @@ def decode_json(text: str) -> Any:
 def _describe_error(error: ValueError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    # Python's own sentence on numbers of more than 4300 digits goes on about an interpreter setting.
+    # Python's message on numbers of more than 4300 digits ends with an interpreter setting.
     return str(error).partition("; use sys.")[0]
 
 
@@ -370,11 +370,11 @@ def _read_json_array(name: str, file: BinaryIO) -> Iterator[Row]:
         if text[position : position + 1] == ",":
             position = skip(text, position + 1).end()
             if text[position : position + 1] == "]":
-                raise ValueError(f"{source}: malformed JSON: a ',' stands behind the last row")
+                raise ValueError(f"{source}: malformed JSON: ',' after the last row")
         elif text[position : position + 1] != "]":
-            raise ValueError(f"{source}: malformed JSON: ',' or ']' is missing after this row")
+            raise ValueError(f"{source}: malformed JSON: missing ',' or ']' after this row")
     if text[position + 1 :].strip():
-        raise ValueError(f"{name}: malformed JSON: there is text behind the array's end")
+        raise ValueError(f"{name}: malformed JSON: text after the end of the array")
 
 
 def _decode_whole(name: str, raw: bytes) -> str:
@@ -386,7 +386,7 @@ def _decode_whole(name: str, raw: bytes) -> str:
 
 
 def _read_csv(name: str, file: BinaryIO) -> Iterator[Row]:
-    # Bytes that are no UTF-8 become surrogates here, so that only their row is at fault.
+    # Invalid UTF-8 becomes surrogates here, so that only its own row is a bad row.
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     reader = csv.reader(text, strict=True)
@@ -403,14 +403,14 @@ def _read_csv(name: str, file: BinaryIO) -> Iterator[Row]:
     except csv.Error as error:
         raise ValueError(f"{Source(name, line)}: malformed CSV: {error}; nothing after it can be read") from None
     finally:
-        text.detach()  # or it would close the file, whose position is still asked for
+        text.detach()  # else it closes the file, whose position is still needed
 
 
 def _check_header(header: list[str], source: Source) -> None:
     if len(set(header)) < len(header):
         raise ValueError(f"{source}: the header names a column twice")
     if len(header) == 1 and re.search("[;\t|]", header[0]):
-        raise ValueError(f"{source}: the header is one column, {header[0]!r}; commas must stand between columns")
+        raise ValueError(f"{source}: the header has one column, {header[0]!r}; separate columns with commas")
 
 
 def _make_csv_row(source: Source, header: list[str], cells: list[str]) -> Row:
@@ -418,7 +418,7 @@ def _make_csv_row(source: Source, header: list[str], cells: list[str]) -> Row:
     if num_characters > MAX_ROW_BYTES:
         return Row(source, problem=describe_too_long(num_characters))
     if len(cells) != len(header):
-        return Row(source, problem=f"{len(cells)} cells where the header names {len(header)} columns")
+        return Row(source, problem=f"{len(cells)} cells, but the header has {len(header)} columns")
     if any(_INVALID_BYTE.search(cell) for cell in cells):
         return Row(source, problem="invalid UTF-8")
     value: dict[str, Any] = dict(zip(header, cells, strict=True))
@@ -442,7 +442,7 @@ def _read_parquet(name: str) -> Iterator[Block]:
                 yield Block(name, number + 1, batch, number + len(batch))
                 number += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name}: cannot be read as Parquet behind row {number} ({error})") from None
+        raise ValueError(f"{name}: cannot be read as Parquet after row {number} ({error})") from None
 
 
 def _read_hub(name: str) -> Iterator[Row]:
@@ -451,12 +451,12 @@ def _read_hub(name: str) -> Iterator[Row]:
 
 
 def find_revision(name: str) -> str | None:
-    """Return the commit of a hub data set as it was read; None for a file."""
+    """Return the commit of a hub data set; None for a file."""
     return _find_commit(_load_hub(name)) if is_hub(name) else None
 
 
 def _find_commit(data: Dataset) -> str | None:
-    """Return the commit after which `datasets` names the folder of its cache; None for a folder beside the run."""
+    """Return a data set's commit, which names its folder in the cache of `datasets`; None for a local folder."""
     names = {Path(file["filename"]).parent.name for file in data.cache_files}
     return next((name for name in names if _COMMIT.fullmatch(name)), None)
 
@@ -476,15 +476,15 @@ def _load_hub(name: str) -> Dataset:
         raise ValueError(f"{name}: cannot be loaded from the hub ({' '.join(str(error).split())})") from None
     commit = _find_commit(data)
     if revision is not None and commit != revision:
-        # Without the hub `datasets` takes what is in its cache, whatever the revision.
+        # Offline, `datasets` takes what is in its cache, whatever the revision.
         raise ValueError(
-            f"{name}: commit {revision} is not in the cache, which holds {commit}, and the hub is not reached"
+            f"{name}: commit {revision} is not in the cache, which holds {commit}, and the hub cannot be reached"
         )
     return data
 
 
 def _resolve_revision(path: str, revision: str) -> str:
-    """Return the commit that a branch or tag names now; OSError or ValueError where the hub does not say."""
+    """Return the current commit of a branch or tag. Raises OSError or ValueError if the hub does not answer."""
     from huggingface_hub import HfApi
 
     return HfApi().dataset_info(path, revision=revision).sha

@@ -1,4 +1,4 @@
-"""Which rows are trained on and how often, which are for validation, which are cut, split or dropped."""
+"""Row selection: which rows are trained on and how often, validated on, truncated, split or dropped."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ TRAIN, VALIDATION = "train", "validation"
 
 @dataclass(frozen=True)
 class Role:
-    """What a file is in a run."""
+    """The source and the split of a file."""
 
-    source: int  # number of the source that it belongs to
+    source: int  # index of its source
     is_validation: bool
-    validation_split: float  # of its rows; 0 where it is for validation
+    validation_split: float  # fraction of its rows to hold out; 0 for a validation file
 
 
 @dataclass(frozen=True)
 class Share:
-    """How often an epoch takes the training rows of a source: each `weight` times, or as often as makes `rows`."""
+    """A source's share of an epoch: `weight` times each training row, or `rows` rows in all."""
 
     weight: float = 1.0
     rows: int | None = None
@@ -43,7 +43,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Truncated:
-    """A row that is used up to max_seq_len."""
+    """A row that is cut to max_seq_len."""
 
     source: Source
     split: str  # train | validation
@@ -52,7 +52,7 @@ class Truncated:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A raw text that is used whole, in pieces of max_seq_len."""
+    """A raw text that is split into pieces of max_seq_len."""
 
     source: Source
     split: str  # train | validation
@@ -65,8 +65,8 @@ class Selection:
     """The outcome of every row.
 
     Attributes:
-        train, validation: [picks, 3] int64, as TokenizedRows has them; what an epoch takes twice is twice in `train`
-        not_drawn: rows of each file, as numbers in the file, that the share of their source leaves out
+        train, validation: [picks, 3] int64, as in TokenizedRows; a row that an epoch takes twice is twice in `train`
+        not_drawn: index of a file -> indices of its rows that the share of its source leaves out
     """
 
     train: np.ndarray
@@ -79,11 +79,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Limits:
-    """What becomes of rows of more than max_seq_len tokens.
+    """The length limit and the treatment of longer rows.
 
     Attributes:
         on_long_row: truncate | split | drop; split cuts raw texts into pieces, and truncates conversations
-        overlap: tokens of the piece before that a later piece begins with
+        overlap: tokens that a piece repeats from the piece before
     """
 
     max_seq_len: int
@@ -94,12 +94,12 @@ class Limits:
 def select_rows(
     files: Sequence[TokenizedFile], roles: Sequence[Role], shares: Sequence[Share], *, seed: int, limits: Limits
 ) -> Selection:
-    """Decide on every row.
+    """Select every row for training or validation, or drop it.
 
     Args:
-        files: the validation files first, so that of a row on both sides the training copy is the one to go
-        roles: of each file
-        shares: of each source
+        files: validation files first: of a row in both splits, the later, training copy is dropped
+        roles: one per file
+        shares: one per source
     """
     firsts = _find_first_copies(files)
     selection = Selection(np.empty((0, 3), np.int64), np.empty((0, 3), np.int64))
@@ -135,7 +135,7 @@ def select_rows(
 
 
 def _find_first_copies(files: Sequence[TokenizedFile]) -> list[dict[int, tuple[int, int]]]:
-    """Return of each file the rows that repeat another, with file and row of its first copy."""
+    """Return, per file, the index of each repeated row -> file and row index of its first copy."""
     sizes = [len(file.index.lines) for file in files]
     digests = np.concatenate([np.empty((0, DIGEST_BYTES), np.uint8), *(file.index.digests for file in files)])
     keys = np.ascontiguousarray(digests).view(np.dtype((np.void, DIGEST_BYTES))).reshape(-1)
@@ -150,14 +150,14 @@ def _find_first_copies(files: Sequence[TokenizedFile]) -> list[dict[int, tuple[i
 
 
 def _draw_validation(file: TokenizedFile, role: Role, seed: int) -> np.ndarray:
-    """Return which rows of a file are for validation, [rows] bool."""
+    """Return the validation mask of a file's rows, [rows] bool."""
     if role.is_validation or role.validation_split == 0:
         return np.full(len(file.index.lines), role.is_validation)
     return _draw(file, seed) < role.validation_split
 
 
 def _draw(file: TokenizedFile, seed: int, purpose: bytes = b"") -> np.ndarray:
-    """Return a number in [0, 1) for each row that depends on the row and the seed only, not on the rows around it."""
+    """Return a number in [0, 1) per row. It depends only on the row's content, the seed and the purpose."""
     key = seed.to_bytes(8, "little")
     raw = np.ascontiguousarray(file.index.digests).tobytes()
     drawn = b"".join(
@@ -179,13 +179,13 @@ def _describe_repeat(
     first = files[other].locate(int(files[other].index.lines[other_row]))
     if sides[other][other_row] == is_validation:
         return f"repeats {first}", "repeated"
-    return f"stands in both training and validation; the validation copy is {first}", "in both splits"
+    return f"is in both training and validation; the validation copy is {first}", "in both splits"
 
 
 def _find_trainable(
     file: TokenizedFile, lengths: np.ndarray, limits: Limits, reasons: dict[int, tuple[str, str]]
 ) -> np.ndarray:
-    """Return which rows have something to train on within max_seq_len; give the reasons of the others."""
+    """Return the mask of rows with supervised tokens within max_seq_len; add the others to `reasons`."""
     first, limit = file.index.first_supervised, limits.max_seq_len
     is_whole = limits.on_long_row == "split"
     is_too_long = (lengths > limit) & (limits.on_long_row == "drop")
@@ -196,7 +196,7 @@ def _find_trainable(
         if is_too_long[row]:
             reasons[row] = f"{lengths[row]} tokens, more than max_seq_len={limit}", "long"
         else:
-            reason = f"its supervised tokens begin at {first[row]}, behind max_seq_len={limit}"
+            reason = f"its supervised tokens begin after {first[row]} tokens, beyond max_seq_len={limit}"
             reasons[row] = reason, "nothing supervised"
     return ~(is_too_long | is_beyond)
 
@@ -208,10 +208,10 @@ def _draw_shares(
     train: Sequence[np.ndarray],
     seed: int,
 ) -> list[np.ndarray]:
-    """Return how often an epoch takes each training row, by file.
+    """Return how often an epoch takes each training row, per file.
 
-    A row is taken as often as the whole part of its source's weight says; the rest is taken of the rows with the lowest
-    draw, so that the same rows are taken in every epoch, and most of them again when rows are added.
+    Each row is taken floor(weight) times. The remainder goes to the rows with the lowest draws: the same rows in every
+    epoch, and mostly the same after rows are added.
     """
     times = [np.ones(len(rows), np.int64) for rows in train]
     for number, share in enumerate(shares):
@@ -250,7 +250,7 @@ def _is_split(file: TokenizedFile, row: int, limits: Limits) -> bool:
 
 
 def _pick(files: Sequence[TokenizedFile], rows_by_file: Sequence[np.ndarray], limits: Limits) -> np.ndarray:
-    """Return the picks of the rows, [picks, 3] int64; a long raw text is several where such are split."""
+    """Return the picks of the rows, [picks, 3] int64: one per row, or one per piece of a text that is split."""
     picks = [np.empty((0, 3), np.int64)]
     for number, (file, rows) in enumerate(zip(files, rows_by_file, strict=True)):
         firsts = [*_start_pieces(file, rows, limits)]
@@ -262,7 +262,7 @@ def _pick(files: Sequence[TokenizedFile], rows_by_file: Sequence[np.ndarray], li
 
 
 def _start_pieces(file: TokenizedFile, rows: np.ndarray, limits: Limits) -> Iterator[np.ndarray]:
-    """Yield the first token of each piece of each row, or nothing where no row is split."""
+    """Yield the first tokens of each row's pieces; nothing if no row is split."""
     lengths = np.diff(file.index.offsets)[rows]
     is_split = (lengths > limits.max_seq_len) & (file.index.system_numbers[rows] == RAW_TEXT)
     if limits.on_long_row != "split" or not is_split.any():
@@ -273,6 +273,6 @@ def _start_pieces(file: TokenizedFile, rows: np.ndarray, limits: Limits) -> Iter
 
 
 def find_smallest_split(files: Sequence[TokenizedFile], seed: int) -> float:
-    """Return the fraction, rounded up to a hundredth, from which on validation_split holds out a row."""
+    """Return the smallest validation_split that holds out a row, rounded up to a hundredth."""
     smallest = min(_draw(file, seed).min() for file in files if len(file.index.lines))
     return (int(smallest * 100) + 1) / 100

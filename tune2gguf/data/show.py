@@ -21,7 +21,7 @@ MARKS = ("⟦", "⟧")
 
 
 class Bin(NamedTuple):
-    """Rows of `start` up to, not including, `stop` tokens; the last bin has no stop."""
+    """The number of rows with start <= tokens < stop. A last bin for longer rows has no stop."""
 
     start: int
     stop: int | None
@@ -29,7 +29,7 @@ class Bin(NamedTuple):
 
 
 def make_histogram(lengths: np.ndarray, num_bins: int = NUM_BINS) -> list[Bin]:
-    """Return bins of equal, round width up to the 99th percentile, and one for what is longer."""
+    """Return bins of equal, round width up to the 99th percentile, and one for longer rows."""
     width = max(1, -(-int(np.quantile(lengths, 0.99)) // num_bins))
     unit = 10 ** max(0, len(str(width)) - 2)
     width = -(-width // unit) * unit
@@ -48,7 +48,7 @@ def format_summary(summary: DataSummary) -> str:
 def _format_rows(summary: DataSummary) -> Iterator[str]:
     ledger = summary.data.ledger
     for file in ledger["files"]:
-        shape = summary.shapes[file["file"]] or "no shape found"
+        shape = summary.shapes[file["file"]] or "no format detected"
         revision = f", revision {file['revision']}" if file["revision"] else ""
         yield f"{escape(file['file'])}: {file['read']} rows, {shape}{revision}"
         mapping = summary.mappings[file["file"]]
@@ -62,7 +62,7 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
     yield from _format_sources(ledger)
     yield f"messages: {', '.join(f'{count} {role}' for role, count in summary.roles.items())}"
     if ledger["rows_with_tools"]:
-        yield f"rows with tools: {ledger['rows_with_tools']} of {ledger['training']['rows']} trained ones"
+        yield f"rows with tools: {ledger['rows_with_tools']} of {ledger['training']['rows']} training rows"
     if summary.dropped:
         yield f"dropped: {', '.join(f'{count} {kind}' for kind, count in summary.dropped.items())}"
     for row in ledger["rows_dropped"][:MAX_PROBLEMS_SHOWN]:
@@ -72,7 +72,7 @@ def _format_rows(summary: DataSummary) -> Iterator[str]:
 
 
 def _format_sources(ledger: RowLedger) -> Iterator[str]:
-    """Say what each source gives to an epoch, where there are several."""
+    """Yield each source's share of an epoch if there are several sources."""
     if len(ledger["sources"]) == 1:
         return
     total = ledger["training"]["tokens"]
@@ -87,7 +87,7 @@ def _format_sources(ledger: RowLedger) -> Iterator[str]:
 def _format_lengths(summary: DataSummary) -> Iterator[str]:
     p50, p95 = np.quantile(summary.lengths, [0.5, 0.95], method="higher")
     yield ""
-    yield f"tokens per row: median {p50}, 95 % up to {p95}, longest {summary.lengths.max()}"
+    yield f"tokens per row: median {p50}, 95th percentile {p95}, longest {summary.lengths.max()}"
     bins = make_histogram(summary.lengths)
     largest, width = max(entry.count for entry in bins), len(str(bins[-1].stop or bins[-1].start))
     for entry in bins:
@@ -101,21 +101,21 @@ def _format_lengths(summary: DataSummary) -> Iterator[str]:
     yield f"max_seq_len={summary.max_seq_len} cuts {num_cut} rows{split};" + ",".join(
         f" {length} keeps {share:.0%} whole" for share, length in summary.max_seq_lens.items()
     )
-    yield f"supervised: {summary.supervised_share:.1%} of the tokens that are trained on"
-    yield f"one token is {summary.characters_per_token:.2f} characters of this text"
+    yield f"supervised: {summary.supervised_share:.1%} of the training tokens"
+    yield f"characters per token: {summary.characters_per_token:.2f}"
 
 
 def _format_epochs(summary: DataSummary) -> Iterator[str]:
     yield ""
     yield f"an epoch at {summary.rows_per_step} rows, or packs of {summary.max_seq_len} tokens, per step:"
     steps = summary.num_steps
-    yield f"  rows {steps['rows']} steps, packs {steps['packs']} steps, {summary.fill:.1%} full; nothing is padded"
+    yield f"  rows: {steps['rows']} steps; packs: {steps['packs']} steps, {summary.fill:.1%} full; no padding"
     for note in summary.data.ledger["notes"]:
         yield f"note: {escape(note)}"
 
 
 def split_runs(row: TokenizedRow, tokenizer: ChatTokenizer) -> list[tuple[str, bool]]:
-    """Return a row's text in runs that are supervised or not; a run is decoded whole, as characters span tokens."""
+    """Return a row's text in runs of (text, is supervised). A run is decoded whole, because characters span tokens."""
     edges = [0, *(np.flatnonzero(np.diff(row.supervised)) + 1).tolist(), len(row.tokens)]
     return [
         (tokenizer.decode(row.tokens[start:stop].tolist()), bool(row.supervised[start]))
@@ -129,14 +129,14 @@ def describe_row(row: TokenizedRow) -> str:
 
 
 def format_row(row: TokenizedRow, tokenizer: ChatTokenizer, *, colored: bool) -> str:
-    """Return a row's text, supervised tokens in green, or between ⟦ and ⟧ where colours are not wanted."""
+    """Return a row's text, with supervised tokens in green, or between ⟦ and ⟧ without colours."""
     marks = {True: (SUPERVISED, END), False: (PLAIN, END)} if colored else {True: MARKS, False: ("", "")}
     pieces = [escape(text).join(marks[supervised]) for text, supervised in split_runs(row, tokenizer)]
     return f"── {escape(describe_row(row))}\n{''.join(pieces)}"
 
 
 def escape(text: str) -> str:
-    """Spell out control characters but line breaks and tabs: data must not move the cursor or recolour the terminal."""
+    """Escape control characters except line breaks and tabs: data must not control the terminal."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else repr(character)[1:-1] for character in text
     )

@@ -1,4 +1,4 @@
-"""The options of a `dataset` component as sources: files that are read in one way and have one share of an epoch."""
+"""Sources of a `dataset` component: files with the same reading options and one share of an epoch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tune2gguf.data.columns import RowReader, find_reader_problems, make_reader
 from tune2gguf.data.rows import find_files
 from tune2gguf.data.select import Share
 
-# What a source takes from the data set where it does not say it itself.
+# Options that a source inherits from the data set.
 _SHARED_KEYS = ("format", "columns", "prompt", "validation_split")
 _FILE_KEYS = ("files", "validation_files")
 _SHARE_KEYS = ("weight", "rows")
@@ -20,7 +20,7 @@ SOURCE_KEYS = (*_FILE_KEYS, *_SHARED_KEYS, *_SHARE_KEYS)
 
 @dataclass(frozen=True)
 class DataSource:
-    """Files that are read in one way."""
+    """Files with the same reading options, and their share of an epoch."""
 
     files: list[str]
     validation_files: list[str]
@@ -30,7 +30,7 @@ class DataSource:
 
 
 def list_sources(options: Mapping[str, Any]) -> list[DataSource]:
-    """Return the sources of options that find_source_problems found nothing wrong with."""
+    """Return the sources of options without problems (see find_source_problems)."""
     return [
         DataSource(
             files=find_files(one["files"]),
@@ -44,12 +44,12 @@ def list_sources(options: Mapping[str, Any]) -> list[DataSource]:
 
 
 def _list_options(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the options of each source; a data set without `sources` is one itself."""
+    """Return the options of each source; a data set without `sources` is one source."""
     given = options.get("sources")
     if given is None:
         return [{key: options[key] for key in (*_FILE_KEYS, *_SHARED_KEYS) if key in options}]
     shared = {key: options[key] for key in _SHARED_KEYS if key in options}
-    # Another format, or a prompt of one's own, has no use for the columns of the others.
+    # Format, columns and prompt belong together: a source with its own inherits none of them.
     return [_inherit(shared, dict(one)) for one in given]
 
 
@@ -62,7 +62,7 @@ def _inherit(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
 
 
 def find_source_problems(options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the sources of a data set, before a row is read."""
+    """Yield the problems of a data set's sources. No row is read."""
     given = options.get("sources")
     if given is None:
         yield from _find_problems(_list_options(options)[0], "dataset.")
@@ -71,7 +71,7 @@ def find_source_problems(options: Mapping[str, Any]) -> Iterator[str]:
         if options.get(key) is not None:
             yield f"dataset.sources and dataset.{key} are both given; set dataset.{key}=null"
     if not _is_list_of_mappings(given):
-        yield f"dataset.sources={given} must be a list of sources, each with files and what else it has of its own"
+        yield f"dataset.sources={given} must be a list of sources, such as [{{files: a.jsonl, weight: 2}}]"
         return
     for number, one in enumerate(given):
         for key in one:
@@ -112,7 +112,7 @@ def _find_split_problems(source: Mapping[str, Any], prefix: str) -> Iterator[str
     if fraction is None:
         return
     if not _is_number(fraction) or not 0 <= fraction < 1:
-        yield f"{prefix}validation_split={fraction} must be a fraction from 0 up to, not including, 1"
+        yield f"{prefix}validation_split={fraction} must be a fraction of at least 0 and below 1"
     elif fraction > 0 and source.get("validation_files") is not None:
         yield f"{prefix}validation_files and {prefix}validation_split are both given; set one of them to null"
 
@@ -120,9 +120,9 @@ def _find_split_problems(source: Mapping[str, Any], prefix: str) -> Iterator[str
 def _find_share_problems(source: Mapping[str, Any], prefix: str) -> Iterator[str]:
     weight, rows = source.get("weight"), source.get("rows")
     if weight is not None and (not _is_number(weight) or not 0 < weight <= 1000):
-        yield f"{prefix}weight={weight} must be above 0 and at most 1000: how often an epoch takes each row"
+        yield f"{prefix}weight={weight} must be above 0 and at most 1000 (times an epoch takes each row)"
     if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-        yield f"{prefix}rows={rows} must be a whole number of at least 1: how many rows an epoch takes"
+        yield f"{prefix}rows={rows} must be a whole number of at least 1 (rows per epoch)"
     if weight is not None and rows is not None:
         yield f"{prefix}weight and {prefix}rows are both given; keep one of them"
 
@@ -137,7 +137,7 @@ def list_files(options: Mapping[str, Any]) -> list[str]:
 
 
 def holds_rows_out(options: Mapping[str, Any]) -> bool:
-    """Whether any source has validation rows."""
+    """Return whether any source has validation rows."""
     given = options.get("sources")
     sources = _list_options(options) if given is None or _is_list_of_mappings(given) else []
     return any(one.get("validation_files") is not None or bool(one.get("validation_split")) for one in sources)

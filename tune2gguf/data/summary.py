@@ -1,4 +1,4 @@
-"""What a data set holds, in figures: looked at before training, as the run would see it."""
+"""Data summary: figures of a data set before training, as a run would read it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class DataSummary:
     """The figures of a data set, with the rows behind them.
 
     Attributes:
-        shapes: format of each file's rows, "" where no row shows one
-        mappings: how the columns of each file become its parts, "" where they have their names
-        roles: messages of each role
-        lengths: tokens of every good row before it is cut, validation rows included, [rows]
-        max_seq_lens: share of the rows -> the max_seq_len that keeps so many whole
-        characters_per_token: of all that stands between special tokens
-        dropped: kind -> rows
-        num_steps: of an epoch, by what a step takes: rows, or packs
-        fill: share of the packs' places that are tokens
+        shapes: file -> format of its rows, "" if no row fits one
+        mappings: file -> its column mapping as text, "" without any
+        roles: role -> number of messages
+        lengths: tokens of every good row before truncation, validation rows included, [rows]
+        max_seq_lens: share of the rows -> the max_seq_len that keeps this share whole
+        characters_per_token: of the text between special tokens
+        dropped: kind -> number of rows
+        num_steps: rows | packs -> steps per epoch
+        fill: filled share of the packs
     """
 
     data: PreparedData
@@ -62,7 +62,7 @@ def summarize_data(
     batch_size: int,
     accumulation_steps: int,
 ) -> DataSummary:
-    """Read a data set as a run would, except that bad rows are counted instead of ending it.
+    """Read a data set as a run would, but count bad rows instead of raising.
 
     Args:
         dataset: the options of chat_dataset

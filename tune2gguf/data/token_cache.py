@@ -1,6 +1,6 @@
-"""Tokenized files are kept: the next run on the same file starts at once, and tokens are mapped, not held in memory.
+"""Cache of tokenized files. The next run on the same file starts at once, and tokens are memory-mapped.
 
-What was not looked at for KEPT_DAYS is deleted when another file is kept, so that the cache does not grow for ever.
+Files unused for KEPT_DAYS are deleted when another one is added.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from tune2gguf.tokenizer import tools as tool_formats
 if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer
 
-# A smaller file is tokenized in less than a second: not worth a place in the cache.
+# Smaller files are tokenized in less than a second and are not cached.
 MIN_CACHED_BYTES = 2**20
 KEPT_DAYS = 30
 LOG_SECONDS = 30
@@ -62,14 +62,14 @@ def tokenize_once(
     min_cached_bytes: int = MIN_CACHED_BYTES,
     num_workers: int | None = None,
 ) -> TokenizedFile:
-    """Return tokenize_file's result, from the cache where the same content was tokenized before.
+    """Return tokenize_file's result, from the cache if the same content was tokenized before.
 
-    The cache is `tokens/` in cache.get_cache_dir(), and tokens are mapped into memory from it. Its key is the content
-    of the file, the tokenizer, the chat template, how its rows are read and the code that makes tokens of them. A file
-    with bad rows that stop the run is not kept. Of several processes that want the same file one tokenizes it.
+    The cache is `tokens/` in cache.get_cache_dir(), and its tokens are memory-mapped. The key covers the file's
+    content, the tokenizer, the chat template, the reader and the tokenizing code. A file with bad rows that stop the
+    run is not cached. If several processes need the same file, one tokenizes it and the others wait.
 
     Args:
-        num_workers: processes that tokenize; None: as many as the file is worth on this machine
+        num_workers: worker processes; None: see count_workers
 
     Raises:
         ValueError: as tokenize_file, if the file changes meanwhile, or if the cache cannot be written
@@ -80,14 +80,14 @@ def tokenize_once(
     folder = get_cache_dir() / "tokens" / _compute_key(name, tokenizer, reader)
     found = _load(folder, name, reader)
     if found is not None:
-        with contextlib.suppress(OSError):  # a cache that may only be read is as good
+        with contextlib.suppress(OSError):  # a read-only cache works, too
             os.utime(folder)
         return found
     with _hold(folder):
         found = _load(folder, name, reader)  # another process was faster
         if found is not None:
             return found
-        shutil.rmtree(folder, ignore_errors=True)  # what is left of one that was damaged
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged entry
         index = _fill(
             folder, name, tokenizer, before, reader=reader, stop_at_problem=stop_at_problem, num_workers=num_workers
         )
@@ -101,7 +101,7 @@ def tokenize_once(
 
 @contextlib.contextmanager
 def _hold(folder: Path) -> Iterator[None]:
-    """Keep other processes from filling the folder; say so where the cache is no place to write."""
+    """Lock the folder against other processes. Raises ValueError if the cache cannot be written."""
     with explain_cache_errors("tokenized files"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(get_cache_dir() / "locks" / f"{folder.name}.lock")
@@ -111,7 +111,7 @@ def _hold(folder: Path) -> Iterator[None]:
 
 
 def _delete_old(cache: Path) -> None:
-    """Delete what no run has used for KEPT_DAYS; one that still has it mapped keeps it to its end."""
+    """Delete files unused for KEPT_DAYS. A run that has one mapped can still read it."""
     for folder in cache.iterdir():
         with contextlib.suppress(OSError):
             if folder.stat().st_mtime < time.time() - KEPT_DAYS * 86_400:
@@ -119,7 +119,7 @@ def _delete_old(cache: Path) -> None:
 
 
 def _identify(name: str) -> tuple[int, ...]:
-    """Return what changes with a file's content, as far as its folder tells."""
+    """Return inode, size and modification time of a file, () for a hub data set."""
     if is_hub(name):
         return ()
     status = Path(name).stat()
@@ -148,10 +148,10 @@ def _fill(
     stop_at_problem: bool,
     num_workers: int | None,
 ) -> TokenIndex:
-    """Tokenize the file into the folder, which appears whole, or not at all for a file that stops the run.
+    """Tokenize the file into the folder, which appears when it is complete. A file that stops the run leaves none.
 
     Args:
-        before: of _identify, when the key was computed
+        before: what _identify returned before the key was computed
     """
     if num_workers is None:
         num_workers = count_workers(0 if is_hub(name) else Path(name).stat().st_size)
@@ -169,7 +169,7 @@ def _fill(
                     indices.append(part.index)
         index = join_indices(indices)
         if _identify(name) != before:
-            raise ValueError(f"{name}: has changed while it was read; leave data files alone while a run begins")
+            raise ValueError(f"{name}: changed while it was read; do not write data files while a run starts")
         if index.problems and stop_at_problem:
             shutil.rmtree(unfinished)
         else:
@@ -178,7 +178,7 @@ def _fill(
 
 
 def _show_progress(name: str, parts: Iterator[tuple[Block, Part]]) -> Iterator[Part]:
-    """Yield the parts; say how much of the file is done, how many rows that are, and when the rest will be."""
+    """Yield the parts and show the progress: share of the file, rows, remaining time."""
     total, unit = measure_file(name)
     is_bytes = unit == "B"
     with tqdm(
@@ -186,7 +186,7 @@ def _show_progress(name: str, parts: Iterator[tuple[Block, Part]]) -> Iterator[P
         total=total,
         unit=unit if is_bytes else f" {unit}s",
         unit_scale=is_bytes,
-        # A terminal sees it at once; a log gets a line now and then, and none for what is soon over.
+        # A log gets a line every LOG_SECONDS, and none for a short file.
         mininterval=0.1 if sys.stderr.isatty() else LOG_SECONDS,
         delay=0 if sys.stderr.isatty() else LOG_SECONDS,
         leave=False,
@@ -211,9 +211,9 @@ def _save_index(folder: Path, index: TokenIndex) -> None:
 
 
 def _load(folder: Path, name: str, reader: RowReader) -> TokenizedFile | None:
-    """Return what is kept; None where nothing is, or not every byte is as it was written.
+    """Return the cached file; None if there is none, or if a byte is not as it was written.
 
-    A machine that went down may have lost the end, a disk may give back another bit; either would be trained on.
+    A crash can lose the end of a file, a disk can flip a bit; either would be trained on.
     """
     try:
         digests = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
@@ -231,11 +231,11 @@ def _load(folder: Path, name: str, reader: RowReader) -> TokenizedFile | None:
 
 
 def _load_array(path: Path) -> np.ndarray:
-    """Map an array into memory; an empty one cannot be mapped."""
+    """Memory-map an array; read an empty one, which cannot be mapped."""
     found = np.load(path, allow_pickle=False, mmap_mode="r")
     return found if found.size else np.array(found)
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Map a file into memory, read-only; an empty one cannot be mapped."""
+    """Memory-map a file read-only; return an empty array for an empty one, which cannot be mapped."""
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)

@@ -1,4 +1,4 @@
-"""A data file to token ids: every row read, checked, rendered and tokenized once, whatever is later made of it."""
+"""Tokenization of data files: every row is read, checked, rendered and tokenized once, before any selection."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tune2gguf.tokenizer.tokenizer import ChatTokenizer, Segment
 
 TOKEN_DTYPE = np.dtype("<i4")
-# Data sets that put a text of its own into each system message shall not be held in memory for it.
+# Limits the memory for data sets with a different system message in each row.
 MAX_SYSTEM_PROMPTS = 100
 RAW_TEXT = -1
 
@@ -43,21 +43,21 @@ class TokenizedRow:
 
     @property
     def num_supervised(self) -> int:
-        """The number of positions that are trained; the first token never is, as nothing predicts it."""
+        """The number of trained tokens. The first token never is: nothing predicts it."""
         return int(np.count_nonzero(self.supervised[1:]))
 
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """Where the good rows of a file stand among its tokens, and what is wrong with the others.
+    """The index of a file: the good rows' places among its tokens, and the problems of the others.
 
-    Row i has the tokens from offsets[i] up to offsets[i + 1].
+    Row i has the tokens offsets[i]:offsets[i + 1].
     """
 
     offsets: np.ndarray  # [rows + 1] int64
     lines: np.ndarray  # [rows] int64, as in Source
-    num_supervised: np.ndarray  # [rows] int64, trained positions
-    first_supervised: np.ndarray  # [rows] int64, the first trained position in the row
+    num_supervised: np.ndarray  # [rows] int64, trained tokens
+    first_supervised: np.ndarray  # [rows] int64, position of the first trained token in the row; 0: none
     digests: np.ndarray  # [rows, DIGEST_BYTES] uint8
     problems: list[tuple[int, str]]  # line and reason
     num_characters: int  # of the good rows' text, special tokens not counted
@@ -65,15 +65,15 @@ class TokenIndex:
     role_counts: dict[str, int]  # messages of the good rows; raw texts count as "text"
     unit: str  # of lines, as in Source
     lines_that_spell_special: list[int]  # special tokens in content are trained as text, but served as special tokens
-    format: str  # that the rows have; "" where no row shows one
-    absent_columns: dict[str, int]  # column that the user names -> good rows that have nothing under it
-    num_ended: int  # good rows of which an end-of-turn token was taken off
-    num_stripped: int  # good rows of which white space around a content was taken off
+    format: str  # of the rows; "" if none fits one
+    absent_columns: dict[str, int]  # mapped column -> good rows in which it is empty or missing
+    num_ended: int  # good rows from which an end-of-turn token was removed
+    num_stripped: int  # good rows from which white space around a content was removed
     has_tools: np.ndarray  # [rows] bool, whether the row defines tools
     lines_written_otherwise: list[int]  # tools or calls hold characters that Ollama's template escapes
-    unused_keys: dict[str, int]  # good rows that have something under a key that is not used
-    system_prompts: list[str | None]  # of the good conversations, each once; None: one without
-    system_numbers: np.ndarray  # [rows] int64, which of them; their number: another one; RAW_TEXT: none is possible
+    unused_keys: dict[str, int]  # unused key -> good rows in which it is not empty
+    system_prompts: list[str | None]  # of the good conversations, each once; None: without one
+    system_numbers: np.ndarray  # [rows] int64, index into system_prompts, or their number for others, or RAW_TEXT
 
     @property
     def num_read(self) -> int:
@@ -82,7 +82,7 @@ class TokenIndex:
 
 @dataclass(frozen=True)
 class TokenizedFile:
-    """The good rows of one file, end to end, and their index."""
+    """The good rows of one file, concatenated, and their index."""
 
     name: str
     reader: RowReader
@@ -91,17 +91,17 @@ class TokenizedFile:
     index: TokenIndex
 
     def locate(self, line: int) -> Source:
-        """Return where a line, or row, of the file stands."""
+        """Return the place of a line, or row, of the file."""
         return Source(self.name, line, self.index.unit)
 
 
 @dataclass(frozen=True)
 class TokenizedRows(Sequence[TokenizedRow]):
-    """Rows chosen from tokenized files, each cut to max_seq_len when it is looked at; holds no tokens of its own.
+    """A view of rows picked from tokenized files. Each is cut to max_seq_len when it is read.
 
     Attributes:
-        picks: [rows, 3] int64: index into files, row in the file, first token of it; a row may be picked several times
-        overlap: tokens of the piece before that a later piece of a row begins with; they are not trained again
+        picks: [rows, 3] int64: index into files, row in the file, first token in the row; a row may be picked again
+        overlap: tokens that a piece of a row repeats from the piece before; they are not trained again
     """
 
     files: list[TokenizedFile]
@@ -129,11 +129,11 @@ class TokenizedRows(Sequence[TokenizedRow]):
         )
 
     def take(self, rows: Sequence[int]) -> TokenizedRows:
-        """Return these rows alone, in this order."""
+        """Return a view of only these rows, in this order."""
         return TokenizedRows(self.files, self.picks[np.asarray(rows, np.int64)], self.max_seq_len, self.overlap)
 
     def digests(self) -> list[bytes]:
-        """Return a digest of each row's content; those of the pieces of a row differ in their end."""
+        """Return a digest of each row's content. Pieces of one row have digests with different ends."""
         firsts = self.picks[:, 2].tolist()
         return [
             bytes(one) + (first.to_bytes(8, "little") if first else b"")
@@ -141,7 +141,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         ]
 
     def row_digests(self) -> np.ndarray:
-        """Return the digest of the whole row that each is of, [rows, DIGEST_BYTES] uint8."""
+        """Return the digest of the whole row behind each pick, [rows, DIGEST_BYTES] uint8."""
         digests = np.zeros((len(self.picks), DIGEST_BYTES), np.uint8)
         for number, file in enumerate(self.files):
             chosen = self.picks[:, 0] == number
@@ -153,7 +153,7 @@ class TokenizedRows(Sequence[TokenizedRow]):
         return np.minimum(self._collect(lambda index: np.diff(index.offsets)) - self.picks[:, 2], self.max_seq_len)
 
     def supervised_lengths(self) -> np.ndarray:
-        """Return the number of trained positions of each row, [rows] int64."""
+        """Return the number of trained tokens of each row, [rows] int64."""
         counts = self._collect(lambda index: index.num_supervised)
         whole = self._collect(lambda index: np.diff(index.offsets))
         for row in np.flatnonzero(whole > self.max_seq_len).tolist():
@@ -170,14 +170,14 @@ class TokenizedRows(Sequence[TokenizedRow]):
 
 @dataclass(frozen=True)
 class Decided:
-    """The format of a file's rows, and the row that decided it where it was not named."""
+    """The format of a file's rows, and the row it was detected from ("" if the user named it)."""
 
     format: str
     by: str = ""
 
 
 def decide_format(name: str, reader: RowReader) -> Decided | None:
-    """Return the format of a file: the one that was named, or of the first row that shows one; None where none does.
+    """Return the format of a file: the user's, or that of the first row that fits one; None if no row does.
 
     Raises:
         ValueError: if that row fits more than one format, or the file is damaged
@@ -197,7 +197,7 @@ def decide_format(name: str, reader: RowReader) -> Decided | None:
 
 @dataclass(frozen=True)
 class BlockTokenizer:
-    """What makes tokens of a file's blocks, each by itself."""
+    """Tokenizes the blocks of a file, each by itself."""
 
     tokenizer: ChatTokenizer
     reader: RowReader
@@ -207,7 +207,7 @@ class BlockTokenizer:
         """Return the tokens of a block's good rows and the index of all of its rows.
 
         Args:
-            only_check: look for bad rows; the result then lacks the others
+            only_check: only look for bad rows; the result then has no good rows
 
         Raises:
             ValueError: if the format is to be detected and a row fits more than one
@@ -220,7 +220,7 @@ class BlockTokenizer:
         )
 
     def _read(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Conversation | str]]:
-        """Yield each row with its conversation, or with what is wrong with it."""
+        """Yield each row with its conversation, or with its problem."""
         for row in rows:
             try:
                 yield row, row.problem or self._read_row(row)
@@ -233,24 +233,24 @@ class BlockTokenizer:
         format = self.reader.detect(row.value)
         decided = self.decided or Decided(format)
         if format != decided.format:
-            raise ValueError(f"its shape is {format}, but the file's is {decided.format} since {decided.by}")
+            raise ValueError(f"the row has format {format}, but the file has {decided.format} since {decided.by}")
         conversation = self.reader.read(row.value, format=format)
         _check_size(conversation)
         return conversation
 
 
 def _check_size(conversation: Conversation) -> None:
-    """Hold rows of files without lines to the limit of a line, too."""
+    """Raise ValueError for more than MAX_ROW_BYTES characters; rows of files without lines are only checked here."""
     num_characters = sum(len(message.content) for message in conversation.messages) + len(conversation.text or "")
     if num_characters > MAX_ROW_BYTES:
         raise ValueError(describe_too_long(num_characters))
 
 
 def tokenize_file(name: str, tokenizer: ChatTokenizer, *, reader: RowReader, stop_at_problem: bool) -> TokenizedFile:
-    """Read and tokenize one file that rows.find_files returned, in memory.
+    """Read and tokenize one file from rows.find_files, in memory.
 
     Args:
-        stop_at_problem: after the first bad row only look for more of them; the result then lacks rows
+        stop_at_problem: after a bad row, only look for more bad rows; the result then lacks good rows
 
     Raises:
         ValueError: if the file cannot be read, or the format is to be detected and a row fits more than one
@@ -272,7 +272,7 @@ def tokenize_file(name: str, tokenizer: ChatTokenizer, *, reader: RowReader, sto
 
 @dataclass(frozen=True)
 class Part:
-    """The good rows of a block, end to end, and their index."""
+    """The good rows of a block, concatenated, and their index."""
 
     tokens: np.ndarray  # [tokens of all rows] TOKEN_DTYPE
     supervised: np.ndarray  # [tokens of all rows] bool
@@ -298,7 +298,7 @@ def _tokenize_rows(
         elif not only_check:
             try:
                 segments.append(_render(conversation, tokenizer))
-            except ValueError as error:  # the format has no place for it
+            except ValueError as error:  # the chat template cannot express it
                 problems.append((line, str(error)))
                 continue
             has_tools.append(bool(conversation.tools))
@@ -412,10 +412,10 @@ def join_indices(parts: Sequence[TokenIndex]) -> TokenIndex:
 
 
 def _renumber_system_prompts(part: TokenIndex, known: dict[str | None, int]) -> np.ndarray:
-    """Return the part's numbers by what the file knows; beyond MAX_SYSTEM_PROMPTS a prompt is another one."""
+    """Return the part's numbers in the file's list, MAX_SYSTEM_PROMPTS for prompts that no longer fit into it."""
     numbers = []
     for prompt in part.system_prompts:
         is_new = prompt not in known and len(known) < MAX_SYSTEM_PROMPTS
         numbers.append(known.setdefault(prompt, len(known)) if is_new else known.get(prompt, MAX_SYSTEM_PROMPTS))
-    # RAW_TEXT is the last place of the table.
+    # RAW_TEXT, -1, indexes the last entry.
     return np.array([*numbers, RAW_TEXT], np.int64)[part.system_numbers]

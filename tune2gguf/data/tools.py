@@ -1,4 +1,4 @@
-"""Tools in rows: definitions, calls and results, in OpenAI's and ShareGPT's shapes, become those of a conversation."""
+"""Tools in rows: reads definitions, calls and results in OpenAI's and ShareGPT's formats."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.tools import canonicalize_tool, list_unwritten_keys, order_arguments, sort_values, write_json
 
-ROW_KEYS = ("tools", "functions")  # the second is OpenAI's first form
+ROW_KEYS = ("tools", "functions")  # "functions" is OpenAI's older key
 TURN_KEYS = ("tool_calls", "function_call", "tool_call_id")
 OPENAI_ROLES = {"tool": "tool", "function": "tool"}
 SHAREGPT_ROLES = {"function_call": "assistant", "observation": "tool", "tool": "tool"}
 
 
 def read_tools(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
-    """Return a row's definitions as they are written, and the keys of theirs that are not.
+    """Return a row's tool definitions as canonicalize_tool writes them, and their keys that are not written.
 
     Raises:
-        ValueError: if they are none
+        ValueError: if a definition is malformed
     """
     used = [key for key in ROW_KEYS if row.get(key)]
     if not used:
         return (), ()
     if len(used) > 1:
-        raise ValueError("there are 'functions' beside 'tools'; keep one of the two")
+        raise ValueError("the row has both 'tools' and 'functions'; keep one of the two")
     key, value = used[0], _parse(row[used[0]], repr(used[0]))
     if not isinstance(value, list):
         raise ValueError(f"{key!r} must be a list of tools, got {_describe(value)}")
@@ -34,7 +34,7 @@ def read_tools(row: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tupl
     names = [tool["function"]["name"] for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"{key!r} has two tools of the name {twice!r}")
+        raise ValueError(f"{key!r} has two tools named {twice!r}")
     _check_text(tools, repr(key))
     unwritten = tuple(dict.fromkeys(one for tool in tools for one in list_unwritten_keys(tool)))
     return tuple(canonicalize_tool(tool) for tool in tools), unwritten
@@ -45,7 +45,7 @@ def _read_tool(tool: Any, place: str) -> dict[str, Any]:
     if "function" not in tool and "name" in tool:
         tool = {"type": "function", "function": tool}
     if tool.get("type") not in (None, "function"):
-        raise ValueError(f"{place}: type {tool['type']!r} is no function; only functions can be called")
+        raise ValueError(f"{place}: 'type' must be 'function', got {tool['type']!r}")
     function = _require_object(tool.get("function"), f"{place}: 'function'")
     _require_name(function.get("name"), place)
     if not isinstance(function.get("description") or "", str):
@@ -54,7 +54,7 @@ def _read_tool(tool: Any, place: str) -> dict[str, Any]:
     if parameters.get("type") not in (None, "object"):
         raise ValueError(f"{place}: 'parameters' must be of type 'object', got {parameters['type']!r}")
     properties = _require_object(parameters.get("properties") or {}, f"{place}: 'properties'")
-    # Tables fill with null what a tool does not have.
+    # Tables store absent keys as null.
     properties = {key: schema for key, schema in properties.items() if schema is not None}
     for key, schema in properties.items():
         _check_property(_require_object(schema, f"{place}: property {key!r}"), f"{place}: property {key!r}")
@@ -76,14 +76,14 @@ def _check_property(schema: Mapping[str, Any], place: str) -> None:
 
 
 def read_calls(turn: Mapping[str, Any], place: str) -> tuple[dict[str, Any], ...]:
-    """Return the calls of a turn of OpenAI's, each of name and arguments; none where it has none.
+    """Return the calls of an OpenAI turn, each with name and arguments; () if it has none.
 
     Raises:
-        ValueError: if they are none
+        ValueError: if a call is malformed
     """
     calls = turn.get("tool_calls")
     if calls and turn.get("function_call"):
-        raise ValueError(f"{place} has a 'function_call' beside 'tool_calls'; keep one of the two")
+        raise ValueError(f"{place} has both 'tool_calls' and 'function_call'; keep one of the two")
     if turn.get("function_call"):
         return (_read_call(turn["function_call"], f"{place}: function_call"),)
     calls = _parse(calls or [], f"{place}: 'tool_calls'")
@@ -93,7 +93,7 @@ def read_calls(turn: Mapping[str, Any], place: str) -> tuple[dict[str, Any], ...
 
 
 def read_call_text(value: Any, place: str) -> tuple[dict[str, Any], ...]:
-    """Return the calls of a ShareGPT turn from function_call: an object or a list of them, as such or as JSON text."""
+    """Return the calls of a ShareGPT turn of role function_call: an object or a list of objects, or either as JSON."""
     value = _parse(value, place)
     calls = value if isinstance(value, list) else [value]
     if not calls:
@@ -117,7 +117,7 @@ def _read_call(call: Any, place: str) -> dict[str, Any]:
 
 
 def order_calls(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message:
-    """Return a message whose calls have their arguments in the order they are written."""
+    """Return the message with its calls' arguments in the order of order_arguments."""
     if not message.tool_calls:
         return message
     calls = tuple({"name": call["name"], "arguments": order_arguments(call, tools)} for call in message.tool_calls)
@@ -125,7 +125,7 @@ def order_calls(message: Message, tools: Sequence[Mapping[str, Any]]) -> Message
 
 
 def read_result(content: Any) -> Any:
-    """Return a result that is an object, or a list but for content in parts, as JSON; else what it is."""
+    """Return an object or a list as JSON text; content in parts and other results unchanged."""
     is_parts = isinstance(content, list) and all(isinstance(one, Mapping) and "text" in one for one in content)
     return write_json(content) if isinstance(content, (Mapping, list)) and not is_parts else content
 
@@ -133,32 +133,33 @@ def read_result(content: Any) -> Any:
 def find_call_problem(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], turns: Sequence[Mapping[str, Any]] = ()
 ) -> str | None:
-    """Return what is wrong with the order of calls and results, or with what is called, or None.
+    """Return the problem of a conversation's calls and results (order, ids, unknown tools), or None.
 
     Args:
-        turns: as the row has them, for the ids that link results to calls; none where it has no ids
+        turns: the row's turns, whose ids link results to calls; () for formats without ids
     """
     names = [tool["function"]["name"] for tool in tools]
     open_calls, ids = 0, []
     for number, message in enumerate(messages, start=1):
         if message.role == "tool":
             if open_calls == 0:
-                return f"message {number} is a result, but no call before it waits for one"
+                return f"message {number} has role 'tool', but no call before it lacks a result"
             open_calls -= 1
             id_ = turns[number - 1].get("tool_call_id") if turns else None
             if id_ and ids and id_ not in ids:
-                return f"message {number}: tool_call_id {id_!r} is that of no call before it ({', '.join(ids)})"
+                return f"message {number}: tool_call_id {id_!r} matches no call before it ({', '.join(ids)})"
             continue
         if open_calls:
             return (
-                f"message {number} is the {message.role}'s, but {open_calls} results of the calls before it are missing"
+                f"message {number} has role {message.role!r}, expected 'tool'; "
+                f"{open_calls} results of the calls before it are missing"
             )
         if message.tool_calls and message.role != "assistant":
-            return f"message {number}, the {message.role}'s, calls a tool; only the assistant can"
+            return f"message {number} has role {message.role!r} and calls a tool; only 'assistant' can"
         unknown = next((call["name"] for call in message.tool_calls if call["name"] not in names), None)
         if unknown is not None:
-            known = f"they are {', '.join(names)}" if names else "the row has no 'tools'"
-            return f"message {number} calls {unknown!r}, which is none of the row's tools; {known}"
+            known = f"the row's tools are {', '.join(names)}" if names else "the row has no 'tools'"
+            return f"message {number} calls unknown tool {unknown!r}; {known}"
         open_calls = len(message.tool_calls)
         calls = _parse(turns[number - 1].get("tool_calls") or [], "") if turns else []
         ids = [call["id"] for call in calls if isinstance(call.get("id"), str) and call["id"]]
@@ -166,7 +167,7 @@ def find_call_problem(
 
 
 def _parse(value: Any, place: str) -> Any:
-    """Return a value, read from JSON where it is text."""
+    """Return a value; text is parsed as JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -180,9 +181,9 @@ def _check_text(value: Any, place: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{place} holds half of a surrogate pair") from None
+        raise ValueError(f"{place} holds a lone surrogate") from None
     except ValueError:
-        raise ValueError(f"{place} holds a number that JSON has not, such as NaN") from None
+        raise ValueError(f"{place} holds a number that JSON does not have, such as NaN") from None
 
 
 def _require_object(value: Any, place: str) -> Mapping[str, Any]:
@@ -193,7 +194,7 @@ def _require_object(value: Any, place: str) -> Mapping[str, Any]:
 
 def _require_name(name: Any, place: str) -> None:
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{place}: 'name' must be a name, got {_describe(name)}")
+        raise ValueError(f"{place}: 'name' must be non-empty text, got {_describe(name)}")
 
 
 def _describe(value: Any) -> str:

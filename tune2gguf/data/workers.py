@@ -1,11 +1,11 @@
-"""Processes that tokenize the blocks of a large file, one on each core, while this one reads and writes.
+"""Workers: processes that tokenize the blocks of a large file, one per core. The main process reads and writes.
 
-They are programs of their own, not forks: a fork would inherit the threads and the GPU of a run, and Python's own
-pools would import the recipe once more in each of them. They get work through their standard input and end with it.
+Workers are new processes, not forks: a fork would inherit the run's threads and GPU, and Python's own pools would
+import the recipe again in each of them. They read work from standard input and end when it closes.
 
-Memory: two blocks of rows.BLOCK_BYTES (of a Parquet file, 1000 rows) a process, a tokenizer in each (with
-Llama 3's 190 MB while it starts, 120 MB then), and at the most 260 bytes a row here for index, selection and ledger; it
-does not grow with the text (benchmarks/large_files.py). A JSON array is held whole.
+Memory: two blocks of rows.BLOCK_BYTES (Parquet: 1000 rows) and a tokenizer per worker (Llama 3: 190 MB while it
+starts, then 120 MB), and at most 260 bytes per row in the main process for index, selection and ledger. It does not
+grow with the text (benchmarks/large_files.py). A JSON array is held whole.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import BinaryIO
 from tune2gguf.data.rows import Block
 from tune2gguf.data.tokenize import BlockTokenizer, Part
 
-# Starting a process takes about as long as tokenizing so much.
+# Starting a process takes about as long as tokenizing this much.
 MIN_SHARED_BYTES = 16 * 2**20
 MAX_WORKERS = 16
 
 
 def count_workers(num_bytes: int) -> int:
-    """Return how many processes a file of this size is worth; 0: this one does it all."""
+    """Return the number of workers for a file of this size; 0: the main process tokenizes it."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if num_bytes < MIN_SHARED_BYTES or num_cores < 2 else min(num_cores, MAX_WORKERS)
 
@@ -40,16 +40,16 @@ def count_workers(num_bytes: int) -> int:
 def tokenize_blocks(
     blocks: Iterable[Block], block_tokenizer: BlockTokenizer, *, num_workers: int, stop_at_problem: bool
 ) -> Iterator[tuple[Block, Part]]:
-    """Yield each block, without its content, and what it becomes, in the order of the blocks.
+    """Yield each block, without its content, and its tokenized part, in order.
 
-    No more than two blocks a process are in memory at a time.
+    At most two blocks per worker are in memory.
 
     Args:
-        num_workers: processes; 0: this one, with all of the tokenizer's threads
-        stop_at_problem: behind the first bad row only look for more of them
+        num_workers: 0: tokenize in this process, with all of the tokenizer's threads
+        stop_at_problem: after a bad row, only look for more bad rows
 
     Raises:
-        ValueError: as BlockTokenizer.tokenize, or if a process ends
+        ValueError: as BlockTokenizer.tokenize, or if a worker dies
     """
     has_problem = False
     if num_workers == 0:
@@ -77,7 +77,7 @@ def _strip(block: Block) -> Block:
 
 
 class _Workers:
-    """The processes, each with a thread here that hands it a block and waits for the answer."""
+    """The worker processes, each with a thread that sends it a block and waits for the answer."""
 
     def __init__(self, block_tokenizer: BlockTokenizer, num_workers: int) -> None:
         setup = pickle.dumps(block_tokenizer)
@@ -97,18 +97,18 @@ class _Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the processes at once, whatever they are at."""
+        """Kill the workers, even at work."""
         for process in self.processes:
             process.kill()
         self.threads.shutdown(cancel_futures=True)
         for process in self.processes:
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):  # what could not be sent to it any more
+                with suppress(OSError):  # unsent data of a worker that is gone
                     pipe.close()
 
     def _set_up(self, process: subprocess.Popen, setup: bytes) -> None:
-        with suppress(OSError):  # the process is gone, which the first block will say
+        with suppress(OSError):  # the worker is gone; its first block reports it
             _send(process.stdin, setup)
         self.idle.put(process)
 
@@ -123,8 +123,8 @@ class _Workers:
         except (OSError, EOFError):
             process.wait()
             raise ValueError(
-                f"a process that tokenizes {block.name} has ended with exit code {process.returncode}; "
-                "was the memory full?"
+                f"{block.name}: a tokenizing process ended with exit code {process.returncode}; "
+                "did the machine run out of memory?"
             ) from None
         finally:
             self.idle.put(process)
@@ -134,10 +134,10 @@ class _Workers:
 
 
 def work() -> None:
-    """Be one of the processes: tokenize what comes in until there is nothing more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the one that reads ends the others
+    """Run a worker: tokenize blocks from standard input until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one ends the workers
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anything prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints must not mix with the answers
     with suppress(EOFError, BrokenPipeError):
         block_tokenizer: BlockTokenizer = pickle.loads(_receive(source))
         _give_memory_back()
@@ -145,13 +145,13 @@ def work() -> None:
             block, only_check = pickle.loads(_receive(source))
             try:
                 answer: Part | Exception = block_tokenizer.tokenize(block, only_check=only_check)
-            except Exception as error:  # the process that asked raises it
+            except Exception as error:  # raised in the main process
                 answer = error
             _send(sink, pickle.dumps(answer, protocol=5))
 
 
 def _give_memory_back() -> None:
-    """Return what reading the tokenizer took and no longer needs, half of the process, where the C library can."""
+    """Return freed memory to the system if the C library can: after loading the tokenizer, half of the process."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, their digests, the cache folder; what is printed."""
+"""Files: atomic writes, digests, JSON records, the cache folder; program output."""

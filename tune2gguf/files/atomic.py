@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic writes: files and folders appear whole or not at all.
 
-What is written stands beside its place as `.NAME.XXXXXXXX.unfinished` until all of it is on the disk; then it takes its
-name in one move. A block that fails removes it. What a killed process left is removed when the same name is written a
-day later, or at once by `clear_leftovers`.
+Content is written beside its place as `.NAME.XXXXXXXX.unfinished`, synced to disk, and renamed. A block that fails
+removes it. What a killed process left is removed when the same name is written a day later, or at once by
+`clear_leftovers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_ABANDONED_SECONDS = 86_400  # no writer leaves what it is at untouched for a day
+_ABANDONED_SECONDS = 86_400  # no living writer pauses for a day
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def write_file(path: Path) -> Iterator[Path]:
     """Yield a free path beside `path`; the file written there replaces `path` when the block ends without an error.
 
     Raises:
-        OSError: with the file's name, which Python leaves out when the disk is full
+        OSError: with the file's name, which Python omits for a full disk
     """
     try:
         with _reserve(path) as unfinished:
@@ -41,9 +41,9 @@ def write_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that takes its name when the block ends without an error.
+    """Yield an empty folder beside `path` that is renamed to `path` when the block ends without an error.
 
-    A block that removes the folder gets none.
+    If the block removes the folder, nothing is written.
 
     Raises:
         ValueError: if `path` exists and is not to be overwritten
@@ -59,7 +59,7 @@ def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             refuse_existing(path)
         replaced = path.with_name(f".{path.name}.replaced")
         if path.exists():
-            # Two folders cannot change places in one move; clear_leftovers undoes the first of two.
+            # Two folders cannot be swapped in one rename; clear_leftovers undoes the first of the two.
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(path, replaced)
         publish(unfinished, path)
@@ -67,7 +67,7 @@ def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def publish(unfinished: Path, path: Path) -> None:
-    """Give a file or folder its name when all of it is on the disk."""
+    """Sync a file or folder to disk, then rename it to `path`."""
     for written in [*unfinished.rglob("*"), unfinished]:
         _sync(written)
     os.replace(unfinished, path)
@@ -92,7 +92,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def check_name(path: Path) -> None:
-    """Raise ValueError if `path`, or a folder on its way, has a name that is too long to be written here."""
+    """Raise ValueError if a name in `path` is too long for the file system."""
     whole = path.absolute()
     nearest = next(parent for parent in whole.parents if os.path.lexists(parent))
     unfinished = _name_unfinished(whole, "0" * 8)
@@ -109,7 +109,7 @@ def check_name(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what killed processes left in a folder that nobody else writes to; put back what they had moved aside."""
+    """Remove what killed processes left in a folder without other writers; restore what they had moved aside."""
     for replaced in folder.glob(".*.replaced"):
         original = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
         if not original.exists():
@@ -121,9 +121,9 @@ def clear_leftovers(folder: Path) -> None:
 
 @contextmanager
 def _reserve(path: Path) -> Iterator[Path]:
-    """Yield a free path beside `path`; nothing is there when the block has ended."""
+    """Yield a free path beside `path`, and remove what is left there when the block ends."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
-        with suppress(OSError):  # its own writer was faster
+        with suppress(OSError):  # its writer has removed it
             if left.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
                 _remove(left)
     unfinished = _name_unfinished(path, secrets.token_hex(4))
@@ -145,9 +145,9 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
+    """Sync a file, or the names in a folder, to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and syncs only files that are open for writing
+        return  # Windows cannot open folders, and syncs only files that are open for writing
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

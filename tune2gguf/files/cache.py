@@ -1,4 +1,4 @@
-"""Where downloads and digests are kept between runs."""
+"""The cache folder, which keeps downloads, digests and tokenized files between runs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 
 def get_cache_dir() -> Path:
-    """Return `$TUNE2GGUF_CACHE`, or `~/.cache/tune2gguf` where it is not set."""
+    """Return `$TUNE2GGUF_CACHE`, or `~/.cache/tune2gguf` if it is not set."""
     configured = os.environ.get("TUNE2GGUF_CACHE", "")
     return Path(configured).expanduser() if configured else Path.home() / ".cache" / "tune2gguf"
 
 
 @contextmanager
 def explain_cache_errors(what: str) -> Iterator[None]:
-    """Say it in a line where the block cannot write `what` to the cache folder.
+    """Turn an error of writing `what` to the cache folder into one line.
 
     Raises:
-        ValueError: instead of an OSError about a file there, or about a disk that is full
+        ValueError: instead of an OSError about a file in the cache folder or a full disk
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The sha256 of a file, kept in the cache folder while the file stays the same."""
+"""SHA-256 digests of files, kept in the cache folder while a file is unchanged."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def digest_file(path: Path) -> str:
 
 
 def digest_file_once(path: Path) -> str:
-    """Return a file's sha256 in hex, from the cache folder where the file has not changed since it was computed."""
+    """Return a file's sha256 in hex, from the cache if path, size, modification time and inode are unchanged."""
     path = path.resolve()
     status = path.stat()
     identity = f"{path}\n{status.st_size}\n{status.st_mtime_ns}\n{status.st_ino}"
     entry = get_cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
-    with suppress(OSError, ValueError):  # nothing there, or nothing that can be read
+    with suppress(OSError, ValueError):  # no entry, or an unreadable one
         digest, check = entry.read_text(encoding="ascii").split()
         if check == _make_check(identity, digest):
             return digest
     digest = digest_file(path)
-    with suppress(OSError):  # a cache that cannot be written to costs time only
+    with suppress(OSError):  # without a writable cache, the digest is computed each time
         entry.parent.mkdir(parents=True, exist_ok=True)
         write_text(entry, f"{digest} {_make_check(identity, digest)}\n")
     return digest
 
 
 def _make_check(identity: str, digest: str) -> str:
-    """Return what vouches for a kept digest: a flipped bit of it would tell of another file."""
+    """Return a checksum of a cache entry: a flipped bit would make it the digest of another file."""
     return hashlib.sha256(f"{identity}\n{digest}".encode()).hexdigest()

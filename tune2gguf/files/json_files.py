@@ -1,4 +1,4 @@
-"""JSON objects that others wrote: what is in them is checked as it is read, and refused with file, key and value."""
+"""JSON files from outside: values are checked as they are read, and errors name file, key and value."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ parse_object = partial(make_record, AnyRecord)
 
 
 def read_json(path: Path, parse: Callable[[Any], T] = parse_object) -> T:
-    """Read a JSON object, and make of it what the file holds.
+    """Read a JSON object and return it parsed.
 
     Raises:
-        ValueError: if the file is missing, is no JSON object, or `parse` refuses it; it names the file
+        ValueError: names the file, if it is missing, is not a JSON object, or `parse` refuses it
     """
     if not path.is_file():
         raise ValueError(f"{path}: not found")
@@ -30,7 +30,7 @@ def read_json(path: Path, parse: Callable[[Any], T] = parse_object) -> T:
 
 
 def parse_text(text: str, parse: Callable[[Any], T], *, place: str) -> T:
-    """Return what `parse` makes of a JSON text; a ValueError of either is one line, and names the place."""
+    """Return a JSON text parsed. Raises ValueError in one line that names the place."""
     try:
         return parse(json.loads(text))
     except RecursionError:
@@ -38,26 +38,26 @@ def parse_text(text: str, parse: Callable[[Any], T], *, place: str) -> T:
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: cannot be read as JSON ({error})") from None
     except ValueError as error:
-        # Python's own sentence on numbers of more than 4300 digits goes on about an interpreter setting.
+        # Python's message on numbers of more than 4300 digits ends with an interpreter setting.
         raise ValueError(f"{place}: {str(error).partition('; use sys.')[0]}") from None
 
 
 @dataclass(frozen=True)
 class JsonObject:
-    """The keys of a JSON file, or of an object inside it, whose names then begin with `prefix`."""
+    """The object of a JSON file, or an object inside it. Errors put `prefix` before its keys."""
 
     path: Path
     values: dict[str, Any]
     prefix: str = ""
 
     def refuse(self, key: str, why: str) -> NoReturn:
-        """Raise the ValueError of a key that is missing or has a value that cannot be used."""
+        """Raise ValueError for a missing key or a wrong value."""
         shown = repr(self.values[key]) if key in self.values else "missing"
         shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}…"
         raise ValueError(f"{self.path}: {self.prefix}{key} is {shown}; {why}")
 
     def open(self, key: str) -> JsonObject | None:
-        """Return the object under a key, None where it is missing, null or empty."""
+        """Return the object under a key, None if it is missing, null or empty."""
         value = self.values.get(key)
         if value is None or value == {}:
             return None
@@ -66,10 +66,10 @@ class JsonObject:
         return JsonObject(self.path, value, f"{self.prefix}{key}.")
 
     def read(self, key: str, kind: type, *, minimum: float = 1, maximum: float, default: Any = _NEEDED) -> Any:
-        """Return the number under a key, `default` where it is missing.
+        """Return the number under a key, `default` if it is missing.
 
         Args:
-            kind: int or float, for which a whole number will do
+            kind: int, or float, which also accepts a whole number
         """
         if key not in self.values and default is not _NEEDED:
             return default

@@ -1,4 +1,4 @@
-"""What a program prints: in any encoding, to a reader that may stop reading, its errors in one line."""
+"""Program output: any encoding, closed pipes, errors in one line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell says of any program that ends this way
+BROKEN_PIPE = 141  # 128 + SIGPIPE, a shell's exit code for a closed pipe
 
 
 def print_in_any_encoding() -> None:
-    r"""Print what standard output and error cannot hold as \u2192; read from standard input what it should not hold."""
+    r"""Escape characters that standard output and error cannot encode, as \u2192; replace invalid input."""
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -20,7 +20,10 @@ def print_in_any_encoding() -> None:
 
 @contextmanager
 def run_program() -> Iterator[None]:
-    """Be a program: what the user can mend is one line and exit code 1; without a reader it ends in silence."""
+    """Run the block as a program.
+
+    ValueError and OSError end it with one line and exit code 1, a closed pipe silently with 141, Ctrl-C with 130.
+    """
     print_in_any_encoding()
     try:
         try:
@@ -28,7 +31,7 @@ def run_program() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more at its end, and would complain.
+        # Python flushes again at exit and would report the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""JSON to the records that a run's files hold: their annotations say what a key may be."""
+"""Records from JSON: values are checked against the annotations of a dataclass or TypedDict."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class AnyRecord(TypedDict):
-    """A JSON object of which nothing is known."""
+    """A JSON object with any keys."""
 
 
 def make_record(kind: type[T], values: Any) -> T:
-    """Return a dataclass, or TypedDict, of what a file holds of it; keys that a newer version adds say nothing here.
+    """Return a JSON object as a dataclass or TypedDict. Unknown keys, which newer versions may add, are accepted.
 
     Raises:
-        ValueError: if a key is missing, or holds something else than it is annotated as
+        ValueError: if `values` is not an object, a key is missing, or a value does not fit its annotation
     """
     if not isinstance(values, dict):
         raise ValueError(f"holds {_describe(values)}, expected a JSON object")
@@ -50,7 +50,7 @@ def _list_required(kind: type) -> tuple[str, ...]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is what an annotation says, all the way down; true is no number, a list may be a tuple."""
+    """Return whether a JSON value fits an annotation, recursively. A bool is not a number; a list fits a tuple."""
     kind, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True

@@ -1,1 +1,1 @@
-"""HTML pages that need nothing else: one look, one way to plot, one place where text from data is made harmless."""
+"""Self-contained HTML pages: one style, one way to plot, one place that escapes text from data."""

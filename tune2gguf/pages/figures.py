@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG whose colours and font are the page's, so that it suits light and dark."""
+"""Matplotlib figures as inline SVG. Colours and font come from the page, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE, NARROW = (920, 360), (360, 300)  # of a page, and of a phone; in pixels, as all sizes here
+WIDE, NARROW = (920, 360), (360, 300)  # on a page and on a phone; all sizes here are in pixels
 FONT_SIZE = 11
 MARGINS = {"left": 46, "right": 20, "top": 10, "bottom": 34}
 NUM_SERIES = 8
 
-# What a plot is drawn with -> a colour that stands for it while matplotlib draws; the page's stylesheet has the real
-# ones, as --plot-NAME.
+# Names of plot colours. Matplotlib draws with a placeholder for each; the page's stylesheet has the real colours, as
+# --plot-NAME.
 _NAMES = ("ink", "grid", "training", "validation", "base", "limit", "bar", *(f"series-{n}" for n in range(NUM_SERIES)))
 COLORS = {name: f"#0102{index:02x}" for index, name in enumerate(_NAMES)}
 
@@ -42,10 +42,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing for a wide page, perhaps another for a phone, and the words around it.
-
-    `label` is what a reader who cannot see it is told.
-    """
+    """A figure for a wide page, optionally one for a phone, and their texts. `label` is for screen readers."""
 
     title: str
     label: str
@@ -58,7 +55,7 @@ class Plot:
 def render_figure(
     draw: Callable[[Axes], None], size: tuple[int, int], *, name: str, ylabel: str = "", xlabel: str = "step"
 ) -> Markup:
-    """Return what is drawn into axes of their own as an `svg` element; the same drawing gives the same bytes.
+    """Return a figure with the axes that `draw` fills, as an `svg` element. Equal drawings give equal bytes.
 
     Args:
         size: width and height
@@ -67,7 +64,7 @@ def render_figure(
     import matplotlib
 
     file = io.StringIO()
-    # A long line loses the points within 0.7 pixels of it: no peak is lost, and a page stays below 400 kB.
+    # Points within 0.7 pixels of a line are dropped: peaks stay, and a page is smaller than 400 kB.
     options = {"svg.fonttype": "none", "svg.hashsalt": f"{name} {size}", "path.simplify_threshold": 0.7}
     with matplotlib.rc_context(options):
         figure, axes = _make_figure(*size, xlabel=xlabel, ylabel=ylabel)
@@ -76,7 +73,7 @@ def render_figure(
     svg = file.getvalue()
     for color_name, color in COLORS.items():
         svg = svg.replace(color, f"var(--plot-{color_name})")
-    # line2d_1 and the like are in every figure; what is referred to has a name of its own.
+    # Ids such as line2d_1 repeat in every figure, and nothing refers to them.
     return Markup(re.sub(r' id="[^"]*_\d+"', "", svg[svg.index("<svg") :]))
 
 
@@ -96,6 +93,6 @@ def _make_figure(width: int, height: int, *, xlabel: str, ylabel: str) -> tuple[
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=5, labelsize=FONT_SIZE, labelcolor=COLORS["ink"])
     axes.set_xlabel(xlabel, fontsize=FONT_SIZE, color=COLORS["ink"], labelpad=3)
-    # Above the axis instead of beside it: read without tilting the head, and all the width is the curve's.
+    # Horizontal, above the axis: easier to read, and the curve gets the whole width.
     figure.text(4 / width, 1 - FONT_SIZE / height, ylabel, size=FONT_SIZE, color=COLORS["ink"], va="center")
     return figure, axes

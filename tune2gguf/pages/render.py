@@ -1,4 +1,4 @@
-"""Templates to pages. Whatever a template prints is escaped; what would act even as text is spelled out."""
+"""Pages from templates. All values are escaped, and control characters are spelled out."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-# Control characters but tab and line break, what reorders the text around it, and halves of characters, which UTF-8
-# cannot hold. Joiners stay: emoji and some scripts need them.
+# Control characters except tab and line break, characters that reorder text, and lone surrogates, which UTF-8 cannot
+# encode. Joiners stay: emoji and some scripts need them.
 _ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
 )
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return the page of a template of this package.
+    """Return a page from a template of this package.
 
-    The page's content security policy allows its own script alone and no request at all, so that not even text that
-    slipped through the escaping could act.
+    Its content security policy allows only its own script and no requests. Even text that was not escaped could not
+    run.
     """
     script = _read_asset("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -41,7 +41,7 @@ def _make_environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Called with the value of every expression before it is escaped.
+        # Called on every value before it is escaped.
         finalize=_finalize,
     )
     environment.filters["count"] = "{:,}".format
@@ -49,18 +49,18 @@ def _make_environment() -> Environment:
 
 
 def _finalize(value: Any) -> Any:
-    r"""Spell out, as \x1b or \u202e, what would act on a page or what a file cannot hold."""
-    # Markup is a str, too, but made by this package.
+    r"""Return text with the characters of _ACTING spelled out, as \x1b or \u202e; other values unchanged."""
+    # Markup is a str, but comes from this package.
     return _ACTING.sub(lambda found: repr(found[0])[1:-1], value) if type(value) is str else value
 
 
 def format_loss(value: float) -> str:
-    """Return a loss to three decimals, or to as many as show a small one's first two digits."""
+    """Return a loss with three decimals, or with two significant digits below 0.01."""
     return f"{value:.3f}" if not 0 < abs(value) < 0.01 else f"{value:.2g}"
 
 
 def format_interval(low: float | None, high: float | None) -> str:
-    """Return an interval of losses; a dash where there is none."""
+    """Return an interval of losses, a dash if there is none."""
     return "–" if low is None or high is None else f"{format_loss(low)} – {format_loss(high)}"
 
 

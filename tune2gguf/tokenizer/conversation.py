@@ -12,39 +12,37 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `role` is system, user, assistant, or tool: a call's result; only the assistant's can be trained."""
+    """One message. `role` is system, user, assistant or tool (a call's result); only assistant messages are trained."""
 
     role: str
     content: str
     is_trained: bool = True  # False for an assistant turn that the row marks with weight 0
-    tool_calls: tuple[dict[str, Any], ...] = ()  # the assistant's, each of `name` and `arguments`, an object
+    tool_calls: tuple[dict[str, Any], ...] = ()  # of an assistant message, each with `name` and `arguments` (an object)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row holds: messages, or raw text and then no messages."""
+    """The content of a row: messages, or raw text without messages."""
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[dict[str, Any], ...] = ()  # each {"type": "function", "function": {…}}
-    first_token: int = 0  # where a piece of a long text begins in it
-    overlap: int = 0  # of its tokens, those of the piece before, which are not trained again
-    unused_keys: tuple[str, ...] = field(default=(), compare=False)  # of the row, where they hold anything
-    absent_columns: tuple[str, ...] = field(default=(), compare=False)  # that the user names and the row has not
-    had_end: bool = field(
-        default=False, compare=False
-    )  # a text of the row ended in an end-of-turn token, now taken off
-    was_stripped: bool = field(default=False, compare=False)  # a content began or ended in white space, now taken off
+    first_token: int = 0  # of a piece of a long text: its first token in the text
+    overlap: int = 0  # tokens that a piece repeats from the piece before; they are not trained again
+    unused_keys: tuple[str, ...] = field(default=(), compare=False)  # of the row, if not empty
+    absent_columns: tuple[str, ...] = field(default=(), compare=False)  # mapped, but empty or missing in the row
+    had_end: bool = field(default=False, compare=False)  # an end-of-turn token at the end of a text was removed
+    was_stripped: bool = field(default=False, compare=False)  # white space around a content was removed
 
     @property
     def system_prompt(self) -> str | None:
-        """What the system says before the first turn."""
+        """The content of a leading system message, or None."""
         return self.messages[0].content if self.messages and self.messages[0].role == "system" else None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to its last reply, and that reply, the reference."""
+    """A conversation up to its last reply, and that reply as the reference."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...]
@@ -69,7 +67,7 @@ def cut_before_reply(conversation: Conversation) -> Prompt:
 
 
 def describe_reply(content: str, tool_calls: Sequence[Mapping[str, Any]]) -> str:
-    """Return a reply as one text for people: what it says, and a line for each call."""
+    """Return a reply as text for people: its content, and a line for each call."""
     calls = [f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in tool_calls]
     return "\n".join([*([content] if content else []), *calls])
 
@@ -78,7 +76,7 @@ def make_request_messages(messages: Sequence[Message], *, arguments_as_text: boo
     """Return messages as clients send them.
 
     Args:
-        arguments_as_text: a call's arguments as JSON text, which OpenAI's API has; Ollama's has an object
+        arguments_as_text: whether a call's arguments are JSON text (OpenAI's API) or an object (Ollama's)
     """
     sent: list[dict[str, Any]] = []
     ids: list[str] = []

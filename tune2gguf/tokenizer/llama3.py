@@ -59,7 +59,7 @@ def _digest(content: bytes) -> str:
 def make_llama3_tokenizer_json(path: str | Path) -> dict:
     """Return the content of the published tokenizer.json of Llama 3.1 and 3.2, made from Meta's tokenizer.model.
 
-    The file of ranks holds, one a line, a token's bytes in base64 and its rank, which is its id. Written with
+    Each line of tokenizer.model holds a token's bytes in base64 and its rank, which is its id. Written with
     `json.dumps(…, indent=2, ensure_ascii=False)` the result is the published file, byte for byte.
 
     Raises:
@@ -137,15 +137,15 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(
-                f"{path}, line {number}: not a tokenizer.model of Llama 3 (a token in base64 and its rank a line)"
+                f"{path}, line {number}: not a tokenizer.model of Llama 3 (expected a token in base64 and its rank)"
             ) from None
     if list(ranks.values()) != list(range(len(ranks))) or not ranks:
-        raise ValueError(f"{path}: its ranks do not count from 0 without gaps; the file is cut or damaged")
+        raise ValueError(f"{path}: its ranks are not 0, 1, 2, …; the file is damaged, so download it again")
     return ranks
 
 
 def _recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return every pair of tokens that makes up a token, by the rank of the whole, then of its left and right part."""
+    """Return all pairs of tokens that join to a token, sorted by rank of the whole, the left and the right part."""
     merges = []
     for token in ranks:  # in the order of their ranks
         pairs = [

@@ -1,4 +1,4 @@
-"""The chat templates that are trained and served: one record feeds the tokenizer, the GGUF and the Modelfile."""
+"""Chat templates: one record each, for the tokenizer, the GGUF and the Modelfile."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tune2gguf.tokenizer.tools import LLAMA_SYSTEM_PREFIX, WriteOut, write_out_c
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a conversation becomes text; contents stand in it as they are.
+    """The text format of a conversation. Contents are inserted unchanged.
 
-    A message is `role_start + role + role_end + content + end_of_turn + turn_separator`. A last message of the
-    assistant is the beginning of the reply (prefill): llama.cpp's server continues it, ollama_template leaves it open.
+    A message is `role_start + role + role_end + content + end_of_turn + turn_separator`. A final assistant message is
+    the beginning of the reply (prefill): llama.cpp's server continues it, ollama_template leaves it open.
     """
 
     name: str
-    beginning: str  # before the first message; the runtime adds it where it is the BOS token
+    beginning: str  # before the first message; the runtime adds it if it is the BOS token
     role_start: str
     role_end: str
     end_of_turn: str  # the last supervised token of a reply
@@ -26,12 +26,12 @@ class ChatTemplate:
     ollama_template: str  # TEMPLATE in the Modelfile; without BOS, which the runtime adds
     jinja_with_tools: str  # the same for conversations with tools as well
     ollama_with_tools: str
-    write_out: WriteOut  # makes plain messages of those with tools, calls and results
-    stops: tuple[str, ...]  # those that the vocabulary has
+    write_out: WriteOut  # turns tools, calls and results into plain messages
+    stops: tuple[str, ...]  # stop tokens, if the vocabulary has them
     system_prefix: str = ""  # before the system message's content; with one, every conversation has a system message
 
     def with_tools(self) -> ChatTemplate:
-        """Return the format with the templates that take tools."""
+        """Return the record with the templates that take tools."""
         return replace(self, jinja_template=self.jinja_with_tools, ollama_template=self.ollama_with_tools)
 
     @property
@@ -39,7 +39,7 @@ class ChatTemplate:
         return self.jinja_template == self.jinja_with_tools
 
 
-# Ollama's template goes over the messages so: {{ $i }} counts them, {{ $isOpen }} says that the last one is a prefill.
+# The loop over the messages in Ollama's templates: $i is the index, $isOpen is true for a final prefill.
 _RANGE = (
     "{{- $isOpen := false }}"
     '{{- range $i, $_ := .Messages }}{{ $isOpen = and (eq .Role "assistant") (eq (len (slice $.Messages $i)) 1) }}'
@@ -53,7 +53,7 @@ def _close_turn(end: str) -> str:
     return end.join(_CLOSE)
 
 
-# The jinja template is Llama 3.0's published one, but for its trim: it is the format torchtune trains on.
+# Llama 3.0's published jinja template without its trim, which is the format that torchtune trains on.
 LLAMA3 = ChatTemplate(
     name="llama3",
     beginning="<|begin_of_text|>",
@@ -82,8 +82,8 @@ LLAMA3 = ChatTemplate(
     stops=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"),
 )
 
-# The framing of Meta's Llama 3.1 and 3.2 templates without tools. Their date is that of the request where the runtime
-# tells it; here it is the fixed one they fall back to, or what is served would differ from what was trained.
+# Meta's templates for Llama 3.1 and 3.2 without tools. Some runtimes put the date of the request into them. Here it is
+# the fixed date that they fall back to: else the served prompt would differ from the trained one.
 LLAMA3_1 = replace(
     LLAMA3,
     name="llama3_1",
@@ -113,7 +113,7 @@ LLAMA3_1 = replace(
     ollama_with_tools=make_llama_go(LLAMA_SYSTEM_PREFIX, _RANGE, _CLOSE),
 )
 
-# No default system message: what is not in the training rows is not in the prompt that is served.
+# No default system message: the served prompt holds only what the training rows hold.
 CHATML = ChatTemplate(
     name="chatml",
     beginning="",

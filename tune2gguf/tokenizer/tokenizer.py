@@ -1,14 +1,14 @@
-"""Text to token ids and back, for training: Llama-3 from tokenizer.json or tokenizer.model, and ChatML models.
+"""Chat tokenizers: text to token ids and back, for Llama 3 (tokenizer.json or tokenizer.model) and ChatML models.
 
-The ids are those that llama.cpp gets when it renders the chat template and tokenizes the text, by three rules:
+The ids equal llama.cpp's after it has rendered the chat template, by three rules:
 
-- Content is rendered as it is. Rows lose the white space around their contents when they are read, and no template
-  strips any, so that every engine renders every message alike.
-- The text between two special tokens is tokenized as one string, as the server does it, with one exception: a reply is
-  tokenized apart from the header before it, because the model generates it after a prompt that ends with the header.
-  The two differ only where a reply starts with white space, which no row's does.
-- Special tokens spelled out in content stay text. The server would read them as special tokens, but a reply that talks
-  about `<|eot_id|>` must not teach the model to end its turn there. data.json counts such rows.
+- Content is rendered unchanged. White space around contents is removed when rows are read, and no template strips any:
+  every engine renders a message alike.
+- The text between two special tokens is tokenized as one string, as in the server. One exception: a reply is tokenized
+  apart from the header before it, because the model generates it after a prompt that ends with the header. The ids
+  differ only if a reply starts with white space, and no row's does.
+- Special tokens spelled in content stay text. The server would read them as special tokens, but a reply about
+  `<|eot_id|>` must not teach the model to end its turn there. data.json counts such rows.
 
 torchtune's Llama3Tokenizer is not used: it supervises the assistant's header, names three special tokens differently
 from the published files, knows no ChatML, and costs four seconds to import.
@@ -36,7 +36,7 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-# In a base folder, the first that is there; Meta's repositories have the last.
+# The first of these in a base folder is used; Meta's repositories have the last.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 # Padding is never attended to and never supervised: any id is correct, these are the customary ones.
 _PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|end_of_text|>")
@@ -56,15 +56,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer together with the chat template it is used with. Made by load_tokenizer."""
+    """A tokenizer and its chat template. Made by load_tokenizer."""
 
     backend: Tokenizer
     chat_template: ChatTemplate
     special_ids: dict[str, int]  # every special token of the vocabulary
-    fingerprint: str  # of all that decides the ids: the tokenizer's file and the chat template
+    fingerprint: str  # of the tokenizer's file and the chat template, which determine the ids
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Be what was pickled for another process: the library forgets that special tokens in a text stay text."""
+        """Restore a pickled tokenizer: the library's pickle loses encode_special_tokens."""
         vars(self).update(state)
         self.backend.encode_special_tokens = True
 
@@ -93,7 +93,7 @@ class ChatTokenizer:
         return tuple(self.special_ids[token] for token in self.chat_template.stops if token in self.special_ids)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of the text alone: nothing is added, and special tokens spelled in it stay text."""
+        """Return the ids of the text. Nothing is added, and special tokens spelled in it stay text."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -101,23 +101,23 @@ class ChatTokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def encode_conversation(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[list[int], list[bool]]:
-        """Return ids and supervised flags; supervised are replies, calls and their end-of-turn tokens, nothing else."""
+        """Return ids and supervised flags. Only replies, calls and their end-of-turn tokens are supervised."""
         [(ids, supervised)] = self.encode_segments([self.render_conversation(messages, tools)])
         return ids.tolist(), supervised.tolist()
 
     def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
-        """Return the ids of the conversation so far and of the header of the reply that is to be generated."""
+        """Return the ids of the conversation so far and of the next reply's header."""
         [(ids, _)] = self.encode_segments([self.render_prompt(messages, tools)])
         return ids.tolist()
 
     def encode_document(self, text: str) -> tuple[list[int], list[bool]]:
-        """Return ids and supervised flags of raw text: all of it is supervised, and the end-of-text token after it."""
+        """Return ids and supervised flags of raw text. All of it and its end-of-text token are supervised."""
         [(ids, supervised)] = self.encode_segments([self.render_document(text)])
         return ids.tolist(), supervised.tolist()
 
     def encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return ids (int32) and supervised flags (bool) of each row. Many rows in one call use all cores."""
-        # The format's own texts, and many a system prompt, stand in every row.
+        # The template's texts, and often the system prompt, repeat in every row: tokenize each text once.
         texts = [*dict.fromkeys(segment.text for row in rows for segment in row if not segment.is_special)]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
@@ -142,16 +142,16 @@ class ChatTokenizer:
         return join_texts(segments)
 
     def write_out(self, messages: Sequence[Message], tools: Tools = ()) -> list[Message]:
-        """Return plain messages: tools, calls and results are text, and the format's prefix stands where it belongs."""
+        """Return plain messages: tools, calls, results and the format's system prefix become text."""
         return self.chat_template.write_out(messages, tools, self.chat_template.system_prefix)
 
     def render_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
-        """Return the segments of a conversation and of the header of the reply to come, as it is served."""
+        """Return the segments of a conversation and of the next reply's header, as it is served."""
         unanswered = [replace(message, is_trained=False) for message in messages]
         return join_texts(self.render_conversation(unanswered, tools) + self._headers["assistant"])
 
     def render_document(self, text: str) -> list[Segment]:
-        """Return the segments of raw text, between the beginning-of-text and end-of-text tokens that there are."""
+        """Return the segments of raw text, between the template's beginning and the vocabulary's end-of-text token."""
         ends = [token for token in END_OF_TEXT_TOKENS if token in self.special_ids][:1]
         return [
             *self._split(self.chat_template.beginning),
@@ -180,7 +180,7 @@ class ChatTokenizer:
 
 
 def join_texts(segments: Sequence[Segment]) -> list[Segment]:
-    """Join neighbouring texts, which are tokenized as one string, except where supervision begins; drop empty ones."""
+    """Join adjacent texts of equal supervision, to be tokenized as one string. Drop empty ones."""
     joined: list[Segment] = []
     for segment in segments:
         last = joined[-1] if joined else None
@@ -247,7 +247,7 @@ def _find_special_tokens(chat_template: ChatTemplate) -> set[str]:
 
 
 def looks_special(token: str) -> bool:
-    """Whether llama.cpp's converter takes an added token for a control token, though it is not marked as one."""
+    """Return whether llama.cpp's converter treats an added token as a control token even if it is not marked so."""
     return token.startswith("<|") and token.endswith("|>")
 
 

@@ -1,7 +1,7 @@
-"""The templates with tools: what tools.py writes, for jinja engines (the GGUF) and for Go's (Ollama).
+"""Chat templates with tools, for jinja (the GGUF) and for Go (Ollama). They write the same text as tools.py.
 
-Three engines must write the same JSON. jinja's `tojson` is Python's. Go's `json` escapes <, > and & and leaves out
-spaces, so strings are written by `printf "%q"`, and objects and arrays by hand.
+Three engines must write the same JSON. jinja's `tojson` is Python's. Go's `json` escapes <, > and & and omits spaces,
+so strings are written by `printf "%q"`, and objects and arrays by hand.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tune2gguf.tokenizer.tools import (
 
 @dataclass(frozen=True)
 class _Layout:
-    """How JSON is broken into lines: with an indent, or not at all."""
+    """The line breaks of JSON: with an indent, or none."""
 
     indent: int | None
 
     def begin(self, depth: int) -> str:
-        """Return what stands behind an opening bracket whose members have this depth."""
+        """Return the text after an opening bracket whose members have this depth."""
         return "" if self.indent is None else "\n" + " " * self.indent * depth
 
     def separate(self, depth: int) -> str:
@@ -33,12 +33,12 @@ class _Layout:
 
 
 def _quote(text: str) -> str:
-    """Return a text as a literal of jinja or Go, in double quotes."""
+    """Return a text as a double-quoted literal of jinja or Go."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def _say(text: str) -> str:
-    """Return a jinja action that writes a text, whatever the engine does about line breaks and white space."""
+    """Return a jinja action that writes a text, independent of the engine's white space settings."""
     return "{{- " + _quote(text) + " }}"
 
 
@@ -94,7 +94,7 @@ def _write_jinja_arguments(condition: str) -> str:
     )  # fmt: skip
 
 
-# In the order of tools.order_arguments. OpenAI's clients send JSON text; engines hand on an object, or the text.
+# In the order of tools.order_arguments. OpenAI's clients send JSON text; engines pass on an object or the text.
 _JINJA_ARGUMENTS = (
     "{%- macro write_arguments(call, tools) %}{%- if call.arguments is string %}{{- call.arguments }}{%- else %}"
     '{%- set state = namespace(separator="", required=[]) %}'
@@ -113,7 +113,7 @@ def make_llama_jinja(prefix: str) -> str:
     """Return Meta's format as tools.write_out_llama writes it.
 
     Args:
-        prefix: of the system message where there are no tools
+        prefix: of the system message if there are no tools
     """
     header, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
     prefixed = _say(header.format("system")) + "{%- if tools %}" + _say(LLAMA_ENVIRONMENT + LLAMA_SYSTEM_PREFIX)
@@ -177,7 +177,7 @@ def make_chatml_jinja() -> str:
     )  # fmt: skip
 
 
-# Any JSON value, as Python writes it; Go goes over an object by the order of its keys.
+# Any JSON value, as Python writes it. Go's range visits an object's keys in sorted order.
 _GO_VALUE = (
     '{{- define "value" }}{{ $kind := printf "%T" . }}'
     '{{ if eq $kind "string" }}{{ printf "%q" . }}'
@@ -256,8 +256,8 @@ def make_llama_go(prefix: str, go_over: str, close_turn: Sequence[str]) -> str:
     """Return make_llama_jinja's format for Ollama.
 
     Args:
-        go_over: begins the loop over the messages
-        close_turn: before and behind what is left out where the last message is the beginning of the reply
+        go_over: the beginning of the loop over the messages
+        close_turn: texts before and after a part that is omitted if the last message is a prefill
     """
     header, end = "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>".join(close_turn)
     block = header.format("system") + "{{ if .Tools }}" + LLAMA_ENVIRONMENT + LLAMA_SYSTEM_PREFIX
@@ -270,7 +270,7 @@ def make_llama_go(prefix: str, go_over: str, close_turn: Sequence[str]) -> str:
         + "{{ if " + is_shown + " }}"
         + '{{ if eq .Role "tool" }}' + header.format("ipython") + "{{ .Content }}<|eot_id|>"
         + "{{ else }}" + header.format("{{ .Role }}")
-        # Ollama takes the first text behind `if .ToolCalls` for what begins a call.
+        # Ollama takes the first text after `if .ToolCalls` as the beginning of a call.
         + '{{ if .ToolCalls }}{{ with index .ToolCalls 0 }}{"name": {{ printf "%q" .Function.Name }}, "parameters": '
         + _GO_ARGUMENTS + '{{ "}" }}<|eot_id|>{{ end }}{{ else }}'
         + '{{ if and $showsTools (eq .Role "user") }}{{ $showsTools = false }}' + LLAMA_INSTRUCTION
@@ -295,7 +295,7 @@ def make_chatml_go(go_over: str, close_turn: Sequence[str]) -> str:
         + '{{ if ne $next "tool" }}<|im_end|>\n{{ $wasResult = false }}{{ end }}'
         + '{{ else if or (ne .Role "system") (not $.Tools) }}<|im_start|>{{ .Role }}\n{{ .Content }}'
         + "{{ $calls := .ToolCalls }}{{ if and .Content $calls }}\n{{ end }}"
-        # Ollama takes the first text behind `if .ToolCalls` for what begins a call.
+        # Ollama takes the first text after `if .ToolCalls` as the beginning of a call.
         + "{{ if .ToolCalls }}{{ range $j, $call := .ToolCalls }}"
         + '<tool_call>\n{"name": {{ printf "%q" .Function.Name }}, "arguments": ' + _GO_ARGUMENTS
         + '{{ "}" }}\n</tool_call>{{ if gt (len (slice $calls $j)) 1 }}\n{{ end }}{{ end }}{{ end }}'

@@ -1,11 +1,12 @@
-"""Tools in a conversation: how their definitions, calls and results are written into plain messages.
+"""Tools as plain messages: writes definitions, calls and results into the text of a conversation.
 
-Two formats: Meta's for Llama 3.1 and 3.2 (a call is a JSON object, one a turn; definitions stand in the first user
-message), and the one that ChatML models use (calls between <tool_call> tags, several a turn; definitions stand in the
-system message).
+Two formats: Meta's for Llama 3.1 and 3.2 (a call is a JSON object, one per turn; definitions are in the first user
+message), and that of ChatML models (calls between <tool_call> tags, several per turn; definitions are in the system
+message).
 
-Of a definition is written what reaches Ollama's templates, in their order, properties by name: so that a tool has the
-same ids in every engine, however a client orders its keys. tool_templates.py says the same to the engines.
+Only the keys of a definition that reach Ollama's templates are written, in the templates' order, properties by name.
+A tool thus has the same ids in every engine, however a client orders its keys. tool_templates.py has the same formats
+for the engines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from tune2gguf.tokenizer.conversation import Message
 
-# The date is that of Meta's templates where the runtime tells none.
+# The date is the one of Meta's templates if the runtime gives none.
 LLAMA_SYSTEM_PREFIX = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 LLAMA_ENVIRONMENT = "Environment: ipython\n"
 LLAMA_INSTRUCTION = (
@@ -36,14 +37,14 @@ CHATML_CALL_INSTRUCTION = (
     '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
     "</tool_call>"
 )
-# Keys of a definition that are written; of `items` its type alone.
+# Keys of a definition that are written; of `items`, only its type.
 FUNCTION_KEYS = ("name", "description", "parameters")
 PARAMETERS_KEYS = ("type", "properties", "required")
 PROPERTY_KEYS = ("type", "description", "enum", "items")
 
 
 def canonicalize_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a definition ({"type": "function", "function": {…}}) as it is written, its keys in that order."""
+    """Return a definition ({"type": "function", "function": {…}}) with its written keys in the written order."""
     function = tool["function"]
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties") or {}
@@ -62,7 +63,7 @@ def _write_property(schema: Any) -> dict[str, Any]:
 
 
 def list_unwritten_keys(tool: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the keys of a definition that hold something and are not written."""
+    """Yield the keys of a definition that are neither null nor written."""
     function = tool["function"]
     parameters = function.get("parameters") or {}
     yield from _list_others(tool, ("type", "function"), "tools[]")
@@ -79,7 +80,7 @@ def _list_others(values: Any, known: Sequence[str], place: str) -> Iterator[str]
 
 
 def sort_values(value: Any) -> Any:
-    """Return a JSON value with the keys of its objects in order, and whole numbers as integers: as Go writes them."""
+    """Return a JSON value as Go writes it: objects with sorted keys, whole numbers as integers."""
     if isinstance(value, Mapping):
         return {key: sort_values(value[key]) for key in sorted(value)}
     if isinstance(value, list):
@@ -88,9 +89,9 @@ def sort_values(value: Any) -> Any:
 
 
 def order_arguments(call: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a call's arguments in the order they are written: the required ones first, each part by name.
+    """Return a call's arguments in the written order: the required ones first, each group sorted by name.
 
-    llama.cpp's grammar demands the required ones first; Go knows no other order than that of names.
+    llama.cpp's grammar demands the required ones first; Go can only sort by name.
     """
     required = next(
         ((tool["function"].get("parameters") or {}).get("required") or []
@@ -107,7 +108,7 @@ def write_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def is_written_alike(text: str) -> bool:
-    """Whether Go's %q, by which Ollama's template writes strings, is JSON: it escapes what does not print."""
+    """Return whether Go's %q, used in Ollama's template, writes a text as JSON: it escapes unprintable characters."""
     return all(character.isprintable() or character in "\t\r\n" for character in text)
 
 
@@ -115,7 +116,7 @@ def write_out_llama(messages: Sequence[Message], tools: Sequence[Mapping[str, An
     """Return the plain messages of Meta's format; results have the role ipython.
 
     Args:
-        prefix: of the system message where there are no tools; with one, every conversation has a system message
+        prefix: of the system message if there are no tools; with one, every conversation has a system message
 
     Raises:
         ValueError: for several calls in a turn, or text beside a call
@@ -140,16 +141,18 @@ def _write_out_llama_turn(message: Message, tools: Sequence[Mapping[str, Any]]) 
     if not message.tool_calls:
         return message
     if len(message.tool_calls) > 1:
-        raise ValueError(f"Llama's format has one call a turn, not {len(message.tool_calls)}; call one after the other")
+        raise ValueError(
+            f"Llama's format allows one call per turn, got {len(message.tool_calls)}; write one call after the other"
+        )
     if message.content:
-        raise ValueError(f"Llama's format has no text beside a call, here {message.content[:40]!r}; leave it out")
+        raise ValueError(f"Llama's format allows no text beside a call, got {message.content[:40]!r}; remove it")
     call = message.tool_calls[0]
     content = f'{{"name": {write_json(call["name"])}, "parameters": {write_json(order_arguments(call, tools))}}}'
     return replace(message, content=content, tool_calls=())
 
 
 def write_out_chatml(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], prefix: str) -> list[Message]:
-    """Return the plain messages of ChatML's format; neighbouring results are one message of the user."""
+    """Return the plain messages of ChatML's format. Adjacent results are one user message."""
     messages = list(messages)
     if tools:
         has_system = bool(messages) and messages[0].role == "system"
