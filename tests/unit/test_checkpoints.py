@@ -138,7 +138,7 @@ NORM = "model.norm.weight"
     [
         (lambda header: header[NORM].update(data_offsets=[0, 10]), "invalid shape, data type, or offset"),
         (lambda header: header[NORM].update(data_offsets=[0, 64]), "invalid offset"),
-        (lambda header: header[NORM].update(dtype="U16"), "dtype 'U16', which is not supported"),
+        (lambda header: header[NORM].update(dtype="U16"), "has dtype 'U16'; supported: F64"),
         (lambda header: header[NORM].pop("shape"), "missing field `shape`"),
         (lambda header: header.update({NORM: 3}), "invalid JSON in header"),
     ],
@@ -161,7 +161,7 @@ def test_header_that_is_no_json_object_is_an_error(single_base, content):
 )
 def test_broken_index_is_an_error(sharded_base, content):
     (sharded_base / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: (not a|names '[^']*'; a file must be in)"):
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: (not a|names [^;]*; a file must be in)"):
         open_base(sharded_base)
 
 
