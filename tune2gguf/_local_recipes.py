@@ -112,7 +112,7 @@ def _import_for_torchtune(name, *context, **named_context):
 class NoDownload:
     """A meta path finder that leaves out `tune download` when our recipe runs: `tune` imports all of its commands.
 
-    This one imports kagglehub and torchtune's checkpointers: an eighth of a run's start-up time.
+    This one imports kagglehub and torchtune's checkpointers, which no run uses.
     """
 
     @staticmethod

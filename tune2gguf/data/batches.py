@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tune2gguf.data.tokenize import TokenizedRow
 
-MOST_PLANNED_ROWS = 100_000  # half a second beside other programs
+MOST_PLANNED_ROWS = 100_000  # over the epochs that are planned ahead
 
 
 @dataclass(frozen=True)
