@@ -13,7 +13,7 @@ from tune2gguf.config import check_values, load_config
 from tune2gguf.data.general import list_mixed_prompts, list_scored_prompts
 from tune2gguf.export.pipeline import export_run
 from tune2gguf.report import write_report
-from tune2gguf.runs.forgetting import Forgetting, GeneralAnswer
+from tune2gguf.runs.forgetting import Forgetting, GeneralAnswer, read_forgetting, write_forgetting
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.serve.general_rows import make_general_rows
 from tune2gguf.serve.proof import ADAPTER, BASE, prove_export
@@ -108,6 +108,19 @@ def test_mixed_prompts_are_other_ones_than_the_scored():
 def make_forgetting(divergence: float) -> Forgetting:
     one = GeneralAnswer("Why?", "So.", (1, 2), (3, 4), 0.5, 0.5 + divergence, 2 * divergence, 1)
     return Forgetting("best", (one,) * 8)
+
+
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path):
+    write_forgetting(tmp_path, make_forgetting(0.2))
+    assert read_forgetting(tmp_path) == make_forgetting(0.2), "negative control"
+    path = tmp_path / "forgetting.json"
+    whole = json.loads(path.read_text())
+    no_ids = [{**one, "answer_ids": []} for one in whole["answers"]]
+    for damage in ({"answers": []}, {"answers": ["x"]}, {"answers": no_ids}, {"adapter": 3}):
+        path.write_text(json.dumps(whole | damage))
+        with pytest.raises(ValueError, match="forgetting.json") as error:
+            read_forgetting(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 def test_a_notable_loss_brings_advice_that_is_a_config(tmp_path, monkeypatch):

@@ -94,7 +94,10 @@ def read_forgetting(run_dir: Path) -> Forgetting | None:
 
 def _parse(values: Any) -> Forgetting:
     found = make_record(_Found, values)
-    return Forgetting(found.adapter, tuple(make_record(GeneralAnswer, one) for one in found.answers))
+    answers = tuple(make_record(GeneralAnswer, one) for one in found.answers)
+    if len(answers) < 2 or not all(one.answer_ids for one in answers):
+        raise ValueError("holds no answers, or an empty one")
+    return Forgetting(found.adapter, answers)
 
 
 @dataclass(frozen=True)
