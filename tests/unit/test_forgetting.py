@@ -118,7 +118,7 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path):
     no_ids = [{**one, "answer_ids": []} for one in whole["answers"]]
     for damage in ({"answers": []}, {"answers": ["x"]}, {"answers": no_ids}, {"adapter": 3}):
         path.write_text(json.dumps(whole | damage))
-        with pytest.raises(ValueError, match="forgetting.json") as error:
+        with pytest.raises(ValueError, match=r"forgetting\.json") as error:
             read_forgetting(tmp_path)
         assert "\n" not in str(error.value)
 
