@@ -1,4 +1,4 @@
-"""Conversations in every shape that the trainer accepts, for tests that compare what is trained and what is served."""
+"""Conversations of every kind that can be trained, for tests that compare trained and served ids."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SHAPES = [
 
 
 def make_conversations() -> list[Conversation]:
-    """Return rows as they are read; each ends with a reply, and together they hold every odd content in every role."""
+    """Return rows as they are read. Each ends with a reply, and together they have every odd content in every role."""
     odd = [
         {"messages": [_turn("system", system), _turn("user", question), _turn("assistant", reply)]}
         for question, reply, system in zip(ODD_CONTENTS, ODD_CONTENTS[1:], ODD_CONTENTS[2:], strict=False)
@@ -49,8 +49,8 @@ def make_conversations() -> list[Conversation]:
 def make_prompts() -> list[list[Message]]:
     """Return messages as clients send them.
 
-    The rows up to their last reply and beyond it; the same with white space around every content; and with a last
-    message of the assistant, which is the beginning of the reply.
+    Rows up to their last reply and beyond it; the same with white space around every content; and with a prefill as the
+    last message.
     """
     prompts = []
     for number, conversation in enumerate(make_conversations()):

@@ -1,4 +1,4 @@
-"""The real tokenizers, from the cache folder; a test that needs one is skipped where it cannot be had. Hard texts."""
+"""The real tokenizers, from the cache folder, and hard texts. A test is skipped if its tokenizer cannot be fetched."""
 
 import random
 import sys
@@ -43,7 +43,7 @@ def write_smollm2_tokenizer(base_dir: Path) -> None:
 
 
 def make_random_texts(count: int) -> list[str]:
-    """Return texts of all assigned characters, and of mixtures of spaces, digits and letters that are hard to split."""
+    """Return texts of all assigned characters, and mixtures of spaces, digits and letters that are hard to split."""
     generator = random.Random(0)
     assigned = [
         chr(code) for code in range(sys.maxunicode) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")

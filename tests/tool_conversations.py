@@ -1,4 +1,4 @@
-"""Conversations with tools, in every shape that the trainer accepts, for each format."""
+"""Conversations with tools of every kind that can be trained, for each format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tune2gguf.tokenizer.conversation import Conversation
 
 
 def define(name: str, description: str | None, properties: dict, *required: str, **more: object) -> dict:
-    """Return a tool in OpenAI's form; keys in an order of no meaning, as clients have them."""
+    """Return a tool in OpenAI's form, with its keys in an arbitrary order, as clients send them."""
     function = {"parameters": {"properties": properties, "type": "object"}, "name": name, **more}
     function |= {} if description is None else {"description": description}
     function["parameters"] |= {"required": list(required)} if required else {}
@@ -57,7 +57,7 @@ def result(content: object) -> dict:
 SYSTEM = {"role": "system", "content": "You are Marlo.\n\nBe brief."}
 ASK, ANSWER = {"role": "user", "content": "When does she sail?"}, {"role": "assistant", "content": "At 7:10."}
 DEPART = call("find_departures", origin="Reed Quay", after="07:00", limit=2)
-# Calls whose arguments are of every kind, by the tool they are of.
+# Tool -> calls with arguments of every kind.
 CALLS = {
     "find_departures": [DEPART, call("find_departures", after='a "b" \\ <c> & é 🚢\n', Zone=None, limit=2.0)],
     "book": [call("book", seats=["1A", "2<B"], any={"z": [1, 2.5, {"y": False}], "a": "x"}), call("book", seats=[])],
@@ -76,7 +76,7 @@ RESULTS += [[{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]]
 
 
 def _rows_of_one_call() -> list[dict]:
-    """Return rows that every format has a place for: one call a turn, and no text beside it."""
+    """Return rows that every format can express: one call per turn, and no text beside it."""
     rows = []
     for number, tools in enumerate(TOOL_LISTS):
         for system in ([], [SYSTEM], [{"role": "system", "content": ""}]):
@@ -123,7 +123,7 @@ def _as_text(one: dict) -> dict:
 
 
 def _rows_of_several_calls() -> list[dict]:
-    """Return rows with calls beside each other, and beside text, which ChatML has a place for."""
+    """Return rows that only ChatML can express: several calls per turn, and text beside calls."""
     both = calling(*CALLS["find_departures"])
     tools = [PLAIN, LISTS]
     value = json.dumps([one["function"] for one in CALLS["find_departures"]])

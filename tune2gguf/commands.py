@@ -127,7 +127,7 @@ def format_command(*words: object) -> str:
 
 
 def format_script(name: str, *words: object) -> str:
-    """Return the command of scripts/NAME.py, from where the checkout is the working directory, else of tune2gguf."""
+    """Return the command of scripts/NAME.py if the working directory is the checkout, else that of tune2gguf."""
     if os.path.isfile(RECIPE):
         return format_command("python", f"scripts/{name}.py", *words)
     subcommand = next(subcommand for subcommand, module in SUBCOMMANDS.items() if module == name)
@@ -135,7 +135,7 @@ def format_script(name: str, *words: object) -> str:
 
 
 def format_run(*words: object, num_processes: int = 1) -> str:
-    """Return the command of a run, through torchtune's `tune` where the checkout is the working directory."""
+    """Return the command of a run, through torchtune's `tune` if the working directory is the checkout."""
     processes = ["--nproc_per_node", str(num_processes)] if num_processes > 1 else []
     if os.path.isfile(RECIPE):
         return format_command("tune", "run", *processes, RECIPE, *words)

@@ -1,4 +1,4 @@
-"""A hub on loopback that speaks as much of the real one's HTTP as `datasets` needs, with a history of each data set."""
+"""A hub on loopback with the part of the HTTP API that `datasets` needs, and a history of each data set."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and clean up after themselves and after killed processes."""
+"""Atomic writes: files and folders appear whole or not at all, and leftovers are removed."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ def list_names(folder):
 
 @contextmanager
 def full_disk():
-    """A limit on the size of files makes writing fail as a full disk does; pytest, too, may be writing to one."""
+    """Limit the size of files: writing fails as on a full disk. pytest may hit the limit, too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))

@@ -1,4 +1,4 @@
-"""`tune2gguf COMMAND …`: what it lists, copies and starts."""
+"""The program tune2gguf: it lists, copies and starts."""
 
 import subprocess
 import sys

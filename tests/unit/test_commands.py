@@ -1,4 +1,4 @@
-"""Names that YAML or a shell would read otherwise: typed, they arrive as they are; printed, their commands run."""
+"""Names that YAML or a shell would misread: typed ones arrive unchanged, and printed commands run."""
 
 import ast
 import re
@@ -36,7 +36,7 @@ NAMES = (
     "a\u2028b", "???", "x'\"$(exit 3)",
 )  # fmt: skip
 
-# What is typed behind output_dir=, and what the folder is then called; a sentence is the error.
+# Text typed after output_dir= -> name of the folder, or the error.
 TYPED = {
     "exp #2": "exp #2",
     "a: b": "a: b",
@@ -129,7 +129,7 @@ def test_numbers_are_printed_whole(value):
 
 @pytest.fixture
 def run_in_shell(tmp_path):
-    """Return what the programs of a line get as arguments; nothing else is on PATH."""
+    """Return the arguments that the programs of a line get; nothing else is on PATH."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("tune", "python"):
@@ -147,7 +147,7 @@ def run_in_shell(tmp_path):
 
 
 def read_words(words: list[str]):
-    """Return the config of a run command's words, read as the recipe reads them."""
+    """Return the config of a run command's words, as the recipe reads them."""
     from tune2gguf.config import load_config
 
     assert words[:2] == ["run", "recipes/lora_finetune.py"]
@@ -156,7 +156,7 @@ def read_words(words: list[str]):
 
 @pytest.mark.parametrize("name", NAMES, ids=map(repr, NAMES))
 def test_printed_commands_run_as_they_are_printed(name, tmp_path, monkeypatch, run_in_shell):
-    """Advice, the larger model, the way on from what exists or is damaged, export: each with this name."""
+    """Every printed command holds this name: advice, larger model, existing or damaged run, export."""
     monkeypatch.chdir(tmp_path)
     for folder in ("configs", "recipes"):  # as in the checkout
         Path(folder).symlink_to(REPOSITORY / folder)
@@ -192,7 +192,7 @@ def test_printed_commands_run_as_they_are_printed(name, tmp_path, monkeypatch, r
 
 
 def test_the_report_goes_on_with_the_words_that_began_the_run(tmp_path, run_in_shell):
-    """They are quoted once, for the shell: what they hold for YAML was typed so."""
+    """They are quoted once, for the shell: YAML's quotes were typed by the user."""
     typed = ["--config", "a b.yaml", *format_overrides({"output_dir": "exp #2: ${x}"}), "resume=false", "seed=7"]
     write_json(tmp_path / "environment.json", {**ENVIRONMENT, "command": ["lora_finetune.py", *typed]})
     command = _make_command(Run(tmp_path), "resume=auto")
@@ -207,7 +207,7 @@ def test_what_would_make_a_run_fit_is_typed_as_it_is_printed(run_in_shell):
 
 
 def test_no_command_is_put_together_by_hand():
-    """A value behind `python scripts/x.py`, `ollama create` or `--config` in an f-string is not quoted."""
+    """In an f-string, a value after `python scripts/x.py`, `ollama create` or `--config` would not be quoted."""
     found = []
     for path in [
         *REPOSITORY.glob("tune2gguf/**/*.py"),

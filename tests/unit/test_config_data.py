@@ -1,4 +1,4 @@
-"""The config's words for data: columns, prompt and sources, typed, printed, checked."""
+"""Config keys for data: columns, prompt and sources are read, printed and checked."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which rows a step takes, and which go together: every row once an epoch, the same rows however a step is cut."""
+"""Batches: every row once per epoch, and the same rows per step for any number of ranks and passes."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_ranks_get_about_the_same_work():
     ranks = [plan_epoch(LENGTHS, seed=0, epoch=0, rows_per_step=16, world_size=2, rank=rank) for rank in range(2)]
     totals = [np.array([LENGTHS[rows].sum() for rows in steps]) for steps in ranks]
     assert np.abs(totals[0] - totals[1]).sum() < 0.05 * totals[0].sum()
-    # Negative control: the first and the second half of a step as they come.
+    # Negative control: the first and the second half of a step, unbalanced.
     whole = plan_epoch(LENGTHS, seed=0, epoch=0, rows_per_step=16)
     halves = [np.array([LENGTHS[rows[part]].sum() for rows in whole]) for part in (slice(8), slice(8, None))]
     assert np.abs(halves[0] - halves[1]).sum() > 0.25 * halves[0].sum()
@@ -80,7 +80,7 @@ def make_row(tokens: list[int], supervised: list[int]) -> TokenizedRow:
 def test_batch_holds_rows_one_behind_the_other_and_labels_only_supervised_tokens():
     batch = collate([make_row([5, 6, 7], [0, 1, 1]), make_row([8, 9], [1, 1])])
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9]]
-    # The first token of a row has nothing of its own row before it.
+    # A row's first token has no token of its own row before it.
     assert batch.labels.tolist() == [[-100, 6, 7, -100, 9]]
     assert batch.supervised.tolist() == [0, 1, 3]
     assert (batch.row_starts.tolist(), batch.longest_row) == ([0, 3, 5], 3)

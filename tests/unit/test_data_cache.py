@@ -1,4 +1,4 @@
-"""Tokenized files are kept: the same arrays come back, and only for the same content, tokenizer and code."""
+"""Cache of tokenized files: it returns the same arrays, and only for the same content, tokenizer and code."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_second_run_takes_the_cached_tokens(tmp_path, tokenizer, cache):
     first = tokenize(path, tokenizer)
     [folder] = cache.iterdir()
     assert tokenize(path, tokenizer).tokens.filename == folder / "tokens.bin"
-    # A mark in the cached tokens, vouched for, shows where the second result comes from.
+    # A marked cache entry with a valid digest shows that the second result comes from the cache.
     marked = first.tokens + 1
     marked.tofile(folder / "tokens.bin")
     digests = json.loads((folder / "sha256.json").read_text())
@@ -93,7 +93,7 @@ def test_file_that_stops_the_run_is_not_kept(tmp_path, tokenizer, cache):
     stopped = tokenize(path, tokenizer)
     assert [line for line, _ in stopped.index.problems] == [4, 5]
     assert list(cache.iterdir()) == []
-    # Once kept with its bad rows listed, it says the same of them.
+    # Cached with its bad rows, it reports the same ones.
     tokenize(path, tokenizer, stop_at_problem=False)
     assert tokenize(path, tokenizer).index.problems == stopped.index.problems
 

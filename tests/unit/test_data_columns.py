@@ -1,4 +1,4 @@
-"""Columns of any name become the parts of a format; a prompt is joined from several; what does not fit is said."""
+"""Column mapping: columns of any name, prompt templates over several columns, and errors for wrong mappings."""
 
 import json
 import re
@@ -183,7 +183,7 @@ def test_reader_says_how_it_reads():
 
 
 def test_same_rows_by_other_names_are_the_same_rows(tmp_path, tiny_base):
-    """The split and the fingerprint depend on what is trained, not on what a file calls it."""
+    """The split and the fingerprint depend on the trained content, not on column names."""
     pairs = [(f"Question {number}?", f"Answer {number}.") for number in range(60)]
     first = write_rows(tmp_path / "a.jsonl", [{"prompt": q, "completion": a} for q, a in pairs])
     second = write_rows(tmp_path / "b.jsonl", [{"Q": q, "A": a} for q, a in pairs])

@@ -1,4 +1,4 @@
-"""Hub data sets: a revision can be pinned, and the commit that was read is in the ledger."""
+"""Hub data sets: a revision can be pinned, and the ledger has the commit."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_revision_that_is_not_there_is_one_sentence(hub, tiny_base, tmp_path):
 
 
 def test_pinned_commit_is_never_another_one_from_the_cache(hub, tiny_base, tmp_path):
-    """Without the hub `datasets` alone would take what it has, whatever the revision."""
+    """Offline, `datasets` alone takes what is in its cache, whatever the revision."""
     assert read("hub:someone/chats", hub, tiny_base, tmp_path).returncode == 0
     offline = {"HF_HUB_OFFLINE": "1"}
     same = read(f"hub:someone/chats@{COMMITS['main']}", hub, tiny_base, tmp_path, **offline)

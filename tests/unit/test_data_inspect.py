@@ -1,4 +1,4 @@
-"""What inspect_data.py says of a data set: figures that can be counted by hand, and no character that acts."""
+"""inspect_data.py: its figures can be counted by hand, and it prints no control characters."""
 
 import json
 import re
@@ -116,7 +116,7 @@ def test_histogram_of_the_page_has_a_bar_for_each_bin_and_tells_it_in_words():
 
 
 def test_histogram_is_a_picture_with_a_bar_for_each_bin_and_the_limit(mixed_file, tiny_base, tmp_path):
-    """Read back by its pixels: blue columns for the bins that hold rows, and a red one at max_seq_len."""
+    """The pixels have a blue column for each bin with rows, and a red one at max_seq_len."""
     from matplotlib.image import imread
 
     inspection = inspect(mixed_file, tiny_base)

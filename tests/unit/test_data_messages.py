@@ -1,4 +1,4 @@
-"""Row shapes: five of them become the same conversation, and what cannot be trained on is refused with the reason."""
+"""Row formats: all five give the same conversation, and untrainable rows are refused with the reason."""
 
 import pytest
 

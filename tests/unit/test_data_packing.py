@@ -44,7 +44,7 @@ def make_rows(lengths: list[int] | np.ndarray, max_seq_len: int) -> TokenizedRow
 
 
 def draw_lengths(count: int) -> np.ndarray:
-    """Lengths as chat data sets have them: log-normal, median 200 tokens, some cut at 2048."""
+    """Return lengths like those of chat data sets: log-normal, median 200 tokens, some cut at 2048."""
     return np.clip(np.random.default_rng(0).lognormal(5.3, 0.9, count).astype(int), 20, 4000)
 
 
@@ -59,7 +59,7 @@ def test_every_row_stands_in_one_pack_and_no_pack_overflows():
 def test_packs_of_mixed_lengths_are_filled_to_97_percent(count):
     packed = pack_rows(make_rows(draw_lengths(count), 2048), seed=1)
     assert packed.fill >= 0.97
-    # From the packs themselves: all but the least filled one.
+    # Computed from the packs: all but the least filled one.
     filled = sorted(len(pack.tokens) for pack in packed)[1:]
     assert packed.fill == pytest.approx(np.mean(filled) / 2048)
 

@@ -21,7 +21,7 @@ def tokenizer(tiny_base) -> ChatTokenizer:
 
 
 def write_texts(path, *counts: int):
-    """Write texts of so many sentences."""
+    """Write texts with these numbers of sentences."""
     return write_rows(path, [{"text": " ".join([f"Log {count}.", *(SENTENCES * count)[:count]])} for count in counts])
 
 

@@ -1,4 +1,4 @@
-"""No row is lost in silence: every row read is trained, validated, truncated or dropped, and data.json says which."""
+"""Data preparation: every row is trained, validated, truncated or dropped, and data.json says which."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch) -> None:
-    """The file with a 10 MB row is large enough to be kept, but not in the user's cache."""
+    """Use a cache of the test's own: the file with a 10 MB row is large enough to be cached."""
     monkeypatch.setenv("TUNE2GGUF_CACHE", str(tmp_path / "cache"))
 
 
@@ -376,7 +376,7 @@ def test_good_options_have_no_problem_as_a_config_node_either(tmp_path):
     ("prompts", "found", "note"),
     [
         (["Be\u2028brief."] * 3, "Be\u2028brief.", None),
-        (["Be brief.", "Be brief.\n", " Be brief."], "Be brief.", None),  # all are trained as the first is
+        (["Be brief.", "Be brief.\n", " Be brief."], "Be brief.", None),  # all are trained like the first
         ([None] * 3, None, None),
         (["Be brief.", "Be long."], None, "have 2 system prompts; the Modelfile gets"),
         (["Be brief.", None], None, "have 1 system prompt, and 1 rows have none; the Modelfile gets"),
@@ -410,7 +410,7 @@ def add_system_prompts(rows: list[dict], prompts: list[str | None]) -> list[dict
 
 @pytest.mark.parametrize("out", ["validation", "long", "bad", "repeated"])
 def test_system_prompts_of_rows_that_are_not_trained_do_not_count(tmp_path, tokenizer, out):
-    """All rows stand in one file; the last has another system prompt, or none, and is not trained on."""
+    """The last row of the file has another system prompt, or none, and is not trained on."""
     rows = add_system_prompts(make_conversations(12), ["Be brief."] * 12)
     [other] = add_system_prompts(make_conversations(1, start=50), ["Be long." if out != "bad" else None])
     options = {"on_bad_row": "drop"}
@@ -423,7 +423,7 @@ def test_system_prompts_of_rows_that_are_not_trained_do_not_count(tmp_path, toke
         other = rows[0]
     elif out == "validation":
         options["validation_split"] = 0.3
-        # Of many rows with the other prompt take one that is held out.
+        # Of many rows with the other prompt, take one that is held out.
         others = add_system_prompts(make_conversations(50, start=50), ["Be long."] * 50)
         path = write_rows(tmp_path / "b.jsonl", others)
         data = chat_dataset(str(path), tokenizer=tokenizer, max_seq_len=200, seed=1, validation_split=0.3)

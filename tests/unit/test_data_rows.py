@@ -1,4 +1,4 @@
-"""Files to rows: every format, each row with its line, each fault where it stands."""
+"""Rows of data files: every file type, each row with its line, each problem with its place."""
 
 import csv
 import gzip
@@ -263,7 +263,7 @@ def test_source_reads_as_a_place():
     [("hub:someone/chats", ROWS), ("hub:someone/chats:train[:2]", ROWS[:2]), ("hub:someone/chats:test", ROWS[2:])],
 )
 def test_hub_data_set_is_read_by_name_and_split(tmp_path, monkeypatch, name, expected):
-    """`datasets` takes a folder of the same name for the repository, as a mirror without a network would have it."""
+    """`datasets` takes a local folder of the same name as the repository, like a mirror without network."""
     folder = tmp_path / "someone" / "chats"
     folder.mkdir(parents=True)
     write_jsonl(folder / "train.jsonl")

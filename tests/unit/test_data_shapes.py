@@ -1,4 +1,4 @@
-"""Files in the shapes that public tools document: read as they stand, or with the override that the refusal names."""
+"""Files in the formats that public tools document: read directly, or with the override that the error suggests."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def tokenizer(tiny_base) -> ChatTokenizer:
 
 
 def prepare(path: Path, tokenizer: ChatTokenizer, overrides: str = "", **options) -> PreparedData:
-    """Prepare a file with overrides as they are typed behind a run's command."""
+    """Prepare a file with overrides as typed after a run's command."""
     config = OmegaConf.create({"dataset": {}})
     apply_overrides(config, shlex.split(overrides))
     given = OmegaConf.to_container(config.dataset) | options
@@ -35,7 +35,7 @@ def prepare(path: Path, tokenizer: ChatTokenizer, overrides: str = "", **options
 
 
 def get_trained(data: PreparedData, tokenizer: ChatTokenizer) -> list[str]:
-    """Return the texts that are trained, by row, without the tokens that end them."""
+    """Return the trained text of each row, without end tokens."""
     return [
         tokenizer.decode(row.tokens[row.supervised].tolist()).removesuffix("<|im_end|>").removesuffix("<|endoftext|>")
         for row in data.train
@@ -44,7 +44,7 @@ def get_trained(data: PreparedData, tokenizer: ChatTokenizer) -> list[str]:
 
 DOLLY = "'dataset.prompt=\"{instruction}\\n\\n{context}\"' 'dataset.columns={completion: response}'"
 
-# File, overrides, format, prompts of the first row and what the rows train.
+# File, overrides, format, prompts of the first row and the trained texts of the rows.
 READ = [
     (
         "openai_chat.jsonl",
@@ -163,7 +163,7 @@ def test_refusal_names_the_override_that_reads_the_file(tokenizer, name, overrid
         prepare(SHAPES / name, tokenizer)
     first = str(error.value).splitlines()[0]
     assert re.match(rf".*{re.escape(name)}, (line|row) \d+: ", first)
-    assert first.endswith(f": {overrides}")
+    assert first.partition("; the same in")[0].endswith(f": {overrides}")
 
 
 @pytest.mark.parametrize(

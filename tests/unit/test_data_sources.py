@@ -1,4 +1,4 @@
-"""Several sources in one data set: each read in its own way, with its own split and its own share of an epoch."""
+"""Several sources in one data set: each has its own reading options, split and share of an epoch."""
 
 import re
 from collections import Counter
@@ -109,7 +109,7 @@ def test_most_of_a_drawn_share_stays_when_rows_are_added(tiny_base, tmp_path):
     before = set(count_picks(prepare(tiny_base, [{"files": str(path), "rows": 50}])))
     write_rows(path, make_conversations(220))
     after = set(count_picks(prepare(tiny_base, [{"files": str(path), "rows": 50}])))
-    # The lowest 50 of 220 draws are those of the lowest 50 of 200 but for the new ones among them.
+    # The lowest 50 of 220 draws are the lowest 50 of 200, except for the new ones among them.
     assert after - before <= {("a.jsonl", line) for line in range(201, 221)}
 
 
@@ -135,7 +135,7 @@ def test_validation_files_of_any_source_keep_their_rows_from_the_training_of_all
     chats, pairs = files
     heldout = write_rows(tmp_path / "heldout.jsonl", make_conversations(1, start=7))
     sources = [{"files": chats}, {"files": pairs, "columns": COLUMNS, "validation_files": str(heldout)}]
-    with pytest.raises(ValueError, match="fit"):  # the columns are the source's, for its validation files too
+    with pytest.raises(ValueError, match="fit"):  # the source's columns hold for its validation files, too
         prepare(tiny_base, sources)
     sources = [{"files": pairs, "columns": COLUMNS}, {"files": chats, "validation_files": [str(heldout)]}]
     with pytest.raises(ValueError, match=r"chats\.jsonl, line 8: is in both training and validation"):

@@ -1,4 +1,4 @@
-"""Rows with tools: OpenAI's and ShareGPT's shapes are the same conversation, and what is malformed is one line."""
+"""Rows with tools: OpenAI's and ShareGPT's formats give the same conversation, and errors are one line."""
 
 import hashlib
 import json
@@ -203,7 +203,7 @@ def test_a_sharegpt_call_that_is_none_is_one_line(value, said):
 
 
 def test_what_a_format_has_no_place_for_is_a_bad_row_with_its_line(tmp_path):
-    """Llama's: several calls in a turn, and text beside a call. ChatML takes both."""
+    """Llama's format has neither several calls in a turn nor text beside a call. ChatML has both."""
     rows = [
         {"tools": [PLAIN], "messages": [ASK, calling(*CALLS["find_departures"])]},
         {"tools": [PLAIN], "messages": [ASK, calling(DEPART, content="Let me see.")]},
@@ -284,7 +284,7 @@ def test_a_request_links_results_to_calls_and_has_arguments_as_each_api_wants_th
 
 
 def test_what_clients_send_back_is_a_row_again():
-    """Every conversation of the tests, through a request, is what it was."""
+    """Every conversation of the tests survives the way through a request."""
     for conversation in make_tool_conversations("chatml"):
         row = {"tools": list(conversation.tools), "messages": make_request_messages(conversation.messages)}
         again = read(row)

@@ -1,4 +1,4 @@
-"""Processes that tokenize: the same result as one process, faults in order, nothing left when the run is stopped."""
+"""Workers: the same result as one process, problems in order, no process left when the run is stopped."""
 
 import json
 import os
@@ -166,7 +166,7 @@ def test_stopped_in_the_middle_nothing_half_stands_in_the_cache_and_no_process_g
     children = list_workers(process.pid)
     assert len(children) == 2
     if how == signal.SIGINT:
-        os.killpg(process.pid, how)  # as a terminal does it
+        os.killpg(process.pid, how)  # like a terminal
     else:
         process.kill()
     process.communicate(timeout=60)
@@ -175,7 +175,7 @@ def test_stopped_in_the_middle_nothing_half_stands_in_the_cache_and_no_process_g
         assert time.monotonic() < deadline
         time.sleep(0.05)
     left = [path.name for path in tokens.iterdir()]
-    assert all(name.startswith(".") for name in left)  # a killed process cannot clear away what it has begun
+    assert all(name.startswith(".") for name in left)  # a killed process cannot remove its unfinished files
     assert how == signal.SIGKILL or left == []
 
 

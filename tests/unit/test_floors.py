@@ -1,4 +1,4 @@
-"""A module imports from the floors below its own alone, wherever in it the import stands."""
+"""A module imports only from floors below its own, also inside functions."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a sweep runs is known, and right, before anything runs."""
+"""Sweeps: all points are known and checked before the first run."""
 
 import pytest
 

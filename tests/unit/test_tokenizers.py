@@ -1,4 +1,4 @@
-"""Ids and supervised flags, exactly: what the model must generate is supervised, and nothing else."""
+"""Exact ids and supervised flags: only what the model must generate is supervised."""
 
 import dataclasses
 import hashlib
@@ -91,7 +91,7 @@ def test_unicode_reply_is_supervised_byte_for_byte():
     ],
 )
 def test_content_has_the_ids_that_tiktoken_gives_it(content, content_ids):
-    """Unicode, white space around it and special tokens spelled in it, as question and as reply."""
+    """Question and reply with Unicode, surrounding white space and spelled special tokens."""
     ids, supervised = load_llama3().encode_conversation([user(content), assistant(content)])
     question = [BEGIN, *header(USER), *content_ids, EOT, *header(ASSISTANT)]
     assert ids == [*question, *content_ids, EOT]
@@ -100,7 +100,7 @@ def test_content_has_the_ids_that_tiktoken_gives_it(content, content_ids):
 
 @pytest.mark.parametrize("space", [" ", "\t", "\r\n", "\v\f", "\u00a0", "\u3000", "\u2028", "\u0085", "\x1f"])
 def test_white_space_around_content_is_rendered_as_it_is(space):
-    """Rows lose it when they are read; what is asked is what was sent."""
+    """White space is removed when rows are read; a prompt keeps what was sent."""
     tokenizer = load_llama3()
     reply = f"{space}Hello!{space}"
     assert tokenizer.decode(find_supervised(tokenizer, user("Hi"), assistant(reply))) == reply + "<|eot_id|>"
@@ -209,7 +209,7 @@ def test_tokenizer_json_is_made_once_and_anew_where_the_kept_one_is_damaged(tmp_
     assert made == make_llama3_tokenizer_json(source) and made["model"]["merges"] == [["a", "b"]]
     (kept,) = (tmp_path / "cache" / "tokenizers").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr("tune2gguf.tokenizer.llama3._read_ranks", None)  # cannot be made again
+        patch.setattr("tune2gguf.tokenizer.llama3._read_ranks", None)  # cannot be computed again
         assert json.loads(read_llama3_tokenizer_json(source)) == made
     kept.write_text(kept.read_text().replace('"ab": 2', '"ab": 3'))
     assert json.loads(read_llama3_tokenizer_json(source)) == made
@@ -272,7 +272,7 @@ def test_truncation_and_padding_set_in_the_file_do_not_reach_the_rows(tmp_path, 
 
 
 def test_special_token_that_is_not_marked_as_one_is_one_all_the_same(tiny_base, tmp_path):
-    """As llama.cpp's converter has it: a token that looks like one, in <| and |>, is a control token of the GGUF."""
+    """llama.cpp's converter makes every token in <| and |> a control token of the GGUF."""
     content = json.loads((tiny_base / "tokenizer.json").read_text())
     for token in content["added_tokens"]:
         token["special"] = not token["content"].startswith("<|im_")

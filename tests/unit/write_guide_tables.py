@@ -16,7 +16,7 @@ CONFIG_HEAD = "# The guide's parameters. Each line: value, the name in the guide
 
 
 def write_guide_tables(path: Path) -> str:
-    """Return the text of docs/parameters.md or of a config with its table written anew; a config keeps its values."""
+    """Return the text of docs/parameters.md or of a config with a new table. A config keeps its values."""
     text = path.read_text(encoding="utf-8")
     if path == PAGE:
         before, rest = text.split(TABLE_HEAD)
@@ -39,7 +39,7 @@ def format_line(parameter: GuideParameter, value: str) -> str:
 
 
 def format_value(value: float | int | str) -> str:
-    """Return a value as a config has it: some readers of YAML take 1e-4 as text."""
+    """Return a value as in a config: some YAML parsers read 1e-4 as text."""
     return f"{value:.1e}".replace("e-0", "e-") if isinstance(value, float) and value < 0.001 else str(value)
 
 

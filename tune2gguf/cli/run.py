@@ -1,7 +1,7 @@
 """Train with a config, one of your own or one that comes with the package.
 
 tune2gguf run --config configs/llama3_2_1b/lora.yaml dataset.files=[my.jsonl]
-tune2gguf run --nproc_per_node 8 --config configs/llama3_1_8b/lora.yaml      options of torchrun stand before --config
+tune2gguf run --nproc_per_node 8 --config configs/llama3_1_8b/lora.yaml      torchrun's options come before --config
 """
 
 from __future__ import annotations

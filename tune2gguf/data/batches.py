@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tune2gguf.data.tokenize import TokenizedRow
 
-MOST_PLANNED_ROWS = 100_000  # over the epochs that are planned ahead
+MOST_PLANNED_ROWS = 100_000  # in all epochs that are planned ahead
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def _take_share(rows: np.ndarray, lengths: np.ndarray, *, world_size: int, rank:
 
 
 def count_step_tokens(lengths: np.ndarray, plan: Callable[[int], list[list[int]]], *, epochs: int) -> list[int]:
-    """Return the tokens of this rank's steps in all epochs, of a large data set in the first ones only.
+    """Return the tokens of each of this rank's steps in all epochs; for a large data set, in the first epochs.
 
-    The longest step of a later epoch would otherwise be cut into passes of lengths that no other has.
+    All epochs are counted because a later one may have the longest step, whose passes else get lengths of their own.
 
     Args:
         lengths: tokens of each row

@@ -157,7 +157,7 @@ def _rename_turns(value: Any, in_turns: Mapping[str, str]) -> Any:
 
 
 def find_reader_problems(options: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """Yield the problems of `format`, `columns` and `prompt`, with their keys behind `prefix`."""
+    """Yield the problems of `format`, `columns` and `prompt`, with `prefix` before each key."""
     format, columns, prompt = options.get("format", "auto"), options.get("columns"), options.get("prompt")
     if format not in ("auto", *FORMATS):
         yield f"{prefix}format={format} is not one of {', '.join(('auto', *FORMATS))}"

@@ -20,7 +20,7 @@ KEPT_SHARES = (1.0, 0.99, 0.95)
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The figures of a data set, with the rows behind them.
+    """The figures of a data set, and its rows.
 
     Attributes:
         shapes: file -> format of its rows, "" if no row fits one

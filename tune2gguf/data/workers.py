@@ -81,7 +81,7 @@ class _Workers:
 
     def __init__(self, block_tokenizer: BlockTokenizer, num_workers: int) -> None:
         setup = pickle.dumps(block_tokenizer)
-        # Each has one core; it finds the package where this process does.
+        # One core per worker, which imports the same package as this process.
         variables = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-c", "from tune2gguf.data.workers import work; work()"]
         self.processes = [
