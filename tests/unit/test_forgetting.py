@@ -22,7 +22,7 @@ from tune2gguf.train.forgetting import ANSWER_TOKENS, MAX_SHARE, MIN_PROMPTS, pl
 from tune2gguf.verdict.advice import GENERAL_SHARE, NOTABLE_DIVERGENCE
 from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING
 
-# The rate is so high that the best adapter is not the last one.
+# A high learning rate: the best adapter is not the last one.
 UNSTEADY = (
     "dtype=fp32",
     "base_weights=fp32",
