@@ -1,1 +1,1 @@
-"""What only a CUDA device can show; `python -m pytest -m gpu tests/gpu` runs it."""
+"""Tests that need a CUDA device; run them with `python -m pytest -m gpu tests/gpu`."""

@@ -1,4 +1,4 @@
-"""A case of test_compiled_equals_eager as a process of its own: `python -m tests.gpu.compiled_case BASE CASE`."""
+"""One case of test_compiled_equals_eager in its own process: `python -m tests.gpu.compiled_case BASE CASE`."""
 
 import itertools
 import json
@@ -31,9 +31,9 @@ def _run(base_dir: Path, case: tuple, log: Path) -> dict:
 
 
 def measure(base_dir: Path, *, base_weights: str, is_packed: bool, checkpointing: bool) -> dict:
-    """Return how far compiled is from eager, and whether every adapter has a gradient."""
+    """Return the errors of compiled against eager, and whether every adapter has a gradient."""
     make = pack if is_packed else make_batch
-    # Two lengths: the second is compiled again, for any length.
+    # Two lengths: the second recompiles with dynamic lengths.
     batches = [make(make_rows([length, length])) for length in (96, 160)]
     eager = compute(make_model(base_dir, CUDA, base_weights=base_weights), *batches)
     model = make_model(base_dir, CUDA, base_weights=base_weights)

@@ -16,7 +16,7 @@ def small_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads, each of which waits for a process: most of the time of a start is Python's, and leaves the GPU idle."""
+    """Threads that each wait for one process: Python's start dominates and leaves the GPU idle."""
     pool = ThreadPoolExecutor(max(2, min(8, (os.cpu_count() or 1) // 2)))
     yield pool
     pool.shutdown(cancel_futures=True)
@@ -24,7 +24,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture(scope="session")
 def recipe_runs(pool, small_base, tmp_path_factory) -> dict[tuple[str, str], Future]:
-    """Give the runs of test_recipe, all of them started."""
+    """Start all runs of test_recipe."""
     from tests.gpu.test_recipe import start_runs
 
     return start_runs(pool, small_base, tmp_path_factory.mktemp("recipe"))
@@ -32,7 +32,7 @@ def recipe_runs(pool, small_base, tmp_path_factory) -> dict[tuple[str, str], Fut
 
 @pytest.fixture(scope="session")
 def compiled_cases(pool, small_base, tmp_path_factory) -> dict[tuple, Future]:
-    """Give the cases of test_compiled_equals_eager, all of them started."""
+    """Start all cases of test_compiled_equals_eager."""
     from tests.gpu.compiled_case import start_cases
 
     return start_cases(pool, small_base, tmp_path_factory.mktemp("compiled"))
@@ -40,7 +40,7 @@ def compiled_cases(pool, small_base, tmp_path_factory) -> dict[tuple, Future]:
 
 @pytest.fixture(scope="session", autouse=True)
 def what_takes_longest_goes_first(request) -> None:
-    """Start the processes that tests of this session wait for, so that they run beside the tests before these."""
+    """Start this session's processes early: they run while earlier tests run."""
     for name in ("recipe_runs", "compiled_cases"):
         if any(name in item.fixturenames for item in request.session.items):
             request.getfixturevalue(name)

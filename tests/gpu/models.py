@@ -1,4 +1,4 @@
-"""A Llama small enough to compute anywhere and large enough for a GPU's kernels, and what a forward pass gives."""
+"""A Llama that fits a CPU and a GPU's kernels, and the losses and gradients of its passes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ MARKS = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# The kernels want head dimensions that are powers of two, NF4 rows of whole blocks.
+# The kernels need a power of two as head_dim; NF4 needs rows of whole blocks.
 SMALL = Architecture(
     **{
         **vars(TINY_TIED),
@@ -33,7 +33,7 @@ SMALL = Architecture(
         "head_dim": 32,
     }
 )
-STD = 128**-0.5  # keeps the size of activations, so that rounding is not amplified
+STD = 128**-0.5  # keeps the size of activations: rounding is not amplified
 
 
 def make_model(
@@ -44,10 +44,10 @@ def make_model(
     dropout: float = 0.0,
     shard: Callable[[CausalLM], None] | None = None,
 ) -> CausalLM:
-    """Load a base with an adapter that is the same on every device, and has no zeros, so that no gradient is zero.
+    """Load a base with a random adapter, equal on every device; without zeros, no gradient is zero.
 
     Args:
-        shard: splits the base before it is loaded
+        shard: shards the base before it is loaded
     """
     model = lora_llama(
         str(base_dir),
@@ -69,7 +69,7 @@ def make_model(
 
 
 def make_exact_model(base_dir: Path, *, base_weights: str) -> CausalLM:
-    """The reference: the same weights, 4-bit ones included, computed in float32 on the CPU."""
+    """Make the reference model: the same weights, 4-bit ones included, in float32 on the CPU."""
     model = make_model(base_dir, CPU, base_weights=base_weights)
     for module in (model.decoder.tok_embeddings, *model.decoder.layers):
         for parameter in module.parameters():
@@ -79,13 +79,13 @@ def make_exact_model(base_dir: Path, *, base_weights: str) -> CausalLM:
 
 
 def list_adapter(model: CausalLM) -> list[tuple[str, torch.nn.Parameter]]:
-    # Checkpointing wraps the layers; their adapters keep their order and their names otherwise.
+    # Activation checkpointing adds a wrapper to the names; the order stays.
     named = [(name.replace("_checkpoint_wrapped_module.", ""), weight) for name, weight in model.named_parameters()]
     return [(name, weight) for name, weight in named if weight.requires_grad]
 
 
 def make_rows(lengths: list[int]) -> list[torch.Tensor]:
-    """Return random tokens of rows, [length] each."""
+    """Return rows of random tokens, [length] each."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, SMALL.vocab_size, (length,), generator=generator) for length in lengths]
 
@@ -97,13 +97,13 @@ def supervise_second_half(row: torch.Tensor) -> torch.Tensor:
 
 
 def make_batch(rows: list[torch.Tensor]) -> Batch:
-    """Return rows of one length as a batch."""
+    """Return rows of equal length as a batch."""
     labels = torch.stack([supervise_second_half(row) for row in rows])
     return Batch(torch.stack(rows), labels, find_supervised(labels))
 
 
 def pack(rows: list[torch.Tensor]) -> Batch:
-    """Return the rows, one behind the other, as a batch of one pack."""
+    """Concatenate rows into a batch of one pack."""
     lengths = [len(row) for row in rows]
     starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -113,7 +113,7 @@ def pack(rows: list[torch.Tensor]) -> Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a forward and backward pass: losses [supervised] and every adapter weight's gradient, on the CPU."""
+    """The losses [supervised] and adapter gradients of one forward and backward pass, on the CPU."""
 
     losses: torch.Tensor
     gradients: dict[str, torch.Tensor]
@@ -131,7 +131,7 @@ def compute(model: CausalLM, *batches: Batch) -> Outcome:
 
 
 def measure_errors(found: Outcome, expected: Outcome) -> tuple[float, float]:
-    """Return the error of the losses and the worst of the gradients, root mean square over that of what is expected."""
+    """Return the relative root mean square error of the losses, and the worst one of the gradients."""
     assert found.gradients.keys() == expected.gradients.keys()
     return (
         _measure_error(found.losses, expected.losses),

@@ -1,4 +1,4 @@
-"""Both kinds of attention compute what float32 attention of each row computes, and the same bits each time."""
+"""Flash and cuDNN attention equal exact attention of each row, and are deterministic."""
 
 from itertools import pairwise
 
@@ -34,7 +34,7 @@ def test_what_cudnn_takes_for_backward_is_what_the_choice_counts(rows, longest):
     q, k = (torch.empty(longest + rows - 1, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
     shape = cudnn.Shape.of(q, k, num_rows=rows, longest=longest, is_backward=True)
     graph, _ = cudnn.Plan(shape).backward
-    # Beside the gradients of the scores at most four float32 tensors of the heads' size, and one of a row's sums.
+    # Besides the gradients of the scores, at most four float32 tensors of the heads' size and one of row sums.
     others = 4 * 4 * shape.rows * shape.longest * shape.heads // shape.groups * (shape.head_dim + 1)
     assert shape.backward_bytes <= graph.get_workspace_size() <= 1.05 * (shape.backward_bytes + others)
 
@@ -46,7 +46,7 @@ def test_attention_equals_that_of_each_row_alone_and_repeats_its_bits(rows, kern
     is_long = kernel != "flash"
     if is_long and not cudnn.is_available():
         pytest.skip(cudnn.MISSING)
-    if "few" in kernel:  # as many as share a head of keys
+    if "few" in kernel:  # one group of heads per kv head
         longest = 1 << (max(rows) - 1).bit_length()
         monkeypatch.setattr(cudnn, "BACKWARD_BYTES", 2 * len(rows) * longest**2 * HEADS // KV_HEADS)
     torch.manual_seed(0)
@@ -63,12 +63,12 @@ def test_attention_equals_that_of_each_row_alone_and_repeats_its_bits(rows, kern
     exact = [part.double().requires_grad_() for part in (q, k, v)]
     exact_out = attend_exactly(*exact, starts)
     expected = torch.autograd.grad(exact_out, exact, gradient.double())
-    # bf16 has 8 bits: results are rounded by up to 0.4 %.
+    # bf16 rounds to 8 bits: up to 0.4 %.
     assert get_error(out, exact_out.detach()) < 4e-3
     assert all(get_error(*pair) < 6e-3 for pair in zip(found, expected, strict=True))
     for _ in range(3):
         again = attend_back(gradient, q, k, v, *attend(q, k, v, layout), layout)
         assert all(map(torch.equal, again, found))
-    # Negative control: rows that see each other.
+    # Negative control: rows attend to each other.
     whole = attend_exactly(*exact, [0, starts[-1]]).detach()
     assert get_error(out, whole) > 0.05

@@ -1,4 +1,4 @@
-"""A CUDA device computes what the CPU computes: losses and every adapter gradient, over plain and 4-bit bases."""
+"""A CUDA device equals the CPU: losses and all adapter gradients, over plain and 4-bit bases."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def test_bf16_losses_and_gradients_are_as_near_to_float32_as_those_of_the_cpu(sm
     expected = compute(make_exact_model(small_base, base_weights=base_weights), batch)
     on_cpu, on_cuda = (make_model(small_base, device, base_weights=base_weights) for device in (CPU, CUDA))
     cpu_errors, cuda_errors = (measure_errors(compute(model, batch), expected) for model in (on_cpu, on_cuda))
-    # Rounding is the machine's own, its size is that of bf16: 2^-9 of a value, through a few products.
+    # Rounding differs between machines; its size is bf16's, 2^-9 of a value, through a few products.
     assert cuda_errors[0] < 0.01 and cuda_errors[1] < 0.08
     for cuda_error, cpu_error in zip(cuda_errors, cpu_errors, strict=True):
         assert cuda_error < 2 * cpu_error
@@ -48,11 +48,11 @@ def test_bf16_losses_and_gradients_are_as_near_to_float32_as_those_of_the_cpu(sm
 
 @pytest.mark.parametrize("base_weights", ["fp32", "bf16", "nf4"])
 def test_packed_rows_equal_the_rows_alone(small_base, base_weights):
-    """Without fused layers: packs have a mask, rows alone none."""
+    """Without fused layers packs have a mask, single rows none."""
     rows = make_rows([40, 150, 17, 93])
     model = make_model(small_base, CUDA, base_weights=base_weights)
     packed, alone = compute(model, pack(rows)), compute(model, *(make_batch([row]) for row in rows))
     assert max(measure_errors(packed, alone)) < (1e-4 if base_weights == "fp32" else 0.08)
-    # Negative control: rows that see the rows before them in their pack.
+    # Negative control: rows attend to earlier rows of their pack.
     blind = compute(model, dataclasses.replace(pack(rows), row_starts=None))
     assert measure_errors(blind, alone)[1] > 0.1

@@ -1,4 +1,4 @@
-"""A GPU's 8-bit products, and the kernels around them, are the plain ones; fused layers with them train as those do."""
+"""FP8 products and kernels of a GPU equal the plain ones, and fused layers train equally well with both."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture
 def without_units(monkeypatch):
-    """A GPU that has no 8-bit products, as far as the package knows."""
+    """Make the package take the GPU for one without FP8 units."""
     return lambda: monkeypatch.setattr(fp8, "multiplies_fp8", lambda device: False)
 
 
@@ -73,7 +73,7 @@ def test_gate_and_up_are_kept_in_8_bits_with_a_scale_for_128_of_a_row():
         blocks = torch.nn.functional.pad(exact, (0, 64)).view(-1, 128)
         codes, block_scales = fp8.quantize_rows_plainly([blocks], None)
         expected = (codes.float() * block_scales).view(70, 384)[:, :320]
-        # Divided in another order, a tie may be rounded the other way.
+        # Another order of division may round a tie the other way.
         assert ((found - expected).abs() > 1e-6 * expected.abs()).float().mean() < 1e-3
         assert 0.01 < measure_error(found, exact.double()) < 0.03
     results = []
@@ -86,7 +86,7 @@ def test_gate_and_up_are_kept_in_8_bits_with_a_scale_for_128_of_a_row():
 
 
 def test_products_are_those_of_the_codes_to_rounding():
-    """bf16 rounds by 0.17 % root mean square; sums in the tensor cores have fewer bits than float32."""
+    """bf16 rounds by 0.17 % root mean square; tensor cores add with fewer bits than float32."""
     x, gradients = draw(300, 4096, seed=0), [draw(300, 1024, seed=1), draw(300, 512, seed=2)]
     weights = [fp8.quantize_weight(draw(height, 4096, seed=3) * 0.02) for height in (1024, 512)]
     codes, scales = (part.double() for part in fp8.quantize_rows_plainly([x], None))
@@ -97,14 +97,14 @@ def test_products_are_those_of_the_codes_to_rounding():
     codes, scales = (part.double() for part in fp8.quantize_rows_plainly(gradients, factors))
     expected = codes * scales @ torch.cat([weight.codes.double() for weight in weights])
     assert measure_error(fp8.multiply_fp8_back([*gradients], weights), expected) < 4e-3
-    # Negative control: without quantizing it is another product.
+    # Negative control: the unquantized product differs.
     exact = sum(gradient.double() @ weight for gradient, weight in zip(gradients, dense, strict=True))
     assert measure_error(expected, exact) > 1e-2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 def test_fused_layers_are_as_near_to_bf16_as_those_with_plain_products(small_base, without_units, checkpointing):
-    """Not nearer to each other: where rounding turns a code into its neighbour, what follows is another sample."""
+    """They need not be near each other: a code rounded to its neighbour changes all later values."""
     batch = pack(make_rows([150, 93]))
     exact = compute(make_exact_model(small_base, base_weights="bf16"), batch)
     model = prepare(make_model(small_base, CUDA, base_weights="fp8"), fuse=True, checkpointing=checkpointing)
@@ -125,7 +125,7 @@ def test_checkpointing_and_graphs_change_no_bit(small_base):
     outcomes = []
     for checkpointing in (False, True):
         model = prepare(make_model(small_base, CUDA, base_weights="fp8"), fuse=True, checkpointing=checkpointing)
-        outcomes += [compute(model, batch) for _ in range(3)]  # as ever, captured, replayed
+        outcomes += [compute(model, batch) for _ in range(3)]  # ungraphed, captured, replayed
         assert len(model.stack.graphs.captured) == 1
     first, *others = outcomes
     for other in others:
@@ -134,7 +134,7 @@ def test_checkpointing_and_graphs_change_no_bit(small_base):
 
 
 def test_unfused_layers_multiply_8_bit_numbers_too(small_base, without_units):
-    """Where a reply is generated, or fusing finds an obstacle."""
+    """Generation and runs without fused layers use them."""
     batch = pack(make_rows([96, 96]))
     exact = compute(make_exact_model(small_base, base_weights="bf16"), batch)
     model = make_model(small_base, CUDA, base_weights="fp8")

@@ -1,4 +1,4 @@
-"""The fused layers compute what torchtune's layers compute: losses and every adapter gradient."""
+"""The fused layers equal torchtune's layers: losses and all adapter gradients."""
 
 import gc
 
@@ -55,7 +55,7 @@ def test_with_dropout_checkpointing_changes_nothing_and_a_seed_decides(small_bas
 
 
 def test_dropped_gradients_are_on_average_those_without_dropout(small_base):
-    """Over 200 masks; a mask that is not drawn again in backward, or not made up for, leads elsewhere."""
+    """Mean over 200 masks; a wrong mask in backward, or missing scaling, would give another mean."""
     batch = make_batch(make_rows([96, 96]))
     model = prepare(make_model(small_base, CUDA, base_weights="bf16", dropout=0.1), fuse=True)
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_dropped_gradients_are_on_average_those_without_dropout(small_base):
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["rows", "packed"])
 def test_gradients_are_the_same_bits_each_time(small_base, is_packed):
-    """Rows long enough for several blocks of an attention kernel, which otherwise adds them as they come."""
+    """Rows span several blocks of the attention kernel, which by default adds them in any order."""
     rows = make_rows([1024] * 4)
     batch = pack(rows[:2]) if is_packed else make_batch(rows)
     model = prepare(make_model(small_base, CUDA, base_weights="bf16"), fuse=True)
@@ -95,7 +95,7 @@ def test_kernels_that_are_compiled_ahead_leave_nothing_on_the_gpu(base_weights):
     )
     torch.empty(1, device=CUDA)
     gc.collect()
-    gc.disable()  # which would give a cycle's tensors back some time, if there were one
+    gc.disable()  # it would hide a reference cycle by freeing its tensors later
     try:
         before = torch.cuda.memory_allocated()
         compile_kernels(spec, scaling=1.0, device=torch.device("cuda", 0))

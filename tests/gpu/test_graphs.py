@@ -1,4 +1,4 @@
-"""Passes replayed as CUDA graphs compute what passes without graphs compute, bit for bit."""
+"""Passes replayed as CUDA graphs equal ungraphed passes, bit for bit."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ def make_fused(base_dir, *, graphed: bool, checkpointing: bool = False, **option
 
 
 def train(model: CausalLM, batches: list) -> list[torch.Tensor]:
-    """Take two steps over all batches, twice each so that every kind is captured; return losses and gradients."""
+    """Take two steps over all batches, each batch twice to capture its kind; return losses and gradients."""
     optimizer = torch.optim.AdamW([weight for _, weight in list_adapter(model)], lr=1e-3, fused=True)
     torch.manual_seed(3)
     found = []
@@ -41,7 +41,7 @@ def train(model: CausalLM, batches: list) -> list[torch.Tensor]:
 def test_graphed_passes_have_the_bits_of_others_with_dropout_over_lengths_and_steps(
     small_base, base_weights, checkpointing
 ):
-    # The longest comes last, so that the pool is made anew.
+    # The longest comes last: it resets the pool.
     lengths = [[70], [40, 50], [150, 93, 17], [300, 200, 150, 90], [600] * 4]
     batches = [pack(make_rows(rows)) for rows in lengths] + [make_batch(make_rows([96, 96]))]
     options = {"base_weights": base_weights, "dropout": 0.2, "checkpointing": checkpointing}
@@ -51,7 +51,7 @@ def test_graphed_passes_have_the_bits_of_others_with_dropout_over_lengths_and_st
     assert len(found) == len(expected)
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(one, other), number
-    # Negative control: the same masks again would be seen.
+    # Negative control: repeated dropout masks would be detected.
     torch.manual_seed(4)
     other = make_fused(small_base, graphed=True, **options)
     torch.manual_seed(5)
@@ -69,10 +69,10 @@ def test_masks_differ_from_replay_to_replay(small_base):
 def test_packed_rows_are_the_rows_one_by_one(small_base):
     rows = make_rows([40, 150, 17, 93])
     model = make_fused(small_base, graphed=True)
-    for _ in range(2):  # without graphs, and replayed
+    for _ in range(2):  # ungraphed, then replayed
         packed, alone = compute(model, pack(rows)), compute(model, *(make_batch([row]) for row in rows))
         assert measure_errors(packed, alone)[0] < 0.01 and measure_errors(packed, alone)[1] < 0.08
-    # Negative control: rows that see the rows before them in their pack.
+    # Negative control: rows attend to earlier rows of their pack.
     blind = compute(model, dataclasses.replace(pack(rows), row_starts=None))
     assert measure_errors(blind, alone)[1] > 0.1
 

@@ -32,7 +32,7 @@ def test_compiled_equals_eager(compiled_cases, base_weights, is_packed, checkpoi
 
 
 def test_checkpointing_and_offloading_change_no_loss_and_no_gradient(small_base):
-    """With dropout, so that a layer that is computed again must draw the same mask."""
+    """Dropout is on: a recomputed layer must draw the same mask."""
     batches = [make_batch(make_rows([length, length])) for length in (96, 60)]
     outcomes = {}
     for name, options in SAVERS.items():
@@ -42,7 +42,7 @@ def test_checkpointing_and_offloading_change_no_loss_and_no_gradient(small_base)
     for name in ("checkpointing", "offloading"):
         assert torch.equal(outcomes[name].losses, outcomes["kept"].losses), name
         assert measure_errors(outcomes[name], outcomes["kept"])[1] < 1e-6, name
-    # Negative control: another mask is another loss.
+    # Negative control: another mask changes the loss.
     torch.manual_seed(1)
     other = compute(make_model(small_base, CUDA, base_weights="fp32", dropout=0.2), *batches)
     assert not torch.equal(other.losses, outcomes["kept"].losses)
@@ -67,6 +67,6 @@ def test_checkpointing_takes_less_memory_and_offloading_less_again(tmp_path):
         compute(model, batch)
         peaks[name] = torch.cuda.max_memory_allocated() - before
         del model
-    # An input of a layer is 8 x 512 x 128 in bf16, 1 MiB; offloading holds about 5 of the 24.
+    # A layer's input is 8 x 512 x 128 in bf16, 1 MiB; offloading keeps about 5 of the 24 on the GPU.
     assert peaks["checkpointing"] < 0.7 * peaks["kept"]
     assert peaks["offloading"] < peaks["checkpointing"] - 10 * 2**20

@@ -1,4 +1,4 @@
-"""The recipe on a CUDA device: as on the CPU, and killed and resumed as never stopped."""
+"""The recipe on a CUDA device: equal to the CPU, and after kill and resume equal to an uninterrupted run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.recipes.launch import count_lines, read_outcome
 
 pytestmark = MARKS
 
-# 20 rows in steps of 6 are 3 whole steps and one of 2 rows: 4 an epoch, 24 in all.
+# 20 rows at 6 rows per step: 3 full steps and one of 2 rows, 4 steps per epoch, 24 in all.
 OPTIONS = ["batch_size=3", "gradient_accumulation_steps=2", "epochs=6", "learning_rate=0.003", "max_seq_len=128"]
 
 
@@ -46,7 +46,7 @@ def read_losses(folder: Path, key: str) -> list[float]:
 
 
 def start_runs(pool: ThreadPoolExecutor, base_dir: Path, folder: Path) -> dict[tuple[str, str], Future]:
-    """Start all runs of these tests side by side, those first that take longest; each gives its folder."""
+    """Start all runs of these tests in parallel, longest first; each future returns the run's folder."""
     arguments = [*make_run_arguments(folder, base_dir), f"base_dir={base_dir}", *OPTIONS]
     exact = ["dtype=bf16", "base_weights=bf16", "device=cuda", "lora_dropout=0.1", "save_every_n_steps=1"]
     kept = ["device=cuda", "lora_dropout=0.1", "enable_activation_checkpointing=true"]
@@ -67,13 +67,13 @@ def start_runs(pool: ThreadPoolExecutor, base_dir: Path, folder: Path) -> dict[t
 
 
 def _place(folder: Path, name: str) -> Path:
-    """Return where a run goes: alone in a folder, as the runs of one keep a ledger together."""
+    """Return a run's folder, alone in its parent: runs in one parent share a ledger."""
     (folder / name).mkdir()
     return folder / name / "run"
 
 
 def kill_and_resume(arguments: list[str], folder: Path) -> Path:
-    """Kill a run three times, resume it to its end, return its folder."""
+    """Kill a run three times, resume it to its end, and return its folder."""
     resuming = [*arguments, "resume=auto"]
     num_kills = sum(kill_after(resuming, folder, lines) for lines in (2, 7, 13))
     assert num_kills > 0, "no kill hit the run"
@@ -81,7 +81,7 @@ def kill_and_resume(arguments: list[str], folder: Path) -> Path:
 
 
 def kill_after(arguments: list[str], folder: Path, lines: int) -> bool:
-    """Start the run, kill it when it has written so many lines of metrics; return whether it was still running."""
+    """Start the run and kill it after `lines` lines of metrics; return whether it was still running."""
     process = start_recipe([*arguments, f"output_dir={folder}"], folder.with_suffix(".log"))
     deadline = time.monotonic() + 300
     while process.poll() is None and count_lines(folder / "metrics.jsonl") < lines:
@@ -107,7 +107,7 @@ def test_offloading_in_the_recipe_changes_no_loss(recipe_runs):
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_killed_and_resumed_equals_never_stopped(recipe_runs, packing):
     whole = read_outcome(recipe_runs["whole", packing].result())
-    # Attention has a backward that is exact from run to run; if this fails, resuming is not at fault.
+    # Attention's backward is deterministic; if this fails, resuming is not the cause.
     assert read_outcome(recipe_runs["again", packing].result()) == whole, "the same run twice is not the same"
     assert read_outcome(recipe_runs["killed", packing].result()) == whole
     other = read_outcome(recipe_runs["other", packing].result())

@@ -1,6 +1,6 @@
-"""Several GPUs through NCCL are one run: the losses of one GPU with the same rows a step, and exact when resumed.
+"""Runs on several GPUs through NCCL: the losses of one GPU with equal rows per step, and exact resumes.
 
-All runs of a number of GPUs share one start of the processes, but for those that are killed.
+All runs on a number of GPUs share one start of the processes, except runs that are killed.
 """
 
 import json
@@ -25,14 +25,14 @@ from tests.recipes.launch import count_lines, read_outcome
 pytestmark = MARKS
 
 PARALLEL = ["replicate", "shard"]
-# Of a base: its settings, and how far a loss may be from that of one GPU.
+# By base: its settings, and the limit on a loss's difference from one GPU.
 BASES = {
     "fp32": (["dtype=fp32", "base_weights=fp32"], 1e-4),
     "bf16": (["dtype=bf16", "base_weights=bf16"], 0.02),
     "fp8": (["dtype=bf16", "base_weights=fp8"], 0.02),
     "nf4": (["dtype=bf16", "base_weights=nf4"], 0.02),
 }
-# 20 rows in steps of 8 are two whole steps and one of 4 rows, in which some of eight processes have none.
+# 20 rows at 8 rows per step: two full steps and one of 4 rows, in which some of eight processes have no row.
 OPTIONS = ["device=cuda", "epochs=4", "learning_rate=0.003", "max_seq_len=128"]
 ROWS = {
     1: ["batch_size=4", "gradient_accumulation_steps=2"],
@@ -41,15 +41,15 @@ ROWS = {
     8: ["batch_size=1", "gradient_accumulation_steps=1"],
 }
 HARD = [*BASES["bf16"][0], "lora_dropout=0.1", "dataset.packing=true", "save_every_n_steps=1", "epochs=20"]
-SECONDS = 240  # for processes to start, load and compile, and train all runs
+SECONDS = 240  # limit for the processes to start, load, compile and train all runs
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What one number of GPUs has left: folders of runs by name."""
+    """The results of one number of GPUs: run folders by name."""
 
     folder: Path
-    exit_codes: dict[str, int]  # of the runs that were killed
+    exit_codes: dict[str, int]  # of the killed runs
 
 
 def start(num_gpus: int, arguments: list[str], log: Path) -> subprocess.Popen:
@@ -79,7 +79,7 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def kill_one_process(launcher: subprocess.Popen, metrics: Path, log: Path) -> int:
-    """Kill the last of the processes when four steps are written; return the exit code of all."""
+    """Kill the last process after four written steps; return the launcher's exit code."""
     deadline = time.monotonic() + SECONDS
     while count_lines(metrics) < 4 and launcher.poll() is None:
         assert time.monotonic() < deadline, log.read_text()
@@ -133,7 +133,7 @@ def test_several_gpus_have_the_losses_of_one_with_the_same_rows_a_step(runs, par
         expected = read_losses(runs.folder / f"alone-{base}", key)
         assert len(expected) > 3
         assert found == pytest.approx(expected, rel=tolerance), key
-        # Negative control: a step's change would be seen.
+        # Negative control: the change of one step would be detected.
         assert expected[-1] < (1 - 5 * tolerance) * expected[0]
 
 

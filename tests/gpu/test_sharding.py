@@ -1,6 +1,6 @@
-"""A base of which parts are gathered on a GPU computes what a whole one does, with the gathers in CUDA graphs.
+"""A sharded base on a GPU equals a whole one, with its gathers in CUDA graphs.
 
-One GPU reads its own parts here; test_several_gpus.py has those of others.
+One GPU reads its own shards here; test_several_gpus.py reads those of other GPUs.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def test_gathers_in_graphs_and_between_them_give_the_bits_of_a_whole_base(small_
     assert len(model.stack.graphs.captured) >= 3
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert torch.equal(validate(model, batches[2]), validate(whole, batches[2]))
-    # Negative control: parts that are not those of the base.
+    # Negative control: shards of another base.
     for part in model.sharded.parts:
         part.zero_()
     assert not torch.equal(validate(model, batches[2]), validate(whole, batches[2]))

@@ -1,4 +1,4 @@
-"""A hub on loopback that speaks as much of the real one's HTTP as a download needs, from files in memory."""
+"""A hub on loopback: the HTTP that a download needs, with files in memory."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ class FakeHub:
     repos: dict[str, dict[str, bytes]]
     gated: set[str] = field(default_factory=set)
     tokens: set[str] = field(default_factory=set)
-    damaged: set[str] = field(default_factory=set)  # names of files that arrive with a wrong byte
-    stall_after_bytes: int | None = None  # the large files' host sends this many bytes and then waits
+    damaged: set[str] = field(default_factory=set)  # names of files sent with a wrong byte
+    stall_after_bytes: int | None = None  # the large files' host stalls after this many bytes
     is_stalled: threading.Event = field(default_factory=threading.Event)
     resume: threading.Event = field(default_factory=threading.Event)
     requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)

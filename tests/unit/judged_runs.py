@@ -1,4 +1,4 @@
-"""Run folders with given curves: a real run's, whose config and metrics are replaced."""
+"""Run folders with given curves: copies of a real run with other config and metrics."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,10 @@ NUM_VALIDATION_ROWS = 40  # as make_curves has them
 
 
 def write_run(run_dir: Path, curves: Curves, *overrides: str, has_other_rows: bool = False) -> Path:
-    """Write a finished run of 100 training rows that was not judged yet.
+    """Write a finished run of 100 training rows without verdict.
 
     Args:
-        has_other_rows: whether its validation rows are none of those of the other runs
+        has_other_rows: its validation rows differ from the other runs' rows
     """
     validation = make_conversations(NUM_VALIDATION_ROWS, start=400 if has_other_rows else 300)
     copy_real_run(

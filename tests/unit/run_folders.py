@@ -1,4 +1,4 @@
-"""Copies of a real run with curves that look like those of a long one; everything but the noise is chosen."""
+"""Copies of a real run with the synthetic curves of a long run; all but the noise is fixed."""
 
 import math
 import shutil
@@ -28,7 +28,7 @@ QUESTIONS = (
 
 
 def make_config(**changes) -> dict:
-    """Return the quickstart's config with the places that a run has; nothing is resolved."""
+    """Return the quickstart's config with a run's paths, unresolved."""
     config = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "examples/quickstart/lora.yaml"))
     return config | {"learning_rate": 0.001, "epochs": 3, "output_dir": "runs/quickstart"} | changes
 
@@ -37,7 +37,7 @@ def make_metrics(
     *, steps: int = 195, epochs: int = 3, until: int | None = None, every: int = 20, overfit: bool = False,
     floor: float = 0.25, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """Return the lines of metrics.jsonl up to a step: losses fall as exponentials, validation ones have intervals."""
+    """Return the lines of metrics.jsonl up to a step: losses fall exponentially, validations have intervals."""
     rng = np.random.default_rng(seed)
     per_epoch, until = steps // epochs, steps if until is None else until
     lines = [make_validation(0, 0, 4.44, rng)]
@@ -63,7 +63,7 @@ def make_metrics(
 
 
 def make_validation(step: int, epoch: int, loss: float, rng: np.random.Generator) -> dict:
-    """Return a validation line whose rows' losses average to about the loss."""
+    """Return a validation line; its rows' losses average to about `loss`."""
     sums = [loss * tokens * float(rng.lognormal(0, 0.1)) for tokens in ROW_TOKENS]
     mean = sum(sums) / sum(ROW_TOKENS)
     half = 0.12 * mean
@@ -163,7 +163,7 @@ def write_run(
     num_steps: int = 195,
     is_finished: bool = True,
 ) -> Path:
-    """Write the folder of a run; by default of a finished one that was not judged."""
+    """Write a run folder; by default of a finished run without verdict."""
     copy_real_run(get_tiny_base(), folder, "num_samples=1", validation=make_conversations(len(ROW_TOKENS), start=300))
     write_config(folder, OmegaConf.create(make_config() if config is None else config))
     write_json(folder / ENVIRONMENT_FILE, environment)

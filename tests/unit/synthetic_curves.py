@@ -1,4 +1,4 @@
-"""Curves of a known shape: every row follows one path, times its own difficulty, plus noise of each validation."""
+"""Curves of a known shape: each row follows one path times its difficulty, plus noise per validation."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def constant(progress: float) -> float:
 
 
 def approach(rate: float, *, floor: float = 0.3, gain: float = 4.0) -> Callable[[float], float]:
-    """Return an exponential approach to a floor; `rate` time constants fit into a run."""
+    """Return an exponential approach to a floor; a run lasts `rate` time constants."""
     return lambda progress: floor + gain * math.exp(-rate * progress)
 
 
@@ -38,8 +38,8 @@ def make_curves(
     Args:
         path: validation loss by progress, 0 to 1
         schedule: learning rate by progress
-        training: training loss by progress; None falls from half the path's beginning
-        noise: of a row's loss at one validation, nats per token
+        training: training loss by progress; None: it falls from half of the path's start
+        noise: noise of a row's loss at one validation, nats per token
     """
     generator = np.random.default_rng(seed)
     tokens = generator.integers(10, 40, rows)

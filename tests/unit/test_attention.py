@@ -22,7 +22,7 @@ def draw(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def compute_plainly(q, k, v, lengths, rope=ROPE):
-    """Attention of torch, row by row, with every head's own keys and values, and torchtune's rotation."""
+    """Compute torch's attention row by row, with repeated keys and values, and torchtune's RoPE."""
     results = []
     for q, k, v in zip(*(part.split(lengths) for part in (q, k, v)), strict=True):  # noqa: B020
         rotated = [rope(part[None])[0] for part in (q, k)]
@@ -87,7 +87,7 @@ def test_in_bf16_it_is_nearer_to_the_exact_result_than_torchs(monkeypatch, lengt
 
 
 def differentiate_exactly(lengths) -> list[torch.Tensor]:
-    """The same bf16 inputs, in float64."""
+    """Differentiate compute_plainly in float64, with the same bf16 inputs."""
     *inputs, upstream = (part.double() for part in draw(sum(lengths), torch.bfloat16))
     inputs = [part.requires_grad_() for part in inputs]
     out = compute_plainly(*inputs, lengths)

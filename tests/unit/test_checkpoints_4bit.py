@@ -27,7 +27,7 @@ def base_dir(tmp_path) -> Path:
 
 @pytest.fixture
 def dense_base(tmp_path) -> BaseCheckpoint:
-    """The same seed, so that its weights are those that were quantized."""
+    """The unquantized base: the same seed gives the weights before quantization."""
     return open_base(write_random_base(TINY, tmp_path / "dense"))
 
 
@@ -165,7 +165,7 @@ def test_loading_to_nf4_holds_no_16_bit_model(tmp_path, kind):
     command = [sys.executable, "-c", LOAD_AND_MEASURE, str(base_dir)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     size, peak, two_largest = map(int, result.stdout.split())
-    # What the allocator wastes does not grow with the model.
+    # The allocator's waste does not grow with the model.
     limit = (1.5 * size if kind == "bnb-4bit" else size + two_largest) + 20e6
     assert peak < limit
     size_in_16_bits = 2 * sum(torch.Size(spec.shape).numel() for spec in open_base(base_dir).specs.values())

@@ -1,4 +1,4 @@
-"""The curves of a run are read back from what it wrote, also while it writes."""
+"""Curves are read back from metrics.jsonl, also while the run writes it."""
 
 import json
 

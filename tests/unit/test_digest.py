@@ -1,4 +1,4 @@
-"""Cached digests: used while a file is unchanged, and never if the cache entry is damaged."""
+"""A file's digest is cached while the file is unchanged; a damaged cache entry is never used."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ def get_entry(file: Path) -> Path:
 def test_digest_of_an_unchanged_file_is_not_computed_again(file):
     get_entry(file)
     before, kept = file.stat(), digest_file_once(file)
-    file.write_bytes(b"WEIGHTS" * 1000)  # same size, time and inode: the change is invisible
+    file.write_bytes(b"WEIGHTS" * 1000)  # same size, time and inode: undetectable
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert digest_file_once(file) == kept
     file.write_bytes(b"changed")

@@ -1,4 +1,4 @@
-"""Processes that meet through a store that others have used before them."""
+"""Rendezvous of processes through a store with stale entries, and errors between processes."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from tune2gguf.distributed.world import agree_on_start, join_processes, max_over
 
 
 def join(rank: int, port: int, delay: float, *, is_named: bool) -> None:
-    """Be a process of two that torchrun has started; the exit code is 0 if they found each other."""
+    """Act as one of two processes of torchrun; exit with 0 if they find each other."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     time.sleep(delay)
@@ -27,7 +27,7 @@ def join(rank: int, port: int, delay: float, *, is_named: bool) -> None:
 
 
 def start(store: dist.TCPStore, *ranks: int, is_named: bool, delay: float = 0.0) -> list:
-    """Start processes that meet at a store, as torchrun does; rank 0 comes late by the delay."""
+    """Start processes that meet at a store, as torchrun does; rank 0 starts late by the delay."""
     processes = [
         CONTEXT.Process(
             target=join, args=(rank, store.port, delay if rank == 0 else 0.0), kwargs={"is_named": is_named}
@@ -40,7 +40,7 @@ def start(store: dist.TCPStore, *ranks: int, is_named: bool, delay: float = 0.0)
 
 
 def end(processes: list, *, seconds: float) -> list[int]:
-    """Return the exit codes; processes that run on after the seconds are killed."""
+    """Return the exit codes; kill processes that still run after the time limit."""
     for process in processes:
         process.join(seconds)
         process.kill()
@@ -49,12 +49,12 @@ def end(processes: list, *, seconds: float) -> list[int]:
 
 
 def list_addresses(store: dist.TCPStore) -> set[str]:
-    """Return the keys under which gloo's processes leave each other their addresses."""
+    """Return the keys under which gloo stores the processes' addresses."""
     return {key for key in store.list_keys() if "//cpu//" in key}
 
 
 def test_torch_opens_other_processes_tensors_by_the_arguments_that_are_replaced():
-    """A GPU reads the others' parts at addresses of its own; torch would open them on the device that they are on."""
+    """A GPU must read other shards at its own addresses; torch would open them on their own device."""
     assert {"storage_device", "event_sync_required"} <= signature(rebuild_cuda_tensor).parameters.keys()
 
 
@@ -127,7 +127,7 @@ FRAMES = "\nException raised from throw at /pytorch/c10/x.cpp:1 (most recent cal
     ids=["usage", "memory", "remote", "gloo"],
 )
 def test_errors_between_processes_are_one_line_that_keeps_their_cause(text, said):
-    """The cause is in the last line of some and in the first of others."""
+    """Some errors have the cause in the last line, others in the first."""
     message = describe_unexpected(dist.DistBackendError(text + FRAMES), "process 1: ")
     assert message.startswith(said)
     assert all(line in message for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""What a run lost: measured with the adapter that is exported, equal to what the proof finds, and within its budget."""
+"""Forgetting is measured with the exported adapter, equals the proof's measurement, and keeps to its budget."""
 
 import json
 import shlex
@@ -22,7 +22,7 @@ from tune2gguf.train.forgetting import ANSWER_TOKENS, MAX_SHARE, MIN_PROMPTS, pl
 from tune2gguf.verdict.advice import GENERAL_SHARE, NOTABLE_DIVERGENCE
 from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING
 
-# The rate is so high that the best adapter is not the last one.
+# A high learning rate: the best adapter is not the last one.
 UNSTEADY = (
     "dtype=fp32",
     "base_weights=fp32",
@@ -45,7 +45,7 @@ def run_dir(tmp_path):
 
 
 def test_a_run_measures_the_adapter_that_is_exported_as_the_proof_does(run_dir):
-    """The proof's forward pass is another one, in numpy's weights and float32; negative control: the last adapter."""
+    """The proof has its own forward pass, with numpy weights in float32; negative control: the last adapter."""
     run = Run(run_dir)
     assert run.curves.best.step < run.curves.final.step
     lost = run.forgetting

@@ -1,4 +1,4 @@
-"""8-bit weights and products: what they are by definition, and torch's own products of scaled rows as a reference."""
+"""FP8 weights and products against their definition and torch's own scaled products."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_products_are_those_of_the_codes(dtype, limit):
     given = [*gradients]
     assert measure_error(fp8.multiply_fp8_back(given, weights), expected) < limit
     assert given == []
-    # Negative control: what the gradients lose in 8 bits would be seen.
+    # Negative control: the gradients' quantization error would be detected.
     assert measure_error(expected, exact) > 4 * limit
 
 
@@ -152,7 +152,7 @@ def test_a_loaded_base_has_a_byte_a_weight_in_its_layers_and_bf16_around_them(mo
         else:
             assert parameter.dtype == (CODES if name.startswith("layers.") else torch.bfloat16), name
     for layer in model.decoder.layers:
-        # With and without an adapter.
+        # One with and one without an adapter.
         for linear in (layer.attn.q_proj, layer.mlp.w2):
             assert linear.weight_scales.shape == (len(linear.weight),)
     assert not any("weight_scales" in name for name in model.state_dict())
@@ -172,8 +172,8 @@ def test_kernels_quantize_and_transpose_as_torch_does():
             codes, scales = eight_bit.quantize_rows(*arguments)
             expected_codes, expected_scales = fp8.quantize_rows_plainly(*arguments)
             assert torch.equal(scales, expected_scales)
-            # The interpreter rounds ties away from zero, loses the carry of what it rounds up to a power of two, and
-            # takes the least values for zero; tests/gpu asks for the bits.
+            # Triton's interpreter rounds ties away from zero, loses the carry when it rounds up to a power of two, and
+            # flushes the smallest values to zero; tests/gpu compares the bits.
             bits, expected_bits = (part.view(torch.uint8).int() for part in (codes, expected_codes))
             is_sound = (expected_bits & 7 != 0) & (expected_bits & 127 > 8)
             assert is_sound.float().mean() > 0.3
@@ -204,11 +204,11 @@ def test_checkpointing_changes_no_bit_where_activations_are_kept_in_8_bits(monke
         ]
 
     exact = compute(checkpointing=False)
-    # As on a GPU with 8-bit products; this machine has none.
+    # As on a GPU with FP8 units, which this machine lacks.
     monkeypatch.setattr(Pass, "keeps_8_bits", True)
     kept, again = (compute(checkpointing=checkpointing) for checkpointing in (False, True))
     assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
-    # Negative control: what is kept has been rounded.
+    # Negative control: kept activations are rounded.
     assert not torch.equal(kept[1], exact[1])
 
 

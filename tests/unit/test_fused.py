@@ -1,6 +1,6 @@
-"""The kernels of tune2gguf.model.fused, run by Triton's interpreter on a CPU: what they compute, not how fast.
+"""The kernels of tune2gguf.model.fused, run by Triton's interpreter on a CPU.
 
-The reference is torchtune's layer with autograd; in float32, so that what differs is wrong.
+The reference is torchtune's layer with autograd, in float32: any difference is an error.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from tune2gguf.model.fused.launch import Adapted, Dropout
 from tune2gguf.model.fused.layer import run_layer
 from tune2gguf.model.fused.stack import lay_out_pass
 
-# Widths that no tile divides, ranks that no tile has.
+# Widths and ranks that are no multiples of a tile.
 SHAPE = Architecture(**{**vars(TINY_TIED), "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 72})
 SHAPE = dataclasses.replace(SHAPE, head_dim=16, intermediate_dim=136)
 ALL = ["q_proj", "k_proj", "v_proj", "output_proj"]
@@ -65,13 +65,13 @@ def make_layout(*lengths: int) -> Layout:
 
 
 def draw_mask(num_rows: int, width: int, dropout: Dropout) -> torch.Tensor:
-    """Return what the dropout multiplies each element with."""
+    """Return the factor that dropout multiplies each element with."""
     ones = Adapted(torch.ones(num_rows, 1), torch.ones(1, width), dropout)
     return launch.add(torch.zeros(num_rows, width), ones, factor_is_a=True)
 
 
 def compute_reference(layer, x: torch.Tensor, layout: Layout, dropouts: dict[str, Dropout]) -> torch.Tensor:
-    """Run torchtune's layer, with the masks that the kernels draw, and a dense mask that keeps rows apart."""
+    """Run torchtune's layer with the kernels' dropout masks and a dense attention mask within rows."""
 
     def drop_as_drawn(name: str):
         linear = get_projections(layer)[name]
@@ -88,7 +88,7 @@ def compute_reference(layer, x: torch.Tensor, layout: Layout, dropouts: dict[str
     adapted = list_adapted(get_projections(layer))
     for name in adapted:
         get_projections(layer)[name].forward = drop_as_drawn(name)
-    # Ours gives projections of the same input one mask on a CPU; torchtune's asks each.
+    # On a CPU our projections of one input share a mask; here each draws its own.
     layer.mlp.forward = partial(FeedForward.forward, layer.mlp)
     out = layer(x[None], mask=make_row_mask(layout.starts, 1, len(x)), input_pos=layout.positions[None])[0]
     del layer.mlp.forward
@@ -214,9 +214,9 @@ def test_padding_of_a_pass_is_a_row_of_its_own_and_further_rows_are_empty():
 
 
 def test_an_adapter_below_the_last_bit_breaks_no_ties():
-    """Else the sums that projections go into would be rounded in the direction of its sign, all of them.
+    """Otherwise all sums of projections would round in the direction of the adapter's sign.
 
-    In float16: the interpreter has no products of bf16.
+    It runs in float16: the interpreter has no bf16 products.
     """
     layer = make_layer(0.0, ALL, True).to(torch.float16)
     x = torch.randn(40, SHAPE.embed_dim, generator=torch.Generator().manual_seed(1)).half()
@@ -243,7 +243,7 @@ def test_a_layer_that_will_not_go_back_keeps_no_graph_and_drops_nothing():
 
 def test_masks_drop_the_share_that_they_are_to_drop_and_differ_by_seed():
     first, second = (draw_mask(500, 300, Dropout(make_seed(seed), 0.1)) for seed in (1, 2))
-    # Of 150 000 draws the share's standard deviation is 0.0008.
+    # The standard deviation of the share over 150 000 draws is 0.0008.
     for mask in (first, second):
         assert (mask == 0).float().mean().item() == pytest.approx(0.1, abs=0.004)
         assert mask.max().item() == pytest.approx(1 / 0.9)
@@ -304,7 +304,7 @@ def test_what_keeps_a_run_from_the_fused_layers_is_said(changed, reason):
     [(8, 1024, 1, True), (2, 4096, 4, True), (1, 8192, 8, True), (1, 16384, 8, False)],
 )
 def test_cudnn_takes_the_heads_of_8b_in_groups_and_leaves_the_longest_rows(rows, longest, groups, fits):
-    """2 bytes x rows x the longest one squared x heads of a group are at most 512 MiB."""
+    """2 bytes x rows x longest row^2 x heads of a group are at most 512 MiB."""
     q, k = (torch.empty(rows * longest, heads, 128, device="meta") for heads in (32, 8))
     shape = cudnn.Shape.of(q, k, num_rows=rows, longest=longest, is_backward=True)
     assert shape.groups == groups

@@ -44,7 +44,7 @@ def list_gguf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 def write_gguf(
     path: Path, tokenizer_dir: Path, *, pre: str = "smollm", name: str = "llama", skipped: str = ""
 ) -> dict[str, numpy.ndarray]:
-    """Write a GGUF of TINY with Q8_0 matrices; return what its tensors dequantize to."""
+    """Write a GGUF of TINY with Q8_0 matrices; return its dequantized tensors."""
     writer = gguf.GGUFWriter(path, name)
     writer.add_block_count(TINY.num_layers)
     writer.add_context_length(TINY.max_position_embeddings)
@@ -105,7 +105,7 @@ def test_query_rows_are_put_into_hugging_faces_order(tmp_path, tokenizer_dir):
     convert_gguf_to_hf(tmp_path / "m.gguf", tmp_path / "base", dtype="float32")
     stored = load_file(tmp_path / "base" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].numpy()
     query = values["blk.0.attn_q.weight"]
-    # llama.cpp's converter, forwards: HF rows [heads, 2, half] become [heads, half, 2].
+    # llama.cpp's converter, the other direction: HF rows [heads, 2, half] become [heads, half, 2].
     forwards = stored.reshape(TINY.num_heads, 2, TINY.head_dim // 2, -1).swapaxes(1, 2).reshape(stored.shape)
     assert numpy.array_equal(forwards, query) and not numpy.array_equal(stored, query)
 

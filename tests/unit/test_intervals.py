@@ -1,4 +1,4 @@
-"""The interval of a ratio of sums, against its formulas, the sampling distribution and scipy's limits."""
+"""The interval of a ratio of sums against formulas, the sampling distribution and scipy."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_equal_rows_have_an_interval_without_width():
 
 
 def draw_losses(generator: np.random.Generator, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw summed losses and tokens of rows of unequal lengths, of a mean loss of 2 nats a token."""
+    """Draw summed losses and tokens of rows of unequal length; the mean loss is 2 nats per token."""
     tokens = generator.integers(5, 60, num_rows)
     return tokens * generator.normal(2.0, 0.5, num_rows), tokens
 
@@ -54,14 +54,14 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says():
 
 
 def test_interval_is_that_of_the_mean_over_tokens_of_rows_drawn_whole():
-    """At Hesterberg's level: the normal's tail beyond sqrt(n / (n - 1)) times Student's quantile."""
+    """Hesterberg's level is the normal's tail beyond sqrt(n / (n - 1)) times Student's quantile."""
     sums, tokens = draw_losses(np.random.default_rng(3), 30)
     rows = np.random.default_rng(4).integers(0, 30, (20_000, 30))
     tail = stats.norm.sf(math.sqrt(30 / 29) * stats.t.ppf(0.975, 29))
     expected = np.quantile(sums[rows].sum(1) / tokens[rows].sum(1), [tail, 1 - tail])
     estimate = estimate_ratio(sums, tokens)
     assert (estimate.low, estimate.high) == pytest.approx(tuple(expected), abs=0.01)
-    # Negative control: tokens drawn one by one would look four times as sure.
+    # Negative control: resampling single tokens would give a four times narrower interval.
     by_token = np.repeat(sums / tokens, tokens)
     means = np.random.default_rng(5).choice(by_token, (500, len(by_token))).mean(1)
     assert np.ptp(np.quantile(means, [0.025, 0.975])) < 0.4 * np.ptp(expected)

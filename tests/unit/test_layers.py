@@ -43,7 +43,7 @@ def test_norm_leaves_its_input_as_it_is_and_keeps_no_copy_for_backward(dtype):
 
 
 def make_mlps(dtype: torch.dtype) -> list[torch.nn.Module]:
-    """Return ours and torchtune's with the same weights."""
+    """Return our MLP and torchtune's with equal weights."""
     made = []
     for kind in (GatedMLP, FeedForward):
         torch.manual_seed(2)

@@ -49,7 +49,7 @@ def test_dropout_drops_the_fraction_in_training_and_nothing_in_evaluation():
     layer.weight.data.zero_()
     layer.lora_a.weight.data.fill_(1.0)
     layer.lora_b.weight.data.fill_(1.0)
-    # With weights of one, the output is the sum of the inputs that were kept, each scaled by 1 / 0.8.
+    # With weights of one, the output is the sum of the kept inputs, each scaled by 1 / 0.8.
     kept = layer(torch.ones(4000, 24))[:, 0] * 0.8 / 24
     assert kept.mean().item() == pytest.approx(0.8, abs=0.005)
     torch.testing.assert_close(layer.eval()(torch.ones(2, 24))[:, 0], torch.full((2,), 24.0))
@@ -135,7 +135,7 @@ def test_gradients_equal_those_of_the_plain_computation(dropout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_layers_together_give_what_each_alone_gives(dropout, dtype):
-    """Also one of them without an adapter; dropout's mask is the same for all."""
+    """One of them has no adapter; all share dropout's mask."""
     torch.manual_seed(0)
     layers = [LoRALinear(24, size, rank=4, alpha=8.0, dropout=dropout) for size in (40, 16)]
     layers.insert(1, FrozenLinear(24, 8).requires_grad_(False))
@@ -164,7 +164,7 @@ def test_layers_together_give_what_each_alone_gives(dropout, dtype):
 def test_keep_mask_drops_the_fraction_everywhere_alike(dropout):
     keep = draw_keep_mask(torch.empty(4000, 256), dropout).float()
     assert keep.mean().item() == pytest.approx(1 - dropout, abs=0.002)
-    # The four 16-bit lanes of a drawn word are equally fair, and neighbours are independent.
+    # All four 16-bit lanes of a drawn word have the right mean, and neighbours are independent.
     assert keep.view(-1, 4).mean(0).tolist() == pytest.approx([1 - dropout] * 4, abs=0.004)
     assert (keep[:, :-1] * keep[:, 1:]).mean().item() == pytest.approx((1 - dropout) ** 2, abs=0.004)
 
@@ -178,7 +178,7 @@ def test_a_step_multiplies_no_more_than_lora_needs(dropout, input_needs_gradient
     def count_addmm(added, a, b, *args, out_shape=None, **kwargs) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    in_place = {torch.ops.aten.addmm_: count_addmm}  # which torch does not count
+    in_place = {torch.ops.aten.addmm_: count_addmm}  # torch does not count it
     layer, rows, in_dim, out_dim, rank = make_layer(dropout=dropout), 10, 24, 40, 4
     x = torch.randn(rows, in_dim, requires_grad=input_needs_gradient)
     with FlopCounterMode(display=False, custom_mapping=in_place) as forward:

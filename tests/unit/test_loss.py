@@ -30,12 +30,12 @@ def test_what_places_select_is_what_a_mask_selects():
 
 
 def test_the_gradient_of_bf16_is_rounded_once():
-    """1 / N in bf16 would make all of it too large or too small."""
+    """1 / N in bf16 would scale the whole gradient up or down."""
     hidden, weight, labels = make_problem()
     hidden = hidden.detach().bfloat16().requires_grad_()
     selected, targets = select(hidden, labels)
     losses = cross_entropy_of_supervised(selected, weight.bfloat16(), targets)
-    factor = torch.full_like(losses, 1 / 300)  # 0.2 % from the nearest number of bf16
+    factor = torch.full_like(losses, 1 / 300)  # 0.2 % from the nearest bf16 number
     (whole,) = torch.autograd.grad(losses.sum(), selected, retain_graph=True)
     (scaled,) = torch.autograd.grad((losses * factor).sum(), selected)
     assert torch.equal(scaled, (whole.float() * factor[:, None]).bfloat16())
@@ -90,7 +90,7 @@ def test_no_supervised_position_gives_no_loss_and_zero_gradient():
 
 
 def test_logits_of_all_positions_are_never_held():
-    """The largest tensor is one chunk of logits, whatever the number of positions."""
+    """The largest tensor is one chunk of logits, for any number of positions."""
     seen = []
 
     class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):

@@ -7,7 +7,7 @@ from tune2gguf.model.lora import LoRALinear
 from tune2gguf.model.nf4 import BLOCK_SIZE, LOOKUP_CELLS, NF4_VALUES, Nf4Weight, get_nf4_table, quantize_nf4
 from tune2gguf.model.nf4_tensor import Nf4Tensor, multiply_nf4, pack_nf4
 
-# Of torchao 0.13, and where it is since 0.16.
+# The module in torchao 0.13, and since 0.16.
 TORCHAO_NF4 = ("torchao.dtypes.nf4tensor", "torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
 
 
@@ -17,13 +17,13 @@ def weight() -> torch.Tensor:
 
 
 def get_relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Root mean square of the difference, relative to that of the expected values."""
+    """Return the root mean square of the difference, relative to that of the expected values."""
     return ((found - expected).double().pow(2).mean() / expected.double().pow(2).mean()).sqrt().item()
 
 
 @pytest.fixture(scope="module")
 def torchao_nf4():
-    """The module of torchao's own NF4."""
+    """Return torchao's NF4 module."""
     pytest.importorskip("torchao")
     for name in TORCHAO_NF4:
         try:
@@ -46,7 +46,7 @@ def test_codes_are_the_nearest_values():
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     neighbours = [hard, torch.nextafter(hard, torch.tensor(9.0)), torch.nextafter(hard, torch.tensor(-9.0))]
     values = torch.cat([bits[bits.abs() <= 1], *(near.clamp(-1, 1) for near in neighbours)])
-    # A leading 1 makes the scale of each block 1, so that the values are their own scaled values.
+    # A leading 1 makes each block's scale 1: values equal their scaled values.
     blocks = torch.nn.functional.pad(values, (0, -len(values) % (BLOCK_SIZE - 1))).view(-1, BLOCK_SIZE - 1)
     blocks = torch.cat([torch.ones(len(blocks), 1), blocks], dim=1)
     codes = quantize_nf4(blocks).codes
@@ -91,7 +91,7 @@ def test_packed_weight_has_the_same_codes_and_a_small_error_from_its_scales(weig
 
 
 def make_torchao_tensor(torchao_nf4, packed: Nf4Tensor):
-    """Return torchao's tensor with the parts of ours."""
+    """Return torchao's tensor with our tensor's parts."""
     stride = torch.empty(packed.shape, device="meta").stride()
     meta = torchao_nf4.SubclassTensorArgs(packed.shape, stride, 0, torch.float32, packed.device, False)
     sizes = (BLOCK_SIZE, packed.scales.numel(), packed.scales.numel() // packed.factors.numel())
@@ -104,7 +104,7 @@ def test_dequantized_weight_is_torchaos_bit_for_bit(torchao_nf4, weight, dtype):
     packed = pack_nf4(quantize_nf4(weight))
     expected = make_torchao_tensor(torchao_nf4, packed).to(dtype)
     assert torch.equal(packed.dequantize(dtype), expected)
-    assert torch.equal(packed._dequantize_plainly(dtype), expected)  # what the compiler is given
+    assert torch.equal(packed._dequantize_plainly(dtype), expected)  # the compiler's path
     error = get_relative_error(torchao_nf4.to_nf4(weight).to(torch.float32), weight)
     assert error == pytest.approx(get_relative_error(packed.dequantize(torch.float32), weight), rel=0.01)
 

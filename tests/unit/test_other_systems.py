@@ -1,4 +1,4 @@
-"""What Windows and macOS do not have is not needed: neither by an import nor by a run on a CPU."""
+"""Imports and CPU runs need nothing that Windows and macOS lack."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tune2gguf.machine import devices
 
-# As on Windows, whose Python has none of these modules and functions; other packages go their own ways there.
+# Python on Windows lacks these modules and functions; other packages have their own substitutes.
 HIDE = """
 import builtins, os, sys
 import psutil  # has a module for each system

@@ -1,4 +1,4 @@
-"""The files of a run's folder: lines end with \\n alone, and what is damaged ends in one line that names it."""
+"""The files of a run folder: only \\n ends a line, and damage gives one line that names the file."""
 
 import html
 import json
@@ -24,7 +24,7 @@ def test_json_lines_end_with_a_line_feed_only(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonLinesFile(path).write({"text": SEPARATORS})
     with path.open("ab") as file:
-        # As another program may write it: unescaped, a carriage return as white space, a line end of Windows.
+        # As other programs may write it: unescaped, carriage return as white space, Windows line ends.
         file.write(json.dumps({"text": SEPARATORS}, ensure_ascii=False).encode() + b"\r\n")
         file.write(b'{"text":\r"x"}\n\n{"text": "half')
     assert [record["text"] for record in read_json_lines(path)] == [SEPARATORS, SEPARATORS, "x"]
@@ -45,7 +45,7 @@ def run_dir(tmp_path) -> Path:
     return write_run(tmp_path / "run", samples=make_samples(), conclusion=CONCLUSION)
 
 
-# What a foreign program, a newer version or a failing disk may leave: JSON, but not what the file holds.
+# Results of another program, a newer version or a failing disk: valid JSON with the wrong content.
 DAMAGE = {
     "data.json": (
         "data",
@@ -115,7 +115,7 @@ def test_damaged_file_is_one_line_that_names_it(run_dir, name, part, damage):
         getattr(Run(run_dir), part)
     message = str(error.value)
     assert message.startswith(str(path)) and "\n" not in message and len(message) < len(str(path)) + 200
-    # A page about the run says it, and is made.
+    # The report is still made, and shows the problem.
     assert message.replace(str(path), "") in html.unescape(write_report(run_dir).read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""The ledger of runs loses no line, and says whether following an advice helped."""
+"""The ledger of runs loses no line, and records whether following an advice helped."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ HELPED, IN_VAIN, UNDECIDED = (
 
 def append_many(folder: Path, writer: int) -> None:
     for number in range(25):
-        # Longer than a pipe's or a page's atomic write, so that unlocked writers would mix.
+        # Longer than an atomic write of a pipe or page: unlocked writers would interleave.
         append_entry(folder, replace(ENTRY, run=f"{writer}-{number}", config={"text": "x" * 20_000}))
 
 
@@ -93,7 +93,7 @@ def test_outcome_says_whether_it_helped_and_by_how_much(path, noise, helped, tmp
 
 
 def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
-    """Return curves that measured only some of the validation rows."""
+    """Return curves over some of the validation rows only."""
     measured = [
         replace(
             one,

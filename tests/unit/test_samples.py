@@ -1,4 +1,4 @@
-"""Answers while training: the model's own greedy ones, and the model is left as it was."""
+"""Sample replies during training: greedy, and the model is unchanged afterwards."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def tokenizer(base):
 
 
 def load_model(base, **options) -> CausalLM:
-    """Load the base with an adapter that is not zero, ready to be trained."""
+    """Load the base with a non-zero adapter, in training mode."""
     model = lora_llama(
         str(base),
         architecture=None,
@@ -62,7 +62,7 @@ def load_model(base, **options) -> CausalLM:
 
 
 def answer_without_cache(model: CausalLM, tokenizer, prompt) -> list[int]:
-    """Take the likeliest token, computing the whole row again for each."""
+    """Generate greedily, recomputing the whole row for each token."""
     ids = tokenizer.encode_prompt([Message(turn["role"], turn["content"]) for turn in prompt.messages])
     begin = len(ids)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""A base that is split over processes computes what a whole one does, and its layers arrive ahead of their use.
+"""A sharded base equals a whole one, and its layers are prefetched.
 
-Both processes' parts are in this one, which reads them as GPUs of a machine read each other's.
+This process holds both processes' shards and reads them as GPUs of one machine read each other's.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 class Reads:
-    """Reads of both processes' parts; `events` notes each as it begins and as it is waited for."""
+    """A gather that reads both processes' shards; `events` records its starts and waits."""
 
     can_be_captured = False
 
@@ -43,7 +43,7 @@ class Reads:
 
     def start(self, number: int, buffer: torch.Tensor):
         self.events.append(("gather", number))
-        buffer.fill_(255)  # until it is waited for
+        buffer.fill_(255)  # until the wait
         return lambda: self._end(number, buffer)
 
     def _end(self, number: int, buffer: torch.Tensor) -> None:
@@ -76,7 +76,7 @@ def make_model(base_dir: Path, base_weights: str, sharded: tuple[int, Reads] | N
 
 
 def make_sharded(base_dir: Path, base_weights: str, **preparation) -> tuple[CausalLM, Reads]:
-    """Return the first process's model, and how it reads."""
+    """Return the first process's model and its gather."""
     reads = Reads()
     model = make_model(base_dir, base_weights, (0, reads), **preparation)
     reads.other = make_model(base_dir, base_weights, (1, Reads())).sharded
@@ -100,12 +100,12 @@ def test_a_split_base_has_the_losses_and_gradients_of_a_whole_one_bit_for_bit(ba
         pytest.skip("Triton's interpreter has no bf16 products")
     expected = compute(make_model(bases[base], base_weights, None, **preparation), BATCH)
     model, reads = make_sharded(bases[base], base_weights, **preparation)
-    for _ in range(2):  # the second pass begins with what the first has left
+    for _ in range(2):  # the second pass starts with the layers that the first left gathered
         assert is_equal(compute(model, BATCH), expected)
         with torch.no_grad():
             assert torch.equal(model.eval()(**vars(BATCH)), expected.losses)
         model.train()
-    # Negative control: weights that do not arrive.
+    # Negative control: weights that are never gathered.
     reads.is_broken = True
     assert not is_equal(compute(model, BATCH), expected)
 
@@ -133,8 +133,8 @@ def test_layers_arrive_while_the_one_before_them_computes_and_none_comes_twice_i
     compute(model, BATCH)
     embedding, head = NUM_LAYERS, NUM_LAYERS + 1
     assert reads.events == [
-        *[("wait", embedding), ("gather", head)],  # the embedding was called after the pass before
-        ("forward", 0),  # with the layer after it still here from backward
+        *[("wait", embedding), ("gather", head)],  # the embedding was prefetched after the previous pass
+        ("forward", 0),  # the next layer is still gathered from backward
         *[("gather", 2), ("forward", 1), ("wait", 2)],
         *[("gather", 3), ("forward", 2), ("wait", 3), ("forward", 3)],
         *[("wait", head), ("gather", embedding)],
@@ -154,7 +154,7 @@ def test_a_forward_pass_without_gradients_ends_by_calling_the_first_layer(bases)
 
 
 def test_graphs_of_all_layers_find_the_two_that_they_begin_with_and_gather_the_others(bases):
-    """What is captured: the gathers of a pass; replayed after another pass, they must find what they found."""
+    """A graph captures the gathers of a pass; a replay after another pass must start from the same buffers."""
     model, reads = make_sharded(bases["untied"], "fp32")
     compute(model, BATCH)
     sharded, directions = model.sharded, ((False, range(NUM_LAYERS)), (True, reversed(range(NUM_LAYERS))))
@@ -165,10 +165,10 @@ def test_graphs_of_all_layers_find_the_two_that_they_begin_with_and_gather_the_o
         for number in numbers:
             (sharded.go_back if backward else sharded.go_forward)(number)
         gathered[backward] = [number for what, number in reads.events if what == "gather"]
-        # A graph must not end before what it has begun.
+        # A graph must wait for every gather that it starts.
         assert gathered[backward] == [number for what, number in reads.events if what == "wait"]
     assert gathered == {False: [2, 3], True: [1, 0]}
-    with torch.no_grad():  # calls the first layer at its end
+    with torch.no_grad():  # at its end it prefetches the first layer
         model(**vars(BATCH))
     del reads.events[:]
     sharded.begin_graph(backward=False)

@@ -1,4 +1,4 @@
-"""Step checkpoints on disk: whole or not there, and nothing is read that is not what was written."""
+"""Step checkpoints on disk: complete or absent; an altered one is never read."""
 
 import pickle
 import tracemalloc
@@ -105,7 +105,7 @@ def test_damaged_manifest_is_found(tmp_path, content):
 
 
 class Intruder:
-    """Unpickling it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -115,7 +115,7 @@ class Intruder:
 
 
 def test_code_in_a_state_file_does_not_run(tmp_path):
-    """Even where someone has made the manifest fit."""
+    """The manifest matches the malicious file."""
     write_checkpoint(tmp_path / "step_1", Checkpoint({}, {}, {"x": Intruder(tmp_path / "ran")}, {}))
     assert find_damage(tmp_path / "step_1") is None
     with pytest.raises(pickle.UnpicklingError):

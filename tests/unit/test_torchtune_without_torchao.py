@@ -1,4 +1,4 @@
-"""torchtune gets the names that it imports of torchao from this package, nobody else does, and it starts lean."""
+"""Only torchtune gets torchao's names from this package, and its import stays small."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ NEWEST, OLD = "torchao of now", "torchao of then"
 
 @pytest.fixture
 def torchao_of(tmp_path):
-    """Write a torchao of one kind or the other, and return the folder to put on the path."""
+    """Write a fake torchao of a given kind, and return the folder for the path."""
 
     def write(kind: str) -> Path:
         package = tmp_path / "site" / "torchao"

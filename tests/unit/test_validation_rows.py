@@ -1,4 +1,4 @@
-"""heldout.jsonl holds the conversations that the validation rows were made of, whatever file they came from."""
+"""heldout.jsonl holds the conversations of the validation rows, from any kind of file."""
 
 import csv
 import json

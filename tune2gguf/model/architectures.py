@@ -195,7 +195,7 @@ def _read_rope(config: JsonObject) -> tuple[float, RopeScaling | None]:
     found = {name: _read_spelling(config, rope) for name, rope in spellings.items() if rope is not None}
     if len(found) == 2 and found["rope_parameters"] != found["rope_scaling"]:
         values = " and ".join(f"{name}={config.values[name]}" for name in found)
-        raise ValueError(f"{config.path}: rope_parameters and rope_scaling contradict each other: {values}")
+        raise ValueError(f"{config.path}: rope_parameters and rope_scaling contradict each other: {values}; remove one")
     return next(iter(found.values())) if found else (_read_theta(config), None)
 
 

@@ -80,7 +80,7 @@ class Nf4Tensor(Tensor):
         return Nf4Tensor(*(parts[name] for name in _PARTS), shape)
 
     def _stable_hash_for_caching(self) -> str:
-        """Return what torch may keep compiled code under: all but the values, which are its inputs."""
+        """Return torch's cache key for compiled code: shapes, strides, dtypes and devices, not values."""
         parts = [getattr(self, name) for name in _PARTS]
         return repr([self.shape, *((part.shape, part.stride(), part.dtype, part.device) for part in parts)])
 

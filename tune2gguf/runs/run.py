@@ -201,7 +201,9 @@ def open_run(run_dir: str | Path, *, adapter: str | None = None, base_dir: str |
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
     if run.config["chat_template"] not in CHAT_TEMPLATES:
-        raise ValueError(f"{path}: unknown chat_template {run.config['chat_template']!r}")
+        raise ValueError(
+            f"{path}: unknown chat_template {run.config['chat_template']!r}; choose from {', '.join(CHAT_TEMPLATES)}"
+        )
     if not run.base_dir.is_dir():
         raise ValueError(f"no base model in {run.base_dir}; if it was moved, give its folder with --base-dir")
     recorded = run.environment.get("base_digest")
