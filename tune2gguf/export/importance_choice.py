@@ -1,7 +1,6 @@
 """Choose what an export quantizes with: an importance matrix of the run's own training rows, one of a file, or none.
 
-A matrix helps most models and types, and harms some. With validation rows a type is measured both ways, and the better
-one is taken.
+A matrix may help or harm: with validation rows a type is measured both ways, and the better one is taken.
 """
 
 from __future__ import annotations

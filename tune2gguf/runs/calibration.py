@@ -12,7 +12,7 @@ from tune2gguf.data.tokenize import TokenizedRows
 from tune2gguf.files.records import make_record
 from tune2gguf.runs.files import CALIBRATION_FILE, read_json_lines
 
-MAX_TOKENS = 4096  # 2048 tokens give as good a matrix as 8192 (benchmarks/four_bits.py)
+MAX_TOKENS = 4096  # the time of measuring a matrix grows with them
 
 
 class _Row(TypedDict):
