@@ -27,7 +27,7 @@ UNSTEADY = (
     "dtype=fp32",
     "base_weights=fp32",
     "epochs=4",
-    "learning_rate=0.5",
+    "learning_rate=0.7",
     "batch_size=2",
     "max_val_rows=6",
     "max_seq_len=256",
@@ -131,12 +131,12 @@ def test_a_notable_loss_brings_advice_that_is_a_config(tmp_path, monkeypatch):
         assert not any("general prompts" in one.reason for one in advise_label(GOOD_FIT, situation))
     situation = make_situation(tmp_path, "epochs=3", "learning_rate=1e-3", forgetting=much)
     advice = advise_label(GOOD_FIT, situation)
-    assert advice[0].command.startswith("python scripts/export.py")
+    assert advice[0].command.startswith("tune2gguf export")
     mixed, slower, shorter = (one.changes for one in advice[1:4])
     assert slower == {"learning_rate": 5e-4} and shorter == {"epochs": 2}
     assert mixed["dataset.sources"][-1]["rows"] == round(GENERAL_SHARE * 90 + 0.5)
     make_rows, _ = advice[1].command.split(" && ")
-    assert make_rows == f"python scripts/make_general_rows.py '{situation.run_dir}'"
+    assert make_rows == f"tune2gguf remind '{situation.run_dir}'"
     assert "general prompts" in advice[1].reason
     assert mixed in list_changes(advise_label(OVERFITTING, situation))
     assert mixed not in list_changes(advise_label(UNDERFITTING, situation))
