@@ -49,6 +49,14 @@ def test_run_on_nf4_learns_close_to_a_bf16_run(run_arguments, nf4_arguments, tmp
     assert measure_difference(tmp_path / "nf4", tmp_path / "bf16") > 1e-3
 
 
+def test_layers_without_an_adapter_are_4_bit_too(nf4_arguments, tmp_path, monkeypatch):
+    for name, modules in (("some", "[q_proj]"), ("more", "[q_proj, output_proj]")):
+        chosen = [f"model.lora_attn_modules={modules}", "model.apply_lora_to_mlp=false", "learning_rate=0.02"]
+        run_recipe([*nf4_arguments, *chosen, f"output_dir={tmp_path / name}"], monkeypatch)
+        losses = [record["val_loss"] for record in read_records(tmp_path / name, "val_loss")]
+        assert losses[-1] < losses[0]
+
+
 def test_base_that_is_4_bit_already_gives_the_run_of_quantizing_on_load(nf4_arguments, tmp_path, monkeypatch):
     """bitsandbytes' codes go into the model as they are; only the scales' own 8 bits differ."""
     # Rows of whole 64-blocks, so that the query's and key's rows can change places without being quantized anew.

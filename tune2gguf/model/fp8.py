@@ -18,6 +18,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from tune2gguf.model.nf4_tensor import Nf4Tensor, multiply_nf4
+
 CODES = torch.float8_e4m3fn
 LARGEST_CODE = 448.0
 LEAST_MAGNITUDE = 1e-30  # lower bound of a row's largest magnitude: below it float32 cannot invert the scale
@@ -214,7 +216,7 @@ def get_fp8_weight(linear: nn.Module) -> Fp8Weight:
 
 
 class FrozenLinear(nn.Linear):
-    """A frozen linear layer without bias or adapter; its base weight is fp32, bf16 or fp8."""
+    """A frozen linear layer without bias or adapter; its base weight is fp32, bf16, fp8 or NF4."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__(in_dim, out_dim, bias=False)
@@ -222,6 +224,8 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_dim] to [..., out_dim]."""
+        if isinstance(self.weight, Nf4Tensor):
+            return multiply_nf4(x, self.weight)
         if not is_fp8(self.weight):
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
