@@ -45,7 +45,7 @@ def test_launcher_trains_and_fills_the_run_folder(launcher, run_arguments, tmp_p
     parts = ("adapter_config.json", "adapter_model.safetensors", "manifest.json", "progress.json", "state.pt")
     checkpoints = {f"checkpoints/step_{step}/{part}" for step in (num_steps - 1, num_steps) for part in parts}
     files = {"config.yaml", "environment.json", "data.json", "heldout.jsonl", "metrics.jsonl", "plan.json"}
-    files |= {"verdict.json", "report.html"}
+    files |= {"calibration.jsonl", "verdict.json", "report.html"}
     assert written == files | adapters | checkpoints
     assert [record["val_rows"] for record in records if "val_loss" in record] == [5, 5, 5, 5]
     assert json.loads((folder / "last/adapter_config.json").read_text())["r"] == 8
