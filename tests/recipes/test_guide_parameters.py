@@ -163,7 +163,7 @@ def test_max_seq_len_is_where_longer_rows_are_cut(run_arguments, tmp_path):
     }
     longer = [length for length in lengths.values() if length > limit]
     notes = json.loads((cut.folder / "data.json").read_text())["notes"]
-    assert longer and any("cut" in note and str(limit) in note for note in notes)
+    assert longer and any("truncated" in note and str(limit) in note for note in notes)
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])

@@ -36,6 +36,7 @@ def make_command(name: str, run_dir: Path, folder: Path) -> list[str]:
         "estimate_memory.py": ["--config", config, "model.architecture=smollm2_135m"],
         "export.py": [run_dir, "--quantization", "F32", "--force", "--proof-rows", "0"],
         "inspect_data.py": [data, "--base-dir", folder / "base", "--chat-template", "chatml", "--rows", "30"],
+        "make_general_rows.py": ["--help"],
         "make_random_base.py": ["--help"],
         "report.py": [run_dir],
         "show_result.py": [run_dir],
