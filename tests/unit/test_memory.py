@@ -161,7 +161,7 @@ MEDIUM = Architecture(
     ],
     ids=str,
 )
-def test_estimate_is_within_15_percent_of_the_measured_peak(changed, tmp_path):
+def test_estimate_is_at_most_15_percent_below_the_measured_peak_and_25_above(changed, tmp_path):
     from tune2gguf.base.random_base import write_random_base
 
     spec = make_spec(MEDIUM, **({"tokens_per_pass": 2048, "longest_row": 512, "lora_rank": 16} | changed))
@@ -176,12 +176,12 @@ def test_estimate_is_within_15_percent_of_the_measured_peak(changed, tmp_path):
             *("model.architecture=null", "epochs=1", "warmup_steps=0", f"batch_size={rows_per_step}"),
             *(f"dataset.files=[{rows}]", "dataset.validation_files=null", f"max_seq_len={spec.longest_row}"),
             *(f"{name}={getattr(spec, name)}" for name in names),
-            # A checkpoint that is written beside a step adds to its peak, or not: that depends on who else is busy.
+            # A checkpoint written beside a step adds to its peak or not, depending on other load; the estimate counts it.
             "save_every_n_steps=2",
         ],
         tmp_path / "run",
     )
-    assert estimate_memory(spec).peak == pytest.approx(peak, rel=0.15)
+    assert 0.85 < estimate_memory(spec).peak / peak < 1.25
 
 
 def test_batch_rank_and_base_add_what_they_hold():
