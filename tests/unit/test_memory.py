@@ -176,7 +176,7 @@ def test_estimate_is_at_most_15_percent_below_the_measured_peak_and_25_above(cha
             *("model.architecture=null", "epochs=1", "warmup_steps=0", f"batch_size={rows_per_step}"),
             *(f"dataset.files=[{rows}]", "dataset.validation_files=null", f"max_seq_len={spec.longest_row}"),
             *(f"{name}={getattr(spec, name)}" for name in names),
-            # A checkpoint written beside a step adds to its peak or not, depending on other load; the estimate counts it.
+            # The estimate counts a checkpoint written beside a step; whether the peak does depends on other load.
             "save_every_n_steps=2",
         ],
         tmp_path / "run",
