@@ -161,7 +161,7 @@ MEDIUM = Architecture(
     ],
     ids=str,
 )
-def test_estimate_is_at_most_15_percent_below_the_measured_peak_and_25_above(changed, tmp_path):
+def test_estimate_is_within_15_percent_of_the_measured_peak(changed, tmp_path):
     from tune2gguf.base.random_base import write_random_base
 
     spec = make_spec(MEDIUM, **({"tokens_per_pass": 2048, "longest_row": 512, "lora_rank": 16} | changed))
@@ -176,12 +176,14 @@ def test_estimate_is_at_most_15_percent_below_the_measured_peak_and_25_above(cha
             *("model.architecture=null", "epochs=1", "warmup_steps=0", f"batch_size={rows_per_step}"),
             *(f"dataset.files=[{rows}]", "dataset.validation_files=null", f"max_seq_len={spec.longest_row}"),
             *(f"{name}={getattr(spec, name)}" for name in names),
-            # The estimate counts a checkpoint written beside a step; whether the peak does depends on other load.
             "save_every_n_steps=2",
         ],
         tmp_path / "run",
     )
-    assert 0.85 < estimate_memory(spec).peak / peak < 1.25
+    estimate = estimate_memory(spec)
+    # A checkpoint's copies meet the peak of a step or not, depending on how fast the disk is.
+    assert estimate.peak > 0.85 * peak
+    assert estimate.peak - estimate.checkpoint < 1.15 * peak
 
 
 def test_batch_rank_and_base_add_what_they_hold():
