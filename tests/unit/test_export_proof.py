@@ -132,6 +132,13 @@ def test_a_lossy_type_fails_and_the_smallest_sufficient_one_is_named(run_dir):
     assert json.loads((run_dir / "export" / "proof.json").read_text())["passed"] is False
 
 
+def test_a_lossy_merge_names_the_adapter_file_as_the_way_out_unless_it_is_there(run_dir):
+    for with_adapter_gguf in (False, True):
+        export = export_run(run_dir, with_adapter_gguf=with_adapter_gguf, overwrite=True, show=False)
+        merged = next(one for one in prove(export, max_loss_increase=-1.0).failures if one.startswith(MERGED))
+        assert ("--adapter-gguf --force" in merged) != with_adapter_gguf
+
+
 def test_a_model_that_does_not_end_its_turn_fails(tmp_path):
     endless_base = write_biased_base(tmp_path / "base", lambda token: -30.0 if token == "<|im_end|>" else 0.0)
     export = export_run(write_proven_run(endless_base, tmp_path / "endless"), quantizations=["Q8_0"], show=False)
