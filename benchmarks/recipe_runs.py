@@ -73,7 +73,8 @@ def run_recipe(run_dir: Path, arguments: Sequence[str], *, device: str, threads:
     if is_finished(run_dir):
         return True
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
+    search_path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": search_path}
     if device != "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = device
     command = [sys.executable, str(REPOSITORY / "recipes/lora_finetune.py"), *arguments]

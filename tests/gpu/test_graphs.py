@@ -113,5 +113,5 @@ def test_a_pass_that_another_one_followed_cannot_go_back(small_base):
     compute(model, batch)
     losses = model(**vars(batch))
     model(**vars(batch))
-    with pytest.raises(AssertionError, match="before the next one comes"):
+    with pytest.raises(AssertionError, match="once, before the next pass"):
         losses.sum().backward()

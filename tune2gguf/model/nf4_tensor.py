@@ -49,7 +49,8 @@ class Nf4Tensor(Tensor):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the dense weight, computed in float32 and rounded once to dtype."""
-        if torch.compiler.is_compiling():
+        # The compiler may call this with fake codes instead of tracing it; a kernel cannot read those.
+        if torch.compiler.is_compiling() or type(self.codes) is not Tensor:
             return self._dequantize_plainly(dtype)
         if self.codes.is_cuda and find_spec("triton") is not None:
             from tune2gguf.model.fused.launch import dequantize_nf4
