@@ -19,7 +19,7 @@ def rise_after(best: float, *, by: float, path=None):
 
 
 SHAPES = {
-    "flattened": (approach(8), GOOD_FIT),
+    "flattened": (approach(12), GOOD_FIT),
     "flattened at once": (approach(40), GOOD_FIT),
     "still falling as a line": (lambda progress: 4 - progress, UNDERFITTING),
     "still falling as an exponential": (approach(1), UNDERFITTING),

@@ -27,7 +27,9 @@ FIT_KEYS = (*(one.key for one in GUIDE_PARAMETERS if one.key not in ("seed", "qu
 # The guide's values, a step of an adjustment apart.
 DROPOUTS = (0.0, 0.1, 0.2, 0.3)
 WEIGHT_DECAYS = (0.0, 0.001, 0.01, 0.1)
-LOWEST_RATE, COMMON_RATE = 5e-5, 1e-4
+STARTING_RATE = 1e-4
+# A forecast of so much more, as a share of the gain, is far from flat: four times the epochs, not twice.
+FAR_FROM_FLAT = 0.25
 # A KL divergence from the base, in nats a token of its own answers; see docs/verdict.md.
 NOTABLE_DIVERGENCE = 0.1
 # General rows for each row of a user's own; their prompts are no more than these.
@@ -76,7 +78,7 @@ def advise(verdict: Verdict, curves: Curves, situation: Situation) -> list[Advic
     if verdict.label == OVERFITTING:
         steps = [*_loosen(curves, situation.config), *_retain(situation, only_rows=True)]
     elif verdict.label == UNDERFITTING:
-        steps = _tighten(curves, situation)
+        steps = _tighten(verdict, situation)
     elif verdict.label == GOOD_FIT:
         steps = _retain(situation)
     else:
@@ -132,18 +134,21 @@ def _loosen(curves: Curves, config: Mapping[str, Any]) -> Iterator[_Step]:
     yield from _step_along("weight_decay", config, WEIGHT_DECAYS, up=True, why="smaller weights generalize better")
 
 
-def _tighten(curves: Curves, situation: Situation) -> Iterator[_Step]:
+def _tighten(verdict: Verdict, situation: Situation) -> Iterator[_Step]:
     """Yield the adjustments against underfitting."""
     config, data = situation.config, situation.data
     if config.get("max_steps_per_epoch") is not None:
         reason = f"an epoch ended after {config['max_steps_per_epoch']} steps; null lets it see every row"
         yield _Step({"max_steps_per_epoch": None}, reason, EPOCHS)
-    rate, epochs = config["learning_rate"], config["epochs"]
-    longer = _Step({"epochs": 2 * epochs}, "more passes over the rows, for deeper learning", EPOCHS)
-    if rate < LOWEST_RATE:
-        common = format_value(COMMON_RATE)
-        reason = f"{format_value(rate)} is below the lowest of the guide's rates; {common} is its starting point"
-        yield _Step({"learning_rate": COMMON_RATE}, reason, LEARNING_RATE)
+    rate, further = config["learning_rate"], verdict.figures.get("further_gain", 0.0)
+    times, reason = 2, "more passes over the rows, for deeper learning"
+    if further > FAR_FROM_FLAT:
+        times, reason = 4, f"{reason}; four times as many, as twice would bring about {further:.0%} more"
+    longer = _Step({"epochs": times * config["epochs"]}, reason, EPOCHS)
+    if rate < STARTING_RATE:
+        start = format_value(STARTING_RATE)
+        reason = f"{format_value(rate)} is below {start}, the guide's starting point, and a higher rate takes no longer"
+        yield _Step({"learning_rate": STARTING_RATE}, reason, LEARNING_RATE)
         yield longer
     else:
         yield longer

@@ -18,6 +18,8 @@ LABELS = (OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE)
 # What is worth another run, as a share of what the best adapter gained over the base.
 NOTABLE_RISE = 0.02
 NOTABLE_FURTHER_GAIN = 0.08
+# Near zero loss, less of the gain is worth a run: an eighth of the loss that is left, but no less than 1 % of the gain.
+NOTABLE_SHARE_OF_LOSS, LEAST_FURTHER_GAIN = 1 / 8, 0.01
 # Gains of less than this share of the base's loss are nothing to go on with.
 NOTABLE_GAIN = 0.05
 # The smallest p of a two-sided sign test is 2 * 0.5 ** rows: of five rows not even a change that all share reaches 5 %.
@@ -165,21 +167,32 @@ def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     late_share = estimate_ratio(late, gained)
     forecast = Forecast(at, curves.final.loss / gain.value)
     further, printed = late_share.map(forecast.estimate), forecast.widen(late_share)
+    notable = find_notable_gain(curves.final.loss, gain.value)
     figures = _name("further_gain", printed) | _name("late_share", late_share) | {"late_share_at": at}
     came = (
         f"{_percent(late_share.value)} of the gain came in the last {_percent(1 - at)} of the learning (learning rate "
         f"summed over steps); as much again would bring about {_describe_share(printed, 'likely')} more, "
         "if it does not begin to overfit"
     )
-    if late_share.low > 0 and further.value > NOTABLE_FURTHER_GAIN:
+    if late_share.low > 0 and further.value > notable:
         return Verdict(UNDERFITTING, (f"the validation loss was still falling: {came}", won), figures)
-    if _is_open(further, NOTABLE_FURTHER_GAIN):
+    if _is_open(further, notable):
         slope = _find_slope(forecast, late_share.value)
-        needed = count_rows_needed(late, gained, margin=NOTABLE_FURTHER_GAIN / slope)
+        needed = count_rows_needed(late, gained, margin=notable / slope)
         reason = f"whether the curve had flattened cannot be told on {len(losses.tokens)} rows: {came}"
         return _ask_for_more(reason, needed, curves, figures)
     flat = f"the curve had flattened: {came}"
     return Verdict(GOOD_FIT, (f"{won} and ended there, with no notable rise from its best", flat), figures)
+
+
+def find_notable_gain(loss: float, gain: float) -> float:
+    """Return the further gain that is worth another run, as a share of the gain.
+
+    Args:
+        loss: validation loss at the end
+        gain: what it has gained over the base
+    """
+    return min(NOTABLE_FURTHER_GAIN, max(LEAST_FURTHER_GAIN, NOTABLE_SHARE_OF_LOSS * loss / gain))
 
 
 def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
