@@ -122,7 +122,7 @@ WRONG = [
     (["max_steps_per_epoch=0"], "max_steps_per_epoch=0 is out of range: it must be at least 1 (null runs every row)"),
     (["eval_every_n_steps=0"], "eval_every_n_steps=0 is out of range: it must be at least 1 (null validates up to 10"),
     (["eval_every_n_steps=0.5"], "eval_every_n_steps=0.5 is a number; it must be a whole number"),
-    (["max_val_rows=0"], "max_val_rows=0 is out of range: it must be at least 1 (null fits 10 % of the training"),
+    (["max_val_rows=0"], "max_val_rows=0 is out of range: it must be at least 1 (null uses up to 10 % of the"),
     (
         ["early_stopping_patience=0"],
         "early_stopping_patience=0 is out of range: it must be at least 1 (null never stops",

@@ -63,7 +63,7 @@ KEYS = {
     "parallel": Key(str, choices=("auto", "replicate", "shard")),
     "on_nonfinite": Key(str, choices=("stop", "skip")),
     "eval_every_n_steps": Key(int, minimum=1, optional=True, why_not="null validates up to 10 times per run"),
-    "max_val_rows": Key(int, minimum=1, optional=True, why_not="null fits 10 % of the training time"),
+    "max_val_rows": Key(int, minimum=1, optional=True, why_not="null uses up to 10 % of the training time"),
     "early_stopping_patience": Key(int, minimum=1, optional=True, why_not="null never stops early"),
     "num_samples": Key(int, minimum=0, why_not="0 turns samples off"),
     "score_general_prompts": Key(bool, or_auto=True),
