@@ -217,7 +217,7 @@ def count_kept_activations(spec: RunSpec) -> int:
 
 
 def _count_compiled(spec: RunSpec) -> int:
-    """Return the bytes that oneDNN keeps of compiled products. It does not compute float32 ones."""
+    """Return the bytes that oneDNN keeps of compiled products; float32 products use another library."""
     if spec.dtype == "fp32":
         return 0
     frozen = {tensor.shape for tensor in list_tensors(spec.architecture) if len(tensor.shape) == 2}  # and the head
