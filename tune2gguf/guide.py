@@ -45,13 +45,13 @@ GUIDE_PARAMETERS = (
     GuideParameter("Epochs", "epochs", 3, "recipe", "passes over the training rows"),
     GuideParameter("LoraRank", "lora_rank", 16, "model.lora_rank", "a higher rank captures more and costs memory"),
     GuideParameter(
-        "LoraAlpha", "lora_alpha", 16, "model.lora_alpha", "the adapter counts alpha / rank; ratio 1, also try 2, 0.5"
+        "LoraAlpha", "lora_alpha", 16, "model.lora_alpha", "adapter scale is alpha / rank; ratio 1, also try 2, 0.5"
     ),
     GuideParameter(
         "LoraDropout", "lora_dropout", 0.1, "model.lora_dropout", "share of the adapter's inputs dropped in training"
     ),
     GuideParameter(
-        "MaxSeqLength", "max_seq_len", 2048, "model.max_seq_len, dataset", "tokens kept of a row; memory grows with it"
+        "MaxSeqLength", "max_seq_len", 2048, "model.max_seq_len, dataset", "token limit per row; memory grows with it"
     ),
     GuideParameter(
         "WarmupSteps", "warmup_steps", 10, "lr_scheduler.num_warmup_steps", "optimizer steps up to the peak; 0: none"
@@ -59,9 +59,9 @@ GUIDE_PARAMETERS = (
     GuideParameter(
         "SchedulerType", "scheduler", "cosine", "lr_scheduler.name", "after the peak: cosine, linear, constant"
     ),
-    GuideParameter("Seed", "seed", 42, "recipe, dataset", "adapter, row order, split and dropout follow from it"),
-    GuideParameter("BatchSize", "batch_size", 2, "recipe", "rows of a step, times accumulation and devices"),
-    GuideParameter("Quantization", "quantization", "Q4_K_M", "scripts/export.py", "type of the GGUF, nothing else"),
+    GuideParameter("Seed", "seed", 42, "recipe, dataset", "sets adapter, row order, split and dropout"),
+    GuideParameter("BatchSize", "batch_size", 2, "recipe", "rows per step, times accumulation and devices"),
+    GuideParameter("Quantization", "quantization", "Q4_K_M", "scripts/export.py", "type of the exported GGUF only"),
     GuideParameter(
         "WeightDecay", "weight_decay", 0.01, "optimizer.weight_decay", "decoupled, adapter only; also try 0.1, 0.001, 0"
     ),

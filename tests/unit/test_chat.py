@@ -153,7 +153,7 @@ def test_a_run_without_export_is_told_the_command(tiny_untied_base, tmp_path):
     [
         ("--max-tokens", "0", "a reply of 0 tokens is none; give 1 or more"),
         ("--temperature", "-0.5", "temperature -0.5 makes no sense; give 0, which is greedy, or more"),
-        ("--threads", "0", "0 threads cannot work; give 1 or more"),
+        ("--threads", "0", "--threads must be at least 1, got 0"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(run_dir, option, value, said):

@@ -50,7 +50,7 @@ WRONG = [
     (["lr=1e-4"], "unknown config key 'lr'; did you mean 'learning_rate'?"),
     (["checkpointer.checkpoint_dir=x"], "unknown config key 'checkpointer'; did you mean 'base_dir'?"),
     (["loss=torch.nn.CrossEntropyLoss"], "unknown config key 'loss'; the loss is the cross entropy of the supervised"),
-    (["metric_logger.log_dir=x"], "metric_logger needs a _component_, the dotted path of what builds it"),
+    (["metric_logger.log_dir=x"], "metric_logger needs a _component_, the dotted path of a class or function"),
     (["metric_logger=tensorboard"], "metric_logger needs a _component_"),
     ([f"{LOGGER}=torchtune.training.metric_logging.TensorboardLogger"], "metric_logger._component_=torchtune.training"),
     ([f"{LOGGER}=torchtune.training.metric_logging.TensorBoardLogger"], "missing config key 'metric_logger.log_dir'"),
@@ -84,7 +84,7 @@ WRONG = [
     (["lora_rank=16.0"], "lora_rank=16.0 is a number; it must be a whole number"),
     (["lora_rank=many"], "lora_rank='many' is text; it must be a whole number"),
     (["learning_rate='1e-4'"], "learning_rate='1e-4' is text; it must be a number"),
-    (["seed=true"], "seed=True is a truth value; it must be a whole number"),
+    (["seed=true"], "seed=True is a boolean; it must be a whole number"),
     (["epochs=null"], "epochs is empty; it needs a value"),
     (["output_dir="], "output_dir is empty; it needs a value"),
     (["seed=a: b"], "seed={'a': 'b'} is a mapping of keys to values; it must be a whole number"),
@@ -92,7 +92,7 @@ WRONG = [
     (["enable_activation_checkpointing=1"], "enable_activation_checkpointing=1 is a whole number; it must be true or"),
     (
         ["enable_activation_offloading=true", "enable_activation_checkpointing=true"],
-        "enable_activation_offloading=true with device=cpu: activations are in the CPU's memory already",
+        "enable_activation_offloading=true with device=cpu: activations are already on the CPU",
     ),
     (
         ["enable_activation_offloading=true", "enable_activation_checkpointing=false", "device=cuda"],
@@ -111,7 +111,7 @@ WRONG = [
     (["epochs=0"], "epochs=0 is out of range: it must be at least 1 (without an epoch nothing is learned)"),
     (["lora_rank=0"], "lora_rank=0 is out of range: it must be at least 1 (an adapter of rank 0 has no weights)"),
     (["lora_alpha=0"], "lora_alpha=0 is out of range: it must be above 0 (at 0 the adapter has no effect)"),
-    (["lora_dropout=1"], "lora_dropout=1 is out of range: it must be at least 0 and below 1 (at 1 nothing passes"),
+    (["lora_dropout=1"], "lora_dropout=1 is out of range: it must be at least 0 and below 1 (at 1 the adapter gets"),
     (["lora_dropout=-0.1"], "lora_dropout=-0.1 is out of range"),
     (["max_seq_len=0"], "max_seq_len=0 is out of range: it must be at least 2 (a row needs a token to predict from"),
     (["warmup_steps=-1"], "warmup_steps=-1 is out of range: it must be at least 0"),
@@ -120,9 +120,9 @@ WRONG = [
     (["weight_decay=-0.1"], "weight_decay=-0.1 is out of range: it must be at least 0"),
     (["gradient_accumulation_steps=0"], "gradient_accumulation_steps=0 is out of range"),
     (["max_steps_per_epoch=0"], "max_steps_per_epoch=0 is out of range: it must be at least 1 (null runs every row)"),
-    (["eval_every_n_steps=0"], "eval_every_n_steps=0 is out of range: it must be at least 1 (null is up to 10 times a"),
+    (["eval_every_n_steps=0"], "eval_every_n_steps=0 is out of range: it must be at least 1 (null validates up to 10"),
     (["eval_every_n_steps=0.5"], "eval_every_n_steps=0.5 is a number; it must be a whole number"),
-    (["max_val_rows=0"], "max_val_rows=0 is out of range: it must be at least 1 (null takes what 10 % of the training"),
+    (["max_val_rows=0"], "max_val_rows=0 is out of range: it must be at least 1 (null uses up to 10 % of the"),
     (
         ["early_stopping_patience=0"],
         "early_stopping_patience=0 is out of range: it must be at least 1 (null never stops",
@@ -146,24 +146,24 @@ WRONG = [
         "model.lora_attn_modules=[] and model.apply_lora_to_mlp=false leave nothing to train",
     ),
     # Components.
-    (["optimizer=adamw"], "optimizer needs a _component_, the dotted path of what builds it"),
+    (["optimizer=adamw"], "optimizer needs a _component_, the dotted path of a class or function"),
     (["model._component_=tune2gguf.model.llama.lora_lama"], "model._component_=tune2gguf.model.llama.lora_lama: "),
-    (["model._component_=tune2gguf.model.llama.LORA_ATTN_MODULES"], "is a tuple, not something to call"),
-    (["lr_scheduler._component_=torch.optim.lr_scheduler.ConstantLR"], "scheduler is read by nothing: what"),
-    (["optimizer.betas=[2,3]"], "optimizer refuses its keys: ValueError: Invalid beta parameter at index 0: 2"),
+    (["model._component_=tune2gguf.model.llama.LORA_ATTN_MODULES"], "is a tuple, not a class or function"),
+    (["lr_scheduler._component_=torch.optim.lr_scheduler.ConstantLR"], "scheduler has no effect: lr_scheduler"),
+    (["optimizer.betas=[2,3]"], "optimizer cannot be built: ValueError: Invalid beta parameter at index 0: 2"),
     # What does not fit together.
     (["dtype=bf16"], "base_weights=fp32 with dtype=bf16: unquantized weights are kept in dtype"),
     (["base_weights=gguf:Q4_KM"], "base_weights='gguf:Q4_KM' is not one of"),
     (["base_weights=gguf:IQ2_XS"], "base_weights='gguf:IQ2_XS' is not one of"),
-    (["base_weights=gguf:Q4_K_M", "dtype=fp32"], "what a GGUF holds is kept in bf16; use dtype=bf16"),
+    (["base_weights=gguf:Q4_K_M", "dtype=fp32"], "the weights of a GGUF are kept in bf16; use dtype=bf16"),
     (["base_weights=gguf:Q4_K_M", "quantization=Q8_0"], "trained over; use quantization=Q4_K_M"),
-    (["base_weights=fp8", "compile=true"], "base_weights=fp8 with compile=true: the compiler has no 8-bit products"),
+    (["base_weights=fp8", "compile=true"], "base_weights=fp8 with compile=true: compiled layers have no fp8 products"),
     (["device=gpu"], "device='gpu' is not one of cpu, cuda, cuda:0, cuda:1, …, mps"),
-    (["device=mps"], "device=mps: torch finds no GPU of Apple's on this machine; use device=cpu"),
-    (["device=mps", "base_weights=nf4"], "base_weights=nf4 with device=mps: only bf16 and fp32 are computed there"),
+    (["device=mps"], "device=mps: torch finds no Apple GPU on this machine; use device=cpu"),
+    (["device=mps", "base_weights=nf4"], "base_weights=nf4 with device=mps: not supported; use base_weights=bf16"),
     (["device=mps", "compile=true"], "compile=true with device=mps: not supported; use compile=false"),
     (["device=cuda:99"], "device=cuda:99"),
-    (["max_seq_len=513"], "was made for at most 512 tokens"),
+    (["max_seq_len=513"], "takes at most 512 tokens"),
     (["model.architecture=llama3_2_1b"], "num_layers: the model builder has 16, config.json has 2"),
     (["batch_size=21"], "a step takes 21 rows, but there are only 20 training rows; lower batch_size or"),
     (["gradient_accumulation_steps=6"], "a step takes 24 rows, but there are only 20 training rows"),
@@ -175,7 +175,7 @@ WRONG = [
     (["resume=runs/absent/checkpoints/step_3"], "runs/absent/checkpoints/step_3"),
     (
         ["early_stopping_patience=2", "dataset.validation_files=null"],
-        "early_stopping_patience=2: there are no validation rows, so that no best can be known",
+        "early_stopping_patience=2 needs validation rows; hold rows out with",
     ),
     # Places.
     (["parent_run=runs/absent"], "parent_run=runs/absent is not the folder of a run (config.yaml is missing)"),
@@ -184,7 +184,7 @@ WRONG = [
     (["dataset.files=[absent.jsonl]"], "absent.jsonl: no such file"),
     (["dataset.files=[]"], "dataset.files=[] names no file"),
     (["dataset.files=[README.md]"], "README.md: unknown type"),
-    (["output_dir=README.md/run"], "output_dir=README.md/run cannot be made in"),
+    (["output_dir=README.md/run"], "output_dir=README.md/run cannot be created in"),
     (["output_dir=tests"], "output_dir=tests exists, and a run never overwrites another"),
     # Overrides that are none.
     (["lora_rank"], "overrides are written key=value; got lora_rank"),
@@ -221,7 +221,7 @@ def test_run_of_the_corpus_is_right_without_its_mistakes(run_arguments):
 def test_compiling_for_a_cpu_without_a_compiler_is_refused_with_its_name(run_arguments, monkeypatch):
     monkeypatch.setenv("CXX", "c++-that-is-absent")
     assert find_error([*run_arguments, "compile=true"]) == (
-        "compile=true on a CPU needs a C++ compiler, and there is no c++-that-is-absent; install it, or compile=false"
+        "compile=true with device=cpu: C++ compiler c++-that-is-absent not found; install it or use compile=false"
     )
     assert check_config(load_config(run_arguments)) == []
 
@@ -273,11 +273,11 @@ def write_yaml(path: Path, replaced: dict[str, str]) -> Path:
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
-        ({"  weight_decay: ${weight_decay}\n": ""}, "weight_decay is read by nothing: optimizer.weight_decay must be "),
+        ({"  weight_decay: ${weight_decay}\n": ""}, "weight_decay has no effect: optimizer.weight_decay must be "),
         ({"  lora_rank: ${lora_rank}\n": ""}, "missing config key 'model.lora_rank'"),
         (
             {"torch.optim.AdamW": "torch.optim.LBFGS"},
-            "weight_decay is read by nothing: what optimizer._component_ names",
+            "weight_decay has no effect: optimizer._component_ takes no 'weight_decay'",
         ),
         ({"seed: 42 ": "sede: 42 "}, "unknown config key 'sede'; did you mean 'seed'?\nmissing config key 'seed'"),
         ({"epochs: 3 ": "epochs: 3\nepochs: 4 "}, "cannot be read as YAML"),
@@ -339,10 +339,10 @@ def test_ratio_beyond_the_guides_warns_in_its_words(alpha, is_warned, run_argume
 
 
 @pytest.mark.parametrize("override", ["eval_every_n_steps=5", "max_val_rows=5"])
-def test_key_of_validation_without_validation_rows_warns_that_it_does_nothing(override, run_arguments):
+def test_key_of_validation_without_validation_rows_warns_that_it_has_no_effect(override, run_arguments):
     without = ["max_val_rows=null", "dataset.validation_files=null", override]
     (warning,) = check_config(load_config([*run_arguments, *without]))
-    assert warning.startswith(f"{override} does nothing: there are no validation rows")
+    assert warning.startswith(f"{override} has no effect without validation rows; ")
     assert check_config(load_config([*run_arguments, override])) == []
 
 
@@ -394,7 +394,7 @@ def test_matrices_that_8_bit_products_do_not_take_are_refused(run_arguments, tmp
     arguments = [*run_arguments, f"base_dir={base}"]
     assert check_config(load_config(arguments)) == []
     error = find_error([*arguments, "base_weights=fp8"])
-    assert "mlp.gate_proj.weight is [72, 32], 8-bit products take multiples of 16; use base_weights=bf16" in error
+    assert "mlp.gate_proj.weight is [72, 32], fp8 products need multiples of 16; use base_weights=bf16" in error
 
 
 def test_four_bit_base_with_16_bit_settings_warns(run_arguments, tmp_path):

@@ -52,7 +52,7 @@ def test_cores_are_no_more_than_the_hardware_threads_of_this_process():
 
 
 def test_the_log_says_threads_cores_and_how_bf16_is_computed():
-    assert describe_cpu().startswith(f"CPU: {torch.get_num_threads()} threads a process, 8 cores, bf16 ")
+    assert describe_cpu().startswith(f"CPU: {torch.get_num_threads()} threads per process, 8 cores, bf16 ")
 
 
 @pytest.mark.slow

@@ -281,7 +281,7 @@ def test_first_change_that_fits_is_found(free, change):
 
 def test_advice_is_overrides_or_says_that_none_helps():
     assert advise(BIG, need(tokens_per_pass=2048)).endswith("tokens_per_pass=2048")
-    assert advise(BIG, 10**9).startswith("No setting makes it fit: at the least it needs ")
+    assert advise(BIG, 10**9).startswith("No setting makes it fit: it needs at least ")
     assert find_warning(BIG, Device("cuda:0", "a GPU", need())) is None
     warning = find_warning(BIG, Device("cuda:0", "a GPU", need() - 1))
     assert "will probably run out of memory" in warning and "tokens_per_pass=4096" in warning
@@ -328,7 +328,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
 def test_script_prints_the_estimate_of_a_config_without_its_base():
     done = run_script("--config", "configs/llama3_1_8b/lora.yaml", "--devices", "2")
     assert done.returncode == 0, done.stderr
-    assert "weights of the base        16.06 GB" in done.stdout
+    assert "base weights               16.06 GB" in done.stdout
     assert "  cpu (this machine's memory), " in done.stdout and "for each of 2 processes" in done.stdout
     wrong = run_script("--config", "configs/llama3_1_8b/lora.yaml", "lora_rnk=1")
     assert wrong.returncode == 1

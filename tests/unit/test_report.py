@@ -395,7 +395,7 @@ def test_comparison_lists_only_runs_on_the_same_rows_together(tmp_path, make_com
 def test_comparison_escapes_names_and_refuses_equal_ones(tmp_path, make_compared):
     page = Page(write_comparison([Group(12, [make_compared(HOSTILE)])], tmp_path / "comparison.html"))
     assert len(page.find("script")) == 1 and " ".join(SPELLED.split()) in page.text
-    with pytest.raises(ValueError, match="told apart by their names"):
+    with pytest.raises(ValueError, match="runs must have different names"):
         write_comparison([Group(12, [make_compared("a"), make_compared("a")])], tmp_path / "x.html")
     assert "0 runs compared" in Page(write_comparison([], tmp_path / "none.html")).text
 

@@ -109,7 +109,7 @@ def test_too_little_room_for_the_export_is_a_warning(run_arguments, monkeypatch)
     free = module.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(module, "disk_usage", lambda path: free)
     (warning,) = check_config(load_config(run_arguments))
-    assert "the export will not fit on the disk as it is: the files need 0.0 GB" in warning
+    assert "the export does not fit on the disk now: the files need 0.0 GB" in warning
 
 
 # A value that is none, at each place of the tokenizer's files and generation_config.json.
@@ -189,7 +189,7 @@ def test_a_base_is_named_as_it_is_confirmed_not_as_the_config_says(tiny_base, ba
 def test_a_source_that_nothing_confirms_is_said_at_the_start(base_dir, run_arguments):
     arguments = [*run_arguments, f"base_dir={base_dir}", "base_source=hf://meta-llama/Llama-3.2-1B-Instruct"]
     (warning,) = check_config(load_config(arguments))
-    assert f"{base_dir} has no base.json, so that nothing confirms base_source=hf://meta-llama" in warning
+    assert f"{base_dir} has no base.json that confirms base_source=hf://meta-llama" in warning
     (base_dir / RECORD_FILE).write_text('{"source": "hf://meta-llama/Llama-3.2-1B-Instruct"}')
     assert check_config(load_config(arguments)) == []
     assert name_base(base_dir) == "meta-llama/Llama-3.2-1B-Instruct"

@@ -12,7 +12,7 @@ from tune2gguf.guide import GUIDE_PARAMETERS, GuideParameter
 CONFIGS = sorted([*REPOSITORY.glob("configs/*/*.yaml"), *REPOSITORY.glob("examples/*/*.yaml")])
 PAGE = REPOSITORY / "docs/parameters.md"
 TABLE_HEAD = "| guide | key | default | becomes | effect |\n|---|---|---|---|---|\n"
-CONFIG_HEAD = "# The guide's parameters. Each line: value, the name in the guide -> what it becomes: what it does.\n"
+CONFIG_HEAD = "# The guide's parameters. Each line: value, guide name -> component: effect.\n"
 
 
 def write_guide_tables(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Find every mistake in a config before a weight, a tokenizer or a row is loaded, and raise them as one error."""
+"""The check of a config before weights, tokenizer or rows are loaded. All problems are raised as one error."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ WAY_OUT = "hold rows out with dataset.validation_split or dataset.validation_fil
 
 
 def check_config(config: DictConfig) -> list[str]:
-    """Check keys, types, ranges, references, device and files; return warnings about what is legal but unusual.
+    """Check keys, types, ranges, references, device and files. Return warnings about legal but unusual values.
 
     Raises:
-        ValueError: with every problem, one a line
+        ValueError: with every problem, one per line
     """
     values, num_processes = _resolve(config), int(os.environ.get("WORLD_SIZE", "1"))
     valid = find_valid(values)
@@ -48,16 +48,16 @@ def check_config(config: DictConfig) -> list[str]:
 
 
 def check_values(config: DictConfig) -> None:
-    """Check keys, types, ranges and references only: what a config says, not whether this machine can do it.
+    """Check keys, types, ranges and references, but neither device nor files.
 
     Raises:
-        ValueError: with every problem, one a line
+        ValueError: with every problem, one per line
     """
     raise_problems(_find_own_problems(_resolve(config)))
 
 
 def _find_own_problems(values: Mapping[str, Any]) -> list[str]:
-    # A rule across keys is asked only where the values that it needs are right by themselves.
+    # A rule across keys is checked only if each of its values is valid by itself.
     valid = find_valid(values)
     return [
         *_find_key_problems(values),
@@ -89,33 +89,33 @@ def _find_precision_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     gguf_type = None if base_weights is None else get_gguf_type(base_weights)
     if gguf_type is not None:
         if dtype == "fp32":
-            yield f"base_weights={base_weights} with dtype=fp32: what a GGUF holds is kept in bf16; use dtype=bf16"
+            yield f"base_weights={base_weights} with dtype=fp32: the weights of a GGUF are kept in bf16; use dtype=bf16"
         if valid.get("quantization") not in (None, gguf_type):
             yield (
-                f"base_weights={base_weights} with quantization={valid['quantization']}: such a run is served as the "
-                f"file that it is trained over; use quantization={gguf_type}"
+                f"base_weights={base_weights} with quantization={valid['quantization']}: the run is served with the "
+                f"GGUF that it is trained over; use quantization={gguf_type}"
             )
     elif None not in (base_weights, dtype) and base_weights not in ("fp8", "nf4", dtype):
-        yield f"base_weights={base_weights} with dtype={dtype}: unquantized weights are kept in dtype"
+        yield f"base_weights={base_weights} with dtype={dtype}: unquantized weights are kept in dtype; set both alike"
     if base_weights == "fp8" and valid.get("compile"):
-        yield "base_weights=fp8 with compile=true: the compiler has no 8-bit products; use compile=false"
+        yield "base_weights=fp8 with compile=true: compiled layers have no fp8 products; use compile=false"
 
 
 def _find_offloading_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     if not valid.get("enable_activation_offloading"):
         return
     if valid.get("device") == "cpu":
-        yield "enable_activation_offloading=true with device=cpu: activations are in the CPU's memory already"
+        yield "enable_activation_offloading=true with device=cpu: activations are already on the CPU; set it to false"
     if valid.get("enable_activation_checkpointing") is False:
         yield (
             "enable_activation_offloading=true without enable_activation_checkpointing=true: moving all activations "
-            "would take longer than computing them again"
+            "takes longer than recomputing them; set both to true"
         )
 
 
 def _find_device_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
     if valid["device"] == "mps":
-        yield "device=mps is experimental: no test of this package has run on one; compare a short run with device=cpu"
+        yield "device=mps is experimental: no test of this package has run on it; compare a short run with device=cpu"
 
 
 def _find_ratio_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
@@ -126,18 +126,16 @@ def _find_ratio_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _find_validation_problems(valid: Mapping[str, Any], dataset: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield why the keys of validation cannot do what they say."""
+    """Yield a problem if early stopping has no validation rows."""
     patience = valid.get("early_stopping_patience")
     if patience is not None and dataset is not None and not holds_rows_out(dataset):
-        yield (
-            f"early_stopping_patience={patience}: there are no validation rows, so that no best can be known; {WAY_OUT}"
-        )
+        yield f"early_stopping_patience={patience} needs validation rows; {WAY_OUT}"
 
 
 def _find_validation_warnings(valid: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
-    """Yield which keys of validation are set for nothing."""
+    """Yield the validation keys that have no effect, because there are no validation rows."""
     if holds_rows_out(dataset):
         return
     for name in ("eval_every_n_steps", "max_val_rows"):
         if valid[name] is not None:
-            yield f"{name}={valid[name]} does nothing: there are no validation rows; {WAY_OUT}"
+            yield f"{name}={valid[name]} has no effect without validation rows; {WAY_OUT}"

@@ -1,4 +1,4 @@
-"""The components of a config: their keys are their callables' parameters, and flat keys reach them by reference."""
+"""The components of a config. Their keys are their callables' parameters; references pass flat keys to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 COMPONENTS = ("model", "tokenizer", "dataset", "optimizer", "lr_scheduler", "metric_logger")
 _OPTIONAL = ("metric_logger",)  # null builds none
 
-# What torchtune's metric loggers import; none of it comes with this package.
+# The packages that torchtune's metric loggers import. This package does not depend on them.
 _LOGGER_PACKAGES = {
     "TensorBoardLogger": "tensorboard",
     "WandBLogger": "wandb",
@@ -27,7 +27,7 @@ _LOGGER_PACKAGES = {
     "CometLogger": "comet_ml",
 }
 
-# Given by the recipe when it builds the component, so they may not stand in the YAML.
+# Arguments that the recipe passes to a component, so the YAML may not set them.
 _GIVEN_BY_RECIPE = {
     "dataset": {"tokenizer", "max_seq_len", "seed"},
     "optimizer": {"params"},
@@ -36,15 +36,15 @@ _GIVEN_BY_RECIPE = {
 
 
 def find_component_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the components' callables, keys and references."""
+    """Yield the problems of the components' callables, keys and references."""
     for name in COMPONENTS:
         if name not in values:
-            continue  # said already
+            continue  # reported as a missing key
         node = values[name]
         if node is None and name in _OPTIONAL:
             continue
         if not isinstance(node, dict) or not isinstance(node.get("_component_"), str):
-            yield f"{name} needs a _component_, the dotted path of what builds it"
+            yield f"{name} needs a _component_, the dotted path of a class or function"
             continue
         options = {key: value for key, value in node.items() if key != "_component_"}
         try:
@@ -66,7 +66,7 @@ def find_component_problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _find_callable(path: str) -> Callable:
-    """Return what a dotted path names; a ValueError says why there is nothing to call."""
+    """Return the class or function at a dotted path. Raises ValueError if there is none."""
     from torchtune.config._errors import InstantiationError
     from torchtune.config._utils import _get_component_from_path
 
@@ -75,7 +75,7 @@ def _find_callable(path: str) -> Callable:
     except (InstantiationError, ValueError, ImportError) as error:
         raise ValueError(" ".join(str(error).split())) from None
     if not callable(found):
-        raise ValueError(f"is a {type(found).__name__}, not something to call")
+        raise ValueError(f"is a {type(found).__name__}, not a class or function")
     return found
 
 
@@ -86,13 +86,13 @@ def _find_package_problems(logger: str) -> Iterator[str]:
 
 
 def _find_name_problems(component: str, options: dict, settable: list[str], *, takes_any: bool) -> Iterator[str]:
-    """Yield the keys that are not the callable's; one that takes any key may still be given a misspelled one."""
+    """Yield the keys that the callable does not take; if it takes any key, only probable misspellings."""
     for key, value in options.items():
         name = f"{component}.{key}"
         if key not in settable and (not takes_any or difflib.get_close_matches(key, settable, cutoff=0.8)):
             yield f"unknown config key {name!r}{suggest(name, settable, flat=KEYS)}"
         elif isinstance(value, dict) and name not in MAPPING_KEYS:
-            # No other component takes a mapping; without this, what is too deep would reach it as a value.
+            # No other key takes a mapping: without this check, a key one level too deep would be passed as a value.
             for inner in value:
                 yield f"unknown config key {f'{name}.{inner}'!r}; {name} holds a value, not keys"
 
@@ -105,9 +105,9 @@ def _find_reference_problems(
         if name != component or flat not in values:
             continue
         if key not in settable:
-            yield f"{flat} is read by nothing: what {component}._component_ names takes no {key!r}"
+            yield f"{flat} has no effect: {component}._component_ takes no {key!r}"
         elif key not in options:
-            yield f"{flat} is read by nothing: {path} must be ${{{flat}}}"
+            yield f"{flat} has no effect: {path} must be ${{{flat}}}"
         elif not isinstance(options[key], dict) and options[key] != values[flat]:
             yield f"{path}={options[key]} contradicts {flat}={values[flat]}; set {flat} only"
 
@@ -128,7 +128,7 @@ def _find_model_problems(options: dict) -> Iterator[str]:
 
 
 def find_build_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why optimizer or schedule refuse their values, by building them for a single weight."""
+    """Yield the error of building the optimizer or the schedule, tried on a single weight."""
     import torch
 
     def build(name: str, *arguments: Any, **given: Any) -> Any:
@@ -141,4 +141,4 @@ def find_build_problems(values: Mapping[str, Any]) -> Iterator[str]:
         name = "lr_scheduler"
         build(name, optimizer, num_training_steps=1)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        yield f"{name} refuses its keys: {type(error).__name__}: {' '.join(str(error).split())}"
+        yield f"{name} cannot be built: {type(error).__name__}: {' '.join(str(error).split())}"

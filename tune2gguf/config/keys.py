@@ -16,7 +16,7 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 @dataclass(frozen=True)
 class Key:
-    """What a key accepts. Limits are inclusive unless said otherwise; None as a limit means none."""
+    """The values that a key accepts. Limits are inclusive unless noted; None is no limit."""
 
     kind: type
     minimum: float | None = None
@@ -24,10 +24,10 @@ class Key:
     above: float | None = None  # exclusive minimum
     below: float | None = None  # exclusive maximum
     choices: Sequence[str] = ()  # of the value, or of each element of a list
-    optional: bool = False  # null is a value
-    or_false: bool = False  # false is a value, too
-    or_auto: bool = False  # auto likewise
-    why_not: str = ""  # why a value outside the limits makes no sense
+    optional: bool = False  # null is accepted
+    or_false: bool = False  # false is accepted, too
+    or_auto: bool = False  # auto is accepted, too
+    why_not: str = ""  # reason of the limits, shown in the error
 
 
 KEYS = {
@@ -35,7 +35,7 @@ KEYS = {
     "epochs": Key(int, minimum=1, why_not="without an epoch nothing is learned"),
     "lora_rank": Key(int, minimum=1, why_not="an adapter of rank 0 has no weights"),
     "lora_alpha": Key(float, above=0, why_not="at 0 the adapter has no effect"),
-    "lora_dropout": Key(float, minimum=0, below=1, why_not="at 1 nothing passes the adapter"),
+    "lora_dropout": Key(float, minimum=0, below=1, why_not="at 1 the adapter gets no input"),
     "max_seq_len": Key(int, minimum=2, why_not="a row needs a token to predict from and one to predict"),
     "warmup_steps": Key(int, minimum=0, why_not="0 turns warm-up off"),
     "scheduler": Key(str, choices=SCHEDULERS),
@@ -53,17 +53,17 @@ KEYS = {
     "output_dir": Key(str),
     "device": Key(str),
     "dtype": Key(str, choices=("bf16", "fp32")),
-    "tokens_per_pass": Key(int, minimum=1, or_auto=True, why_not="auto takes what the memory allows"),
+    "tokens_per_pass": Key(int, minimum=1, or_auto=True, why_not="auto takes as many as fit into memory"),
     "enable_activation_checkpointing": Key(bool, or_auto=True),
     "enable_activation_offloading": Key(bool),
     "compile": Key(bool),
-    "save_every_n_steps": Key(int, minimum=1, optional=True, why_not="null is about every 5 % of the run"),
+    "save_every_n_steps": Key(int, minimum=1, optional=True, why_not="null saves about every 5 % of the run"),
     "keep_last": Key(int, minimum=1, why_not="without a checkpoint a run cannot be resumed"),
     "resume": Key(str, or_false=True),
     "parallel": Key(str, choices=("auto", "replicate", "shard")),
     "on_nonfinite": Key(str, choices=("stop", "skip")),
-    "eval_every_n_steps": Key(int, minimum=1, optional=True, why_not="null is up to 10 times a run"),
-    "max_val_rows": Key(int, minimum=1, optional=True, why_not="null takes what 10 % of the training time pays for"),
+    "eval_every_n_steps": Key(int, minimum=1, optional=True, why_not="null validates up to 10 times per run"),
+    "max_val_rows": Key(int, minimum=1, optional=True, why_not="null uses up to 10 % of the training time"),
     "early_stopping_patience": Key(int, minimum=1, optional=True, why_not="null never stops early"),
     "num_samples": Key(int, minimum=0, why_not="0 turns samples off"),
     "score_general_prompts": Key(bool, or_auto=True),
@@ -80,7 +80,7 @@ _KIND_NAMES = {
 
 
 def find_value_problems(name: str, value: Any, key: Key) -> Iterator[str]:
-    """Yield what is wrong with the value of one key, by itself."""
+    """Yield the problems of one key's value by itself."""
     if value is None:
         if not key.optional:
             yield f"{name} is empty; it needs a value"
@@ -104,7 +104,7 @@ def find_value_problems(name: str, value: Any, key: Key) -> Iterator[str]:
 
 
 def find_valid(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flat keys whose values are right by themselves, so that rules across keys can rely on them."""
+    """Return the flat keys with valid values, on which rules across keys can rely."""
     return {
         name: values[name]
         for name, key in KEYS.items()
@@ -116,12 +116,12 @@ def _is_kind(value: Any, kind: type) -> bool:
     if kind is list:
         return isinstance(value, list) and all(isinstance(element, str) for element in value)
     accepted = (int, float) if kind is float else kind
-    # In Python true is a number.
+    # In Python, bool is a subclass of int.
     return isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
 
 
 def _describe_type(value: Any) -> str:
-    names = _KIND_NAMES | {bool: "a truth value", list: "a list", dict: "a mapping of keys to values"}
+    names = _KIND_NAMES | {bool: "a boolean", list: "a list", dict: "a mapping of keys to values"}
     return names.get(type(value), type(value).__name__)
 
 

@@ -1,4 +1,4 @@
-"""What a key that we do not have probably means: a misspelling, the guide's name, or one of torchtune's recipes."""
+"""Suggestions for an unknown key: a misspelling, the guide's name, or a key of torchtune's recipes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TORCHTUNE_NAMES = {
 }
 
 _TORCHTUNE_REASONS = {
-    "loss": "the loss is the cross entropy of the supervised tokens, always",
+    "loss": "the loss is always the cross entropy of the supervised tokens",
     "log_every_n_steps": "every step is logged",
     "log_level": "there is one level",
     "log_peak_memory_stats": "the peak is in every line of metrics.jsonl",
@@ -49,9 +49,9 @@ def suggest(name: str, known: Collection[str], *, flat: Collection[str] = ()) ->
     """Return the end of an 'unknown key' message.
 
     Args:
-        name: with dots where it is a component's
-        known: the keys that could stand in its place
-        flat: the top-level keys, which a component's key may mean as well
+        name: the unknown key, dotted for a component's key
+        known: the valid keys at its level
+        flat: the top-level keys, suggested for a component's key as well
     """
     prefix, _, last = name.rpartition(".")
     names = {parameter.guide: parameter.key for parameter in GUIDE_PARAMETERS} | _TORCHTUNE_NAMES

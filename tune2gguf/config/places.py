@@ -1,4 +1,4 @@
-"""What a config names outside itself: the device, the base folder, the data files and the run folder."""
+"""The check of a config against this machine: device, base folder, data files and run folder."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from tune2gguf.runs.folder import find_path_problems
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
-MAX_COUNTED_BYTES = 20_000_000  # data files beyond hold enough rows for any step
+MAX_COUNTED_BYTES = 20_000_000  # larger data files have enough rows for any step
 
 
 def find_device_problems(valid: Mapping[str, Any], *, num_processes: int) -> Iterator[str]:
-    """Yield why the device cannot be used, or not in this dtype."""
+    """Yield why the device cannot be used, or not in this dtype or by so many processes."""
     import torch
 
     device, dtype = valid.get("device"), valid.get("dtype")
@@ -63,7 +63,7 @@ def find_device_problems(valid: Mapping[str, Any], *, num_processes: int) -> Ite
     elif index is not None and index >= num_devices:
         yield f"device={device}: this machine has {num_devices} CUDA devices, counted from 0"
     elif index is not None and num_processes > 1:
-        yield f"device={device} with {num_processes} processes: they need a device each; use device=cuda"
+        yield f"device={device} with {num_processes} processes: each needs its own device; use device=cuda"
     elif index is None and num_local_processes > num_devices:
         yield f"{num_local_processes} processes on this machine, but {num_devices} CUDA devices; start fewer"
     elif dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -71,29 +71,29 @@ def find_device_problems(valid: Mapping[str, Any], *, num_processes: int) -> Ite
 
 
 def _find_mps_problems(valid: Mapping[str, Any], *, num_processes: int) -> Iterator[str]:
-    """Yield why a run cannot use Apple's GPU, which has no float64, and no kernels here."""
+    """Yield why a run cannot use Apple's GPU, which has no float64 and none of this package's kernels."""
     import torch
 
     if not torch.backends.mps.is_available():
-        yield "device=mps: torch finds no GPU of Apple's on this machine; use device=cpu"
+        yield "device=mps: torch finds no Apple GPU on this machine; use device=cpu"
     if num_processes > 1:
         yield f"device=mps with {num_processes} processes: there is one device; start one process"
     if valid.get("base_weights") not in (None, "bf16", "fp32"):
-        yield f"base_weights={valid['base_weights']} with device=mps: only bf16 and fp32 are computed there"
+        yield f"base_weights={valid['base_weights']} with device=mps: not supported; use base_weights=bf16 or fp32"
     for key in ("compile", "enable_activation_offloading"):
         if valid.get(key):
             yield f"{key}=true with device=mps: not supported; use {key}=false"
 
 
 def _find_compiler_problems(valid: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why layers cannot be compiled for a CPU: torch writes C++, and asks for this program to translate it."""
+    """Yield a problem if torch.compile finds no C++ compiler, which it needs on a CPU."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if valid.get("compile") and shutil.which(compiler) is None:
-        yield f"compile=true on a CPU needs a C++ compiler, and there is no {compiler}; install it, or compile=false"
+        yield f"compile=true with device=cpu: C++ compiler {compiler} not found; install it or use compile=false"
 
 
 def find_output_problems(valid: Mapping[str, Any]) -> Iterator[str]:
-    """Yield why the run folder cannot be made, or not be resumed."""
+    """Yield why the run folder cannot be created or resumed."""
     if "output_dir" not in valid or "resume" not in valid:
         return
     folder = Path(valid["output_dir"])
@@ -101,19 +101,19 @@ def find_output_problems(valid: Mapping[str, Any]) -> Iterator[str]:
     yield from find_path_problems(valid["resume"], folder)
     parent_run = valid.get("parent_run")
     if parent_run is not None and not is_run_folder(Path(parent_run)):
-        yield f"parent_run={parent_run} is not the folder of a run (config.yaml is missing); null names none"
+        yield f"parent_run={parent_run} is not the folder of a run (config.yaml is missing); give runs/NAME or null"
     if os.path.lexists(folder):
         return
     nearest = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
     try:
-        # The file has no name and is gone at once; permissions alone do not tell of a read-only disk.
+        # Permissions do not show a read-only disk. The file has no name and is removed at once.
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
-        yield f"output_dir={folder} cannot be made in {nearest}: {error.strerror}"
+        yield f"output_dir={folder} cannot be created in {nearest}: {error.strerror}"
 
 
 def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the base folder, from its config.json and the headers of its weights."""
+    """Yield the problems of the base folder, from its config.json and the headers of its weights."""
     if valid.get("base_source") is not None:
         yield from _find_error(parse_base_source, valid["base_source"])
     if "base_dir" not in valid:
@@ -131,7 +131,10 @@ def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> It
         yield str(error)
         return
     if any(spec.num_heads is not None and _has_ragged_rows(base.stored[name]) for name, spec in base.specs.items()):
-        yield f"{base_dir}: rows of its 4-bit query and key weights share blocks, so that they cannot change places"
+        yield (
+            f"{base_dir}: rows of its 4-bit query and key weights share blocks and cannot be permuted; "
+            "use an unquantized base"
+        )
     yield from _find_architecture_problems(valid, model.get("architecture"), base_dir, base.architecture)
     if {"output_dir", "quantization", "chat_template", "max_seq_len"} <= valid.keys():
         yield from find_export_problems(
@@ -159,13 +162,13 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
         yield from _find_error(check_architecture, name, architecture, base_dir)
     limit = architecture.max_position_embeddings
     if valid.get("max_seq_len", 0) > limit:
-        yield f"max_seq_len={valid['max_seq_len']}: {base_dir} was made for at most {limit} tokens"
+        yield f"max_seq_len={valid['max_seq_len']}: the model in {base_dir} takes at most {limit} tokens"
     if valid.get("base_weights") == "nf4":
         ragged = [spec for spec in list_tensors(architecture) if spec.is_linear and math.prod(spec.shape) % BLOCK_SIZE]
         if ragged:
             shape = " x ".join(map(str, ragged[0].shape))
             yield (
-                f"base_weights=nf4: {ragged[0].hf_name} has {shape} weights, which do not divide into blocks of "
+                f"base_weights=nf4: {ragged[0].hf_name} has {shape} weights, not a multiple of "
                 f"{BLOCK_SIZE}; use base_weights=bf16"
             )
     if valid.get("base_weights") == "fp8":
@@ -173,20 +176,20 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
         odd = next((spec for spec in linear if any(size % DIVISOR for size in spec.shape)), None)
         if odd is not None:
             yield (
-                f"base_weights=fp8: {odd.hf_name} is {list(odd.shape)}, 8-bit products take multiples of {DIVISOR}; "
+                f"base_weights=fp8: {odd.hf_name} is {list(odd.shape)}, fp8 products need multiples of {DIVISOR}; "
                 "use base_weights=bf16"
             )
 
 
 def find_base_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is legal but probably not meant about a base folder without problems."""
+    """Yield warnings about a base folder without problems: what is legal but probably unintended."""
     base_dir, source = Path(valid["base_dir"]), valid.get("base_source")
     for error in _find_error(check_room, open_base(base_dir), Path(valid["output_dir"]), valid["quantization"]):
-        yield f"the export will not fit on the disk as it is: {error}"
+        yield f"the export does not fit on the disk now: {error}"
     held = read_source(base_dir)
     if source is not None and held is None:
         yield (
-            f"{base_dir} has no {RECORD_FILE}, so that nothing confirms base_source={source}; adapter and export will "
+            f"{base_dir} has no {RECORD_FILE} that confirms base_source={source}; adapter and export will "
             "name the folder as their base"
         )
     elif source is not None and held != source.partition("@")[0]:
@@ -194,17 +197,17 @@ def find_base_warnings(valid: Mapping[str, Any]) -> Iterator[str]:
     is_4bit = read_json(base_dir / "config.json").get("quantization_config") is not None
     if is_4bit and valid["base_weights"] != "nf4":
         yield (
-            f"base_weights={valid['base_weights']}: {base_dir} has 4 bits a weight, so that this costs memory and "
-            "brings no precision; use base_weights=nf4"
+            f"base_weights={valid['base_weights']}: {base_dir} has 4 bits per weight; more bits cost memory "
+            "and add no precision; use base_weights=nf4"
         )
     if is_4bit and valid["quantization"] in ("F32", "F16", "BF16"):
-        yield f"quantization={valid['quantization']}: {base_dir} has 4 bits a weight; a larger GGUF is no better"
+        yield f"quantization={valid['quantization']}: {base_dir} has 4 bits per weight; a larger GGUF is no better"
 
 
 def find_data_problems(
     valid: Mapping[str, Any], dataset: Mapping[str, Any] | None, *, num_processes: int
 ) -> Iterator[str]:
-    """Yield what is wrong with the data files, and whether they hold too few rows for a step or the warm-up."""
+    """Yield the problems of the data files, among them too few rows for a step or the warm-up."""
     if dataset is None:
         return
     problems = check_files(dataset)
@@ -233,10 +236,10 @@ def find_data_problems(
 
 
 def _count_rows(dataset: Mapping[str, Any]) -> int | None:
-    """Return how many rows small files hold at most, None for any other data: then the recipe counts them later.
+    """Return an upper bound of the rows of small files, None for other data, which the recipe counts later.
 
     Raises:
-        ValueError: if a file cannot be read to its end
+        ValueError: if a file cannot be read completely
     """
     sources = list_sources(dataset)
     if dataset.get("on_long_row") == "split" or any(source.share != Share() for source in sources):

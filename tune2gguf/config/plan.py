@@ -1,4 +1,4 @@
-"""The steps of a run: whether the rows fill one, and whether the warm-up ends before the run."""
+"""The check of a run's steps: the rows fill at least one, and the warm-up ends before the run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def find_plan_problems(
     unit: str = "rows",
     num_packs: int | None = None,
 ) -> Iterator[str]:
-    """Yield why these rows, steps and warm-up do not make a run.
+    """Yield the problems of a run with these rows, steps and warm-up.
 
     Args:
         unit: what a step takes, rows or packs of them
-        num_packs: that the rows make, where it is known
+        num_packs: packs that the rows make, if known
     """
     found = f"{num_rows} training rows{'' if num_packs is None else f', which make {num_packs} packs'}"
     if rows_per_step > (num_rows if num_packs is None else num_packs):
@@ -35,16 +35,16 @@ def find_plan_problems(
 
 
 def check_plan(**counts: Any) -> None:
-    """Check, by find_plan_problems, what can be known for sure only when the rows are read, split and counted.
+    """Check the plan again, with the exact counts of rows that are read and split.
 
     Raises:
-        ValueError: with every problem, one a line
+        ValueError: with every problem, one per line
     """
     raise_problems(find_plan_problems(**counts))
 
 
 def raise_problems(problems: Iterable[str]) -> None:
-    """Raise one ValueError with every problem, one a line; return where there is none."""
+    """Raise one ValueError with every problem, one per line; return if there are none."""
     message = "\n".join(dict.fromkeys(problems))
     if message:
         raise ValueError(message)

@@ -1,4 +1,4 @@
-"""A YAML and its overrides become a config; a `_component_` of it becomes an object."""
+"""Reading of a config from a YAML and overrides, and building of its components."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODELS_FOLDER = "models"
 
 
 def load_config(arguments: list[str]) -> DictConfig:
-    """Read `--config FILE [key=value …]` as the recipe gets it.
+    """Return the config of the recipe's arguments, `--config FILE [key=value …]`.
 
     Raises:
         ValueError: if the file is missing or not a YAML mapping, or an override is not key=value
@@ -45,12 +45,10 @@ def load_config(arguments: list[str]) -> DictConfig:
 
 
 def read_config(path: Path, overrides: list[str]) -> DictConfig:
-    """Read a YAML and apply `key=value` overrides; a value is YAML and may hold '=' and spaces; text is text.
+    """Read a YAML and apply `key=value` overrides. A value is YAML, and may contain '=' and spaces.
 
-    ~ and the environment are put in, so that whoever reads the config later finds what this run found.
-
-    Where `base_dir` is null it becomes the folder in models/ that is named as the repository of `base_source`, so that
-    another base is one override.
+    ~ and environment variables are expanded, because the saved config may be read in another environment. A null
+    `base_dir` becomes models/NAME with the repository's name in `base_source`: one override changes the base.
 
     Raises:
         ValueError: if the file is missing or not a YAML mapping, or an override is not key=value
@@ -59,8 +57,8 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
-            raise ValueError(f"{path}: a config is a mapping of keys to values")
-        # The config.yaml of an old run is a config, too.
+            raise ValueError(f"{path}: must be a mapping of keys to values")
+        # The config may be the config.yaml of a run by an older version.
         config = OmegaConf.create(ADDED_KEYS | rename_components(OmegaConf.to_container(config)))
         apply_overrides(config, overrides)
         base_dir = derive_base_dir(config.get("base_source"))
@@ -78,14 +76,14 @@ def read_config(path: Path, overrides: list[str]) -> DictConfig:
 
 def _check_overrides(overrides: list[str]) -> None:
     parts = [override.partition("=") for override in overrides]
-    # OmegaConf takes ??? as "no value", and would keep the YAML's without a word.
+    # OmegaConf takes ??? as a missing value and would silently keep the YAML's.
     malformed = ["".join(one) for one in parts if not (one[0].strip() and one[1]) or one[2] == "???"]
     if malformed:
         raise ValueError(f"overrides are written key=value; got {' '.join(malformed)}")
 
 
 def apply_overrides(config: DictConfig, overrides: list[str]) -> None:
-    """Put `key=value` overrides into a config, those of a mapping as a whole.
+    """Apply `key=value` overrides to a config. A mapping is replaced as a whole.
 
     Raises:
         ValueError: if one is not key=value
@@ -97,7 +95,7 @@ def apply_overrides(config: DictConfig, overrides: list[str]) -> None:
 
 
 def _read_value(key: str, text: str, config: DictConfig) -> Any:
-    """Return the value of an override; where the key holds text, now or always, it is text."""
+    """Return the value of an override, as text if the key takes text or now has text."""
     if key in TEXTS_KEYS:
         return read_texts(text)
     known = KEYS.get(REFERENCES.get(key, key))
@@ -112,9 +110,9 @@ def _read_value(key: str, text: str, config: DictConfig) -> Any:
 
 
 def _settle_environment(config: DictConfig) -> None:
-    """Put what the environment says into the config, which is read again where the environment is another.
+    """Replace references to environment variables by their values.
 
-    Other references stay. What a metric logger is given may be secret, and nobody reads it again.
+    Other references stay. Those of a metric logger stay, too: they may be secret, and are not read again.
     """
     for key, value in flatten_config(OmegaConf.to_container(config)).items():
         if "oc.env" in str(value) and not key.startswith("metric_logger."):
@@ -124,14 +122,14 @@ def _settle_environment(config: DictConfig) -> None:
 
 
 def _expand_paths(config: DictConfig) -> None:
-    """Expand ~ in every path of the config, before anyone reads one."""
+    """Expand ~ in every path of the config."""
     for key, value in flatten_config(OmegaConf.to_container(config)).items():
         if key in PATH_KEYS and "~" in str(value):
             OmegaConf.update(config, key, _map_texts(os.path.expanduser, value))
 
 
 def _map_texts(change: Callable[[str], str], value: Any) -> Any:
-    """Return a text changed, or a list or mapping with each of its texts changed; anything else as it is."""
+    """Apply `change` to a text, or to every text in a list or mapping. Other values are returned unchanged."""
     if isinstance(value, dict):
         return {key: _map_texts(change, one) for key, one in value.items()}
     if isinstance(value, list):
@@ -140,7 +138,7 @@ def _map_texts(change: Callable[[str], str], value: Any) -> Any:
 
 
 def derive_base_dir(base_source: Any) -> str | None:
-    """Return the folder of a hub repository's base, None where the source is another or none."""
+    """Return models/NAME for a base_source on the hub, None for any other."""
     if not isinstance(base_source, str) or not base_source.startswith("hf://"):
         return None
     name = base_source.partition("@")[0].rpartition("/")[2]
@@ -148,26 +146,26 @@ def derive_base_dir(base_source: Any) -> str | None:
 
 
 def build_metric_logger(config: DictConfig) -> Any:
-    """Build the metric logger, one of torchtune's or like them, and hand the config to it; None where there is none.
+    """Build the metric logger and log the config with it. Return None if the config has none.
 
     Raises:
-        ValueError: if it cannot be opened, with what it says
+        ValueError: if it cannot be opened, with its message
     """
     if config.metric_logger is None:
         return None
     try:
         logger = build_component(config.metric_logger)
         logger.log_config(config)
-    except Exception as error:  # of a service, its client or a disk: whatever it is, it is the user's to mend
+    except Exception as error:  # an error of a service, its client or a disk: the user's to fix
         name = config.metric_logger._component_.rpartition(".")[2]
         raise ValueError(f"metric_logger: {name} cannot be opened: {' '.join(str(error).split())}") from error
     return logger
 
 
 def build_optimizer(node: DictConfig, parameters: list[Any]) -> Any:
-    """Build the optimizer, a fused one where torch has it and the config chooses no kind itself.
+    """Build the optimizer, fused if torch has that and the config does not choose an implementation.
 
-    One call then updates all weights: hundreds of small ones took longer than the update.
+    A fused optimizer updates all weights in one call; hundreds of small calls took longer than the update.
     """
     from torchtune.config._utils import _get_component_from_path
 
@@ -177,7 +175,7 @@ def build_optimizer(node: DictConfig, parameters: list[Any]) -> Any:
 
 
 def build_component(node: DictConfig, *arguments: Any, **given: Any) -> Any:
-    """Call the `_component_` of a node with its keys and what the recipe gives.
+    """Call the `_component_` of a node with the node's keys and the recipe's arguments.
 
     torchtune's `instantiate` would turn the dataclasses among the recipe's arguments into config nodes.
     """

@@ -1,4 +1,4 @@
-"""The part of a config that decides how much memory a run needs."""
+"""The RunSpec of a config, from which its memory is estimated."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tune2gguf.model.fp8 import multiplies_fp8
 
 
 def get_run_spec(config: DictConfig, *, longest_row: int, num_devices: int, parallel: str) -> RunSpec:
-    """Return the RunSpec of a config; the base folder is read only where the config names no architecture.
+    """Return the RunSpec of a config; the base folder is read only if the config names no architecture.
 
-    What the config leaves to the memory estimate is as small as can be: a row a pass, with activation checkpointing.
+    `auto` becomes the value that needs least memory: one row per pass, with activation checkpointing.
 
     Raises:
         ValueError: if the base folder's config.json cannot be read

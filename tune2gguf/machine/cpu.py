@@ -1,4 +1,4 @@
-"""What a run on a CPU sets before it computes: threads for each process, and an allocator that keeps what it has."""
+"""Settings of a run on a CPU: threads per process, and an allocator that keeps freed memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 import os
 from pathlib import Path
 
-# Of mallopt(3).
+# Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _NEVER = -1
-MAX_THREADS = 512  # llama.cpp ends the process beyond its GGML_MAX_N_THREADS
+MAX_THREADS = 512  # llama.cpp aborts the process above its GGML_MAX_N_THREADS
 GROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 def prepare_cpu(num_processes: int) -> None:
-    """Set this process's threads and allocator; `num_processes` of the run share the machine."""
+    """Set threads and allocator of this process, one of the run's `num_processes` on this machine."""
     import torch
 
     torch.set_num_threads(choose_num_threads(num_processes))
@@ -26,8 +26,8 @@ def prepare_cpu(num_processes: int) -> None:
 def choose_num_threads(num_processes: int) -> int:
     """Return the threads of each process: an equal share of the cores, at least one.
 
-    What the user says with OMP_NUM_THREADS stays; torchrun sets it to 1 where nobody said anything, and that does not
-    count. One process keeps torch's own choice, unless its control group has fewer cores than that.
+    OMP_NUM_THREADS takes precedence, except for the 1 that torchrun sets by default. A single process keeps torch's
+    choice, up to the cores that it may use.
     """
     import torch
 
@@ -40,15 +40,15 @@ def choose_num_threads(num_processes: int) -> int:
 
 
 def check_num_threads(num_threads: int | None) -> None:
-    """Raise ValueError for a number of threads that makes no sense; None leaves it to the program."""
+    """Raise ValueError if a number of threads is out of range; None leaves the choice to the program."""
     if num_threads is not None and num_threads < 1:
-        raise ValueError(f"{num_threads} threads cannot work; give 1 or more")
+        raise ValueError(f"--threads must be at least 1, got {num_threads}")
     if num_threads is not None and num_threads > MAX_THREADS:
-        raise ValueError(f"{num_threads} threads are too many; give {MAX_THREADS} or fewer")
+        raise ValueError(f"--threads must be at most {MAX_THREADS}, got {num_threads}")
 
 
 def count_cores() -> int:
-    """Return the cores that this process may use: two hardware threads of a core are one, and a quota is heeded."""
+    """Return the number of physical cores that this process may use, within its control group's quota."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
@@ -60,19 +60,19 @@ def count_cores() -> int:
 
 
 def _read_quota(path: Path) -> int:
-    """Return the cores of a control group's quota, rounded up; without one, more than any machine has."""
+    """Return the cores of a control group's quota, rounded up; without a quota, more than any machine has."""
     try:
         quota, period = path.read_text().split()
         return math.ceil(int(quota) / int(period))
-    except (OSError, ValueError):  # none set is spelled "max"
+    except (OSError, ValueError):  # no quota is written as "max"
         return 1 << 20
 
 
 def keep_freed_memory() -> bool:
     """Let glibc keep the memory that a step frees for the next one; return whether it does.
 
-    By default it returns large blocks to the system and gets them back page by page, zeroed: a tenth of a step's time.
-    The peak stays, as the next step needs as much.
+    By default glibc returns large blocks to the system and gets them back as zeroed pages: a tenth of a step's time.
+    The peak does not change, because the next step needs as much.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -82,10 +82,10 @@ def keep_freed_memory() -> bool:
 
 
 def describe_cpu() -> str:
-    """Return what the log says of the CPU: the threads of this process, and how bf16 is computed."""
+    """Return the log line about the CPU: threads, cores, and how bf16 is computed."""
     import torch
 
-    return f"CPU: {torch.get_num_threads()} threads a process, {count_cores()} cores, bf16 {_describe_bf16()}"
+    return f"CPU: {torch.get_num_threads()} threads per process, {count_cores()} cores, bf16 {_describe_bf16()}"
 
 
 def _describe_bf16() -> str:
@@ -97,4 +97,4 @@ def _describe_bf16() -> str:
         return "by AVX512"
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "by oneDNN"
-    return "emulated; dtype=fp32 base_weights=fp32 is faster here, in twice the memory"
+    return "emulated; dtype=fp32 base_weights=fp32 is faster here, but needs twice the memory"

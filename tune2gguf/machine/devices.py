@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A device of this machine with the bytes that a process could take now."""
+    """A device of this machine, with the bytes that are free on it."""
 
     name: str  # cpu, cuda:0, mps …
     title: str
@@ -32,7 +32,7 @@ def list_devices() -> list[Device]:
 
 
 def get_device(name: str) -> Device:
-    """Return one device of this machine: cpu, cuda:0, cuda:1 …, mps"""
+    """Return a device of this machine by name: cpu, cuda:0, cuda:1 …, mps"""
     if name == "cpu":
         return Device(name, "this machine's memory", get_free_host_memory())
     if name == "mps":
@@ -43,16 +43,16 @@ def get_device(name: str) -> Device:
 
 
 def measure_peak(device: torch.device) -> int:
-    """Return the most bytes that this process has had so far: allocated by torch on a GPU, resident on a CPU."""
+    """Return this process's peak memory so far, in bytes: allocated by torch on a GPU, resident on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _measure_resident_peak()
 
 
 def _measure_resident_peak() -> int:
     try:
-        # getrusage goes on counting from the process that started this one, however large that was.
+        # Not getrusage, whose peak includes the parent process.
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (FileNotFoundError, StopIteration):  # no Linux
+    except (FileNotFoundError, StopIteration):  # not Linux
         return _ask_for_resident_peak()
 
 

@@ -14,28 +14,28 @@ from tune2gguf.machine.devices import Device
 from tune2gguf.machine.memory import Estimate, RunSpec, estimate_memory
 
 GIGABYTE = 1e9
-SHARED_BY = (2, 4, 8)  # devices that are tried for sharding
+SHARED_BY = (2, 4, 8)  # numbers of devices to try for sharding
 
 
 def describe_estimate(estimate: Estimate) -> list[str]:
     """Return a table of the parts, in GB."""
     parts = {
         "program": estimate.program,
-        "weights of the base": estimate.weights,
+        "base weights": estimate.weights,
         "adapter": estimate.adapter,
-        "its gradients": estimate.gradients,
-        "its optimizer": estimate.optimizer,
-        "a checkpoint's copies": estimate.checkpoint,
+        "adapter gradients": estimate.gradients,
+        "optimizer state": estimate.optimizer,
+        "checkpoint copies": estimate.checkpoint,
         "activations": estimate.activations,
-        "logits and other work": estimate.work,
-        "peak of training": estimate.training,
-        "peak of loading": estimate.loading,
+        "logits and temporaries": estimate.work,
+        "training peak": estimate.training,
+        "loading peak": estimate.loading,
     }
     return [f"  {name:<24}{size / GIGABYTE:8.2f} GB" for name, size in parts.items()]
 
 
 def announce(spec: RunSpec, device: Device) -> None:
-    """Say in one line what a run will need before it takes it, and warn where that is not there."""
+    """Print a run's estimated memory in one line, and a warning if the device has less."""
     estimate = estimate_memory(spec)
     adapter = estimate.adapter + estimate.gradients + estimate.optimizer + estimate.checkpoint
     parts = {"base": estimate.weights, "adapter": adapter, "activations": estimate.activations}
@@ -49,23 +49,23 @@ def announce(spec: RunSpec, device: Device) -> None:
 
 
 def fits(spec: RunSpec, free: int) -> bool:
-    """Say whether the run fits into the bytes of its device; on a CPU all processes share them."""
+    """Return whether the run fits into the free bytes of its device. On a CPU, all processes share them."""
     sharing = spec.num_devices if spec.device_type == "cpu" else 1
     return estimate_memory(spec).peak * sharing <= free
 
 
 def find_fitting_change(spec: RunSpec, free: int) -> dict[str, object] | None:
-    """Return the first overrides with which the run fits, None where none of them is enough.
+    """Return the first overrides that make the run fit, None if none do.
 
-    Tried in this order, later ones together with the earlier: shorter passes (the same step), activation checkpointing
-    (the same adapter, slower), on a GPU with what it keeps on the CPU, an 8-bit base, a 4-bit one, sharding.
-    On a GPU with 8-bit products an 8-bit base comes before checkpointing: it is faster.
+    Tried in this order, later ones combined with earlier ones: shorter passes (same step), activation checkpointing
+    (same adapter, slower), activation offloading (GPU only), an fp8 base, an nf4 base, sharding (GPU only).
+    On a GPU with fp8 products, an fp8 base comes before activation checkpointing, because it is faster.
     """
     return next((change for change in list_changes(spec) if fits(replace(spec, **change), free)), None)
 
 
 def list_changes(spec: RunSpec) -> Iterator[dict[str, object]]:
-    """Yield changes of a spec, each a mapping of its fields."""
+    """Yield changes of a spec in that order, each as field -> value."""
     shorter = [{"tokens_per_pass": tokens} for tokens in _halve(spec.tokens_per_pass, spec.longest_row)]
     recomputing = {} if spec.enable_activation_checkpointing else {"enable_activation_checkpointing": True}
     yield from shorter
@@ -108,8 +108,8 @@ def advise(spec: RunSpec, free: int) -> str:
         return f"This would make it fit{', and faster' if is_faster else ''}: {_to_command(change)}"
     least = min((replace(spec, **change) for change in [{}, *list_changes(spec)]), key=_get_peak)
     return (
-        f"No setting makes it fit: at the least it needs {_get_peak(least) / GIGABYTE:.1f} GB. "
-        f"Lower max_seq_len (rows have up to {spec.longest_row} tokens), or take a smaller model."
+        f"No setting makes it fit: it needs at least {_get_peak(least) / GIGABYTE:.1f} GB. "
+        f"Lower max_seq_len (rows have up to {spec.longest_row} tokens), or choose a smaller model."
     )
 
 
@@ -137,8 +137,8 @@ def find_warning(spec: RunSpec, device: Device) -> str | None:
 def describe_fit(spec: RunSpec, device: Device) -> str:
     """Return in one line whether the run fits on a device of this machine."""
     head = f"{device.name} ({device.title}), {device.free / GIGABYTE:.1f} GB free"
-    kept = "computed again" if spec.enable_activation_checkpointing else "kept"
-    head += f": {spec.tokens_per_pass} tokens a pass, activations {kept}, needs {_get_peak(spec) / GIGABYTE:.1f} GB"
+    kept = "recomputed" if spec.enable_activation_checkpointing else "kept"
+    head += f": {spec.tokens_per_pass} tokens per pass, activations {kept}, needs {_get_peak(spec) / GIGABYTE:.1f} GB"
     if spec.num_devices > 1 and spec.device_type == "cpu":
         head += f" for each of {spec.num_devices} processes"
     return f"{head}, fits" if fits(spec, device.free) else f"{head}, does not fit. {advise(spec, device.free)}"
@@ -146,21 +146,21 @@ def describe_fit(spec: RunSpec, device: Device) -> str:
 
 @contextmanager
 def explain_out_of_memory(spec: RunSpec, device: Device) -> Iterator[None]:
-    """Turn running out of memory in the block into one error that says what to change.
+    """Turn an out-of-memory error of the block into one error that says what to change.
 
     Raises:
-        ValueError: where memory ran out; what was saved before is whole
+        ValueError: if memory runs out; what was saved before is complete
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Python's, CUDA's, and that of torch's CPU allocator.
+        # The errors of Python, CUDA and torch's CPU allocator.
         if not isinstance(error, (MemoryError, OutOfMemoryError)) and "DefaultCPUAllocator" not in str(error):
             raise
         needed = f"it needs about {_get_peak(spec) / GIGABYTE:.1f} GB"
-        # What was free has proved too little, so that advice must need less than the estimate.
+        # The run did not fit, so the advised change must need less than the estimate.
         limit = min(device.free, _get_peak(spec) - 1)
         raise ValueError(
             f"out of memory on {device.name}: {needed}, {device.free / GIGABYTE:.1f} GB were free at the start. "
-            f"{advise(spec, limit)}\nCheckpoints and adapters that were saved are whole."
+            f"{advise(spec, limit)}\nSaved checkpoints and adapters are complete."
         ) from None

@@ -1,4 +1,4 @@
-"""How the rows of a step go through the device: in passes as long as its memory allows."""
+"""The choice of tokens per pass: as many as the device's memory allows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tune2gguf.machine.fit import fits
 from tune2gguf.machine.memory import RunSpec
 
 AUTO = "auto"
-# Of the memory that is free: the allocator's gaps are not in the estimate.
+# Share of the free memory: the estimate does not include the allocator's gaps.
 USABLE_SHARE = 0.9
-# Tokens beyond which a longer pass gains nothing, and below which recomputing the activations costs less.
+# Tokens per pass: above the first a longer pass gains nothing; below the second recomputing activations costs less.
 MOST_TOKENS = {"cuda": 8192, "cpu": 2048, "mps": 2048}
 LEAST_TOKENS = {"cuda": 1024, "cpu": 256, "mps": 256}
 
@@ -19,15 +19,14 @@ LEAST_TOKENS = {"cuda": 1024, "cpu": 256, "mps": 256}
 def choose_passes(
     spec: RunSpec, free: int, *, tokens_per_pass: int | str, checkpointing: bool | str, tokens_per_step: int
 ) -> RunSpec:
-    """Return the spec with the first layout that fits, where the user leaves one to the memory estimate.
+    """Return the spec with the first layout that fits, or the smallest if none does. Only `auto` values change.
 
-    Short passes come before activation checkpointing, which computes every layer twice. Where nothing fits, the
-    smallest layout is returned.
+    Shorter passes come before activation checkpointing, which computes every layer twice.
 
     Args:
-        free: bytes of the device
-        tokens_per_pass, checkpointing: as in the config, `auto` or a value
-        tokens_per_step: of the fullest step, on one process
+        free: free bytes on the device
+        tokens_per_pass, checkpointing: as in the config, a value or `auto`
+        tokens_per_step: tokens of the fullest step in one process
     """
     layouts = list(_list_layouts(spec, tokens_per_pass, checkpointing, tokens_per_step))
     return next((layout for layout in layouts if fits(layout, int(USABLE_SHARE * free))), layouts[-1])

@@ -1,4 +1,4 @@
-"""Runs beside each other: what differs, what it cost, how it came out; ranked only on validation rows that all have."""
+"""The comparison of runs: settings, cost and result. Runs are ranked only on validation rows that they share."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tune2gguf.runs.run import Run
 from tune2gguf.runs.validation_rows import read_row_losses
 from tune2gguf.verdict.judge import INCONCLUSIVE, MIN_ROWS, judge
 
-# A run's place, and what says nothing of its result.
+# Keys that do not affect a run's result, and keys that take another key's value.
 _NOT_COMPARED = {"output_dir", "resume", "parent_run", "save_every_n_steps", "keep_last", *REFERENCES}
 
 
 @dataclass(frozen=True)
 class RankedRun:
-    """A run among others.
+    """A run in a comparison.
 
     Attributes:
-        curves: on the rows that the group has in common
-        behind: validation loss of its best adapter over that of the first of the group, row by row; None for the first
-        differences: config key -> value, of the keys that differ among all runs
-        seconds: of its training steps; None of a run of an earlier version, which did not record them
-        is_finished: whether it came to its end; its verdict is otherwise one so far
+        curves: on the group's common validation rows
+        behind: best validation loss minus that of the group's first run, paired by row; None for the first
+        differences: config key -> value, for the keys that differ between runs of any group
+        seconds: duration of the training steps; None if an earlier version did not record it
+        is_finished: whether the run has ended; if not, its verdict is provisional
     """
 
     name: str
@@ -48,14 +48,14 @@ class RankedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that measured the same validation rows, the lowest loss first."""
+    """Runs with common validation rows, the lowest loss first."""
 
     num_rows: int
     runs: list[RankedRun]
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the run folders in a folder; there has to be one."""
+    """Return the run folders in a folder. Raises ValueError if there are none."""
     found = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}") if is_run_folder(path.parent))
     if not found:
         raise ValueError(f"{folder}: no runs here; give the folders of runs, such as runs/NAME")
@@ -63,7 +63,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
-    """Read runs and rank those that share validation rows, on the rows that they share."""
+    """Read runs, group those that share validation rows, and rank each group on the shared rows."""
     runs = [Run(path) for path in dict.fromkeys(run_dirs)]
     names = _name_runs(runs)
     differences = find_differences([run.flat_config | {"data": run.data["fingerprint"]} for run in runs])
@@ -84,7 +84,7 @@ def group_runs(run_dirs: Sequence[Path]) -> list[Group]:
 
 
 def find_differences(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return of each flat config what not all have alike; keys that follow another are left to that one."""
+    """Return the differing keys with their values for each flat config, without keys that take another key's value."""
     keys = dict.fromkeys(key for config in configs for key in config if key not in _NOT_COMPARED)
     differing = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
     return [{key: config.get(key) for key in differing} for config in configs]
@@ -103,16 +103,16 @@ def format_groups(groups: Sequence[Group]) -> str:
         heads, rows = _make_table(group.runs)
         parts.append(pandas.DataFrame(rows, columns=heads).to_string(index=False))
     if len(groups) > 1:
-        parts.append("runs on other validation rows are listed apart: their losses say nothing of each other")
+        parts.append("runs on other validation rows are listed apart: their losses are not comparable")
     return "\n".join(parts)
 
 
 def write_comparison(groups: Sequence[Group], path: Path) -> Path:
-    """Write the page with the curves of each group over each other; runs without a validation loss stand apart."""
+    """Write the page with a plot of each group's curves; runs without a validation loss are listed apart."""
     runs = [run for group in groups for run in group.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        raise ValueError(f"runs are told apart by their names, but some are equal: {', '.join(sorted(names))}")
+        raise ValueError(f"runs must have different names, got {', '.join(sorted(names))}")
     measured = [[run for run in group.runs if run.curves.best is not None] for group in groups]
     sections = [_describe_measured(number, members) for number, members in enumerate(filter(None, measured))]
     unmeasured = [run for run in runs if run.curves.best is None]
@@ -133,7 +133,7 @@ def _describe_measured(number: int, runs: Sequence[RankedRun]) -> dict[str, Any]
 
 
 def _make_table(runs: Sequence[RankedRun]) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and rows of a group's table, on the page and in the terminal."""
+    """Return the column names and rows of a group's table, for the page and the terminal."""
     keys = list(runs[0].differences)
     is_measured = runs[0].curves.best is not None
     measures = ["validation loss", "95 % interval", "at step", "behind the first"] if is_measured else []
@@ -164,7 +164,7 @@ def _format_seconds(seconds: float | None) -> str:
 
 
 def _name_runs(runs: Sequence[Run]) -> list[str]:
-    """Return the runs' names, with their folder where two are equal."""
+    """Return the runs' names, or their paths if names are equal."""
     names = [run.name for run in runs]
     return [
         name if names.count(name) == 1 else str(run.run_dir.resolve()) for name, run in zip(names, runs, strict=True)
@@ -205,7 +205,7 @@ def _rank(runs: Sequence[RankedRun], num_rows: int) -> Group:
 
 
 def _compare(mine: Validation | None, first: Validation | None) -> Estimate | None:
-    """Return how much higher a loss is than the first one's; None unless both have the losses of the same rows."""
+    """Return how much higher a loss is than the first run's; None unless both have losses of the same rows."""
     if mine is None or first is None or len(first.row_losses) < 2:
         return None
     gaps = [loss - other for loss, other in zip(mine.row_losses, first.row_losses, strict=True)]
@@ -213,7 +213,7 @@ def _compare(mine: Validation | None, first: Validation | None) -> Estimate | No
 
 
 def _read_label(run: Run) -> tuple[str, bool]:
-    """Return the verdict of verdict.json, or one so far where the run has gone on since or has not ended."""
+    """Return the verdict of verdict.json and True; if it is older than the curves or missing, a new one and False."""
     if run.conclusion is not None:
         verdict = run.conclusion.verdict
         if run.curves.final is None or verdict.figures.get("final_step") == run.curves.final.step:
@@ -222,12 +222,12 @@ def _read_label(run: Run) -> tuple[str, bool]:
 
 
 def restrict_curves(run: Run, rows: Sequence[str]) -> Curves:
-    """Return the curves of a run on some of its validation rows, in the order given, by their digests."""
+    """Return a run's curves on the validation rows with these digests, in this order."""
     validations = []
     for one in run.curves.validations:
         losses = read_row_losses(run.run_dir, one)
         if not set(rows) <= losses.keys():
-            continue  # measured on other rows, before the run went on with more of them
+            continue  # measured on other rows, before the run was resumed with more
         taken = [losses[row] for row in rows]
         row_losses, row_tokens = (tuple(part) for part in zip(*taken, strict=True))
         is_whole = len(rows) == one.rows
@@ -248,6 +248,6 @@ def restrict_curves(run: Run, rows: Sequence[str]) -> Curves:
 
 
 def add_up_seconds(curves: Curves) -> float | None:
-    """Return how long the training steps took; None where one did not record it, as in runs of earlier versions."""
+    """Return the duration of all training steps; None if one did not record it, as in earlier versions."""
     seconds = [step.seconds for step in curves.training]
     return sum(seconds) if seconds and None not in seconds else None

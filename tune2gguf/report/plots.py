@@ -1,4 +1,4 @@
-"""The plots of a run by step, and what is said of them in words."""
+"""The plots of a run by step, each with a description in words."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 SMALL = 440, 190
 SMOOTHED_SHARE = 0.05
-MAX_EPOCHS = 12  # lines of more would hide the curve
-MAX_NAMED_EPOCHS = 4  # more names than these would run into each other on a phone
-FLOOR_BELOW = 4  # a logarithmic axis of losses ends at the lowest validation one over this
+MAX_EPOCHS = 12  # more lines would hide the curve
+MAX_NAMED_EPOCHS = 4  # more names would overlap on a phone
+FLOOR_BELOW = 4  # a logarithmic axis ends at the lowest validation loss / this
 DASHED = (0, (5, 4))
 DASHES = ("solid", (0, (6, 2)), (0, (2, 2)))
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle": "^"}
 
 
 def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
-    """Draw training and validation loss, the base's as a line, the best one ringed; None where nothing was measured."""
+    """Plot training and validation loss, the base's as a line, the best one ringed; None without measurements."""
     x, y = take_series(curves.training, "loss")
     smoothed, window = smooth(y)
     validations = _list_finite(curves)
@@ -71,9 +71,9 @@ def plot_losses(curves: Curves, *, num_steps: int | None) -> Plot | None:
 
 
 def _find_floor(training: np.ndarray, validations: Sequence[Validation]) -> float | None:
-    """Return where a logarithmic axis ends, None for a linear one.
+    """Return the lower end of a logarithmic axis, None for a linear one.
 
-    Training losses far below every validation one, as memorized rows have them, would press its curve flat.
+    Training losses far below every validation loss, as of memorized rows, would flatten the validation curve.
     """
     shown = np.array([line.loss for line in validations]) if validations else training
     if not _needs_log(shown):
@@ -113,15 +113,15 @@ def _describe_losses(
 
 
 def plot_training(curves: Curves, *, num_steps: int | None, clip_grad_norm: float | None) -> list[Plot]:
-    """Draw learning rate, gradient norm, speed and memory by step; what the run did not record is left out."""
+    """Plot learning rate, gradient norm, speed and memory by step, if the run recorded them."""
 
     plot = partial(_plot_small, curves, num_steps=num_steps)
     speeds = {"all tokens": "tokens_per_second", "supervised ones": "supervised_tokens_per_second"}
     plots = [
         plot("Learning rate", "", {"learning rate": "lr"}),
         plot("Gradient norm", "", {"gradient norm": "grad_norm"}, limit=clip_grad_norm, from_zero=False),
-        plot("Speed", "tokens a second", speeds),
-        plot("Memory", "GB, the most so far of the process", {"memory": "peak_memory_bytes"}, scale=1e-9),
+        plot("Speed", "tokens per second", speeds),
+        plot("Memory", "GB, peak of the process so far", {"memory": "peak_memory_bytes"}, scale=1e-9),
     ]
     return [plot for plot in plots if plot is not None]
 
@@ -166,7 +166,7 @@ def _plot_small(
 
 
 def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
-    """Draw the validation curves of several runs over each other; None where none was validated."""
+    """Plot the validation curves of several runs in one plot; None if none was validated."""
     shown = {run: lines for run, curves in runs.items() if (lines := _list_finite(curves))}
     if not shown:
         return None
@@ -199,7 +199,7 @@ def plot_comparison(runs: Mapping[str, Curves], *, name: str) -> Plot | None:
 
 
 def take_series(lines: Sequence[TrainingStep], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and the values that they have under a name; missing and non-finite ones are left out."""
+    """Return steps and their values of an attribute, without missing and non-finite values."""
     pairs = [(line.step, getattr(line, name)) for line in lines]
     kept = [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
     x, y = np.array(kept, np.float64).reshape(-1, 2).T
@@ -207,7 +207,7 @@ def take_series(lines: Sequence[TrainingStep], name: str) -> tuple[np.ndarray, n
 
 
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the mean over the values around each, fewer at both ends, and how many values that are."""
+    """Return the moving average, over fewer values at both ends, and its window."""
     if not len(values):
         return values, 1
     window = 2 * max(1, round(len(values) * SMOOTHED_SHARE / 2)) + 1
@@ -222,7 +222,7 @@ def _list_finite(curves: Curves) -> list[Validation]:
 def _draw_validations(
     axes: Axes, lines: Sequence[Validation], *, color: str, band_alpha: float = 0.18, marker: str = "o", **style
 ) -> None:
-    """Draw the loss of each validation, and its interval as a band, or as a bar where there is one only."""
+    """Draw the loss of each validation, and the intervals as a band, or as a bar if there is only one."""
     bounds = [(line.step, line.low, line.high) for line in lines if line.low is not None and line.high is not None]
     x, low, high = np.array(bounds, np.float64).reshape(-1, 3).T
     if len(x) == 1:  # a band needs two
@@ -234,18 +234,18 @@ def _draw_validations(
 
 
 def _write(axes: Axes, text: str, point: tuple[float, float], *, offset: int, **look) -> None:
-    """Write so many pixels above a point."""
+    """Write text `offset` points above a point of the plot."""
     at = (6 if look["ha"] == "right" else 0, offset)
     axes.annotate(text, point, xytext=at, textcoords="offset points", va="center", size=FONT_SIZE, **look)
 
 
 def _find_epochs(curves: Curves) -> dict[int, int]:
-    """Return after which step each epoch but the first begins."""
+    """Return epoch -> the last step before it, for each epoch but the first."""
     return {line.epoch + 1: line.step - 1 for line in reversed(curves.training) if line.epoch > 0}
 
 
 def _mark_epochs(axes: Axes, curves: Curves) -> None:
-    """Draw a line where an epoch begins, with its number."""
+    """Draw a line with the epoch's number at each epoch's beginning."""
     starts = _find_epochs(curves)
     look = {"textcoords": "offset points", "va": "top", "size": FONT_SIZE - 1, "color": COLORS["ink"]}
     for epoch, step in starts.items() if len(starts) <= MAX_EPOCHS else ():
@@ -255,7 +255,7 @@ def _mark_epochs(axes: Axes, curves: Curves) -> None:
 
 
 def _set_steps(axes: Axes, curves: Curves, num_steps: int | None) -> None:
-    """Show the whole run, so that one in progress is seen to be unfinished."""
+    """Set the x axis to all steps of the run, even if it is in progress."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     last = max((line.step for line in (*curves.training, *curves.validations)), default=1)
@@ -265,7 +265,7 @@ def _set_steps(axes: Axes, curves: Curves, num_steps: int | None) -> None:
 
 
 def _set_loss_scale(axes: Axes, *, is_log: bool, floor: float | None = None) -> None:
-    """Scale the losses: logarithmic, down to the floor if there is one, or linear and not below 0."""
+    """Scale the loss axis: logarithmic, down to the floor if there is one, or linear and not below 0."""
     if is_log:
         _set_log_scale(axes, low=floor, high=1.3 * axes.dataLim.y1)  # room for the epochs' names
     else:
@@ -274,7 +274,7 @@ def _set_loss_scale(axes: Axes, *, is_log: bool, floor: float | None = None) -> 
 
 
 def _set_log_scale(axes: Axes, *, low: float | None = None, high: float | None = None) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 of a decade; at 1 only where there are many."""
+    """Label a logarithmic axis at 1, 2 and 5 of each decade, or only at 1 from three decades on."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.set_yscale("log")
@@ -286,6 +286,6 @@ def _set_log_scale(axes: Axes, *, low: float | None = None, high: float | None =
 
 
 def _needs_log(*values: np.ndarray, ratio: float = 5) -> bool:
-    """Return whether the highest is more than so many times the lowest: a linear axis would show the largest only."""
+    """Return whether max / min exceeds `ratio`: a linear axis would show only the largest values."""
     everything = np.concatenate(values)
     return bool(len(everything)) and everything.min() > 0 and everything.max() / everything.min() > ratio

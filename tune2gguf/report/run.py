@@ -24,20 +24,20 @@ from tune2gguf.runs.samples import Sample
 from tune2gguf.verdict.lineage import describe_outcome
 
 REPORT_FILE = "report.html"
-MAX_LISTED = 50  # rows of a list; the file that has all of them is named
-MAX_COLUMNS = 4  # of replies beside each other
+MAX_LISTED = 50  # rows per list; the page names the file that has all
+MAX_COLUMNS = 4  # of replies, side by side
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         step: optimizer steps taken or skipped
-        num_steps: of the whole run; None where plan.json is missing
-        epoch: the one in progress or the last one, counted from 1
-        measured_at: when something was measured last; None before that
-        is_finished: whether the run has come to its end, be it early
+        num_steps: steps of the whole run; None if plan.json is missing
+        epoch: the current or last epoch, counted from 1
+        measured_at: time of the last measurement; None if there is none
+        is_finished: whether the run has ended, also if early
     """
 
     step: int
@@ -54,15 +54,15 @@ class Progress:
 
 
 def write_report(run_dir: str | Path, *, is_finished: bool | None = None) -> Path:
-    """Write report.html of a run from what its folder holds by now, in one move.
+    """Write report.html of a run from the current files in its folder, atomically.
 
     A part that is missing or unreadable becomes a note on the page, never an exception.
 
     Args:
-        is_finished: whether the run has come to its end, be it early; None finds out from the folder
+        is_finished: whether the run has ended, also if early; None: as its folder says
 
     Raises:
-        ValueError: if the folder is not that of a run
+        ValueError: if the folder is not a run's
     """
     run = Run(Path(run_dir), problems=[])
     if not run.run_dir.is_dir():
@@ -104,7 +104,7 @@ def _make_report(run: Run, progress: Progress) -> str:
 
 
 def is_number(value: float | None) -> bool:
-    """Whether there is a value that can be drawn."""
+    """Whether there is a finite value."""
     return value is not None and math.isfinite(value)
 
 
@@ -124,7 +124,7 @@ def _find_progress(run: Run, *, is_finished: bool | None) -> Progress:
 
 
 def _looks_finished(run: Run, step: int, num_steps: int | None) -> bool:
-    """Whether a run with a last/ has ended: one that was given more epochs has it from its earlier end."""
+    """Whether a run has ended. last/ is not enough: a run resumed with more epochs has it from its earlier end."""
     best, patience = run.curves.best, run.config.get("early_stopping_patience")
     has_stopped_early = (
         bool(patience and best) and sum(line.step > best.step for line in run.curves.trained) >= patience
@@ -137,7 +137,7 @@ def _list_next_steps(run: Run, *, is_finished: bool) -> Iterator[dict[str, Any]]
     if not is_finished:
         command = _make_command(run, "resume=auto")
         if command:
-            yield {"command": command, "changes": [], "reason": "Goes on if it was stopped.", "guide_section": ""}
+            yield {"command": command, "changes": [], "reason": "Resumes a stopped run.", "guide_section": ""}
         return
     for step in run.conclusion.advice if run.conclusion else ():
         changes = [f"{key}: {_show(config[key])} → {_show(new)}" if key in config else f"{key}={_show(new)}"
@@ -146,7 +146,7 @@ def _list_next_steps(run: Run, *, is_finished: bool) -> Iterator[dict[str, Any]]
 
 
 def _make_command(run: Run, *more: str) -> str:
-    """Return the command that began the run, on one machine, with another `resume=`; empty where it is not known."""
+    """Return the command that started the run, on one machine, with another `resume=`; empty if unknown."""
     _, *arguments = map(str, run.environment.get("command") or [""])
     if not arguments:
         return ""
@@ -155,7 +155,7 @@ def _make_command(run: Run, *more: str) -> str:
 
 
 def _list_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Yield the figures that a reader looks for first: name, value, note."""
+    """Yield the key figures: name, value, note."""
     curves = run.curves
     base, best, final = curves.base, curves.best, curves.final
     if best is not None:
@@ -175,7 +175,7 @@ def _list_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
         yield "Peak memory", f"{max(memory) / 1e9:.1f} GB", ""
     speeds = sorted(line.tokens_per_second for line in curves.training if is_number(line.tokens_per_second))
     if speeds:
-        yield "Speed", f"{speeds[len(speeds) // 2]:,.0f}", "tokens a second, median step"
+        yield "Speed", f"{speeds[len(speeds) // 2]:,.0f}", "tokens per second, median step"
 
 
 def _format_validation(line: Validation, base: Validation | None) -> tuple[int | str, ...]:
@@ -189,7 +189,7 @@ def _format_change(share: float, *, digits: int) -> str:
 
 
 def _group_samples(samples: Sequence[Sample], *, is_finished: bool) -> Iterator[dict[str, Any]]:
-    """Yield each prompt with its replies in the order of the steps."""
+    """Yield each prompt with its replies, ordered by step."""
     last_step = max((sample.step for sample in samples), default=0)
     for row in dict.fromkeys(sample.row for sample in samples):
         of_row = sorted((sample for sample in samples if sample.row == row), key=lambda sample: sample.step)
@@ -232,7 +232,7 @@ def _describe_forgetting(forgetting: Forgetting | None) -> dict[str, Any]:
 
 
 def _choose_columns(count: int) -> int:
-    """Return how many columns fill the rows of a grid best; of equals the most."""
+    """Return the number of columns that leaves the fewest cells empty, the larger one if equal."""
     if count <= MAX_COLUMNS:
         return count
     return max((3, MAX_COLUMNS), key=lambda columns: (-(-count % columns), columns))
@@ -283,5 +283,5 @@ def _describe_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _show(value: Any) -> str:
-    """Return a value as a YAML file would have it, but for quotes."""
+    """Return a value as in YAML, without quotes."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
