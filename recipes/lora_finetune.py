@@ -272,7 +272,7 @@ class LoRAFinetuneRecipe:
         )
 
     def train(self) -> None:
-        """Run all epochs and save checkpoints. After a signal, or a non-finite step that is not skipped, save and stop."""
+        """Run all epochs and save checkpoints. After a signal, or a non-finite step not skipped, save and stop."""
         saving = save_when_stopped(self._save_checkpoint, self.writer, self.record)
         with StopSignals(show=self.world.is_main) as self.stop, saving:
             self._train_epochs()

@@ -174,10 +174,7 @@ def test_other_threads_are_said_to_round_otherwise(arguments, tmp_path, monkeypa
     environment = json.loads((folder / "environment.json").read_text())
     (folder / "environment.json").write_text(json.dumps({**environment, "threads": 64}))
     run_recipe([*arguments, "resume=auto"], monkeypatch)
-    assert (
-        "the last bits may differ from an uninterrupted run: threads 64 before, 1 now"
-        in capsys.readouterr().out
-    )
+    assert "the last bits may differ from an uninterrupted run: threads 64 before, 1 now" in capsys.readouterr().out
     run_recipe([*arguments, "resume=auto"], monkeypatch)
     assert "the last bits" not in capsys.readouterr().out
 

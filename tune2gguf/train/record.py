@@ -29,9 +29,7 @@ def check_learned(run_dir: Path) -> None:
     """Raise ValueError if every step of a run was skipped."""
     steps = read_curves(run_dir).training
     if steps and all(step.skipped is not None for step in steps):
-        raise ValueError(
-            f"all {len(steps)} steps were skipped, so nothing was learned; the last: {steps[-1].skipped}"
-        )
+        raise ValueError(f"all {len(steps)} steps were skipped, so nothing was learned; the last: {steps[-1].skipped}")
 
 
 class RunRecord:

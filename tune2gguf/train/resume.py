@@ -234,9 +234,7 @@ def enter_run_folder(
         print(f"resume: going on after step {progress.step}, in epoch {progress.epoch + 1}")
         before = checkpoint.progress["run"]["config"]["epochs"]
         if before != cfg.epochs:
-            print(
-                f"resume: epochs raised from {before} to {cfg.epochs}; the learning rate follows the longer schedule"
-            )
+            print(f"resume: epochs raised from {before} to {cfg.epochs}; the learning rate follows the longer schedule")
         write_rows(folder, cfg, data=data)  # the same rows, but an earlier version recorded less of them
         changes = record_resume(folder, step=progress.step, device=device)
         if changes:
