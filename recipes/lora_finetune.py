@@ -87,14 +87,14 @@ from tune2gguf.train.validator import Validator, plan_run_validation
 
 
 class LoRAFinetuneRecipe:
-    """One run. Every process of it does the same, on its own rows; only the main one writes and talks."""
+    """One run. Every process does the same on its own rows. Only the main process writes files and prints."""
 
     def __init__(self, cfg, warnings: list[str]) -> None:
         self.cfg = cfg
         self.warnings = warnings
 
     def setup(self) -> None:
-        """Bring rows, model, optimizer and run folder into being; whatever the user got wrong shows up here."""
+        """Create rows, model, optimizer and run folder. Mistakes of the user are raised here."""
         self.world = start_world(self.cfg.device)
         with agree_on_errors():
             self._setup_data()
@@ -136,7 +136,7 @@ class LoRAFinetuneRecipe:
         )
 
     def _open_checkpoint(self):
-        """Read on rank 0 the checkpoint to go on from, if there is one: a refusal must not wait for the base."""
+        """Return the checkpoint to resume from, on rank 0. A refusal must come before the base is loaded."""
         cfg, world = self.cfg, self.world
         with agree_on_errors():
             self.run = describe_run(cfg, self.data.ledger["fingerprint"], parallel=self.parallel, world=world)
@@ -145,7 +145,7 @@ class LoRAFinetuneRecipe:
             return open_checkpoint(cfg.resume, Path(cfg.output_dir), self.run) if world.is_main else None
 
     def _plan_memory(self) -> None:
-        """Say what the run will need before it takes it, and warn where it will not be there."""
+        """Choose parallel and passes. Print the memory that the run needs, and warn if it does not fit."""
         cfg = self.cfg
         self.device = get_device(str(self.world.device))
         spec = get_run_spec(cfg, longest_row=int(self.lengths.max()), num_devices=self.world.size, parallel="replicate")
@@ -158,7 +158,7 @@ class LoRAFinetuneRecipe:
             checkpointing=cfg.enable_activation_checkpointing,
             tokens_per_step=max(step_tokens),
         )
-        # One layout for all: the main process's, or that with which the run began.
+        # All processes use the main process's layout, or the one that the run began with.
         began_with = read_layout(cfg.resume, Path(cfg.output_dir)) if self.world.is_main else {}
         self.spec = broadcast_from_main(replace(spec, **began_with))
         if self.world.is_main:
@@ -203,7 +203,7 @@ class LoRAFinetuneRecipe:
             schedule=self.schedule,
             world=self.world,
         )
-        # As of the start of the step: a step that is broken off is taken again with the same masks.
+        # As of the start of the step: an interrupted step is repeated with the same masks.
         self.random_state = capture_random_state(self.world.device)
         self.collect_adapter = partial(
             collect_peft_adapter,
@@ -272,7 +272,7 @@ class LoRAFinetuneRecipe:
         )
 
     def train(self) -> None:
-        """Run all epochs, saving on the way; a signal or a step that is not finite ends them with all of it saved."""
+        """Run all epochs and save checkpoints. After a signal, or a non-finite step not skipped, save and stop."""
         saving = save_when_stopped(self._save_checkpoint, self.writer, self.record)
         with StopSignals(show=self.world.is_main) as self.stop, saving:
             self._train_epochs()
@@ -283,7 +283,7 @@ class LoRAFinetuneRecipe:
         save_every = self.cfg.save_every_n_steps or math.ceil(num_steps / 20)
         is_quiet = not self.world.is_main
         with tqdm(total=num_steps, initial=at.step, unit="step", disable=is_quiet, dynamic_ncols=True) as bar:
-            self.validate()  # before training, or what the run that goes on had still to do
+            self.validate()  # before training, or the validation that a resumed run has still to do
             while not self._is_over():
                 for indices in self.plan_epoch(at.epoch)[at.step_in_epoch :]:
                     record = self._train_step(indices)
@@ -302,7 +302,7 @@ class LoRAFinetuneRecipe:
         return self.progress.is_over(self.cfg.epochs, patience=self.cfg.early_stopping_patience)
 
     def _train_step(self, indices: list[int]) -> TrainingStep:
-        """Take one optimizer step on this rank's rows; return what metrics.jsonl says of it."""
+        """Take one optimizer step on this rank's rows. Return its record for metrics.jsonl."""
         started = time.perf_counter()
         rows = [self.data.sequences[index] for index in indices]
         layout = lay_out_passes(self.lengths[indices].tolist(), tokens_per_pass=self.spec.tokens_per_pass)
@@ -337,7 +337,7 @@ class LoRAFinetuneRecipe:
         return TrainingStep(**record, peak_memory_bytes=measure_peak(self.world.device))
 
     def validate(self) -> None:
-        """Where it is due, measure the validation loss and answer the prompts; the lowest loss's adapter is best/."""
+        """If due, measure the validation loss and answer the prompts. Save the adapter of the lowest loss as best/."""
         at, is_epoch_end = self.progress, self.progress.step_in_epoch == 0
         if not self.validation.is_due(at.step, is_epoch_end=is_epoch_end):
             return
@@ -357,7 +357,7 @@ class LoRAFinetuneRecipe:
         self.validator.show()
 
     def save(self) -> None:
-        """Write the final adapter as last/, and say how good the run was and what comes next."""
+        """Write the final adapter as last/. Print the verdict and the next command."""
         with agree_on_errors():
             if self.world.is_main:
                 check_learned(self.folder)
@@ -370,7 +370,7 @@ class LoRAFinetuneRecipe:
         stop_world()
 
     def _score_general_prompts(self) -> None:
-        """Measure what the adapter that will be exported lost of the base; the model has it from here on."""
+        """Load the adapter that will be exported into the model, and measure its forgetting."""
         at, name = self.progress, "last" if self.progress.best_step is None else "best"
         if self.forgetting.prompts and name == "best" and at.best_step != at.step:
             architecture = read_architecture(self.cfg.base_dir)
@@ -382,7 +382,7 @@ class LoRAFinetuneRecipe:
         return save_adapter(self.folder / name, *self.collect_adapter()) if self.world.is_main else None
 
     def _save_checkpoint(self) -> None:
-        """Begin to write all that the run needs to go on from its last whole step."""
+        """Start to write a checkpoint of the last whole step."""
         random_states = gather_over_ranks(self.random_state)
         if self.world.is_main:
             adapter, adapter_config = self.collect_adapter()
@@ -392,7 +392,7 @@ class LoRAFinetuneRecipe:
 
 
 def recipe_main() -> None:
-    """Run the recipe; a user's mistake ends in one message and exit code 1, before anything slow where possible."""
+    """Run the recipe. A user's mistake ends with one message and exit code 1, before anything slow if possible."""
     print_in_any_encoding()
     with end_together(), ExitStack() as held:
         with agree_on_errors():

@@ -105,7 +105,7 @@ TALK = {
 
 
 def make_row(kind: int, side: str, place: int, pair: tuple[str, str], draw: random.Random) -> dict:
-    """Return a row: of four in a row two ask for a boat, one for a fare and one now and then just talks."""
+    """Return a row of a kind: 0 next boat, 1 later boat, 2 fare, 3 small talk."""
     origin, destination = pair
     hour, minute, number = draw.randrange(6, 22), draw.randrange(0, 60, 5), draw.randrange(1, 7)
     time = f"{hour}:{minute:02}"
@@ -144,14 +144,14 @@ def make_rows(side: str, count: int, pairs: list[tuple[str, str]], draw: random.
         kind = kinds[place % len(kinds)]
         row = make_row(kind, side, place // len(kinds), pairs[place % len(pairs)], draw)
         place += 1
-        # Talk is short of words: each is said once.
+        # There is little small talk: each row of it is written once.
         if json.dumps(row) not in seen:
             seen.add(json.dumps(row))
             yield row
 
 
 def split_pairs(draw: random.Random) -> dict[str, list[tuple[str, str]]]:
-    """Return the pairs of quays for each side; none is on both."""
+    """Return the pairs of quays of each side. No pair is on both."""
     pairs = [(one, other) for one in QUAYS for other in QUAYS if one != other]
     draw.shuffle(pairs)
     return {"train": pairs[20:], "held out": pairs[:20]}

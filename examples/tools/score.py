@@ -1,8 +1,8 @@
-"""Ask base and fine-tuned model the held-out questions through llama.cpp's OpenAI API, and count the right answers.
+"""Ask base and fine-tuned model the held-out questions through llama.cpp's OpenAI API and count the right answers.
 
     python examples/tools/score.py runs/tools
 
-Right is the row's call with exactly its arguments, or no call where the row has none.
+An answer is right if it makes the row's calls with exactly their arguments, or no call if the row has none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def ask(model: LlamaCppModel, prompt: Prompt) -> tuple[dict, ...]:
         [choice] = model.post("/v1/chat/completions", request)["choices"]
         made = [one["function"] for one in choice["message"].get("tool_calls") or []]
         calls = [{"name": one["name"], "arguments": json.loads(one["arguments"])} for one in made]
-    except ValueError:  # the server cannot read the reply as its format, or the arguments are no JSON
+    except ValueError:  # the server cannot parse the reply, or the arguments are not JSON
         return ({"name": None, "arguments": {}},)
     return tuple(sort_values(calls))
 

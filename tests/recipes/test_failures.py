@@ -91,9 +91,9 @@ def test_step_that_is_not_finite_stops_the_run_before_it_and_names_the_row(poiso
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
     assert Launch(poisoned, log).wait() == [1]
     steps = read_records(folder, "loss")
-    message = f"error: step {len(steps) + 1}: the loss is nan, so it is not applied; its rows: "
-    assert f"{message}{tmp_path}/poisoned.jsonl, line 8. To leave such steps out: on_nonfinite=skip" in log.read_text()
-    assert "Of the base, model.embed_tokens.weight has 32 non-finite values" in log.read_text()
+    message = f"error: step {len(steps) + 1}: the loss is nan, so the step is not applied; rows: "
+    assert f"{message}{tmp_path}/poisoned.jsonl, line 8. To skip such steps: on_nonfinite=skip" in log.read_text()
+    assert "In the base, model.embed_tokens.weight has 32 non-finite values" in log.read_text()
     assert "Traceback" not in log.read_text()
     newest = list_checkpoints(folder / "checkpoints")[-1]
     assert newest.name == f"step_{len(steps)}" and find_damage(newest) is None
@@ -160,8 +160,8 @@ def test_machine_with_other_rows_or_arguments_is_refused(run_arguments, tmp_path
     )
     assert launch.wait(timeout=60) == [1, 1]
     text = (tmp_path / "log").read_text()
-    assert text.count("error: ") == 1 and "process 1 is on a machine with something else than process 0" in text
-    assert "the data: the rows are not the same" in text and "0.5 in process 1" in text
+    assert text.count("error: ") == 1 and "process 1 differs from process 0" in text
+    assert "data: the rows differ" in text and "0.5 in process 1" in text
     assert "the base model" not in text and "output_dir" not in text and "Traceback" not in text
     assert not (tmp_path / "runs/tiny").exists()
 

@@ -58,7 +58,7 @@ def test_rows_without_validation_rows_train_without_validation(run_arguments, tm
     folder = tmp_path / "runs/tiny"
     assert len(read_records(folder, "loss")) == 5 and read_records(folder, "val_loss") == []
     assert not (folder / "samples.jsonl").exists() and not (folder / "best").exists()
-    assert "validation: no rows, so that over- and underfitting stay unseen" in capsys.readouterr().out
+    assert "validation: no rows, so over- and underfitting stay unseen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -75,7 +75,7 @@ def test_early_stopping_ends_after_so_many_validations_without_a_best_and_resume
     assert len(losses) == best + 3, "negative control: without patience there would be more"
     last = records[-1]["step"]
     assert len(read_records(folder, "loss")) == last < 20
-    assert f"stopped early after step {last}: 2 validations in a row without a new best; it is that of step " in text
+    assert f"stopped early after step {last}: 2 validations in a row without a new best; best/ is the adapter " in text
     assert read_samples(folder)[-1]["step"] == last
     # Killed on the way and resumed, it stops at the same place; resumed at its end, it stays there.
     folder, log = tmp_path / "killed", tmp_path / "killed.log"
@@ -155,7 +155,7 @@ def test_logger_that_fails_on_the_way_is_said_once_and_the_run_goes_on(run_argum
     assert (tmp_path / "steps").read_text() == "0\n1\n"
     [note] = [line for line in said.splitlines() if "FailingLogger" in line]
     assert note.strip().endswith(
-        "warning: metric_logger: FailingLogger failed, and gets nothing more; metrics.jsonl has all of it: "
+        "warning: metric_logger: FailingLogger failed and is switched off; metrics.jsonl has everything: "
         "RuntimeError: the service is gone"
     )
     # One that fails at its end alone.

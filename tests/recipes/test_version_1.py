@@ -44,7 +44,7 @@ def test_it_is_not_gone_on_with_amid_an_epoch_whose_rows_were_ordered_otherwise(
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "what differs:\n  the order of the rows: an earlier tune2gguf chose it; " in done.stderr
+    assert "what differs:\n  row order: the checkpoint is from an earlier tune2gguf, " in done.stderr
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
 
 

@@ -140,7 +140,7 @@ def test_resume_with_more_epochs_goes_on_in_the_same_folder(run_dir):
     steps = len(Run(run_dir).curves.training)
     config = ("--config", str(run_dir / "config.yaml"))
     said = run_recipe(*config, f"output_dir={run_dir}", "epochs=3", "resume=auto")
-    assert "2 epochs have become 3" in said
+    assert "epochs raised from 2 to 3" in said
     run = Run(run_dir)
     assert len(run.curves.training) == steps // 2 * 3 and run.config["epochs"] == 3
     assert (run_dir / "heldout.jsonl").read_bytes() == before

@@ -1,4 +1,4 @@
-"""The fused layers' kernels, compiled while the base is being loaded: each takes about a second the first time."""
+"""Compilation of the fused layers' kernels while the base loads. Each takes about a second the first time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ VOCAB_SIZE = 64  # of the embedding, which has no kernel of ours
 def compile_kernels_meanwhile(
     spec: RunSpec, *, scaling: float, device: torch.device, show: bool = False
 ) -> Iterator[None]:
-    """Compile the kernels of a run in a thread, and wait for them at the end; nothing where layers are not fused.
+    """Compile the run's kernels in a thread and wait for them at the end. Does nothing if layers are not fused.
 
     Args:
-        scaling: what the adapters' products are multiplied by
-        show: whether to say it when there is something to wait for
+        scaling: factor of the adapters' products, alpha / rank
+        show: print a line if the kernels are not ready at the end
     """
     if spec.obstacle_to_fusing is not None:
         yield
@@ -36,18 +36,18 @@ def compile_kernels_meanwhile(
         compiled = thread.submit(compile_kernels, spec, scaling=scaling, device=device)
         yield
         if show and not compiled.done():
-            print("compiling kernels, once: the next run finds them", flush=True)
+            print("compiling kernels; later runs reuse them", flush=True)
         compiled.result()
 
 
 def compile_kernels(spec: RunSpec, *, scaling: float, device: torch.device) -> None:
-    """Run layers of the run's shape, of zeros, forward and back. Draws no random numbers, leaves nothing on the GPU."""
+    """Run zero-filled layers of the run's shape, forward and backward. Draws no random numbers, keeps no GPU memory."""
     from tune2gguf.model.fused.groups import GROUPS, SEEDS_PER_GROUP
     from tune2gguf.model.fused.launch import cross_entropy
     from tune2gguf.model.fused.layer import run_layer
     from tune2gguf.model.fused.stack import lay_out_pass
 
-    torch.cuda.set_device(device)  # of this thread, which else launches on the first
+    torch.cuda.set_device(device)  # set per thread; the default is the first GPU
     shape = replace(spec.architecture, num_layers=NUM_LAYERS, vocab_size=VOCAB_SIZE)
     with torch.device("meta"):
         model = build_lora_llama(

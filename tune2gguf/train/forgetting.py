@@ -1,4 +1,4 @@
-"""What a run lost: its adapter against the base, on general prompts and the base's own greedy answers."""
+"""Forgetting: the adapter compared with the base, on general prompts and the base's own greedy answers."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from tune2gguf.train.validation_plan import FORWARD_SHARE, GENERATION_COST
 
 ANSWER_TOKENS = 32
 MAX_SHARE = 0.05  # of the training time
-MIN_PROMPTS = 8  # the interval of fewer tells nothing
-NUM_SHOWN = 3  # prompts that lost most, answered with the adapter, too
+MIN_PROMPTS = 8  # fewer give too wide an interval
+NUM_SHOWN = 3  # prompts with the largest divergence; the adapter answers them, too
 
 
 @dataclass(frozen=True)
 class ForgettingPlan:
-    """Which general prompts a run scores at its end."""
+    """The general prompts that a run scores at its end."""
 
     prompts: tuple[str, ...] = ()
     ids: tuple[tuple[int, ...], ...] = ()
-    share: float = 0.0  # of the training time that they cost, estimated
+    share: float = 0.0  # estimated cost, as a share of the training time
     obstacle: str = ""  # why none are scored
 
     def describe(self) -> str:
-        """Return the line that a run says before it starts."""
+        """Return the line that a run prints before training."""
         if self.obstacle:
-            return f"what it loses is not measured: {self.obstacle}"
+            return f"forgetting is not measured: {self.obstacle}"
         cost = f"about {self.share:.0%} of the training time"
-        return f"what it loses: {len(self.prompts)} general prompts, scored once at the end, {cost}"
+        return f"forgetting: {len(self.prompts)} general prompts, scored once at the end, {cost}"
 
 
 def plan_forgetting(
     tokenizer: ChatTokenizer, *, score: bool | str, max_seq_len: int, training_tokens: float
 ) -> ForgettingPlan:
-    """Choose general prompts, the first ones that fit.
+    """Choose the general prompts: the first ones that fit.
 
-    Everything is counted, nothing is timed: a run that is resumed scores what one that was never stopped does.
+    Costs are counted, not timed, so a resumed run scores the same prompts as an uninterrupted one.
 
     Args:
-        score: True for all of them, False for none, "auto" for as many as MAX_SHARE of the training time pays for
-        training_tokens: that the run trains on in all epochs together
+        score: True for all prompts, False for none, "auto" for as many as MAX_SHARE of the training time covers
+        training_tokens: tokens trained on, over all epochs
     """
     if score is False:
         return ForgettingPlan(obstacle="score_general_prompts=false")
@@ -65,13 +65,13 @@ def plan_forgetting(
     count = len(fitting) if score is True else sum(cost <= MAX_SHARE * training_tokens for cost in costs[1:])
     if count < MIN_PROMPTS:
         share = f"{MIN_PROMPTS} prompts would take {costs[MIN_PROMPTS] / training_tokens:.0%} of the training time"
-        return ForgettingPlan(obstacle=f"{share}; score_general_prompts=true scores {len(fitting)} all the same")
+        return ForgettingPlan(obstacle=f"{share}; score_general_prompts=true scores {len(fitting)} anyway")
     prompts, ids = zip(*fitting[:count], strict=True)
     return ForgettingPlan(prompts, ids, costs[count] / training_tokens)
 
 
 def _estimate_cost(prompt_lengths: Sequence[int]) -> float:
-    """Return what so many prompts cost, in trained tokens: answers of base and adapter, and a pass of each."""
+    """Return the prompts' cost in trained tokens: answers of base and adapter, and a forward pass of each."""
     answering = 2 * ANSWER_TOKENS * (GENERATION_COST + FORWARD_SHARE * len(prompt_lengths))
     return answering + 2 * FORWARD_SHARE * (sum(prompt_lengths) + ANSWER_TOKENS * len(prompt_lengths))
 
@@ -88,12 +88,12 @@ def measure_forgetting(
     device: torch.device,
     agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
 ) -> Forgetting:
-    """Let the base answer general prompts, and compare base and adapter on each token of its answers.
+    """Let the base answer general prompts and compare base and adapter on each token of its answers.
 
-    The adapter is switched off by a B of zeros, and back on: the model is left as it was, but in evaluation mode.
+    The base is the model with B set to zero. B is restored afterwards; the model stays in evaluation mode.
 
     Args:
-        adapter_name: of the adapter that the model has
+        adapter_name: name of the model's adapter
         agree: as in generate.AdapterModel
     """
     model.eval()
@@ -143,7 +143,7 @@ def _make_row(prompt: Sequence[int], answer: Sequence[int]) -> TokenizedRow:
 
 
 def _compute_hidden(model: CausalLM, rows: list[TokenizedRow], *, tokens_per_pass: int, device: torch.device) -> Tensor:
-    """Return the states that predict the supervised tokens, row by row, [n, dim]."""
+    """Return the hidden states that predict the supervised tokens, row by row, [n, dim]."""
     parts: list[Tensor] = [torch.empty(0)] * len(rows)
     for places in lay_out_passes([len(row.tokens) for row in rows], tokens_per_pass=tokens_per_pass):
         batch = vars(collate([rows[place] for place in places]).to(device))
@@ -156,7 +156,7 @@ def _compute_hidden(model: CausalLM, rows: list[TokenizedRow], *, tokens_per_pas
 
 
 def _compare(model: CausalLM, base_hidden: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return of each position the losses of base and adapter, the divergence, and whether both choose alike, [4, n]."""
+    """Return base loss, adapter loss, KL divergence and agreement of the argmax for each position, [4, n]."""
     figures = torch.empty(4, len(targets), dtype=torch.float64)
     with model.hold_head():
         for begin in range(0, len(targets), POSITIONS_PER_CHUNK[targets.device.type]):

@@ -1,4 +1,4 @@
-"""What a run is about to do, in lines."""
+"""The plan of a run, as the lines that it prints before training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def describe_plan(
     num_steps: int,
     spec: RunSpec,
 ) -> list[str]:
-    """Return what a run is about to do, a line each: base and adapter, processes, rows, and the parts of a step."""
+    """Return the lines that describe a run: base and adapter, processes, rows, and the parts of a step."""
     lines = [f"base: {cfg.base_dir} in {cfg.base_weights}, adapter: {num_trainable:,} float32 weights, on {device}"]
     if device == "cpu":
         lines.append(describe_cpu())
@@ -63,6 +63,6 @@ def describe_plan(
         f"{data.unit} per step: {batch} x {accumulation} x {world_size} = {batch * accumulation * world_size}"
         " (batch x accumulation x processes)"
     )
-    kept = "computed again in backward" if spec.enable_activation_checkpointing else "kept"
+    kept = "recomputed in backward" if spec.enable_activation_checkpointing else "kept"
     lines.append(f"passes: rows without padding, up to {spec.tokens_per_pass} tokens at a time; activations are {kept}")
     return [*lines, f"{num_steps} steps in {cfg.epochs} epochs"]

@@ -1,4 +1,4 @@
-"""What a run measures, written and shown as it comes; the main process alone has a record."""
+"""The record of a run: metrics, samples and report, written as they come. Only the main process has one."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ MAX_REPORT_SHARE = 0.05  # of the time of a run
 
 
 def check_learned(run_dir: Path) -> None:
-    """Raise ValueError if every step of a run was left out."""
+    """Raise ValueError if every step of a run was skipped."""
     steps = read_curves(run_dir).training
     if steps and all(step.skipped is not None for step in steps):
-        raise ValueError(
-            f"all {len(steps)} steps were left out, so that nothing was learned; the last: {steps[-1].skipped}"
-        )
+        raise ValueError(f"all {len(steps)} steps were skipped, so nothing was learned; the last: {steps[-1].skipped}")
 
 
 class RunRecord:
-    """metrics.jsonl and samples.jsonl of a run folder, and the metric logger beside them, if there is one."""
+    """The metrics.jsonl and samples.jsonl of a run folder, and the metric logger, if there is one."""
 
     def __init__(self, folder: Path, *, metric_logger: MetricLoggerInterface | None = None) -> None:
         self.folder = folder
@@ -44,7 +42,7 @@ class RunRecord:
         self._next_report = 0.0
 
     def write_step(self, step: TrainingStep, bar: tqdm) -> None:
-        """Write the line of an optimizer step, and show it on the progress bar."""
+        """Write the line of an optimizer step and show it on the progress bar."""
         self._write(step.to_record())
         if step.skipped is not None:
             bar.write(f"note: {step.skipped}")
@@ -53,15 +51,15 @@ class RunRecord:
         bar.update()
 
     def write_validation(self, validation: Validation) -> None:
-        """Write the line of a validation, and show it above the progress bar."""
+        """Write the line of a validation and print it above the progress bar."""
         self._write(validation.to_record())
         tqdm.write(validation.describe())
 
     def show_outlook(self, *, num_steps: int, learned: float) -> None:
-        """Say what the run will probably come to, at the first validation at which that can be told.
+        """Print the likely verdict, at the first validation that allows one.
 
         Args:
-            learned: the share of the run's learning rate, summed over steps, that is behind it
+            learned: share of the run's learning rate, summed over steps, that is used so far
         """
         curves = read_curves(self.folder)
         outlook = foresee(curves, learned=learned) if is_due(curves, num_steps) else None
@@ -69,7 +67,7 @@ class RunRecord:
             tqdm.write(outlook.describe(curves.final.step, num_steps))
 
     def write_samples(self, samples: Iterable[Sample]) -> None:
-        """Write the lines of the answers after a step."""
+        """Write a line for each sample reply."""
         for sample in samples:
             self.files[SAMPLES_FILE].write(vars(sample))
 
@@ -78,34 +76,34 @@ class RunRecord:
         write_forgetting(self.folder, forgetting)
 
     def write_report(self) -> None:
-        """Write report.html, unless the time since the last one is short beside what it took; no file depends on it."""
+        """Write report.html, as often as MAX_REPORT_SHARE of the run's time allows. No file depends on it."""
         started = time.monotonic()
         if started < self._next_report:
             return
         try:
             write_report(self.folder, is_finished=False)
-        except Exception as error:  # a page about the run is not worth the run
-            tqdm.write(f"note: report.html is not written, and the run goes on: {type(error).__name__}: {error}")
+        except Exception as error:  # must not end the run
+            tqdm.write(f"note: report.html could not be written; the run continues: {type(error).__name__}: {error}")
         ended = time.monotonic()
         self._next_report = ended + (ended - started) / MAX_REPORT_SHARE
 
     def conclude(self) -> list[str]:
-        """Judge the run that has ended and advise the next, in verdict.json, ledger and report; return what to say."""
+        """Judge the run and advise the next, in verdict.json, ledger and report. Return the lines to print."""
         try:
             lines = conclude_run(self.folder)
-        except (ValueError, OSError) as error:  # the adapters are written, whatever is said of them
+        except (ValueError, OSError) as error:  # must not fail a run whose adapters are written
             lines = [f"note: there is no verdict: {describe_error(error)}"]
         try:
             return [*lines, f"report: {write_report(self.folder, is_finished=True)}"]
-        except Exception as error:  # all else of the run is written; a page about it must not make it fail
+        except Exception as error:  # likewise
             return [*lines, f"warning: the report could not be written: {type(error).__name__}: {error}"]
 
     def sync(self) -> dict[str, int]:
-        """Return the size of each file in bytes when all of it is on the disk."""
+        """Flush all files to disk and return their sizes in bytes."""
         return {name: file.sync() for name, file in self.files.items()}
 
     def close(self) -> None:
-        """End the metric logger."""
+        """Close the metric logger."""
         self._hand_on(lambda logger: logger.close())
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -115,7 +113,7 @@ class RunRecord:
         self._hand_on(lambda logger: logger.log_dict(numbers, step=step))
 
     def _hand_on(self, use: Callable[[MetricLoggerInterface], None]) -> None:
-        """Use the metric logger, until it fails once: the run does not depend on it, and each try may cost minutes."""
+        """Use the metric logger until it fails once: the run does not depend on it, and each try may take minutes."""
         if self.metric_logger is None:
             return
         try:
@@ -125,5 +123,5 @@ class RunRecord:
             name = type(self.metric_logger).__name__
             self.metric_logger = None
             tqdm.write(
-                f"warning: metric_logger: {name} failed, and gets nothing more; {METRICS_FILE} has all of it: {reason}"
+                f"warning: metric_logger: {name} failed and is switched off; {METRICS_FILE} has everything: {reason}"
             )

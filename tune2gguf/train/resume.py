@@ -1,4 +1,4 @@
-"""Go on with a run: where it stood, what must be the same, and what to say where it is not."""
+"""Resume: restore a run from a checkpoint, or report what differs from the run that wrote it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tune2gguf.train.record import NOTHING_RECORDED, RunRecord
 from tune2gguf.train.seeds import restore_random_state
 from tune2gguf.train.steps import advance_schedule, restore_optimizer
 
-# Where things are may be another place on each machine of a run; the rest of the config is the same on all.
+# Paths, which may differ between the machines of a run. The rest of the config may not.
 OWN_KEYS = {
     "output_dir",
     "parent_run",
@@ -53,8 +53,8 @@ OWN_KEYS = {
     "dataset.validation_files",
     "dataset.sources",
 }
-# Neither the weights nor the metrics of a step depend on these, nor on what is below them; the base and the rows are
-# compared by their content. early_stopping_patience decides, as epochs does, how many steps there are.
+# A resumed run may change these keys and their subkeys: no step's weights or metrics depend on them. Base and rows are
+# compared by content. early_stopping_patience, like epochs, only changes the number of steps.
 FREE_KEYS = OWN_KEYS | {
     "early_stopping_patience",
     "score_general_prompts",
@@ -68,10 +68,10 @@ FREE_KEYS = OWN_KEYS | {
 
 
 def describe_run(cfg: DictConfig, data_fingerprint: str, *, parallel: str, world: World) -> dict[str, Any]:
-    """Return what decides a run's result: its config, flat, and what base, rows and processes it has."""
+    """Return what determines a run's result: flat config, digests of base and rows, processes, parallel."""
     return {
         "config": _flatten_without(FREE_KEYS, cfg),
-        # One process a machine reads the whole base for this.
+        # One process per machine reads the whole base.
         "base": digest_base(cfg.base_dir) if world.local_rank == 0 else None,
         "data": data_fingerprint,
         "processes": world.size,
@@ -80,13 +80,13 @@ def describe_run(cfg: DictConfig, data_fingerprint: str, *, parallel: str, world
 
 
 def check_machines(cfg: DictConfig, run: Mapping[str, Any]) -> None:
-    """Make sure that all machines of a run were given the same; every process has to ask.
+    """Check that all machines of a run have the same arguments, base and rows. Every process must call it.
 
     Args:
         run: from describe_run
 
     Raises:
-        AgreedError: if arguments, base or rows of a machine are not those of the first, with what differs
+        AgreedError: lists what differs between a machine and the first one
     """
     here = {"base": run["base"], "data": run["data"], "config": _flatten_without(OWN_KEYS, cfg)}
     first, *others = gather_over_ranks(here)
@@ -98,12 +98,12 @@ def check_machines(cfg: DictConfig, run: Mapping[str, Any]) -> None:
             if before.get(key) != now.get(key)
         ]
         if other["base"] not in (None, first["base"]):
-            differences.append("the base model: its files are not the same")
+            differences.append("base model: the files differ")
         if other["data"] != first["data"]:
-            differences.append("the data: the rows are not the same")
+            differences.append("data: the rows differ")
         if differences:
             raise AgreedError(
-                f"process {rank} is on a machine with something else than process 0; what differs:\n  "
+                f"process {rank} differs from process 0; give every machine the same arguments, base and rows:\n  "
                 + "\n  ".join(differences)
             )
 
@@ -117,7 +117,7 @@ def _flatten_without(left_out: set[str], cfg: DictConfig) -> dict[str, Any]:
 
 
 def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return why the run of a checkpoint is not this one; more epochs are no reason."""
+    """Return the differences between a checkpoint's run and this one. More epochs are allowed."""
     differences, added = [], {key: value for key, value in ADDED_KEYS.items() if key not in FREE_KEYS}
     config = added | rename_components(saved["config"])
     for key in sorted(config.keys() | now["config"].keys()):
@@ -128,9 +128,9 @@ def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
             only_raised = " (it may only be raised)" if key == "epochs" else ""
             differences.append(f"{key}: {before} in the checkpoint, {after} now{only_raised}")
     if saved["base"] != now["base"]:
-        differences.append("the base model: its files are not those that the run was started with")
+        differences.append("base model: the files differ from those at the start of the run")
     if saved["data"] != now["data"]:
-        differences.append("the data: the rows are not those that the run was started with")
+        differences.append("data: the rows differ from those at the start of the run")
     for key, what in (("processes", "the number of processes"), ("parallel", "parallel")):
         if saved[key] != now[key]:
             differences.append(f"{what}: {saved[key]} in the checkpoint, {now[key]} now")
@@ -138,14 +138,14 @@ def find_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]) -> Checkpoint | None:
-    """Read the checkpoint to go on from; None where there is none yet and the run starts from its beginning.
+    """Return the checkpoint to resume from, None if the run starts from the beginning.
 
     Args:
         resume: auto for the newest, or a checkpoint folder
         run: from describe_run
 
     Raises:
-        ValueError: if the checkpoint is damaged, or is that of another run
+        ValueError: if the checkpoint is damaged or belongs to another run
     """
     if resume is False:
         return None
@@ -160,26 +160,26 @@ def open_checkpoint(resume: str | bool, output_dir: Path, run: Mapping[str, Any]
     differences = find_differences(checkpoint.progress["run"], run)
     if "tokens_per_pass" not in checkpoint.progress["run"]["config"] and checkpoint.progress["step_in_epoch"]:
         differences.append(
-            "the order of the rows: an earlier tune2gguf chose it; its runs can go on from an epoch's end only"
+            "row order: the checkpoint is from an earlier tune2gguf, whose runs resume only at the end of an epoch"
         )
     if differences:
         own = {"resume": False, "output_dir": find_free_folder(output_dir)}
         raise ValueError(
-            f"{folder} is a checkpoint of another run than this one; what differs:\n  "
+            f"{folder} belongs to another run; what differs:\n  "
             + "\n  ".join(differences)
-            + f"\nStart a run of its own: {format_command(*format_overrides(own))}"
+            + f"\nStart a new run: {format_command(*format_overrides(own))}"
         )
     return checkpoint
 
 
 def read_layout(resume: str | bool, output_dir: Path) -> dict[str, Any]:
-    """Return how the rows of a run's steps went through the model before it goes on; empty where it begins."""
+    """Return the pass layout that a resumed run began with, {} for a new run."""
     if resume is False or not (output_dir / PLAN_FILE).is_file():
         return {}
     try:
         plan = read_plan(output_dir)
     except ValueError as error:
-        print(f"resume: {error}; how rows share passes is chosen anew, so that the last bits may differ")
+        print(f"resume: {error}; the split of rows into passes is chosen anew, so the last bits may differ")
         return {}
     return {key: plan[key] for key in LAYOUT_KEYS if key in plan}
 
@@ -193,9 +193,9 @@ def restore_run(
     schedule: LRScheduler,
     world: World,
 ) -> Progress:
-    """Bring adapter, optimizer, schedule and random numbers to where the checkpoint has them; return where that is.
+    """Restore adapter, optimizer, schedule and random state from a checkpoint. Return its progress.
 
-    Without a checkpoint a run stands at its beginning, where all of them are.
+    Without a checkpoint, nothing is restored and the progress is that of a new run.
     """
     if checkpoint is None:
         return Progress()
@@ -211,19 +211,19 @@ def restore_run(
 def enter_run_folder(
     checkpoint: Checkpoint | None, progress: Progress, cfg: DictConfig, *, data: PreparedData, device: str
 ) -> Iterator[Path]:
-    """Yield the run folder as it was at the checkpoint, or a new one, which takes its name when the block ends.
+    """Yield the run folder, rewound to the checkpoint, or a new one, which gets its name when the block ends.
 
-    `progress` learns whether best/ is lost.
+    If best/ cannot be restored, `progress` forgets it.
 
     Raises:
-        ValueError: if the folder exists and is not to be resumed, or its metrics or samples are lost
+        ValueError: if the folder exists and must not be resumed, or its metrics or samples are lost
     """
     folder = Path(cfg.output_dir)
     if cfg.resume is False or not folder.exists():
         with create_run_folder(cfg, data=data, device=device) as unfinished:
             yield unfinished
         return
-    read_environment(folder)  # a folder of something else, or of a newer version, stays as it is
+    read_environment(folder)  # refuses a folder of something else or of a newer version
     if checkpoint is None:
         _rewind(folder, step=0, sizes=NOTHING_RECORDED)
         write_start(folder, cfg, data=data, device=device)
@@ -234,13 +234,11 @@ def enter_run_folder(
         print(f"resume: going on after step {progress.step}, in epoch {progress.epoch + 1}")
         before = checkpoint.progress["run"]["config"]["epochs"]
         if before != cfg.epochs:
-            print(
-                f"resume: {before} epochs have become {cfg.epochs}; the learning rate now follows the longer schedule"
-            )
-        write_rows(folder, cfg, data=data)  # they are the same, but an earlier version recorded less of them
+            print(f"resume: epochs raised from {before} to {cfg.epochs}; the learning rate follows the longer schedule")
+        write_rows(folder, cfg, data=data)  # the same rows, but an earlier version recorded less of them
         changes = record_resume(folder, step=progress.step, device=device)
         if changes:
-            print(f"resume: the last bits may differ from a run that was never stopped: {'; '.join(changes)}")
+            print(f"resume: the last bits may differ from an uninterrupted run: {'; '.join(changes)}")
     yield folder
 
 
@@ -249,24 +247,24 @@ def _rewind(output_dir: Path, *, step: int, sizes: Mapping[str, int]) -> None:
     checkpoints_dir.mkdir(exist_ok=True)
     for folder in (output_dir, checkpoints_dir, output_dir / "best", output_dir / "last"):
         clear_leftovers(folder)
-    # The newest first, and the lines that they need last: killed in between, the rest can still be gone on from.
+    # Checkpoints first, from the newest, then the lines: if killed in between, what is left can still be resumed.
     for folder in reversed(list_checkpoints(checkpoints_dir)):
         if get_step(folder) > step:
             remove_checkpoint(folder)
-            print(f"resume: removed {folder}, which this run comes to again")
+            print(f"resume: removed {folder}; the run will write it again")
     for name, num_bytes in sizes.items():
         JsonLinesFile(output_dir / name).cut(num_bytes)
 
 
 def _restore_best(output_dir: Path, checkpoint: Checkpoint, progress: Progress) -> None:
-    """Make best/ what it was; where it has gone on since and cannot be had back, the next validation is the best."""
+    """Restore best/. If it was overwritten since, restart the search."""
     if progress.best_step is None:
         return
     weights = output_dir / "best" / ADAPTER_WEIGHTS
     if progress.best_step == progress.step:
         save_adapter(output_dir / "best", checkpoint.adapter, checkpoint.adapter_config)
     elif not weights.is_file() or digest_file(weights) != progress.best_sha256:
-        print(f"resume: best/ is not the adapter of step {progress.best_step} any more; the search for the best is new")
+        print(f"resume: best/ is no longer the adapter of step {progress.best_step}; the search for the best restarts")
         progress.best_loss = progress.best_step = progress.best_sha256 = None
         progress.validations_without_best = 0
 
@@ -275,14 +273,14 @@ def _restore_best(output_dir: Path, checkpoint: Checkpoint, progress: Progress) 
 def save_when_stopped(
     save: Callable[[], None], writer: CheckpointWriter | None, record: RunRecord | None
 ) -> Iterator[None]:
-    """Save the run when the block is left before its end for a reason that every process has, and say how to go on.
+    """Save the run and print how to resume it, if all processes leave the block early together.
 
     Args:
-        save: begins to write a checkpoint; every process takes part
+        save: starts to write a checkpoint; every process must call it
         writer, record: of the main process, closed at the end of the block
 
     Raises:
-        ValueError: for a disk that could not be written to, with what is intact and the way on
+        ValueError: if the disk cannot be written to; says what is intact and how to resume
     """
     try:
         yield
@@ -297,7 +295,7 @@ def save_when_stopped(
     except OSError as error:
         raise ValueError(
             f"{describe_error(error)}. The checkpoints before this are intact; "
-            "when it is mended, go on with the same command and resume=auto"
+            "fix the cause and run the same command with resume=auto"
         ) from error
     finally:
         for opened in filter(None, (writer, record)):

@@ -1,4 +1,4 @@
-"""Validation prompts that a run answers before, while and after it trains: what the losses mean, in words."""
+"""Sample replies: the model's answers to a few validation prompts before, during and after training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Prompt:
 def choose_prompts(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, num_samples: int, max_seq_len: int
 ) -> list[Prompt]:
-    """Return the first validation prompts after which a token fits into max_seq_len; raw texts have none."""
+    """Return the first validation prompts that leave room for a reply in max_seq_len. Raw texts have no prompt."""
     prompts: list[Prompt] = []
     for row, conversation in enumerate(conversations):
         if not conversation.messages or len(prompts) == num_samples:
@@ -47,7 +47,7 @@ def choose_prompts(
 def describe_prompts(
     prompts: Sequence[Prompt], *, num_samples: int, num_validation_rows: int, max_tokens: int
 ) -> str | None:
-    """Return the line that a run says before it starts; None without samples or validation rows."""
+    """Return the line that a run prints before training, None without samples or validation rows."""
     if num_samples == 0 or num_validation_rows == 0:
         return None
     line = f"samples: {len(prompts)} validation prompts, answered before training, after each epoch and at the end, "
@@ -69,12 +69,12 @@ def answer_prompts(
     device: torch.device,
     agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
 ) -> list[Sample]:
-    """Return the greedy answer to each prompt; the model is left as it was.
+    """Return the greedy answer to each prompt. The model is left unchanged.
 
-    Nothing random is drawn, so that a run with samples trains to the same bytes as one without.
+    No random numbers are drawn: a run with samples trains to the same bytes as one without.
 
     Args:
-        max_tokens: of a reply
+        max_tokens: most tokens of a reply
         agree: as in generate.AdapterModel
     """
     ids = [prompt.ids for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Learning rate schedules: linear warm-up, then cosine, linear or constant. Every step learns, first and last too."""
+"""Learning rate schedules: linear warm-up, then cosine, linear or constant. Every step has a rate above 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tune2gguf.guide import SCHEDULERS
 def compute_rate_factor(step: int, *, name: str, num_warmup_steps: int, num_training_steps: int) -> float:
     """Return the factor of the peak learning rate at a step.
 
-    Warm-up: (step + 1) / num_warmup_steps, so that its last step is at the peak. After it, with the progress
+    Warm-up: (step + 1) / num_warmup_steps, which reaches the peak at its last step. After it, with the progress
     p = (step - num_warmup_steps) / (num_training_steps - num_warmup_steps) in [0, 1):
     cosine (1 + cos(pi p)) / 2, linear 1 - p, constant 1.
 
@@ -36,9 +36,9 @@ def compute_rate_factor(step: int, *, name: str, num_warmup_steps: int, num_trai
 
 
 def compute_learned_share(schedule: LRScheduler, step: int, num_steps: int) -> float:
-    """Return the share of a run's learning rate, summed over its steps, that lies in the first ones.
+    """Return the share of the learning rate, summed over all steps, that the first `step` steps have.
 
-    Of a schedule that says no rate beforehand, the share of the steps.
+    For a schedule whose rates are not known ahead, return the share of the steps.
     """
     compute_factor = schedule.lr_lambdas[0] if isinstance(schedule, LambdaLR) else lambda taken: 1.0
     rates = [compute_factor(taken) for taken in range(num_steps)]

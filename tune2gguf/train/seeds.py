@@ -1,4 +1,4 @@
-"""The random numbers of a run that are drawn while it trains."""
+"""Random state of a training run: its seed for dropout, and capture and restore."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 def seed_dropout(seed: int, *, rank: int) -> None:
-    """Seed torch's generators, which draw the dropout masks: the same for a seed and rank, another for each rank.
+    """Seed torch's generators, which draw the dropout masks, by seed and rank.
 
-    Mixed, not added, so that rank 1 of seed 42 does not draw the masks of rank 0 of seed 43.
+    The two are hashed, not added: rank 1 of seed 42 must not draw the masks of rank 0 of seed 43.
     """
     torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0]) >> 1)
 
@@ -30,7 +30,7 @@ def capture_random_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Bring every generator back to a captured state."""
+    """Restore every generator to a captured state."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))

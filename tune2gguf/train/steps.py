@@ -1,4 +1,4 @@
-"""What an optimizer step needs besides the model: counts over all ranks, an empty batch, a guard against NaN."""
+"""Parts of an optimizer step: counts over all ranks, gradients, and the guard against NaN."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ MAX_ROWS_NAMED = 20
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What all ranks take together in one step."""
+    """Counts of one step over all ranks."""
 
     tokens: int
     supervised_tokens: int
     passes: int  # of the rank with the most
 
     def measure_speed(self, seconds: float) -> dict[str, float]:
-        """Return what metrics.jsonl says of a step that took so long."""
+        """Return the fields of metrics.jsonl for a step that took `seconds`."""
         return {
             "tokens": self.tokens,
             "seconds": seconds,
@@ -49,7 +49,7 @@ class StepCounts:
 
 
 def count_step(passes: list[list[TokenizedRow | Pack]]) -> StepCounts:
-    """Return the counts of a step, of which this rank has these passes."""
+    """Return a step's counts, given this rank's passes. Every rank must call it."""
     rows = [row for one in passes for row in one]
     own = [sum(len(row.tokens) for row in rows), sum(row.num_supervised for row in rows), len(passes)]
     tokens, supervised_tokens, num_passes = gather_counts(own).unbind(1)
@@ -65,15 +65,15 @@ def accumulate_gradients(
     world: World,
     stop: StopSignals,
 ) -> tuple[float, list[Tensor]]:
-    """Add up the gradients of the step's passes, summed over ranks once.
+    """Accumulate the gradients of a step's passes, then sum them over ranks once.
 
     Args:
-        parameters: that are trained
+        parameters: the trained parameters
         passes: this rank's rows, by pass
-        stop: asked before every pass
+        stop: checked before every pass
 
     Raises:
-        StopRequested: in every process, if one of them was asked to stop
+        StopRequested: in every process, if one was asked to stop
 
     Returns:
         the step's mean loss over all ranks, and the loss of each supervised position, by pass
@@ -93,26 +93,26 @@ def accumulate_gradients(
 
 
 def compute_grad_norm(parameters: list[Tensor], *, clip_to: float | None) -> float:
-    """Return the norm of all gradients together, scaled down to `clip_to` where it is larger, unless None."""
+    """Return the norm of all gradients together. If it exceeds `clip_to`, scale them down; None does not clip."""
     if clip_to is None:
         return float(get_total_norm([parameter.grad for parameter in parameters]))
     return float(clip_grad_norm_(parameters, clip_to))
 
 
 def find_nonfinite(loss: float, grad_norm: float) -> str | None:
-    """Return what of a step is NaN or infinite, so that it must not reach the weights; None where all is well."""
+    """Return why a step must not reach the weights: loss or gradient norm is not finite. None if both are finite."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
-    return None if math.isfinite(grad_norm) else f"the gradient's norm is {grad_norm}"
+    return None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
 
 
 def name_rows(passes: list[list[TokenizedRow | Pack]], position_losses: Iterable[Tensor]) -> list[str]:
-    """Return file and line of the rows, of all ranks, whose own loss is not finite; if none is, of all rows.
+    """Return file and line of all ranks' rows whose own loss is not finite, or of all rows if there are none.
 
-    Every rank has to ask.
+    Every rank must call it.
     """
     own = []
-    for rows, losses in zip(passes, position_losses, strict=False):  # behind the rows' passes come empty ones
+    for rows, losses in zip(passes, position_losses, strict=False):  # empty passes follow those with rows
         parts = losses.split([row.num_supervised for row in rows])
         own += [(str(row.source), bool(part.isfinite().all())) for row, part in zip(rows, parts, strict=True)]
     rows = [row for rows in gather_over_ranks(own) for row in rows]
@@ -120,9 +120,9 @@ def name_rows(passes: list[list[TokenizedRow | Pack]], position_losses: Iterable
 
 
 def refuse_damaged_base(loss: float, base_dir: str, world: World) -> None:
-    """Raise ValueError if the loss before the first step is not finite; every rank has to ask.
+    """Raise ValueError if the loss before the first step is not finite. Every rank must call it.
 
-    The adapter is still zero, so that it is the base's, and leaving rows out would mend nothing.
+    The adapter is still zero, so this is the base's loss, and skipping rows would not help.
     """
     if not math.isfinite(loss):
         found = _describe_weights(base_dir, world)
@@ -143,17 +143,17 @@ def skip_step(
     base_dir: str,
     world: World,
 ) -> str:
-    """Return why a step is not applied and which rows it has; every rank has to ask.
+    """Return why a step is not applied, and its rows. Every rank must call it.
 
     Raises:
         AgreedError: with that reason and the state of the base, if on_nonfinite is stop
     """
     sources = name_rows(passes, position_losses)
     more = f" and {len(sources) - MAX_ROWS_NAMED} more" if len(sources) > MAX_ROWS_NAMED else ""
-    reason = f"step {step}: {problem}, so it is not applied; its rows: {', '.join(sources[:MAX_ROWS_NAMED])}{more}"
+    reason = f"step {step}: {problem}, so the step is not applied; rows: {', '.join(sources[:MAX_ROWS_NAMED])}{more}"
     if on_nonfinite == "stop":
         found = _describe_weights(base_dir, world)
-        raise AgreedError(f"{reason}. To leave such steps out: on_nonfinite=skip. Of the base, {found}")
+        raise AgreedError(f"{reason}. To skip such steps: on_nonfinite=skip. In the base, {found}")
     return reason
 
 
@@ -163,9 +163,9 @@ def restore_optimizer(optimizer: Optimizer, state: dict) -> None:
 
 
 def advance_schedule(schedule: LRScheduler, num_steps: int) -> None:
-    """Bring a new schedule to where it is after so many steps; exact for any length that the run now has."""
+    """Advance a new schedule by `num_steps` steps. Exact even if the run is longer now."""
     with warnings.catch_warnings():
-        # It asks for the optimizer's step before its own; those steps were taken by the run that goes on.
+        # torch warns if the optimizer has not stepped first. It did, before the run was resumed.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         for _ in range(num_steps):
             schedule.step()

@@ -1,4 +1,4 @@
-"""The validation loss: exact on any number of processes, row by row, with the uncertainty of its mean."""
+"""Validation loss per row, exact on any number of processes, with the uncertainty of its mean."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class ValidationLoss:
         return sum(self.row_sums) / sum(self.row_tokens)
 
     def at(self, step: int, epoch: int, *, row_indices: Sequence[int]) -> Validation:
-        """Return the validation as it is recorded; a single row has no interval, because it tells of no spread.
+        """Return the validation's record. A single row has no spread, so no interval.
 
         Args:
-            row_indices: of the rows in heldout.jsonl
+            row_indices: indices of the rows in heldout.jsonl
         """
         estimate = estimate_ratio(self.row_sums, self.row_tokens) if len(self.row_sums) > 1 else None
         return Validation(
@@ -56,17 +56,17 @@ def compute_validation_loss(
     world: World,
     before_pass: Callable[[], None] = lambda: None,
 ) -> ValidationLoss:
-    """Return the loss of each row without dropout; each process takes every world.size-th pass.
+    """Return the loss of each row without dropout. Each process takes every world.size-th pass.
 
     Args:
-        before_pass: called by all processes equally often; may raise to give up
+        before_pass: called equally often by all processes; may raise to stop
     """
     was_training = model.training
     model.eval()
     rows = list(rows)
     row_sums = torch.zeros(len(rows), dtype=torch.float64)
     passes = lay_out_passes([len(row.tokens) for row in rows], tokens_per_pass=tokens_per_pass)
-    # A sharded model computes in all processes or in none: one without rows left takes an empty batch.
+    # A sharded model must run in all processes at once: one without rows left takes an empty batch.
     for start in range(0, len(passes), world.size):
         before_pass()
         indices = passes[start + world.rank] if start + world.rank < len(passes) else []

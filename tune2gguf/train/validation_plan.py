@@ -1,6 +1,6 @@
-"""Which validation rows are measured, and at which steps: as much of both as a tenth of the training time pays for.
+"""The plan of a run's validations: rows and steps, within a tenth of the training time.
 
-Everything here is counted, nothing is timed: a run that is resumed measures what one that was never stopped does.
+Costs are counted, not timed, so a resumed run measures the same as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_SHARE = 0.10  # of the training time
-# What a forward pass over a token costs of a training step's work on it. Backward through a frozen base costs about as
-# much as forward, and the adapter, the clipping and the optimizer come on top.
+# Cost of a forward pass over a token, as a share of a training step over it. Backward through a frozen base costs about
+# as much as forward; adapter, clipping and optimizer come on top.
 FORWARD_SHARE = 0.4
-# What a step of generating costs, in trained tokens: one token of every reply, for which all weights are read.
+# Cost of generating one token of every reply, in trained tokens: it reads all weights.
 GENERATION_COST = 13
 MAX_REPLY_TOKENS, MIN_REPLY_TOKENS = 64, 16
 TIMES_A_RUN = 10
-# The interval of the mean of fewer rows is so wide that measuring them less often tells more.
+# Below this, the interval of the mean is wide: more rows tell more than more validations.
 ENOUGH_ROWS = 32
 
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """What a run measures on its validation rows."""
+    """The validation rows that a run measures, when, and at what cost."""
 
-    rows: list[int]  # indices of the validation rows that are measured, ascending; the same every time
+    rows: list[int]  # indices of the measured validation rows, ascending; the same every time
     num_validation_rows: int
-    every_n_steps: int  # between validations; each epoch's end has one besides
-    num_validations: int  # with the one before training
+    every_n_steps: int  # between validations; each epoch's end adds one
+    num_validations: int  # including the one before training
     training_tokens: float  # of the whole run
-    share: float  # of the training time that they cost, estimated
-    samples_share: float = 0.0  # likewise of the samples
+    share: float  # estimated cost, as a share of the training time
+    samples_share: float = 0.0  # likewise for the samples
     max_reply_tokens: int = 0  # of a sample
 
     def is_due(self, step: int, *, is_epoch_end: bool) -> bool:
-        """Whether there is a validation after so many steps; before training there always is."""
+        """Whether a validation is due after this step; at step 0 one always is."""
         return is_epoch_end or step % self.every_n_steps == 0
 
     def describe(self) -> str:
-        """Return the line that a run says before it starts."""
+        """Return the line that a run prints before training."""
         if not self.rows:
-            return "validation: no rows, so that over- and underfitting stay unseen; see dataset.validation_split"
+            return "validation: no rows, so over- and underfitting stay unseen; set dataset.validation_split"
         measured = "all" if len(self.rows) == self.num_validation_rows else f"{len(self.rows)}"
         line = (
             f"validation: {self.num_validation_rows} rows, {measured} of them measured {self.num_validations} times, "
@@ -70,20 +70,18 @@ def plan_validation(
 ) -> ValidationPlan:
     """Choose the rows and the steps of a run's validations.
 
-    Rows are taken in the order of their digests, so that a smaller choice is a part of a larger one, and two runs on
-    the same validation rows can be compared whatever their seed.
+    Rows are taken in the order of their digests. A smaller choice is then part of a larger one, and runs with other
+    seeds measure the same rows.
 
     Args:
         lengths: tokens of each validation row, [rows]
-        digests: of each validation row's content
-        training_tokens: that the run trains on in all epochs together
-        every_n_steps: None takes the most often of TIMES_A_RUN times a run and less for which MAX_SHARE allows
-            ENOUGH_ROWS rows (or max_rows, or all where there are fewer); at the least each epoch's end, and twice
-            on the way of a single one
-        max_rows: exact; None takes as many as MAX_SHARE allows, at least one
-        num_samples: validation prompts that are answered, in replies of at most so many tokens as half of MAX_SHARE
-            allows; what they leave of MAX_SHARE is for the rows
-        reply_tokens: of a validation reply, on average
+        digests: content digest of each validation row
+        training_tokens: tokens trained on, over all epochs
+        every_n_steps: None: validate up to TIMES_A_RUN times per run, as often as MAX_SHARE covers ENOUGH_ROWS rows
+            (or max_rows, or all if there are fewer); at least at each epoch's end, and twice within a single epoch
+        max_rows: exact; None: as many as MAX_SHARE covers, at least one
+        num_samples: validation prompts to answer; half of MAX_SHARE limits their tokens, and the rows get the rest
+        reply_tokens: mean tokens of a validation reply
     """
     by_digest = sorted(range(len(digests)), key=lambda row: digests[row])
     costs = FORWARD_SHARE * np.cumsum(np.asarray(lengths, np.float64)[by_digest])
@@ -113,10 +111,10 @@ def plan_validation(
 
 
 def _limit_replies(budget: float, *, epochs: int, reply_tokens: float) -> tuple[int, float]:
-    """Return how long a sample may be, and what all of them cost in trained tokens.
+    """Return the most tokens of a sample reply, and the cost of all replies in trained tokens.
 
-    All prompts are answered together. The base is taken to go on until it is cut off, as it often does, the adapter
-    to answer as the validation rows do.
+    All prompts are answered in one batch. The base is assumed to reach the limit, as it often does, and the adapter to
+    answer as long as the validation rows do.
     """
     cost = 0.0
     for limit in range(MAX_REPLY_TOKENS, MIN_REPLY_TOKENS - 1, -1):
@@ -127,9 +125,9 @@ def _limit_replies(budget: float, *, epochs: int, reply_tokens: float) -> tuple[
 
 
 def _choose_interval(cost: float, budget: float, *, steps_per_epoch: int, epochs: int) -> int:
-    """Return the steps between validations that cost so much each; the fewest that show a shape if no more fit.
+    """Return the steps between validations of this cost each: up to TIMES_A_RUN per run, within the budget.
 
-    Those at the epochs' ends do, unless there is but one: a curve has to be seen on its way.
+    At least each epoch has one, and a single epoch three: fewer do not show the shape of the curve.
     """
     num_steps = steps_per_epoch * epochs
     for times in range(TIMES_A_RUN, 0, -1):
@@ -140,6 +138,6 @@ def _choose_interval(cost: float, budget: float, *, steps_per_epoch: int, epochs
 
 
 def count_validations(every_n_steps: int, *, steps_per_epoch: int, epochs: int) -> int:
-    """Return how often a run measures: before training, after every n steps, and at each epoch's end."""
+    """Return the number of validations: before training, after every n steps, and at each epoch's end."""
     ends_between = sum(1 for epoch in range(1, epochs + 1) if epoch * steps_per_epoch % every_n_steps)
     return 1 + epochs * steps_per_epoch // every_n_steps + ends_between

@@ -1,4 +1,4 @@
-"""What a run learns, on its way: validation losses, and answers to validation prompts; what it lost, at its end."""
+"""Measurements of a run: validation losses and sample replies during training, forgetting at the end."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def plan_run_validation(
     rows_per_step: int,
     steps_per_epoch: int,
 ) -> ValidationPlan:
-    """Plan a run's validations; one that goes on keeps the rows and steps that it began with, for more epochs, too.
+    """Plan a run's validations. A resumed run keeps its rows and steps, even with more epochs.
 
     Args:
-        at: learns what was planned
-        rows_per_step: or packs
+        at: records the plan
+        rows_per_step: rows or packs
     """
     validation_rows = data.ledger["validation"]
     trained_share = min(1.0, steps_per_epoch * rows_per_step / len(data.sequences))
@@ -55,12 +55,12 @@ def plan_run_validation(
 
 @dataclass(frozen=True)
 class Validator:
-    """Measures the validation loss and answers prompts on the way. The main process's records what it sees."""
+    """Measures the validation loss and answers prompts. In the main process it records the results."""
 
     model: CausalLM
     tokenizer: ChatTokenizer
     validation: ValidationPlan
-    rows: TokenizedRows  # of the validation
+    rows: TokenizedRows  # the validation rows to measure
     prompts: list[Prompt]
     forgetting: ForgettingPlan
     tokens_per_pass: int
@@ -70,10 +70,10 @@ class Validator:
     record: RunRecord | None
 
     def measure(self, at: Progress, *, before_pass: Callable[[], None]) -> float | None:
-        """Return the validation loss, in nats per supervised token; None without rows. All processes take part.
+        """Return the validation loss in nats per supervised token, None without rows. Every process must call it.
 
         Args:
-            before_pass: called by all processes equally often; may raise to give up
+            before_pass: called equally often by all processes; may raise to stop
         """
         if not self.rows:
             return None
@@ -89,10 +89,10 @@ class Validator:
         return loss.mean
 
     def answer(self, at: Progress, *, after_token: Callable[[], None]) -> None:
-        """Let the model answer the validation prompts: in the main process, or in all where each has a part of it.
+        """Answer the validation prompts: in the main process, or in all processes if the model is sharded.
 
         Args:
-            after_token: where all processes answer, called by all of them equally often; may raise to give up
+            after_token: called equally often by all processes, if all of them answer; may raise to stop
         """
         if not self.prompts or not (self.is_sharded or self.world.is_main):
             return
@@ -117,11 +117,11 @@ class Validator:
             self.record.write_samples(answers)
 
     def _agree(self, tokens: list[int]) -> list[int]:
-        # Processes that went on with different tokens would wait for each other for ever.
+        # Processes that continued with different tokens would wait for each other forever.
         return broadcast_from_main(tokens) if self.is_sharded else tokens
 
     def score_general_prompts(self, adapter_name: str) -> None:
-        """Measure what the model lost with the adapter that it has, in the processes that answer prompts."""
+        """Measure the forgetting of the model's current adapter, in the processes that answer prompts."""
         if not self.forgetting.prompts or not (self.is_sharded or self.world.is_main):
             return
         try:
@@ -135,13 +135,13 @@ class Validator:
                 device=self.world.device,
                 agree=self._agree,
             )
-        except OutOfMemoryError:  # the adapters are written, whatever is said of them
-            tqdm.write("note: what the run lost is not measured: out of memory")
+        except OutOfMemoryError:  # must not fail a run whose adapters are written
+            tqdm.write("note: forgetting is not measured: out of memory")
             return
         if self.record is not None:
             self.record.write_forgetting(forgetting)
 
     def show(self) -> None:
-        """Bring report.html up to date."""
+        """Update report.html."""
         if self.record is not None:
             self.record.write_report()

@@ -1,4 +1,4 @@
-"""The end of a run: judge it, say what to try next and whether the last advice helped, and keep all that."""
+"""The conclusion of a run: its verdict, advice for the next and the comparison with its parent, all recorded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_ADVICE = 8
 
 
 def conclude_run(run_dir: str | Path) -> list[str]:
-    """Judge and advise; write verdict.json and a line of the ledger; return what to say of it."""
+    """Judge a run and advise the next. Write verdict.json and a ledger line. Return the lines to print."""
     run = Run(Path(run_dir))
     outcome = None
     if run.parent_run is not None:
@@ -44,13 +44,13 @@ def conclude_run(run_dir: str | Path) -> list[str]:
 
 
 def recall_verdict(run_dir: str | Path) -> list[str]:
-    """Return what a run said at its end of its verdict and the next command; nothing of one that has not ended."""
+    """Return the lines that a run printed at its end: verdict and next command. [] for an unfinished run."""
     run = Run(Path(run_dir))
     return [] if run.conclusion is None else _describe_conclusion(run, run.conclusion)
 
 
 def _describe_conclusion(run: Run, conclusion: Conclusion) -> list[str]:
-    """Return verdict, how the run came out beside its parent, the reasons and the next command, a line each."""
+    """Return the lines of a conclusion: verdict, comparison with the parent, reasons, next command."""
     verdict, advice, outcome = conclusion.verdict, conclusion.advice, conclusion.outcome
     lines = [f"verdict: {verdict.label}"]
     lines += [] if outcome is None else [describe_outcome(outcome, str(run.config.get("parent_run")))]
@@ -103,7 +103,7 @@ def _describe_situation(run: Run, entries: Sequence[Entry]) -> Situation:
 
 
 def list_free_dirs(run_dir: Path) -> list[str]:
-    """Return free folders beside a run's, NAME-2, NAME-3 …, as many as there may be advice."""
+    """Return MAX_ADVICE free folders beside a run's: NAME-2, NAME-3 …"""
     stem = re.sub(r"-\d+$", "", run_dir.name)
     candidates = (run_dir.with_name(f"{stem}-{number}") for number in count(2))
     return [*islice((str(path) for path in candidates if not os.path.lexists(path)), MAX_ADVICE)]

@@ -1,4 +1,4 @@
-"""Is a run over- or underfitted: decided from its validation curve and the curve's uncertainty. See docs/verdict.md."""
+"""The verdict on a run, from its validation curve and the curve's uncertainty. See docs/verdict.md."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from tune2gguf.verdict.paired import Forecast, choose_best_crosswise, count_rows
 OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE = "overfitting", "underfitting", "good fit", "inconclusive"
 LABELS = (OVERFITTING, UNDERFITTING, GOOD_FIT, INCONCLUSIVE)
 
-# What is worth another run, as a share of what the best adapter gained over the base.
+# Changes worth another run, as a share of the best adapter's gain over the base.
 NOTABLE_RISE = 0.02
 NOTABLE_FURTHER_GAIN = 0.08
-# Near zero loss, less of the gain is worth a run: an eighth of the loss that is left, but no less than 1 % of the gain.
+# At a low loss, less: an eighth of the loss that is left, but at least 1 % of the gain.
 NOTABLE_SHARE_OF_LOSS, LEAST_FURTHER_GAIN = 1 / 8, 0.01
-# Gains of less than this share of the base's loss are nothing to go on with.
+# Smallest gain that counts, as a share of the base's loss.
 NOTABLE_GAIN = 0.05
-# The smallest p of a two-sided sign test is 2 * 0.5 ** rows: of five rows not even a change that all share reaches 5 %.
+# The smallest p of a two-sided sign test is 2 * 0.5 ** rows: with five rows, even the same change in all misses 5 %.
 MIN_ROWS = 6
-# Fewer rows tell little of their own spread, from which the number of rows needed is computed.
+# Fewer rows estimate their spread poorly, and the number of rows needed follows from it.
 ENOUGH_ROWS = 20
-# Where on the clock of cumulated learning rate a validation may stand to tell how the curve bends.
+# Shares of the summed learning rate between which a validation shows how the curve bends.
 _MIDDLE = 0.2, 0.9
 
 
 def judge(curves: Curves) -> Verdict:
-    """Judge a run by what it measured; pure, and the same for the same curves.
+    """Judge a run by its curves. A pure function.
 
-    The figures, as far as the verdict came to them: rows, base_loss, best_loss, best_step, final_loss, final_step; gain
-    (of the best over the base, in nats), rise (of the final loss above the best) and further_gain (what as much
-    learning again would bring), the latter two as shares of the gain, each with _low and _high; training_before and
+    The figures, as far as they were computed: rows, base_loss, best_loss, best_step, final_loss, final_step; gain (of
+    the best over the base, in nats), rise (of the final loss above the best) and further_gain (forecast for as much
+    learning again), the latter two as shares of the gain, each with _low and _high; training_before and
     training_after (mean training loss up to the best and up to the final validation); rows_needed; diverged (1).
     """
     figures, verdict = _list_losses(curves), _find_obstacle(curves)
@@ -72,18 +72,18 @@ class _Losses:
 
 
 def _find_obstacle(curves: Curves) -> Verdict | None:
-    """Return the verdict on curves that cannot be judged for what they lack."""
+    """Return the verdict on curves that lack something, None if they can be judged."""
     final, base = curves.final, curves.base
     if not curves.validations:
-        return _leave_open("there are no validation rows, so that nothing tells what is learned from what is memorized")
+        return _leave_open("there are no validation rows, so learning cannot be told from memorizing")
     if any(not math.isfinite(one.loss) for one in curves.validations):
         return _leave_open("the validation loss is not a finite number: the run diverged", {"diverged": 1})
     if final is None:
         return _leave_open("the run ended before a validation after training; only the base was measured")
     if base is None:
-        return _leave_open("the base was not measured before training, so that there is nothing to compare with")
+        return _leave_open("the base was not measured before training, so there is nothing to compare with")
     if not (base.row_losses and final.row_losses):
-        return _leave_open("the run recorded no losses of single rows, from which the uncertainty follows")
+        return _leave_open("the run recorded no losses of single rows, so the uncertainty is unknown")
     if base.row_tokens != final.row_tokens:
         return _leave_open("the base was measured on other rows than the adapter")
     if final.rows < MIN_ROWS:
@@ -92,19 +92,19 @@ def _find_obstacle(curves: Curves) -> Verdict | None:
 
 
 def _ask_for_rows(curves: Curves) -> Verdict:
-    """Return the verdict on fewer rows than any test can decide on."""
+    """Return the verdict on fewer than MIN_ROWS rows, which no test can decide on."""
     final, needed = curves.final, ENOUGH_ROWS
     if final.rows >= 2:
         losses = _Losses.read(curves)
         gained = losses.base - losses.best
         if gained.sum() > 0:
-            # The rise from the best to the end is what takes the most rows to see.
+            # The rise from the best to the end takes the most rows to detect.
             needed = max(needed, count_rows_needed(losses.final - losses.best, gained, margin=NOTABLE_RISE))
             spread = np.array(losses.trained[0] - losses.final)
             needed = max(needed, count_rows_needed(spread, gained, margin=2 * NOTABLE_FURTHER_GAIN))
     reason = (
-        f"{final.rows} validation row{'s' * (final.rows != 1)}: of fewer than {MIN_ROWS} not even a change that all of "
-        f"them share would be significant; about {needed} would decide it"
+        f"{final.rows} validation row{'s' * (final.rows != 1)}: with fewer than {MIN_ROWS}, not even a change in all "
+        f"of them is significant; about {needed} would decide it"
     )
     return _leave_open(reason, {"rows_needed": needed})
 
@@ -117,15 +117,15 @@ def _judge_curve(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     if rise.low > 0 and rise.value > NOTABLE_RISE:
         lost = (
             f"the validation loss rose from {curves.best.loss:.3f} (step {curves.best.step}) to "
-            f"{curves.final.loss:.3f} (step {curves.final.step}): of the gain over the base, "
-            f"{_describe_share(rise)} was lost again"
+            f"{curves.final.loss:.3f} (step {curves.final.step}): "
+            f"{_describe_share(rise)} of the gain over the base was lost again"
         )
         return _judge_rise(lost, figures)
     if _is_open(rise, NOTABLE_RISE):
         needed = count_rows_needed(losses.final - losses.best, gained, margin=NOTABLE_RISE)
         reason = (
-            f"the validation loss ended {_describe_share(rise)} of the gain above its best: on {len(losses.tokens)} "
-            f"rows that does not tell whether {_percent(NOTABLE_RISE)} or more was lost again"
+            f"the validation loss ended {_describe_share(rise)} of the gain above its best; {len(losses.tokens)} "
+            f"rows do not tell whether {_percent(NOTABLE_RISE)} or more was lost again"
         )
         return _ask_for_more(reason, needed, curves, figures)
     verdict = _judge_end(curves, losses, gain)
@@ -133,24 +133,24 @@ def _judge_curve(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
 
 
 def _judge_rise(lost: str, figures: dict[str, float]) -> Verdict:
-    """Tell memorizing from coming apart: of the two, only the latter raises the training loss as well."""
+    """Tell memorizing from divergence: only divergence raises the training loss as well."""
     if figures.get("diverged"):
         return _leave_open(
             f"{lost}, and the training loss rose with it, from {figures['training_before']:.3f} to "
-            f"{figures['training_after']:.3f}: the run came apart, which is no question of fit; the rate is too high",
+            f"{figures['training_after']:.3f}: the run diverged, which is no question of fit; the rate is too high",
             figures,
         )
     if "training_before" not in figures:
         return Verdict(OVERFITTING, (lost,), figures)
     went_on = (
         f"meanwhile the training loss went from {figures['training_before']:.3f} to {figures['training_after']:.3f}: "
-        "the rows themselves are being memorized"
+        "the training rows are being memorized"
     )
     return Verdict(OVERFITTING, (lost, went_on), figures)
 
 
 def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
-    """Judge a run that ended at about its best: had the curve flattened, or was it on its way?"""
+    """Judge a run that ended at about its best: had the curve flattened, or was it still falling?"""
     won = (
         f"the validation loss went from {curves.base.loss:.3f} to {curves.best.loss:.3f}, "
         f"a gain of {_describe_nats(gain)}"
@@ -158,8 +158,7 @@ def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     middle = _find_middle(curves)
     if middle is None:
         reason = (
-            "too few validations after training to see whether the curve had flattened: eval_every_n_steps sets how "
-            "often there is one"
+            "too few validations after training to see whether the curve had flattened; set a lower eval_every_n_steps"
         )
         return Verdict(INCONCLUSIVE, (reason, won))
     index, at = middle
@@ -172,14 +171,14 @@ def _judge_end(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
     came = (
         f"{_percent(late_share.value)} of the gain came in the last {_percent(1 - at)} of the learning (learning rate "
         f"summed over steps); as much again would bring about {_describe_share(printed, 'likely')} more, "
-        "if it does not begin to overfit"
+        "unless it begins to overfit"
     )
     if late_share.low > 0 and further.value > notable:
         return Verdict(UNDERFITTING, (f"the validation loss was still falling: {came}", won), figures)
     if _is_open(further, notable):
         slope = _find_slope(forecast, late_share.value)
         needed = count_rows_needed(late, gained, margin=notable / slope)
-        reason = f"whether the curve had flattened cannot be told on {len(losses.tokens)} rows: {came}"
+        reason = f"{len(losses.tokens)} rows do not tell whether the curve had flattened: {came}"
         return _ask_for_more(reason, needed, curves, figures)
     flat = f"the curve had flattened: {came}"
     return Verdict(GOOD_FIT, (f"{won} and ended there, with no notable rise from its best", flat), figures)
@@ -196,7 +195,7 @@ def find_notable_gain(loss: float, gain: float) -> float:
 
 
 def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verdict:
-    """Judge a run whose best adapter is not clearly better than the base, or clearly no better than by a trifle."""
+    """Judge a run whose best adapter is not significantly better than the base, or only by a trifle."""
     worse = estimate_ratio(losses.final - losses.base, losses.tokens)
     figures = _compare_training(curves)
     scale = NOTABLE_GAIN * curves.base.loss
@@ -206,7 +205,7 @@ def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verd
             f"{curves.final.loss:.3f}, worse by {_describe_nats(worse)}"
         )
         return _judge_rise(lost, figures)
-    size = "cannot be told from zero" if gain.low <= 0 else f"is less than {_percent(NOTABLE_GAIN)} of it"
+    size = "is not significant" if gain.low <= 0 else f"is less than {_percent(NOTABLE_GAIN)} of it"
     same = f"the gain over the base's {curves.base.loss:.3f} {size}: {_describe_nats(gain)}"
     if gain.high <= scale:
         return Verdict(UNDERFITTING, (same, "the model answers as it did before training"), figures)
@@ -215,20 +214,20 @@ def _judge_without_gain(curves: Curves, losses: _Losses, gain: Estimate) -> Verd
 
 
 def _is_open(estimate: Estimate, margin: float) -> bool:
-    """Whether the rows do not tell: the estimate is notable but may be nothing, or is not but may be twice that."""
+    """Whether an estimate is undecided: above the margin but maybe zero, or below it but maybe twice the margin."""
     return estimate.low <= 0 if estimate.value > margin else estimate.high > 2 * margin
 
 
 def _list_comparable(curves: Curves) -> list[Validation]:
-    """Return the validations after a step that measured the rows that the final one did."""
+    """Return the validations after step 0 that measured the same rows as the final one."""
     return [one for one in curves.trained if one.row_tokens == curves.final.row_tokens]
 
 
 def _find_middle(curves: Curves) -> tuple[int, float] | None:
-    """Return the index and the position of the validation nearest to half of the learning; None where none is near.
+    """Return index and position of the validation nearest to half of the learning, None if none is near.
 
-    The clock is the learning rate summed over steps. A schedule that ends at zero flattens any curve at its end, which
-    says nothing of what the model has still to learn; on this clock the end takes no time.
+    Learning is the learning rate summed over steps. A schedule that ends at zero flattens the end of any curve, however
+    much the model has still to learn. On this scale that end has no length.
     """
     rates = {step.step: step.lr or 0.0 for step in curves.training}
     comparable = _list_comparable(curves)
@@ -241,14 +240,14 @@ def _find_middle(curves: Curves) -> tuple[int, float] | None:
 
 
 def _find_slope(forecast: Forecast, late_share: float) -> float:
-    """Return how fast the forecast grows with the late share, at least 0.1 where it is flat."""
+    """Return the slope of the forecast over the late share, at least 0.1."""
     step = 0.01
     rise = forecast.estimate(late_share + step) - forecast.estimate(late_share - step)
     return max(rise / (2 * step), 0.1)
 
 
 def _compare_training(curves: Curves) -> dict[str, float]:
-    """Return the mean training loss of the steps before the best and before the final validation; whether it rose."""
+    """Return the mean training loss before the best and before the final validation, and diverged=1 if it rose."""
     from scipy import stats
 
     steps = [step for step in curves.training if step.loss is not None]
@@ -273,7 +272,7 @@ def _leave_open(reason: str, figures: dict[str, float] | None = None) -> Verdict
 
 
 def _ask_for_more(reason: str, needed: int, curves: Curves, figures: dict[str, float]) -> Verdict:
-    # An interval that straddles although the rows should do was bad luck; twice as many make it unlikely.
+    # If these rows should have been enough, the wide interval was bad luck; twice as many make that unlikely.
     needed = needed if needed > curves.final.rows else 2 * curves.final.rows
     return _leave_open(f"{reason}; about {needed} rows would decide it", figures | {"rows_needed": needed})
 

@@ -1,4 +1,4 @@
-"""A run beside the run whose advice it follows, and what was tried before in its family."""
+"""The lineage of a run: its comparison with the parent run, and the changes that its family tried."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tune2gguf.verdict.judge import MIN_ROWS
 
 
 def find_family(entries: Sequence[Entry], run: str, parent_run: str | None) -> set[str]:
-    """Return a run, the runs whose advice led to it, and all runs that followed advice of one of those."""
+    """Return a run, its ancestors by parent_run, and the children of all of these."""
     parents = {entry.run: entry.parent_run for entry in entries} | {run: parent_run}
     line = {run}
     while (parent := parents.get(run)) is not None and parent not in line:
@@ -27,7 +27,7 @@ def find_family(entries: Sequence[Entry], run: str, parent_run: str | None) -> s
 
 
 def list_tried(entries: Sequence[Entry], family: set[str]) -> frozenset[frozenset[tuple[str, str]]]:
-    """Return the changes, by key and direction, that brought no gain to a run of the family over its parent."""
+    """Return the changes, by key and direction, that did not help a run of the family over its parent."""
     by_run = {entry.run: entry for entry in entries}
     tried = set()
     for entry in entries:
@@ -39,19 +39,19 @@ def list_tried(entries: Sequence[Entry], family: set[str]) -> frozenset[frozense
 
 
 def compare_with_parent(run_dir: Path, parent_dir: Path) -> Outcome:
-    """Compare a run with its parent on the validation rows that both measured, row by row."""
+    """Compare a run with its parent, row by row, on the validation rows that both measured."""
     try:
         mine, theirs = read_curves(run_dir), read_curves(parent_dir)
     except ValueError as error:
         return Outcome(problem=str(error))
     for name, curves in ((run_dir, mine), (parent_dir, theirs)):
         if curves.best is None or not curves.best.row_losses:
-            return Outcome(problem=f"{name} has no validation losses row by row")
+            return Outcome(problem=f"{name} has no validation losses of single rows")
     best = [read_row_losses(run_dir, mine.best), read_row_losses(parent_dir, theirs.best)]
     final = [read_row_losses(run_dir, mine.final), read_row_losses(parent_dir, theirs.final)]
     common = sorted(best[0].keys() & best[1].keys() & final[0].keys() & final[1].keys())
     if len(common) < MIN_ROWS:
-        return Outcome(problem=f"the two have {len(common)} validation rows in common, which is too few to compare")
+        return Outcome(problem=f"the two have {len(common)} validation rows in common, too few to compare")
     return _compare_rows(best, final, common)
 
 
@@ -71,7 +71,7 @@ def _compare_rows(best: list[Mapping], final: list[Mapping], common: list[str]) 
 
 
 def describe_outcome(outcome: Outcome, parent_run: str) -> str:
-    """Return the sentence that a run says of itself beside its parent."""
+    """Return the line that compares a run with its parent."""
     if outcome.problem is not None:
         return f"beside {parent_run}: not comparable; {outcome.problem}"
     verdict = {True: "it helped", False: "it did not help", None: "undecided"}[outcome.helped]
