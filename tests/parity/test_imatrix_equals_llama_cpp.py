@@ -126,7 +126,7 @@ def test_types_that_take_no_matrix_do_not_have_one_measured(run_dir):
 
 def test_a_type_that_needs_a_matrix_is_refused_without_one(tmp_path):
     run_dir = write_small_run(MODEL, tmp_path)
-    with pytest.raises(ValueError, match="IQ2_XS cannot be had without an importance matrix; leave --no-imatrix out"):
+    with pytest.raises(ValueError, match="IQ2_XS needs an importance matrix; leave --no-imatrix out"):
         export_run(run_dir, quantizations=["IQ2_XS"], with_importance=False, show=False)
     (run_dir / CALIBRATION_FILE).unlink()
     with pytest.raises(ValueError, match=r"IQ2_XS needs an importance matrix, .* give a file of llama-imatrix"):
