@@ -36,7 +36,7 @@ def make_modelfile(
         ValueError: if the temperature is negative or not finite, or a Modelfile cannot hold the licence or file name
     """
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature:g} must be finite and at least 0 (greedy)")
+        raise ValueError(f"--temperature must be finite and at least 0 (greedy), got {temperature:g}")
     if not gguf_name.isprintable():
         raise ValueError(f"{gguf_name!r}: Ollama cannot find a file of this name; rename the run's folder")
     # The trained template, without BOS: the runtime adds it.
