@@ -86,7 +86,9 @@ def plan_importance(
     takes_one = any(quantization.takes_importance for quantization in quantizations)
     if imatrix is not None:
         if not names:
-            raise ValueError(f"--imatrix {imatrix}: nothing is quantized: the adapter was trained over this GGUF")
+            raise ValueError(
+                f"--imatrix {imatrix}: nothing is quantized, as the adapter was trained over this GGUF; leave it out"
+            )
         if not takes_one:
             raise ValueError(f"--imatrix {imatrix}: {', '.join(names)} would be the same without it; leave it out")
         matrix = read_imatrix(imatrix)

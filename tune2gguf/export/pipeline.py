@@ -86,7 +86,7 @@ class Export:
 
     @property
     def served(self) -> ExportedModel | ExportedAdapter:
-        """The one model to hand on: the first; for a run over a GGUF, that file with the adapter."""
+        """The one model to hand on: the first; for a run over a GGUF, that GGUF with the adapter."""
         return self.adapter if self.adapter is not None and self.run.gguf_type is not None else self.models[0]
 
     @property
@@ -236,7 +236,7 @@ def check_room(base: BaseCheckpoint, run_dir: Path, quantization: str) -> None:
 
 
 def _find_licence(base: BaseCheckpoint, chat_template: ChatTemplate) -> Licence:
-    """Find the base's licence, and read the base's part of a GGUF: what cannot be written is refused early."""
+    """Find the base's licence, and check early that a GGUF can hold its tokenizer and sampling parameters."""
     vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_template=chat_template)
     read_sampling(base.base_dir)
     return find_licence(
