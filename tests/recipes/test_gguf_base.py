@@ -108,7 +108,7 @@ def test_another_type_than_the_one_trained_over_is_refused(run_arguments, monkey
 
 
 def test_what_is_not_merged_takes_no_matrix_and_no_merge_base(run_dir, tmp_path):
-    with pytest.raises(ValueError, match="nothing is merged; say what to with --quantization"):
+    with pytest.raises(ValueError, match="nothing is merged; choose a type with --quantization"):
         export_run(run_dir, merge_base="original", overwrite=True, show=False)
     with pytest.raises(ValueError, match="the adapter was trained over this GGUF"):
         export_run(run_dir, imatrix=tmp_path / "x.gguf", overwrite=True, show=False)

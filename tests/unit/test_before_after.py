@@ -81,7 +81,7 @@ def test_the_adapter_alone_is_not_taken_for_the_tuned_model(run_dir):
 
 def test_nothing_to_ask_is_said(run_dir, tiny_base, tmp_path):
     export_run(run_dir, quantizations=["Q8_0"], show=False)
-    with pytest.raises(ValueError, match="0 questions show nothing; give 1 or more"):
+    with pytest.raises(ValueError, match="--questions must be at least 1, got 0"):
         answer_before_and_after(run_dir, num_questions=0)
     texts = [{"text": "The ferry leaves at seven."}]
     other = write_run(tiny_base, tmp_path / "texts", chat_template="chatml", validation=texts)

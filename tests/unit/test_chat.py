@@ -151,8 +151,8 @@ def test_a_run_without_export_is_told_the_command(tiny_untied_base, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--max-tokens", "0", "a reply of 0 tokens is none; give 1 or more"),
-        ("--temperature", "-0.5", "temperature -0.5 makes no sense; give 0, which is greedy, or more"),
+        ("--max-tokens", "0", "--max-tokens must be at least 1, got 0"),
+        ("--temperature", "-0.5", "--temperature must be at least 0 (greedy), got -0.5"),
         ("--threads", "0", "--threads must be at least 1, got 0"),
     ],
 )

@@ -189,7 +189,7 @@ def test_answers_are_held_against_the_proofs(tiny_base, tmp_path, fake_ollama):
         ("two?", "Ahoy!", "Aye.", False),
     ]
     shown = format_answers("marlo", "0.32.15", answers)
-    assert shown.startswith("made marlo in Ollama 0.32.15; 1 of 2 answers are the proof's\nQ one?\nA Ahoy!\nQ two?\n")
+    assert shown.startswith("made marlo in Ollama 0.32.15; 1 of 2 answers equal the proof's\nQ one?\nA Ahoy!\nQ two?\n")
     assert "A Ahoy!\n  the proof's: Aye.\n" in shown
 
 
@@ -199,7 +199,7 @@ def test_answers_are_held_against_the_proofs(tiny_base, tmp_path, fake_ollama):
 def test_a_name_that_ollama_would_not_take_is_refused_before_the_export(run_dir, fake_ollama, name):
     finished = run_script(run_dir, f"--ollama={name}")
     assert finished.returncode == 1
-    assert "is no name of a model in Ollama: [NAMESPACE/]MODEL[:TAG], each of up to 80 letters" in finished.stderr
+    assert "is not an Ollama model name; give [NAMESPACE/]MODEL[:TAG], each of up to 80 letters" in finished.stderr
     assert not (run_dir / "export").exists() and not fake_ollama.exists()
 
 

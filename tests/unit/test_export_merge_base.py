@@ -129,13 +129,13 @@ def test_an_original_of_another_model_is_refused(tmp_path):
         export(run_dir, original_base_dir=tmp_path / "other")
     with pytest.raises(ValueError, match="it is 4-bit, too"):
         export(run_dir, original_base_dir=shutil.copytree(base_dir, tmp_path / "copy"))
-    with pytest.raises(ValueError, match="are not at hand; say where with --original-base"):
+    with pytest.raises(ValueError, match="16-bit weights not found; give their folder with --original-base"):
         export(run_dir, merge_base=ORIGINAL)
 
 
 def test_a_choice_that_is_none_is_refused(tiny_base, tmp_path):
     run_dir = write_run(tiny_base, tmp_path / "run", chat_template="chatml")
-    with pytest.raises(ValueError, match="was not trained over 4-bit weights; there is one base to merge into"):
+    with pytest.raises(ValueError, match="has one base to merge into; leave --merge-base and --original-base out"):
         export(run_dir, merge_base=ORIGINAL)
     assert export(run_dir).merge.kind is None
 

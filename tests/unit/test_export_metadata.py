@@ -157,7 +157,7 @@ def test_modelfile_holds_the_temperature_that_is_asked_for_and_the_adapter():
     text = make_modelfile("x.gguf", adapter_name="y.gguf", chat_template=CHATML, context_length=64, temperature=0.75)
     assert "FROM ./x.gguf\nADAPTER ./y.gguf\n" in text and "PARAMETER temperature 0.75\n" in text
     for temperature in (-0.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match="makes no sense; give 0, which is greedy, or more"):
+        with pytest.raises(ValueError, match=r"must be finite and at least 0 \(greedy\)"):
             make_modelfile("x.gguf", chat_template=CHATML, context_length=64, temperature=temperature)
 
 

@@ -110,7 +110,7 @@ def test_numbers_that_make_no_sense_are_refused(run_dir):
         export_run(run_dir, num_threads=0, show=False)
     with pytest.raises(ValueError, match="--threads must be at most 512, got 100000"):
         export_run(run_dir, num_threads=100_000, show=False)
-    with pytest.raises(ValueError, match="-1 validation rows cannot be measured"):
+    with pytest.raises(ValueError, match="--proof-rows must be at least 0, got -1"):
         export_run(run_dir, num_validation_rows=-1, show=False)
 
 

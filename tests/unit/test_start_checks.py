@@ -181,7 +181,7 @@ def test_a_base_is_named_as_it_is_confirmed_not_as_the_config_says(tiny_base, ba
     written["adapter_config.json"] = (run_dir / "last" / "adapter_config.json").read_text()
     for name, text in written.items():
         assert "meta-llama" not in text and "Built with" not in text and "Llama 3.2" not in text, name
-    assert "the model in the folder own-base, of which nothing says where it comes from" in written["README.md"]
+    assert "the model in the folder own-base, of unknown origin" in written["README.md"]
     assert "base_model" not in written["README.md"]
     assert json.loads(written["adapter_config.json"])["base_model_name_or_path"] == str(base_dir)
 

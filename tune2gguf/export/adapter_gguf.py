@@ -1,6 +1,6 @@
-"""The adapter alone as a GGUF, to be applied to a base GGUF at run time.
+"""The GGUF of an adapter alone, which llama.cpp applies to a base GGUF at run time.
 
-Contents and order are those of llama.cpp's convert_lora_to_gguf.py (MIT), so that files compare byte by byte.
+Contents and order match llama.cpp's convert_lora_to_gguf.py (MIT) byte by byte.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from tune2gguf.export.merge.adapter import Adapter
 
 
 def write_adapter_gguf(path: Path, adapter: Adapter, *, specs: dict[str, TensorSpec], name: str) -> None:
-    """Write `blk.N.X.weight.lora_a` [rank, in] and `.lora_b` [out, rank] in float32; alpha / rank is the runtime's.
+    """Write `blk.N.X.weight.lora_a` [rank, in] and `.lora_b` [out, rank] in float32; the runtime scales them.
 
     Args:
         specs: the base's tensors by torchtune's names
-        name: of the adapter, general.name
+        name: the adapter's general.name
     """
     writer = GGUFWriter(path, "llama")
-    # Alphabetically by Hugging Face's names: the order in which safetensors hands them to the converter.
+    # Sorted by Hugging Face's names: safetensors hands them to the converter in this order.
     for tune_name in sorted(adapter.pairs, key=lambda tune_name: specs[tune_name].hf_name):
         pair, gguf_name = adapter.pairs[tune_name], get_gguf_name(tune_name)
         writer.add_tensor(f"{gguf_name}.lora_a", np.ascontiguousarray(pair.lora_a))

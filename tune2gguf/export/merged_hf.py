@@ -37,7 +37,7 @@ def write_merged_hf(
     chat_template: ChatTemplate,
     report: Callable[[int], None],
 ) -> None:
-    """Write the folder in one move; it replaces an earlier one, and a failure leaves that as it was.
+    """Write the folder, replacing an earlier one atomically: a failure leaves the earlier one unchanged.
 
     Args:
         report: called with the number of elements done
@@ -51,7 +51,7 @@ def write_merged_hf(
 
 
 def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report: Callable[[int], None]) -> None:
-    """Each tensor goes to the file of the same name as in the base, in the same order."""
+    """Write each tensor to the base's file name, in the base's order."""
     by_file: dict[str, list[str]] = {}
     for name in sorted(base.stored, key=lambda name: (base.stored[name].path.name, base.stored[name].begin)):
         by_file.setdefault(base.stored[name].path.name, []).append(name)
@@ -60,7 +60,7 @@ def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report:
 
 
 def _describe(base: BaseCheckpoint, name: str) -> TensorToWrite:
-    """Norms keep their dtype: they are not merged, and GGUF has them in float32."""
+    """Describe a tensor to write; norms keep their dtype, because they are not merged and GGUF has them in float32."""
     spec, stored = base.specs[name], base.stored[name]
     return TensorToWrite(spec.hf_name, "BF16" if len(spec.shape) == 2 else stored.dtype, spec.shape)
 
@@ -77,7 +77,7 @@ def _iterate_rows(
             report(spec.shape[0])
             continue
         for slab in iterate_slabs([GGUFTensor(name, spec.shape, spec)]):
-            # Merged in GGUF's order, as in the GGUF: in another order the matrix product may round differently.
+            # Merge in GGUF's row order, as for the GGUF: in another order the matrix product may round differently.
             rows = read_merged_rows(spec, slab.begin, slab.end, base=base, adapter=adapter)
             bits = narrow_to_bfloat16(round_to_bfloat16(rows))
             if spec.num_heads is not None:
@@ -95,7 +95,7 @@ def _write_configs(folder: Path, base_dir: Path, chat_template: ChatTemplate) ->
     generation = read_if_there(base_dir / "generation_config.json")
     ids = _choose_ids(tokenizer, generation.get("eos_token_id", config.get("eos_token_id")))
     write_json(folder / "config.json", config | ids)
-    # Padding is no part of the model, but generate() asks for it.
+    # The model has no padding, but generate() needs its id.
     said = {name: value for name, value in generation.items() if value is not None}
     write_json(folder / "generation_config.json", {"pad_token_id": tokenizer.pad_id} | said | ids)
     tokenizer_file = find_tokenizer_file(base_dir)
@@ -107,7 +107,7 @@ def _write_configs(folder: Path, base_dir: Path, chat_template: ChatTemplate) ->
 
 
 def _choose_ids(tokenizer: ChatTokenizer, base_eos: int | list[int] | None) -> dict[str, int | list[int]]:
-    """Generation ends at the trained end of turn, which a base that is not an instruct model does not know of."""
+    """Return the bos and eos ids; eos includes the trained end of turn, which only instruct models have already."""
     own = base_eos if isinstance(base_eos, list) else [] if base_eos is None else [base_eos]
     eos = [tokenizer.end_of_turn_id, *tokenizer.end_of_text_ids, *own]
     ids: dict[str, int | list[int]] = {"eos_token_id": list(dict.fromkeys(eos))}
@@ -117,7 +117,7 @@ def _choose_ids(tokenizer: ChatTokenizer, base_eos: int | list[int] | None) -> d
 
 
 def _make_tokenizer_config(base_dir: Path, chat_template: ChatTemplate) -> dict:
-    """The base's, with the chat template and the end of turn that were trained."""
+    """Return the base's tokenizer_config.json with the trained chat template and end of turn."""
     path = base_dir / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
     if chat_template.beginning:

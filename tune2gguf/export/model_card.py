@@ -1,4 +1,4 @@
-"""README.md of an export: what the model is, what it was made of, how well it does, and how to run it."""
+"""The model card, README.md of an export: base, licence, files, commands, validation loss, data, parameters."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def make_model_card(
     """Return the card as Markdown with front matter.
 
     Args:
-        merge: a sentence on which base the adapter was merged into, where there were two
+        merge: a sentence on the base that the adapter was merged into, if there were two
         files: each GGUF of a whole model in the export folder, with the Modelfile that serves it
-        adapter_files: the base and the adapter that Modelfile-adapter serves, if it does
-        temperature: of the Modelfiles
-        takes_tools: whether the chat template is the one with tools
+        adapter_files: the base GGUF and the adapter GGUF of Modelfile-adapter, if any
+        temperature: temperature in the Modelfiles
+        takes_tools: whether the chat template takes tools
     """
     keys = [parameter.key for parameter in GUIDE_PARAMETERS]
-    unknown = f"the model in the folder {run.base_name}, of which nothing says where it comes from"
+    unknown = f"the model in the folder {run.base_name}, of unknown origin"
     base = unknown if run.base_source is None else run.base_name
     parts = [
         _make_front_matter(run, licence),

@@ -1,4 +1,4 @@
-"""The Modelfile: how Ollama serves the GGUF in the format that was trained."""
+"""The Modelfile, by which Ollama serves the GGUF in the trained format."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 
 from tune2gguf.tokenizer.templates import ChatTemplate
 
-# By benchmarks/sampling.py: what the proof found is what a user gets at 0 only.
+# By benchmarks/sampling.py: only at 0 does a user get the replies that the proof checked.
 DEFAULT_TEMPERATURE = 0.0
-# What leaves the trained distribution as it is. Ollama's own defaults penalize repetition and cut the tail.
+# These keep the trained distribution. Ollama's own defaults penalize repetition and cut the tail.
 NEUTRAL_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
 
 
@@ -27,19 +27,19 @@ def make_modelfile(
     """Return the Modelfile of a GGUF in the same folder (https://docs.ollama.com/modelfile).
 
     Args:
-        adapter_name: an adapter's GGUF in the same folder, to be applied to it
-        context_length: tokens; max_seq_len of the run
-        temperature: of sampling, from the distribution as trained; 0 always takes the likeliest token
-        system_prompt: the one system prompt that all rows were trained with, or None
+        adapter_name: an adapter's GGUF in the same folder, applied to the base GGUF
+        context_length: the run's max_seq_len, in tokens
+        temperature: sampling temperature; 0 is greedy, 1 the trained distribution
+        system_prompt: the system prompt that all training rows share, or None
 
     Raises:
-        ValueError: if the temperature is none, or the licence or the file's name cannot be written in a Modelfile
+        ValueError: if the temperature is negative or not finite, or a Modelfile cannot hold the licence or file name
     """
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature {temperature:g} makes no sense; give 0, which is greedy, or more")
+        raise ValueError(f"--temperature must be finite and at least 0 (greedy), got {temperature:g}")
     if not gguf_name.isprintable():
         raise ValueError(f"{gguf_name!r}: Ollama cannot find a file of this name; rename the run's folder")
-    # The template that was trained; BOS is not in it, because the runtime adds it.
+    # The trained template, without BOS: the runtime adds it.
     template, system = chat_template.ollama_template, None
     if system_prompt is not None:
         if _is_held(system_prompt) and not _find_dropped(system_prompt):
@@ -57,23 +57,25 @@ def make_modelfile(
     lines += [f"PARAMETER {name} {value:g}" for name, value in NEUTRAL_SAMPLING.items()]
     if licence is not None:
         if not _is_held(licence):
-            raise ValueError('a line of the licence ends with """, which ends it in a Modelfile')
+            raise ValueError(
+                'a line of the licence ends with """, which ends it in a Modelfile; put text after the quotes'
+            )
         lines.append(f'LICENSE """{licence}"""')
     return "\n".join(lines) + "\n"
 
 
 def _is_held(text: str) -> bool:
-    """Whether Ollama's parser reads all of a quoted text: it ends where a line ends with three quotes."""
+    """Return whether Ollama's parser reads all of a quoted text: three quotes at a line's end would end it."""
     return re.search(r'"""\s*[\r\n]', text) is None
 
 
 def _find_dropped(text: str) -> list[str]:
-    """Return the characters that Ollama's parser leaves out: what does not print, joiners of emoji among them."""
+    """Return the characters that Ollama's parser drops: unprintable ones, which include emoji joiners."""
     return [character for character in text if not (character.isprintable() or character in "\t\r\n")]
 
 
 def _put_into_template(system_prompt: str, chat_template: ChatTemplate) -> str:
-    """Return the template with a default system message that SYSTEM could not hold, as a constant of Go."""
+    """Return the template with a default system message, as a Go constant, for text that SYSTEM cannot hold."""
     constant = json.dumps(system_prompt, ensure_ascii=False)
     for character in set(_find_dropped(constant)):
         constant = constant.replace(character, f"\\U{ord(character):08x}")

@@ -1,4 +1,4 @@
-"""`python scripts/export.py runs/NAME`: from a run folder, or a plain base, to all that serves it."""
+"""The export, `python scripts/export.py runs/NAME`: from a run folder or a base to GGUF files and Modelfiles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 DEFAULT_VALIDATION_ROWS = 16
 MODEL_CARD = "README.md"
-BESIDE = " + adapter"  # behind the type of a base that an adapter's GGUF is applied to
+BESIDE = " + adapter"  # suffix of a step: the adapter's GGUF applied to a base GGUF
 _ADAPTER_END = "-adapter.gguf"
 _ADAPTER_MODELFILE = "Modelfile-adapter"
 
@@ -49,13 +49,13 @@ class ExportedModel:
 
     @property
     def step(self) -> str:
-        """Its name in the proof."""
+        """The name of its step in the proof."""
         return self.quantization
 
 
 @dataclass(frozen=True)
 class ExportedAdapter:
-    """The adapter as a GGUF of its own, and the base in a type of the run, which it is applied to."""
+    """The adapter's own GGUF, and the base GGUF that it is applied to."""
 
     quantization: str
     base_path: Path
@@ -64,7 +64,7 @@ class ExportedAdapter:
 
     @property
     def step(self) -> str:
-        """Its name in the proof."""
+        """The name of its step in the proof."""
         return f"{self.quantization}{BESIDE}"
 
     def list_paths(self) -> list[Path]:
@@ -73,7 +73,7 @@ class ExportedAdapter:
 
 @dataclass(frozen=True)
 class Export:
-    """What an export wrote."""
+    """A run's export: its choices and the files it wrote."""
 
     run: Run
     chat_template: ChatTemplate
@@ -86,22 +86,22 @@ class Export:
 
     @property
     def served(self) -> ExportedModel | ExportedAdapter:
-        """What is handed on where one model is wanted: of a run over a GGUF that file with the adapter."""
+        """The one model to hand on: the first; for a run over a GGUF, that GGUF with the adapter."""
         return self.adapter if self.adapter is not None and self.run.gguf_type is not None else self.models[0]
 
     @property
     def measured_importance(self) -> bool:
-        """Whether the matrix was measured, and so written beside the files."""
+        """Whether the matrix was measured, and so is among the files."""
         matrix = self.importance.matrix
         return matrix is not None and matrix.name == self.imatrix_path.name
 
     @property
     def imatrix_path(self) -> Path:
-        """Where an importance matrix that is measured is written."""
+        """The path of a measured importance matrix."""
         return _name_imatrix(self.run)
 
     def list_paths(self) -> list[Path]:
-        """Return everything that was written."""
+        """Return all paths that were written."""
         files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if self.adapter is None else self.adapter.list_paths()
         files += [self.imatrix_path] if self.measured_importance else []
@@ -128,31 +128,30 @@ def export_run(
 ) -> Export:
     """Merge a run's adapter into its base; write GGUF files, Modelfiles and a model card to the run's `export` folder.
 
-    Of a run that was trained over a GGUF that file and the adapter's are written; nothing is merged, unless types are
-    asked for.
+    For a run over a GGUF, write that GGUF and the adapter's; merge nothing unless `quantizations` is given.
 
     Args:
-        quantizations: to merge to; None takes the one in the run's config.yaml
+        quantizations: types of the merged files; None takes the type in the run's config.yaml
         adapter, base_dir: as in open_run
-        merge_base: of a run over 4-bit weights, `original` or `dequantized`; None takes the better one
+        merge_base: `original` or `dequantized`, for a run over 4-bit weights; None takes the better one
         original_base_dir: the 16-bit weights of a 4-bit base; None looks for them beside it
-        num_validation_rows: to measure with which of two bases is better
-        with_adapter_gguf: also write the adapter as a GGUF of its own, and the base in the first of the types
+        num_validation_rows: rows that choose between bases, and between types with and without a matrix
+        with_adapter_gguf: also write the adapter's own GGUF, and the base in the first type
         with_merged_hf: also write the merged model as a Hugging Face folder
-        imatrix: an importance matrix, as llama-imatrix writes it; None measures one on the run's own training rows and
-            takes it where that lowers the validation loss
-        with_importance: False quantizes without one
-        temperature: of sampling, in the Modelfiles
+        imatrix: an importance matrix of llama-imatrix; None measures one on the run's training rows and uses it if it
+            lowers the validation loss
+        with_importance: False quantizes without a matrix
+        temperature: sampling temperature in the Modelfiles
         overwrite: replace files of an earlier export
         num_threads: None takes all cores
-        show: progress bar
+        show: show progress bars
 
     Raises:
-        ValueError: for anything missing or unfitting; then no file has been left under its final name
+        ValueError: if something is missing or does not fit; no file is then left under its final name
     """
     check_num_threads(num_threads)
     if num_validation_rows < 0:
-        raise ValueError(f"{num_validation_rows} validation rows cannot be measured; give 1 or more, or 0 for none")
+        raise ValueError(f"--proof-rows must be at least 0, got {num_validation_rows}")
     run = open_run(run_dir, adapter=adapter, base_dir=base_dir)
     served_type = None if run.gguf_type is None else QUANTIZATIONS[run.gguf_type]
     chosen = []
@@ -166,7 +165,7 @@ def export_run(
     merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
     plan = plan_importance(run, base, chosen, imatrix=imatrix, wanted=with_importance)
     if not overwrite:
-        # Written anew with each export are the card, which describes what is in the folder, and the matrix.
+        # Every export replaces the model card, which describes the folder, and the importance matrix.
         files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
         files += [] if exported_adapter is None else exported_adapter.list_paths()
         _refuse_existing([*files, *([] if merged_dir is None else [merged_dir])])
@@ -184,9 +183,9 @@ def export_run(
     lora = read_adapter(run.adapter_dir, base.specs)
     validation = load_validation_rows(run, num_rows=num_validation_rows)
     if not (chosen or with_merged_hf):
-        validation = None  # there is nothing to choose by
+        validation = None  # there is nothing to choose
         if merge_base is not None:
-            raise ValueError(f"--merge-base {merge_base}: nothing is merged; say what to with --quantization")
+            raise ValueError(f"--merge-base {merge_base}: nothing is merged; choose a type with --quantization")
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
     card_path = run.export_dir / MODEL_CARD
     export = Export(run, chat_template, merge, models, exported_adapter, merged_dir, card_path, ImportanceChoice())
@@ -195,11 +194,11 @@ def export_run(
         name = export.imatrix_path.name
         choice = choose_importance(plan, merge.chosen, lora, chosen, validation, name=name, show=show)
         export = replace(export, importance=choice)
-        # The small and the quick first: what fails, fails before the long part.
+        # Small files first: errors come before the long part.
         _write_extras(export, lora, num_threads=num_threads, show=show)
         if export.models:
             _write_models(export, lora, num_threads=num_threads, show=show)
-        # It was of the files that were replaced.
+        # The old proof is of the replaced files.
         (run.export_dir / PROOF_FILE).unlink(missing_ok=True)
         for path, text in modelfiles.items():
             write_text(path, text)
@@ -219,7 +218,7 @@ def export_run(
 def find_export_problems(
     base: BaseCheckpoint, run_dir: Path, *, quantization: str, chat_template: ChatTemplate, max_seq_len: int
 ) -> Iterator[str]:
-    """Yield why a run that has not begun could not be exported, by the checks of the export itself."""
+    """Yield the reasons why a run that has not begun cannot be exported, by the export's own checks."""
     try:
         run_dir = run_dir.absolute()
         models = _name_models(run_dir / "export", run_dir.name, [QUANTIZATIONS[quantization]])
@@ -231,13 +230,13 @@ def find_export_problems(
 
 
 def check_room(base: BaseCheckpoint, run_dir: Path, quantization: str) -> None:
-    """Raise ValueError if the disk could not hold the GGUF of a run that has not begun."""
+    """Raise ValueError if the disk cannot hold the GGUF of a run that has not begun."""
     nearest = next(parent for parent in run_dir.absolute().parents if parent.exists())
     check_free_space(nearest, count_file_bytes(base, QUANTIZATIONS[quantization]))
 
 
 def _find_licence(base: BaseCheckpoint, chat_template: ChatTemplate) -> Licence:
-    """Find the base's licence, and read all that a GGUF says of it: whatever cannot be written is refused here."""
+    """Find the base's licence, and check early that a GGUF can hold its tokenizer and sampling parameters."""
     vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_template=chat_template)
     read_sampling(base.base_dir)
     return find_licence(
@@ -271,13 +270,13 @@ def export_base(
     num_threads: int | None = None,
     show: bool = True,
 ) -> Path:
-    """Write a base without an adapter as one GGUF, through the same code as a run's.
+    """Write a base without an adapter as one GGUF, with the same code as a run's export.
 
     Args:
-        takes_tools: its chat template is the one with tools
+        takes_tools: whether its chat template takes tools
 
     Raises:
-        ValueError: for anything missing or unfitting; no file is written under its final name
+        ValueError: if something is missing or does not fit; no file is then written under its final name
     """
     base_dir, out_path = Path(base_dir), Path(out_path)
     [chosen] = _get_quantizations([quantization])
@@ -320,7 +319,7 @@ def _name_models(export_dir: Path, name: str, quantizations: Sequence[Quantizati
 def _name_model(export_dir: Path, name: str, quantization: Quantization, *, is_only: bool) -> ExportedModel:
     gguf_path = export_dir / f"{name}-{quantization.name}.gguf"
     plain, named = export_dir / "Modelfile", export_dir / f"Modelfile-{quantization.name}"
-    # One Modelfile for each file: the one that serves it already, and none that serves another.
+    # Each GGUF has one Modelfile: the one that serves it already, never another GGUF's.
     serves_it = plain.is_file() and _read_served_name(plain) == gguf_path.name
     is_first = is_only and not plain.is_file() and not named.is_file()
     modelfile = plain if serves_it or is_first else named
@@ -342,13 +341,13 @@ def _name_adapter(export_dir: Path, name: str, quantization: Quantization) -> Ex
 
 
 def _read_served_name(modelfile: Path, command: str = "FROM") -> str:
-    # A name may hold every other line separator.
+    # Not splitlines: a name may hold other line separators.
     lines = modelfile.read_bytes().decode("utf-8", errors="replace").split("\n")
     return next((line.removeprefix(f"{command} ./") for line in lines if line.startswith(f"{command} ./")), "")
 
 
 def list_served(run: Run) -> list[tuple[Path, str]]:
-    """Return each GGUF of a whole model in the export folder that a Modelfile serves, with the Modelfile's name."""
+    """Return each GGUF of a whole model in the export folder, with the name of the Modelfile that serves it."""
     modelfiles = sorted(filter(Path.is_file, run.export_dir.glob("Modelfile*")))
     modelfiles = [path for path in modelfiles if path.name != _ADAPTER_MODELFILE]
     served = [(run.export_dir / _read_served_name(modelfile), modelfile.name) for modelfile in modelfiles]
@@ -369,7 +368,7 @@ def find_newest_gguf(run: Run) -> Path:
 
 
 def find_adapter_files(run: Run) -> tuple[Path, Path]:
-    """Return the GGUF of the base and the GGUF of the adapter that Modelfile-adapter names.
+    """Return the base GGUF and the adapter GGUF that Modelfile-adapter names.
 
     Raises:
         ValueError: if the adapter was not exported
@@ -378,12 +377,12 @@ def find_adapter_files(run: Run) -> tuple[Path, Path]:
     if not modelfile.is_file():
         option = () if run.gguf_type is not None else ("--adapter-gguf",)
         command = format_script("export", run.run_dir, *option)
-        raise ValueError(f"{run.export_dir} has no adapter as a GGUF yet. First:\n  {command}")
+        raise ValueError(f"{run.export_dir} has no adapter GGUF yet. First:\n  {command}")
     return tuple(run.export_dir / _read_served_name(modelfile, command) for command in ("FROM", "ADAPTER"))
 
 
 def find_served_files(run: Run) -> tuple[Path, Path | None]:
-    """Return the GGUF that was exported last, and the adapter's GGUF where the run is served as two files.
+    """Return the GGUF that was exported last, and the adapter's GGUF if the run is served as two files.
 
     Raises:
         ValueError: if nothing was exported
@@ -400,7 +399,7 @@ def _refuse_existing(paths: list[Path]) -> None:
 def _make_modelfiles(
     models: list[ExportedModel], adapter: ExportedAdapter | None, licence: Licence, **served: Any
 ) -> dict[Path, str]:
-    """Return each Modelfile's text; `served` is what make_modelfile asks for."""
+    """Return each Modelfile's text; `served` holds make_modelfile's other arguments."""
     files = [(model.modelfile_path, model.gguf_path.name, None) for model in models]
     if adapter is not None:
         files.append((adapter.modelfile_path, adapter.base_path.name, adapter.adapter_path.name))
@@ -438,7 +437,7 @@ def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, 
             adapter=None,
             name=run.base_dir.resolve().name,
             chat_template=export.chat_template,
-            # A run over a GGUF has the numbers of one without.
+            # A run over a GGUF was trained on weights that were quantized without a matrix.
             importance=ImportanceChoice() if run.gguf_type is not None else export.importance,
             num_threads=num_threads,
             show=show,

@@ -1,4 +1,4 @@
-"""One export at a time in a folder, on a disk that has room for it; the bar that it shows."""
+"""An export folder's lock, disk checks and write errors, and the progress bar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tune2gguf.files.atomic import clear_leftovers
 
 @contextmanager
 def claim_folder(folder: Path) -> Iterator[None]:
-    """Keep other exports out of a folder, and clear away what a killed one left there.
+    """Lock a folder against other exports, and delete a killed export's leftovers.
 
     Raises:
         ValueError: if another export is writing there
@@ -29,7 +29,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"another export is writing to {folder}; wait until it has ended") from None
     except NotImplementedError:
-        # What is left there may be another export's, and stays.
+        # Keep leftovers: they may be another export's.
         print(
             f"warning: {folder} is on a file system that cannot lock: let no other export write there", file=sys.stderr
         )
@@ -40,7 +40,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
 
 
 def check_free_space(folder: Path, num_bytes: int) -> None:
-    """Raise ValueError if the disk cannot hold that much more."""
+    """Raise ValueError if the folder's disk has less than `num_bytes` free."""
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise ValueError(f"the files need {num_bytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free")
@@ -48,7 +48,7 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
 
 @contextmanager
 def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk and its like into one sentence.
+    """Turn an OSError, such as a full disk, into a ValueError of one sentence.
 
     Raises:
         ValueError: instead of OSError
@@ -61,5 +61,5 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
 
 
 def open_bar(label: str, *, total: int, show: bool, unit: str = "") -> tqdm:
-    """Return a bar that vanishes when it is closed; where standard error is a file, nothing is drawn into it."""
+    """Return a progress bar that vanishes when closed; it is drawn only if standard error is a terminal."""
     return tqdm(total=total, desc=label, unit=unit, unit_scale=not unit, disable=None if show else True, leave=False)

@@ -1,6 +1,6 @@
-"""llama.cpp's quantization kernels, reached through ctypes in the library that `xllamacpp` ships.
+"""llama.cpp's quantization kernels, called with ctypes from the library in `xllamacpp`.
 
-The symbols are no promised API, so that pyproject.toml pins xllamacpp; the GIL is released while a kernel runs.
+Its symbols are no public API, so pyproject.toml pins xllamacpp. Kernels run without the GIL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tune2gguf.ggml.types import get_block
 
 @dataclass(frozen=True)
 class Kernels:
-    """The loaded library."""
+    """The kernels of a loaded library."""
 
     library: ctypes.CDLL
 
@@ -65,17 +65,17 @@ def load_kernels() -> Kernels:
     """Load llama.cpp's kernels from the shared library inside the xllamacpp package.
 
     Raises:
-        ValueError: if the package is not installed, or its library does not offer the kernels
+        ValueError: if the package is not installed, or its library lacks the kernels
     """
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or spec.origin is None:
         raise ValueError(
-            "xllamacpp is not installed, and it brings llama.cpp's kernels. Get it with:\n  pip install -e ."
+            "xllamacpp, which contains llama.cpp's kernels, is not installed. Get it with:\n  pip install -e ."
         )
     folder = Path(spec.origin).parent
     candidates = sorted(path for path in folder.iterdir() if path.suffix in (".so", ".pyd", ".dylib"))
     if not candidates:
-        raise ValueError(f"{folder}: holds no shared library; reinstall xllamacpp")
+        raise ValueError(f"{folder}: no shared library; reinstall xllamacpp")
     library = ctypes.CDLL(str(candidates[0]))
     try:
         quantize_chunk = library.ggml_quantize_chunk

@@ -1,4 +1,4 @@
-"""Which ggml type each tensor gets in each quantization: llama.cpp's rule (MIT) for dense Llama models.
+"""The ggml type of each tensor in each quantization, by llama.cpp's rule (MIT) for dense Llama models.
 
 The rule is `llama_tensor_get_type` and `tensor_type_fallback` in its src/llama-quant.cpp.
 """
@@ -34,12 +34,12 @@ class Quantization:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether an adapter can be trained over a base in this type: it is quantized, and without a matrix."""
+        """Whether an adapter can be trained over a base in this type: it is quantized, and needs no matrix."""
         return self.default_type not in ("F32", "F16", "BF16") and not self.needs_importance
 
     @property
     def file_type(self) -> int:
-        """llama.cpp's number for the whole, general.file_type."""
+        """llama.cpp's number of the file type, general.file_type."""
         return LlamaFileType["ALL_F32" if self.name == "F32" else f"MOSTLY_{self.name}"].value
 
 
@@ -48,12 +48,12 @@ _NAMES = (
     "IQ3_M IQ3_S IQ3_XS IQ3_XXS Q2_K Q2_K_S IQ2_M IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S"
 )
 QUANTIZATIONS = {name: Quantization(name) for name in _NAMES.split()}
-# Where the name does not say it.
+# Types that the name does not tell.
 _DEFAULT_TYPES = {"IQ3_M": "IQ3_S", "IQ3_S": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ2_M": "IQ2_S", "IQ2_S": "IQ2_XS"}
 _DEFAULT_TYPES |= {"IQ1_M": "IQ1_M", "IQ1_S": "IQ1_S"}
 _NEED_IMPORTANCE = ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 
-# Where the columns do not fill whole blocks of 256.
+# Types for columns that do not fill whole blocks of 256.
 _FALLBACKS = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -62,7 +62,7 @@ _FALLBACKS = {
     "Q6_K": "Q8_0",
     **dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "IQ4_NL"),
 }
-# Of these the first layers, the values and the attention's output get a type of their own.
+# Types of the values, the attention's output and the first layers' down projections.
 _SMALLEST = {
     "IQ2_M": {"attn_v": "IQ3_S", "ffn_down": "IQ3_S", "attn_output": "IQ3_S"},
     "IQ2_S": {"attn_v": "IQ3_S", "ffn_down": "IQ3_S", "attn_output": "IQ3_S"},
@@ -71,7 +71,7 @@ _SMALLEST = {
     "IQ1_M": {"attn_v": "Q2_K", "ffn_down": "Q2_K", "attn_output": "IQ2_XXS"},
     "IQ1_S": {"attn_v": "Q2_K", "ffn_down": "Q2_K", "attn_output": "IQ2_XXS"},
 }
-# Of an embedding that is not the head.
+# Types of an untied embedding.
 _EMBEDDING_TYPES = {
     **dict.fromkeys(("IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "Q2_K"),
     **dict.fromkeys(("IQ3_XXS", "IQ2_M", "IQ2_S"), "IQ3_S"),
@@ -99,7 +99,7 @@ def choose_tensor_type(
         name: GGUF name, such as `blk.3.attn_v.weight`
         shape: [rows, columns], or [length] for norms and rope_freqs
         queries_per_key: query heads per key/value head
-        is_tied: whether token_embd is the output head, too
+        is_tied: whether token_embd is also the output head
         has_importance: whether the file is quantized with an importance matrix
     """
     if len(shape) == 1:
@@ -126,7 +126,7 @@ def choose_tensor_type(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer's matrix stands, and what of the model decides its type."""
+    """The position of a layer's matrix, and the properties of the model that decide its type."""
 
     part: str
     layer: int
@@ -144,7 +144,7 @@ class _Place:
 
 
 def _choose_layer_type(name: str, place: _Place) -> str | None:
-    """Return the type of a layer's tensor where it is not the quantization's default."""
+    """Return the type of a layer's tensor; None: the quantization's default."""
     if name in _SMALLEST:
         return _choose_smallest_type(name, place)
     if place.part == "attn_v":

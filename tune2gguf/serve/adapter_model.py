@@ -1,4 +1,4 @@
-"""The trained model as it was trained, base and unmerged adapter in torch, to be asked like the exported one."""
+"""The trained model in torch, base and unmerged adapter, with the chat method of an exported model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 
 def load_adapter_model(run: Run) -> AdapterModel:
-    """Load a run's model as load_trained_model does, with caches for one conversation."""
+    """Load a run's model with load_trained_model, and set up KV caches for one conversation."""
     model, device = load_trained_model(run)
     with device:
         dtype = model.decoder.tok_embeddings.weight.dtype
@@ -25,7 +25,7 @@ def load_adapter_model(run: Run) -> AdapterModel:
 
 
 def load_trained_model(run: Run) -> tuple[CausalLM, torch.device]:
-    """Load a run's base, in the precision it was trained with, and its adapter; on a GPU where there is one.
+    """Load a run's base, in the precision of the training, and its adapter; on a GPU if there is one.
 
     Raises:
         ValueError: if base or adapter are missing or do not fit together

@@ -1,6 +1,6 @@
-"""What a run changed, at a glance: the validation loss, and validation questions answered by base and tuned model.
+"""Before and after a run: validation loss, and the replies of base and tuned model to validation questions.
 
-Both are asked through llama.cpp, as GGUF files of the same type: the tuned one is the very file that was exported.
+llama.cpp runs both as GGUF files of the same type; the tuned one is the exported file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_REPLY_TOKENS = 100
 
 @dataclass(frozen=True)
 class Answer:
-    """One validation question, its reference, and what the two models say."""
+    """A validation question, its reference reply, and the replies of base and tuned model."""
 
     question: str
     reference: str
@@ -31,7 +31,7 @@ class Answer:
 
 
 def read_validation_losses(run_dir: Path) -> tuple[float, float]:
-    """Return the validation loss before training and the lowest one after a step, in nats per supervised token.
+    """Return the validation loss before training and the lowest one since, in nats per supervised token.
 
     Raises:
         ValueError: if the run was not validated after training
@@ -43,16 +43,16 @@ def read_validation_losses(run_dir: Path) -> tuple[float, float]:
 
 
 def answer_before_and_after(run_dir: Path, *, gguf_path: Path | None = None, num_questions: int) -> list[Answer]:
-    """Ask the first validation questions of a run to its base and to its exported file, greedily.
+    """Ask a run's base and its exported file the first validation questions, greedily.
 
     Args:
-        gguf_path: None takes the newest one, or the two that a run over a GGUF is served as
+        gguf_path: None takes the newest one, or base and adapter for a run over a GGUF
 
     Raises:
         ValueError: if the run, its base, the file or a question is missing
     """
     if num_questions < 1:
-        raise ValueError(f"{num_questions} questions show nothing; give 1 or more")
+        raise ValueError(f"--questions must be at least 1, got {num_questions}")
     run = open_run(run_dir)
     gguf_path, adapter_path = find_served_files(run) if gguf_path is None else (gguf_path, None)
     conversations = [conversation for conversation in read_validation_rows(run_dir) if conversation.messages]
@@ -64,7 +64,7 @@ def answer_before_and_after(run_dir: Path, *, gguf_path: Path | None = None, num
     if adapter_path is not None:
         before = _ask(gguf_path, prompts, context_length=run.max_seq_len)
         return _pair(prompts, before, after)
-    # The next export clears away what a killed process leaves of this name.
+    # The next export deletes a killed process's leftovers of this name.
     leftover = {"dir": run.export_dir, "prefix": ".base.", "suffix": ".unfinished"}
     with (
         explain_write_errors(run.export_dir),

@@ -23,10 +23,10 @@ def open_chat_model(
     uses_adapter_gguf: bool = False,
     num_threads: int | None = None,
 ) -> ChatModel:
-    """Load what to talk to: the newest exported file or the given one, or base and adapter, in torch or in llama.cpp.
+    """Load the model to talk to: the newest or the given GGUF, or base and adapter in torch or in llama.cpp.
 
     Raises:
-        ValueError: if there is nothing exported, or it cannot be loaded
+        ValueError: if nothing was exported, or it cannot be loaded
     """
     if uses_adapter:
         from tune2gguf.serve.adapter_model import load_adapter_model
@@ -41,11 +41,11 @@ def open_chat_model(
 
 
 def check_options(*, max_tokens: int, temperature: float, num_threads: int | None) -> None:
-    """Raise ValueError for a number that makes no sense."""
+    """Raise ValueError for a number out of range."""
     if max_tokens < 1:
-        raise ValueError(f"a reply of {max_tokens} tokens is none; give 1 or more")
+        raise ValueError(f"--max-tokens must be at least 1, got {max_tokens}")
     if not temperature >= 0:
-        raise ValueError(f"temperature {temperature:g} makes no sense; give 0, which is greedy, or more")
+        raise ValueError(f"--temperature must be at least 0 (greedy), got {temperature:g}")
     check_num_threads(num_threads)
 
 
@@ -63,7 +63,7 @@ def talk(
     read_line: Callable[[], str],
     write: Callable[[str], None],
 ) -> None:
-    """Answer line by line until the input ends; a conversation that is too long says so and stays.
+    """Answer line by line until the input ends; on an error, print it and keep the conversation as it was.
 
     Args:
         read_line: returns the next line, raises EOFError at the end

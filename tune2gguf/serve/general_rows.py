@@ -1,4 +1,4 @@
-"""Rows that remind a run of its base, trained beside a user's own: general prompts and the base's own answers."""
+"""General rows, trained beside a user's own against forgetting: general prompts with the base's own replies."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROMPTS_AT_A_TIME = 50
 
 
 def make_general_rows(run: Run) -> tuple[Path, int, int]:
-    """Let the base of a run answer general prompts; return the JSONL file, its rows, and the prompts left out.
+    """Write the base's replies to general prompts; return the JSONL file, its number of rows and of prompts left out.
 
-    A prompt is left out whose answer did not end within MAX_TOKENS, or does not fit into max_seq_len: a cut answer
-    would teach to cut answers.
+    A prompt is left out if its reply is empty or does not end within MAX_TOKENS and max_seq_len: a cut reply would
+    teach cut replies.
 
     Raises:
-        ValueError: if base or adapter are missing or do not fit together, or no answer ended
+        ValueError: if base or adapter are missing or do not fit together, or no reply ended
     """
     tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)
     model, device = load_trained_model(run)
@@ -46,7 +46,7 @@ def make_general_rows(run: Run) -> tuple[Path, int, int]:
                 messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply.text}]
                 rows.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     if not rows:
-        raise ValueError(f"{run.base_dir}: none of its answers to general prompts ended within {MAX_TOKENS} tokens")
+        raise ValueError(f"{run.base_dir}: no reply to a general prompt ended within {MAX_TOKENS} tokens")
     path = run.run_dir / GENERAL_FILE
     write_text(path, "".join(rows))
     return path, len(rows), len(prompts) - len(rows)

@@ -1,8 +1,7 @@
-"""Ask a GGUF file through llama.cpp, in this process (package `xllamacpp`).
+"""A GGUF file in llama.cpp's server, in this process (package `xllamacpp`).
 
-llama.cpp's server is the one thing that renders the file's own chat template and tokenizes with the file's own
-vocabulary, so the answers here are those a user gets. It listens on a free port of the loopback interface, with a key
-that only this object knows.
+Only the server renders the file's own chat template and tokenizes with the file's own vocabulary, so its replies are
+those that a user gets. It listens on a free loopback port, with a key that only this object knows.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ class LlamaCppModel:
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> Reply:
-        """Answer a conversation of messages as OpenAI's API has them.
+        """Reply to a conversation of messages in OpenAI's format.
 
         Args:
-            tools: definitions of tools that may be called
+            tools: definitions of the tools that may be called
             temperature: 0 is greedy
             on_text: called with each piece of the reply as it comes
 
@@ -54,7 +53,7 @@ class LlamaCppModel:
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
-            # Neutral: what the file's metadata recommends must not change the measured distribution.
+            # Neutral: the file's recommended sampling must not change the measured distribution.
             "top_k": 0,
             "top_p": 1.0,
             "min_p": 0.0,
@@ -66,7 +65,7 @@ class LlamaCppModel:
             if on_text is None:
                 return _read_reply(_check(self.server.handle_chat_completions(request)))
             return self._stream(request, on_text)
-        except RuntimeError as error:  # it cannot read the request: text that is not UTF-8
+        except RuntimeError as error:  # the request is unreadable: text that is not UTF-8
             raise ValueError(f"llama.cpp refused the conversation: {error}") from None
 
     def _stream(self, request: dict, on_text: Callable[[str], None]) -> Reply:
@@ -94,18 +93,18 @@ class LlamaCppModel:
         return _read_reply({"choices": [choice], "usage": usage})
 
     def apply_template(self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """Return the prompt that the file's chat template makes of the messages, up to where the reply begins."""
+        """Return the prompt rendered from the messages by the file's chat template, up to the start of the reply."""
         request = {"messages": list(messages)} | ({"tools": list(tools)} if tools else {})
         return self.post("/apply-template", request)["prompt"]
 
     def tokenize(self, text: str, *, adds_bos: bool = False) -> list[int]:
-        """Return the ids of a text; special tokens in it are read as such."""
+        """Return the ids of a text; special tokens in it are parsed."""
         return self.post("/tokenize", {"content": text, "add_special": adds_bos, "parse_special": True})["tokens"]
 
     def score(self, tokens: Sequence[int], positions: Sequence[int]) -> list[float | None]:
-        """Return the log-probability of tokens[position] after the tokens before it, in nats, for each position.
+        """Return the log-probability in nats of tokens[position], given the tokens before it, for each position.
 
-        None where the server reports none: at a token that ends in the middle of a character.
+        None for a token that ends in the middle of a character: the server reports no probability.
         """
         scores: list[float | None] = []
         for position in positions:
@@ -115,7 +114,7 @@ class LlamaCppModel:
                 "n_predict": 1,
                 "n_probs": 1,
                 "temperature": 0,
-                # Makes the token the one that is reported; the probabilities are those before the bias.
+                # Makes the server report this token; its probabilities are those before the bias.
                 "logit_bias": [[token, 1e4]],
             }
             found = self.post("/completion", request).get("completion_probabilities")
@@ -143,7 +142,7 @@ class LlamaCppModel:
 
 
 def choose_num_threads(path: Path) -> int:
-    """Return one thread for each 200 MB of weights, up to the cores: threads of a small model mostly wait."""
+    """Return one thread per 200 MB of weights, up to the cores: threads of a small model mostly wait."""
     return max(1, min(count_cores(), path.stat().st_size // BYTES_PER_THREAD))
 
 
@@ -157,7 +156,7 @@ def open_model(
     """Load a GGUF file.
 
     Args:
-        num_threads: None chooses by the file's size; threads spin while they wait, and more than the free cores slow it
+        num_threads: None chooses by the file's size; more threads than free cores slow it down, because threads spin
         context_length: tokens, prompt and reply together
         adapter_path: a LoRA adapter in GGUF to apply
 

@@ -1,6 +1,6 @@
-"""Hand an exported model to Ollama, and ask it what the proof asked, through Ollama's API.
+"""Ollama's API: create an exported model, and ask it the proof's questions.
 
-The answers are not read from `ollama run`: since 0.32 it wraps words with terminal escapes even into a pipe.
+`ollama run` is not used: since 0.32 it wraps words with terminal escapes even into a pipe.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Ollama:
     version: str
 
     def has_model(self, name: str) -> bool:
-        """Whether there is a model of this name."""
+        """Return whether Ollama has a model of this name."""
         return _ask_server(self.address, "/api/show", {"model": name}, accepts_missing=True) is not None
 
     def create_model(self, name: str, model: ExportedModel | ExportedAdapter) -> None:
@@ -56,7 +56,7 @@ class Ollama:
             raise ValueError(f"{shlex.join(command)} ended with exit code {finished.returncode}")
 
     def chat(self, name: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
-        """Return the greedy reply of a model, with its calls.
+        """Return the greedy reply of a model, with its tool calls.
 
         Raises:
             ValueError: if the server refuses the conversation
@@ -76,7 +76,7 @@ class Ollama:
 
 @dataclass(frozen=True)
 class OllamaAnswer:
-    """A validation question, Ollama's greedy answer, and the one that llama.cpp gave in the proof, if it was asked."""
+    """A validation question, Ollama's greedy reply, and llama.cpp's reply in the proof, if any."""
 
     question: str
     reply: str
@@ -88,10 +88,10 @@ class OllamaAnswer:
 
 
 def check_ollama_name(name: str) -> None:
-    """Raise ValueError for what Ollama does not take as a model's name."""
+    """Raise ValueError unless Ollama accepts the name for a model."""
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} is no name of a model in Ollama: [NAMESPACE/]MODEL[:TAG], each of up to 80 letters, digits, "
+            f"{name!r} is not an Ollama model name; give [NAMESPACE/]MODEL[:TAG], each of up to 80 letters, digits, "
             "'_', '-' and '.', beginning with a letter, a digit or '_'"
         )
 
@@ -105,8 +105,8 @@ def find_ollama() -> Ollama:
     program = shutil.which("ollama")
     if program is None:
         raise ValueError(
-            "Ollama is not on PATH. Leave --ollama out: the Modelfile and its folder can be taken to where Ollama is, "
-            "for `ollama create NAME -f Modelfile`"
+            "Ollama is not on PATH. Leave --ollama out; copy the export folder to a machine with Ollama and run there: "
+            "ollama create NAME -f Modelfile"
         )
     address = read_address(os.environ.get("OLLAMA_HOST", ""))
     version = _ask_server(address, "/api/version")["version"]
@@ -128,7 +128,7 @@ def read_address(host: str) -> str:
 
 
 def ask_as_proven(ollama: Ollama, name: str, export: Export, proof: ProofRecord | None) -> list[OllamaAnswer]:
-    """Ask the model the proof's questions, or the first validation questions where nothing is proven."""
+    """Ask the model the proof's questions; without a proof, the first validation questions."""
     validation = load_validation_rows(export.run, num_rows=DEFAULT_VALIDATION_ROWS)
     if validation is None:
         return []
@@ -150,7 +150,7 @@ def format_answers(name: str, version: str, answers: Sequence[OllamaAnswer]) -> 
         lines[0] += "; the run has no validation question to ask it"
     elif all(answer.proven is not None for answer in answers):
         num_equal = sum(answer.is_proven for answer in answers)
-        lines[0] += f"; {num_equal} of {len(answers)} answers are the proof's"
+        lines[0] += f"; {num_equal} of {len(answers)} answers equal the proof's"
     for answer in answers:
         lines += [f"Q {answer.question}", f"A {answer.reply.strip()}"]
         if answer.proven is not None and not answer.is_proven:
@@ -161,7 +161,7 @@ def format_answers(name: str, version: str, answers: Sequence[OllamaAnswer]) -> 
 
 
 def _ask_server(address: str, path: str, content: Any = None, *, accepts_missing: bool = False) -> Any:
-    """Send a request and return the JSON answer; None for what is not there, where that is an answer."""
+    """Send a request and return the JSON response; with accepts_missing, return None for a 404."""
     data = None if content is None else json.dumps(content).encode()
     request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
     # A proxy from the environment must not see requests to this machine.

@@ -1,4 +1,4 @@
-"""The proof of an export: its files serve what was trained, and lose no more than they may."""
+"""The proof of an export: its files serve the trained ids, and their losses rise no more than the limit."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from tune2gguf.serve.serving import ServedFile, serve_file
 
 BASE, ADAPTER, MERGED = "base", "adapter", "merged bf16"
 COMPUTED_BY = "torch in float32; a file's weights are its dequantized tensors"
-# llama.cpp rounds activations to 8 bits and its cache to 16, so that its loss is not quite that of the weights.
+# llama.cpp rounds activations to 8 bits and its cache to 16, which changes the loss slightly.
 MAX_SCORE_DIFFERENCE = 0.1  # nats per token
 
 
 @dataclass(frozen=True)
 class _File:
-    """What is loaded into llama.cpp."""
+    """The files of one step that llama.cpp loads."""
 
     gguf_path: Path
     adapter_path: Path | None = None
@@ -50,7 +50,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is proven, opened."""
+    """The opened inputs of a proof."""
 
     run: Run
     merge: MergeChoice
@@ -70,16 +70,16 @@ def prove_export(
     num_threads: int | None = None,
     show: bool = True,
 ) -> ProofRecord | None:
-    """Prove an export on validation rows and write proof.json; None where the run has no validation rows.
+    """Prove an export on validation rows and write proof.json; None if the run has no validation rows.
 
     Args:
-        num_rows: validation rows to use, the first ones
-        num_replies: questions to ask each file
-        max_loss_increase: of a file's validation loss over the trained model's, as a fraction
-        num_threads: of llama.cpp; None chooses by the file's size
+        num_rows: number of validation rows, the first ones
+        num_replies: number of questions to ask each file
+        max_loss_increase: limit on a file's validation loss over the trained model's, as a fraction of the latter
+        num_threads: llama.cpp's threads; None chooses by the file's size
 
     Raises:
-        ValueError: if something that is needed is missing or cannot be loaded
+        ValueError: if a file is missing or cannot be loaded
     """
     validation = load_validation_rows(export.run, num_rows=num_rows)
     if validation is None:
@@ -131,7 +131,7 @@ def prove_export(
 
 
 def _list_files(export: Export) -> dict[str, _File]:
-    """Return the files that are served, by the name of their step."""
+    """Return the served files by the name of their step."""
     files = {model.step: _File(model.gguf_path) for model in export.models}
     if export.adapter is not None:
         files[export.adapter.step] = _File(export.adapter.base_path, export.adapter.adapter_path)
@@ -151,7 +151,7 @@ def _make_general_rows(forgetting: Forgetting | None) -> list[ValidationRow]:
 def _measure_export(
     subject: _Subject, files: dict[str, _File], *, show: bool
 ) -> tuple[dict[str, StepLoss], dict[str, StepLoss]]:
-    """Return the steps on the validation rows, beside the adapter, and on the general rows, beside the base."""
+    """Return the step losses on validation rows against the adapter, and on general rows against the base."""
     trained, adapter = subject.merge.trained, subject.adapter
     sources = {
         BASE: open_base_source(trained, adapter=None),
@@ -170,7 +170,7 @@ def _measure_export(
 
 
 def _compare_with_base(step: StepLoss, base: StepLoss, rows: list[ValidationRow]) -> dict[str, float]:
-    """Return what a step lost of the base, with intervals over the general prompts."""
+    """Return a step's loss and divergence from the base, with intervals over the general prompts."""
     lengths = [len(row.positions) for row in rows]
     ends = np.cumsum(lengths)[:-1]
 
@@ -191,7 +191,10 @@ def _compare_with_base(step: StepLoss, base: StepLoss, rows: list[ValidationRow]
 
 
 def _find_step_that_lost_most(steps: dict[str, StepLoss]) -> str:
-    """Merging and a base's type start from the adapter, every other type from the merged weights."""
+    """Return the step whose loss rises most over its predecessor's.
+
+    Merging and a base's type follow the adapter, every other type follows the merged weights.
+    """
     starts = {name: ADAPTER if name == MERGED or name.endswith(BESIDE) else MERGED for name in steps}
     losses = {name: step.loss - steps[starts[name]].loss for name, step in steps.items() if name not in (BASE, ADAPTER)}
     return max(losses, key=losses.__getitem__)
@@ -206,7 +209,7 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
         if name == MERGED and not any(one.endswith(BESIDE) for one in steps):
             # Rounding the sum to bf16 can lose an adapter of few steps.
             unmerged = format_script("export", subject.run.run_dir, "--adapter-gguf", "--force")
-            failure += f". In a file of its own the adapter is not rounded (Modelfile-adapter):\n    {unmerged}"
+            failure += f". Serve the adapter unrounded, in a file of its own (Modelfile-adapter):\n    {unmerged}"
         if name in QUANTIZATIONS:
             found = _find_smallest_type(subject, limit, larger_than=name)
             failure += f". {found}" if found else ". No larger type stays within it"
@@ -217,7 +220,7 @@ def _find_loss_failures(subject: _Subject, steps: dict[str, StepLoss], limit: fl
 
 
 def _format_training(run: Run, type_name: str) -> str:
-    """Return the command of a run like this one over what a file of this type holds."""
+    """Return the command that repeats the run over the weights of a file of this type."""
     values = {"base_weights": f"{GGUF_SCHEME}{type_name}", "quantization": type_name, "dtype": "bf16"}
     folder = find_free_folder(run.run_dir.with_name(f"{run.name}-{type_name}"))
     overrides = format_overrides(values | {"output_dir": folder, "resume": False})
@@ -234,7 +237,7 @@ def _find_smallest_type(subject: _Subject, limit: float, *, larger_than: str) ->
     reference = open_base_source(subject.merge.trained, adapter=adapter)
     for _, name in larger:
         kind, ways = QUANTIZATIONS[name], [] if importance is None else [importance]
-        # As the export does it, the better way.
+        # Like the export, take the better way.
         ways += [] if kind.needs_importance else [None]
         sources = {ADAPTER: reference}
         for number, way in enumerate(ways):
@@ -269,7 +272,7 @@ def _find_serving_failures(name: str, served: ServedFile) -> list[str]:
 
 
 def format_table(proof: ProofRecord) -> str:
-    """Return the result for the terminal."""
+    """Return the proof as text for the terminal."""
     lines = [f"proof on {proof.rows} validation rows, {proof.supervised_tokens} supervised tokens ({COMPUTED_BY})", ""]
     lines.append(f"  {'step':<16} {'loss':>7} {'vs adapter':>11} {'KL':>8} {'top-1':>7}")
     for name, step in proof.steps.items():
@@ -310,7 +313,7 @@ def _format_served(name: str, served: dict[str, Any]) -> list[str]:
     tokens, scores = served["tokens"], served["scores"]
     num_equal, num_skipped = tokens["num_equal"], tokens["num_skipped"]
     num_checked = num_equal + tokens["num_different"]
-    lines = [f"{name} in llama.cpp: {num_equal} of {num_checked} conversations have the ids that were trained"]
+    lines = [f"{name} in llama.cpp: {num_equal} of {num_checked} conversations have the trained ids"]
     if num_skipped:
         lines.append(f"  ({num_skipped} not compared: their text spells a special token)")
     if scores is not None:

@@ -1,4 +1,4 @@
-"""What llama.cpp makes of an exported file: the ids it serves, the losses it computes, the replies it gives."""
+"""Checks of an exported file in llama.cpp: its ids, losses and replies."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MAX_REPLY_TOKENS = 512
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """Whether conversations are served as the ids that were trained.
+    """The comparison of served ids with trained ids.
 
     Attributes:
-        num_equal: conversations whose ids are equal, with BOS exactly once where the format has one
-        num_different: the others
+        num_equal: conversations with equal ids, and with exactly one BOS if the format has one
+        num_different: conversations with different ids
         num_skipped: conversations whose text spells a special token, which is trained as text
-        first_difference: what differs first, or None
+        first_difference: a description of the first difference, or None
     """
 
     num_equal: int
@@ -41,7 +41,7 @@ class TokenCheck:
 
 @dataclass(frozen=True)
 class ScoreCheck:
-    """Loss of the same supervised tokens by llama.cpp, and in float32 from the file's dequantized tensors."""
+    """The loss of the same supervised tokens, by llama.cpp and in float32 from the file's dequantized tensors."""
 
     num_tokens: int
     loss_by_llama_cpp: float
@@ -64,7 +64,7 @@ class ServedReply:
 
 @dataclass(frozen=True)
 class ServedFile:
-    """All of it for one file; `scores` is None where no token could be scored, raw texts ask for no replies."""
+    """The checks of one file; `scores` is None if no token could be scored, raw texts have no replies."""
 
     tokens: TokenCheck
     scores: ScoreCheck | None
@@ -111,7 +111,7 @@ def serve_file(
 def find_askable(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, *, context_length: int
 ) -> list[Conversation]:
-    """Return the conversations whose last question lies within what was trained; a server would refuse the others."""
+    """Return the conversations whose prompt fits into `context_length`; a server would refuse the others."""
     return [
         conversation
         for conversation in conversations
@@ -125,7 +125,7 @@ def _count_prompt_tokens(conversation: Conversation, tokenizer: ChatTokenizer) -
 
 
 def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, conversations: Sequence[Conversation]) -> TokenCheck:
-    """Compare the ids that llama.cpp serves of each conversation, up to its last reply, or of its raw text."""
+    """Compare served with trained ids of each conversation up to its last reply, or of its raw text."""
     num_equal = num_different = num_skipped = 0
     first_difference = None
     for number, conversation in enumerate(conversations, start=1):
@@ -148,7 +148,7 @@ def check_tokens(model: LlamaCppModel, tokenizer: ChatTokenizer, conversations: 
 
 
 def _serve(model: LlamaCppModel, tokenizer: ChatTokenizer, chat: Conversation) -> list[int]:
-    """Return the ids of the prompt as the server makes them, and those of the reply."""
+    """Return the server's ids of the prompt and of the reply."""
     prompt = cut_before_reply(chat)
     chat_template = tokenizer.chat_template
     *_, reply = tokenizer.write_out([*prompt.messages, prompt.reply], prompt.tools)

@@ -1,7 +1,7 @@
-"""The importance matrix: how much an error in each column of a matrix counts; llama.cpp's GGUF of it.
+"""The importance matrix, in memory and as llama.cpp's GGUF: the weight of an error in each column of a matrix.
 
-A column's importance is the mean square of what it is multiplied with. Keys and tensors are those of llama.cpp's
-llama-imatrix (tools/imatrix, MIT), so that each reads the other's files.
+A column's importance is the mean square of its inputs. Keys and tensors are those of llama.cpp's llama-imatrix
+(tools/imatrix, MIT): each reads the other's files.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from gguf import GGUFReader, GGUFWriter
 
 _SUMS, _COUNT = ".in_sum2", ".counts"
 _DATASETS, _NUM_CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
-MAX_STRING_BYTES = 127  # of llama-quantize's keys
+MAX_STRING_BYTES = 127  # llama-quantize's limit on a string value
 
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """Sums of squared inputs.
+    """An importance matrix, as sums of squared inputs.
 
     Attributes:
-        name: of the file
-        sums: GGUF's tensor name -> float32 [columns], over `counts` tokens
+        name: file name
+        sums: GGUF's tensor name -> float32 [columns], summed over `counts` tokens
         counts: GGUF's tensor name -> number of tokens
-        datasets: where the tokens come from
-        num_chunks, chunk_size: of the text, in tokens
+        datasets: sources of the tokens
+        num_chunks: chunks of the text
+        chunk_size: tokens per chunk
     """
 
     name: str
@@ -41,14 +42,14 @@ class ImportanceMatrix:
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """Each tensor's mean squared inputs, float32 [columns]: what the kernels take."""
+        """The mean squared inputs of each tensor, float32 [columns], as the kernels take them."""
         return {
             name: sums / np.float32(self.counts[name]) if self.counts[name] else np.ones_like(sums)
             for name, sums in self.sums.items()
         }
 
     def list_keys(self) -> dict[str, str | int]:
-        """Return what llama-quantize says of the matrix in a file that is quantized with it."""
+        """Return the keys that llama-quantize writes into a file quantized with this matrix."""
         keys: dict[str, str | int] = {"quantize.imatrix.file": _cut(self.name)}
         if self.datasets:
             keys["quantize.imatrix.dataset"] = _cut(self.datasets[0])
@@ -56,14 +57,14 @@ class ImportanceMatrix:
         return keys | ({"quantize.imatrix.chunks_count": self.num_chunks} if self.num_chunks > 0 else {})
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless every matrix of a layer has its importance; `shapes` are by GGUF's tensor names."""
+        """Raise ValueError unless every layer matrix has an importance; `shapes` has GGUF's tensor names as keys."""
         for name, shape in shapes.items():
             if len(shape) == 2 and name.startswith("blk.") and name not in self.sums:
-                raise ValueError(f"{self.name}: has no importance of {name}; it is the matrix of another model")
+                raise ValueError(f"{self.name}: lacks {name}; this importance matrix belongs to another model")
             if name in self.sums and self.sums[name].size != shape[-1]:
                 raise ValueError(
-                    f"{self.name}: {name} has {self.sums[name].size} columns there, but {shape[-1]} in the model; it "
-                    "is the matrix of another model"
+                    f"{self.name}: {name} has {self.sums[name].size} columns, the model has {shape[-1]}; this "
+                    "importance matrix belongs to another model"
                 )
 
 
@@ -74,7 +75,7 @@ def _cut(text: str) -> str:
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
     """Write the matrix as llama-imatrix does."""
     writer = GGUFWriter(path, "")
-    writer.kv_data[0].clear()  # a matrix is of no architecture
+    writer.kv_data[0].clear()  # an importance matrix has no architecture
     writer.add_type("imatrix")
     writer.add_array(_DATASETS, list(matrix.datasets))
     writer.add_uint32(_NUM_CHUNKS, matrix.num_chunks)
@@ -89,10 +90,10 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 
 
 def read_imatrix(path: str | Path) -> ImportanceMatrix:
-    """Read an importance matrix that llama-imatrix, or write_imatrix, wrote as GGUF.
+    """Read a GGUF importance matrix from llama-imatrix or write_imatrix.
 
     Raises:
-        ValueError: if it is no such file, or a value is not finite or negative
+        ValueError: if the file is missing or no importance matrix, or a value is negative or not finite
     """
     path = Path(path)
     if not path.is_file():
@@ -106,7 +107,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     missing = [key for key in (_DATASETS, _NUM_CHUNKS, _CHUNK_SIZE) if key not in keys]
     if keys.get("general.type") != "imatrix" or missing:
-        raise ValueError(f"{path}: is no importance matrix ({', '.join(missing) or 'general.type'})")
+        raise ValueError(f"{path}: is no importance matrix; missing or wrong: {', '.join(missing) or 'general.type'}")
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     sums = dict(_read_sums(path, tensors))
     counts = {name: round(float(tensors[name + _COUNT].max())) for name in sums}
@@ -125,7 +126,7 @@ def _read_sums(path: Path, tensors: Mapping[str, np.ndarray]) -> Iterable[tuple[
         if name == key:
             continue
         if name + _COUNT not in tensors or tensors[name + _COUNT].size != 1:
-            raise ValueError(f"{path}: {name} has not one number of tokens; matrices of experts are not read")
+            raise ValueError(f"{path}: {name} needs one token count; mixtures of experts are not supported")
         if values.dtype != np.float32 or not (np.isfinite(values).all() and (values >= 0).all()):
-            raise ValueError(f"{path}: {key} is not all finite numbers of 0 and more")
+            raise ValueError(f"{path}: {key} must be float32, finite and at least 0")
         yield name, np.ascontiguousarray(values.reshape(-1))

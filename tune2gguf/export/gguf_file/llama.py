@@ -1,6 +1,6 @@
 """A dense Llama as a GGUF file: tensor names and order, keys and values, rope factors.
 
-Contents and order are those of llama.cpp's converter followed by llama-quantize (MIT): files compare byte by byte.
+Contents and order match llama.cpp's converter followed by llama-quantize (MIT) byte by byte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALIGNMENT = 32  # bytes, GGUF's default: every tensor starts at a multiple
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor of the file; `spec` is where it comes from in the base, None for the rope factors."""
+    """A tensor of the file; `spec` is its source in the base, None for the rope factors."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class GGUFTensor:
 
 
 def list_gguf_tensors(specs: dict[str, TensorSpec], architecture: Architecture) -> list[GGUFTensor]:
-    """Return the file's tensors in llama-quantize's order: those outside of layers, then by layer; each by name."""
+    """Return the file's tensors in llama-quantize's order: outside of layers first, then by layer; there by name."""
     tensors = [GGUFTensor(get_gguf_name(spec.tune_name), spec.shape, spec) for spec in specs.values()]
     if architecture.rope_scaling is not None:
         tensors.append(GGUFTensor(ROPE_FACTORS, (architecture.head_dim // 2,), None))
@@ -47,7 +47,7 @@ def _get_layer(name: str) -> int:
 def choose_types(
     tensors: list[GGUFTensor], architecture: Architecture, quantization: Quantization, *, has_importance: bool
 ) -> dict[str, str]:
-    """Return each tensor's ggml type by its name; with an importance matrix a few layers get another one."""
+    """Return the ggml type of each tensor by name; an importance matrix changes the types of a few layers."""
     return {
         tensor.name: choose_tensor_type(
             tensor.name,
@@ -65,8 +65,8 @@ def choose_types(
 def compute_rope_factors(architecture: Architecture) -> np.ndarray:
     """Return Llama 3's divisors of the rotary frequencies, float32 [head_dim / 2].
 
-    The formula is the one in transformers' `_compute_llama3_parameters`, in the converter's float32 operations: it
-    divides a number by a tensor as torch does, by multiplying with the reciprocal.
+    The formula is that of transformers' `_compute_llama3_parameters`, in the converter's float32 operations: a number
+    divided by a tensor is multiplied with the reciprocal, as in torch.
     """
     scaling, one = architecture.rope_scaling, np.float32(1)
     assert scaling is not None, "only models with Llama 3's scaling have rope factors"
@@ -95,12 +95,12 @@ def write_metadata(
     sampling: dict[str, float],
     importance: ImportanceMatrix | None,
 ) -> None:
-    """Write a GGUF file up to where the tensors' bytes begin.
+    """Write a GGUF file up to the first tensor's bytes.
 
     Args:
         types: ggml type by tensor name
-        name: of the model, general.name; written like a Hugging Face folder's name
-        hf_config: config.json of the base
+        name: general.name, spelled like a Hugging Face folder
+        hf_config: the base's config.json
         sampling: as read_sampling returns it
         importance: the matrix that the tensors are quantized with
     """
@@ -123,7 +123,7 @@ def write_metadata(
 
 def _add_general_keys(writer: GGUFWriter, name: str, num_parameters: int, sampling: dict[str, float]) -> None:
     writer.add_type("model")
-    # The name's parts (base name, size, fine-tune) as llama.cpp's converter reads them from a folder's name.
+    # Parse base name, size and fine-tune from the name, as llama.cpp's converter does from a folder's name.
     metadata = Metadata.apply_metadata_heuristic(Metadata(), None, None, Path(name), num_parameters)
     if metadata.size_label is None:
         metadata.size_label = size_label(num_parameters, num_parameters, 0, 0)
@@ -156,7 +156,7 @@ def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary, jinja_templa
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.token_types)
     writer.add_token_merges(vocabulary.merges)
-    ids_keys = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # GGUF spells the separator's key so
+    ids_keys = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # GGUF's own spelling
     for kind, number in vocabulary.special_ids.items():
         writer.add_uint32(f"tokenizer.ggml.{ids_keys.get(kind, kind)}_token_id", number)
     for kind, is_added in vocabulary.early_flags.items():
@@ -168,7 +168,7 @@ def _add_tokenizer_keys(writer: GGUFWriter, vocabulary: Vocabulary, jinja_templa
 
 def _add_tensor_info(writer: GGUFWriter, tensor: GGUFTensor, ggml_type: str) -> None:
     elements, block_bytes = get_block(ggml_type)
-    # The writer wants the shape in bytes where the data is bytes.
+    # For byte data the writer expects the shape in bytes.
     byte_shape = (*tensor.shape[:-1], tensor.shape[-1] // elements * block_bytes)
     writer.add_tensor_info(
         tensor.name,

@@ -1,6 +1,6 @@
 """The tokenizer as GGUF stores it, from tokenizer.json: tokens, their types, merges, special ids, pre-tokenizer.
 
-What is written, and in which order, follows llama.cpp's converter (MIT: conversion/base.py, gguf-py/gguf/vocab.py).
+Contents and order follow llama.cpp's converter (MIT: conversion/base.py, gguf-py/gguf/vocab.py).
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ _SAMPLING = {"top_p": "top_p", "min_p": "min_p", "temperature": "temp", "repetit
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The content of the tokenizer's keys.
+    """The values of GGUF's tokenizer keys.
 
     Attributes:
         pre: llama.cpp's name of the pre-tokenizer
         special_ids: `bos`, `eos`, ... -> id, in the order of the file
-        early_flags, late_flags: `bos` -> whether the runtime adds it, written before and after the chat template
+        early_flags: `bos`, ... -> whether the runtime adds it, written before the chat template
+        late_flags: the same, written after the chat template
     """
 
     tokens: list[str]
@@ -56,7 +57,7 @@ def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_template: Cha
     """Read the vocabulary of a base folder from tokenizer.json, or from Llama 3's tokenizer.model.
 
     Raises:
-        ValueError: if there is no tokenizer, llama.cpp has no equal of it, or it lacks the chat template's tokens
+        ValueError: if there is no tokenizer, it is not supported, or it lacks the chat template's tokens
     """
     base_dir = Path(base_dir)
     source = find_tokenizer_file(base_dir)
@@ -72,7 +73,7 @@ def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_template: Cha
     missing = [token for token in wanted if token not in ids]
     if missing:
         raise ValueError(f"{source}: lacks {', '.join(missing)}, which chat template {chat_template.name!r} needs")
-    # What was trained decides: with a beginning, every conversation starts with exactly one BOS; without, with none.
+    # As in training: a conversation starts with one BOS if the template has a beginning, else with none.
     adds_bos = bool(chat_template.beginning)
     if "bos" in early_flags:
         early_flags["bos"] = adds_bos
@@ -92,7 +93,7 @@ def read_vocabulary(base_dir: str | Path, *, vocab_size: int, chat_template: Cha
 
 
 def _identify_pre_tokenizer(tokenizer: dict, source: Path) -> str:
-    """Compare the way text is split with the two ways that llama.cpp has a name for and this project supports."""
+    """Return llama.cpp's name of the pre-tokenizer: Llama 3's or SmolLM2's."""
     model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers", [pre])
     if model.get("type") == "BPE" and not tokenizer.get("normalizer") and not model.get("byte_fallback"):
@@ -102,13 +103,13 @@ def _identify_pre_tokenizer(tokenizer: dict, source: Path) -> str:
         if _holds(parts, _SMOLLM_PRE) and not ignores_merges:
             return "smollm"
     raise ValueError(
-        f"{source}: this tokenizer is neither Llama 3's nor SmolLM2's, and llama.cpp would split text in another way "
-        "than the model was trained on; use a base with one of these tokenizers"
+        f"{source}: this tokenizer is neither Llama 3's nor SmolLM2's, so llama.cpp would not split text as in "
+        "training; use a base with one of these tokenizers"
     )
 
 
 def _holds(parts: list[dict], expected: list[dict]) -> bool:
-    """Whether each part has the expected values; what `expected` leaves open is not compared, a space prefix is."""
+    """Return whether each part has the expected values and no space prefix; other keys are not compared."""
     if len(parts) != len(expected) or any(part.get("add_prefix_space") for part in parts):
         return False
     return all(wanted.items() <= part.items() for part, wanted in zip(parts, expected, strict=True))
@@ -135,7 +136,7 @@ def _list_tokens(tokenizer: dict, vocab_size: int, source: Path) -> tuple[list[s
 def _find_special_ids(
     ids: dict[str, int], tokenizer: dict, tokenizer_config: dict, hf_config: dict, chat_template: ChatTemplate
 ) -> dict[str, int]:
-    """tokenizer_config.json's names come before config.json's ids; the end of sequence is the trained end of turn."""
+    """Return the ids of tokenizer_config.json's names, else of config.json; eos is the trained end of turn."""
     added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     kinds, found = ("bos", "eos", "unk", "sep", "pad", "mask"), {}
     for kind in kinds:
@@ -145,7 +146,7 @@ def _find_special_ids(
             found[kind] = added[content]
     for kind in kinds:
         number = hf_config.get(f"{kind}_token_id")
-        # As the converter does it: an id that is none, such as -1, is left out.
+        # Like the converter, skip invalid ids such as -1.
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(ids):
             found.setdefault(kind, number)
     if chat_template.beginning:
@@ -157,7 +158,7 @@ def _find_special_ids(
 
 
 def _find_flags(tokenizer: dict, tokenizer_config: dict) -> dict[str, bool]:
-    """Which `add_..._token` keys the converter writes before the chat template, from the post-processor's parts."""
+    """Return the `add_..._token` flags that the converter writes before the chat template."""
     flags: dict[str, bool] = {}
     post = tokenizer.get("post_processor") or {}
     for part in post.get("processors", [post]):
@@ -176,19 +177,19 @@ def _find_flags(tokenizer: dict, tokenizer_config: dict) -> dict[str, bool]:
 
 @contextmanager
 def _explain_structure(path: Path) -> Iterator[None]:
-    """Turn what Python says of a list or a text in an object's place into one line."""
+    """Turn Python's errors on a malformed tokenizer.json into a one-line ValueError."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: is not built as a tokenizer.json is ({reason})") from None
+        raise ValueError(f"{path}: is no valid tokenizer.json ({reason})") from None
 
 
 def read_sampling(base_dir: Path) -> dict[str, float]:
-    """Return how the base is sampled, from its generation_config.json, by GGUF's names.
+    """Return the sampling parameters of the base's generation_config.json, by GGUF's names.
 
     Raises:
-        ValueError: if a value is no number
+        ValueError: if a value is no number or out of range
     """
     path = base_dir / "generation_config.json"
     given = {key: value for key, value in read_if_there(path).items() if value is not None}
@@ -200,5 +201,5 @@ def read_sampling(base_dir: Path) -> dict[str, float]:
 
 
 def read_if_there(path: Path) -> dict:
-    """Read a JSON object; {} where there is no such file."""
+    """Return the JSON object of a file; {} if the file is missing."""
     return read_json(path) if path.is_file() else {}

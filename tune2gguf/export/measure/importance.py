@@ -1,4 +1,4 @@
-"""Measure an importance matrix: the squared inputs of every matrix of the layers, summed over rows of tokens."""
+"""Measure an importance matrix: the squared inputs of every layer matrix, summed over rows of tokens."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def measure_importance(
     dataset: str,
     report: Callable[[int], None] = lambda count: None,
 ) -> ImportanceMatrix:
-    """Run the rows through the model layer by layer, and sum what each column of each matrix is multiplied with.
+    """Run the rows through the model layer by layer, and sum the squared inputs of each column of each matrix.
 
-    llama-imatrix sums in float32, one token after another; here the sums are float64, rounded once.
+    The sums are float64, rounded once to float32. llama-imatrix sums token by token in float32.
 
     Args:
-        source: the weights that are to be quantized
+        source: the weights to quantize
         rows: token ids of each row
-        name: of the matrix's file
-        dataset: what the rows are, for the file
+        name: file name of the matrix
+        dataset: name of the rows, for the file
         report: called with the number of layers done
     """
     sums: dict[str, np.ndarray] = {}

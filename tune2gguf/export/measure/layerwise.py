@@ -1,7 +1,7 @@
-"""A Llama's hidden states and losses in float32 with one matrix in memory at a time, from any source of weights.
+"""A Llama's hidden states and logits in float32 from any source of weights, with one matrix in memory at a time.
 
-The base, the base with an unmerged adapter, the merged weights and a GGUF's dequantized tensors all go through the same
-few lines, so that what differs between two results is the weights. An 8B model needs less than 2 GB.
+The base, the base with an unmerged adapter, the merged weights and a GGUF's dequantized tensors share this code, so
+results differ by the weights alone. An 8B model needs less than 2 GB.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tune2gguf.model.architectures import Architecture
 
 # (torchtune's name, begin, end) -> float32 rows [end - begin, in], query and key in torchtune's and GGUF's order.
 ReadRows = Callable[[str, int, int], np.ndarray]
-HEAD_ROWS = 8192  # vocabulary rows that are multiplied at a time
+HEAD_ROWS = 8192  # vocabulary rows per product
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where weights come from; `adapter` is applied beside them, unmerged.
+    """A source of weights, with an optional unmerged adapter.
 
-    `observe` is called with the name of each of the layers' matrices and what it multiplies, [n, in].
+    `observe` is called with the name and the inputs, [n, in], of each layer matrix.
     """
 
     architecture: Architecture
@@ -46,7 +46,7 @@ class WeightSource:
         return torch.from_numpy(np.ascontiguousarray(self.read_rows(name, begin, end)))
 
     def multiply(self, name: str, x: Tensor) -> Tensor:
-        """Return x W^T, [n, rows of W], with the adapter's part where the weight has one."""
+        """Return x W^T, [n, rows of W], plus the adapter's product if the weight has one."""
         if self.observe is not None:
             self.observe(name, x)
         product = x @ self.read(name).T
@@ -57,13 +57,13 @@ class WeightSource:
         return product
 
     def embed(self, tokens: np.ndarray) -> Tensor:
-        """Return the embeddings of token ids, [n, dim]; only the rows in use are read."""
+        """Return the embeddings of token ids, [n, dim]; only their rows are read."""
         unique, places = np.unique(tokens, return_inverse=True)
         rows = torch.cat([self.read("tok_embeddings.weight", int(token), int(token) + 1) for token in unique])
         return rows[torch.from_numpy(places)]
 
     def multiply_head(self, hidden: Tensor) -> Tensor:
-        """Return the logits of hidden states [n, dim], [n, vocab]."""
+        """Map hidden states [n, dim] to logits [n, vocab]."""
         name = "tok_embeddings.weight" if self.architecture.tied else "output.weight"
         vocab_size = self.num_rows[name]
         logits = torch.empty(hidden.shape[0], vocab_size)
@@ -76,7 +76,7 @@ class WeightSource:
 def compute_hidden(
     source: WeightSource, rows: Sequence[np.ndarray], *, report: Callable[[int], None] = lambda count: None
 ) -> Tensor:
-    """Return the states after the final norm of all tokens of all rows, [tokens, dim]; no row sees another.
+    """Return the hidden states after the final norm, [tokens, dim], rows concatenated; no row attends to another.
 
     Args:
         rows: token ids of each row

@@ -1,4 +1,4 @@
-"""What each step of an export costs: validation loss, and distance to the model that was trained."""
+"""The validation loss of each step of an export, and its divergence from the trained model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ POSITIONS_PER_CHUNK = 512  # 512 x 128256 logits are 263 MB
 
 @dataclass(frozen=True)
 class StepLoss:
-    """One step, over all supervised tokens.
+    """The losses of one step, over all supervised tokens.
 
     Attributes:
         loss: cross entropy, nats per token
-        increase: of the loss over the reference's, as a fraction of it
-        agreement: fraction of tokens at which the most probable token is the reference's
+        increase: increase over the reference's loss, as a fraction of it
+        agreement: fraction of tokens with the same top-1 prediction as the reference
         token_losses: cross entropy of each token, row by row
-        token_divergences: from the reference, likewise
+        token_divergences: Kullback-Leibler divergence from the reference of each token, row by row
     """
 
     loss: float
@@ -48,7 +48,7 @@ def measure_steps(
     reference: str,
     report: Callable[[int], None] = lambda count: None,
 ) -> dict[str, StepLoss]:
-    """Return the losses of each source; `reference` names the one that the others are compared with.
+    """Return the losses of each source, compared with the source named `reference`.
 
     Args:
         report: called with the number of layers done
@@ -62,7 +62,7 @@ def measure_groups(
     *,
     report: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, StepLoss]]:
-    """Return what measure_steps does of each group of rows and its reference; weights are read once for all of them."""
+    """Return measure_steps's result for each group of rows and its reference; all groups share one read of weights."""
     rows = [row for group, _ in groups for row in group]
     selected = {name: _select_hidden(source, rows, report) for name, source in sources.items()}
     sizes = [sum(len(row.positions) for row in group) for group, _ in groups]
@@ -106,7 +106,7 @@ def _compare_sources(
 
 
 def _compare(loss: float, reference_loss: float) -> float:
-    if reference_loss == 0:  # of rows that are known by heart
+    if reference_loss == 0:  # memorized rows
         return math.inf if loss else 0.0
     return loss / reference_loss - 1
 

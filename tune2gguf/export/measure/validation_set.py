@@ -1,4 +1,4 @@
-"""The validation conversations of a run as they are trained."""
+"""A run's validation conversations, tokenized as in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tune2gguf.tokenizer.tokenizer import ChatTokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """Token ids [seq] and which of them are supervised [seq], as trained."""
+    """A row as trained: token ids [seq], and a mask of the supervised ones [seq]."""
 
     tokens: np.ndarray
     supervised: np.ndarray
@@ -28,7 +28,7 @@ class ValidationRow:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Conversations, and their rows: without those that have no supervised token within max_seq_len."""
+    """Conversations, and the rows of those that have a supervised token within max_seq_len."""
 
     tokenizer: ChatTokenizer
     conversations: list[Conversation]
@@ -36,7 +36,7 @@ class ValidationSet:
 
 
 def load_validation_rows(run: Run, *, num_rows: int) -> ValidationSet | None:
-    """Return the first validation rows of a run; None where it has none.
+    """Return the first validation rows of a run; None if there are none.
 
     Raises:
         ValueError: if the tokenizer cannot be loaded

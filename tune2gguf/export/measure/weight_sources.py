@@ -1,4 +1,4 @@
-"""The weights of each step of an export: base, base with adapter, merged, and what a quantized file holds."""
+"""The weights of each step of an export: base, base with adapter, merged, quantized."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tune2gguf.ggml.types import Quantization
 
 
 def open_base_source(base: BaseCheckpoint, *, adapter: Adapter | None) -> WeightSource:
-    """Return the base's weights, the adapter unmerged beside them."""
+    """Return the base's weights, with an optional unmerged adapter."""
     return WeightSource(base.architecture, base.read_rows, adapter)
 
 
 def open_merged_source(base: BaseCheckpoint, adapter: Adapter) -> WeightSource:
-    """Return the merged weights, rounded to bfloat16 as every file has them."""
+    """Return the merged weights, rounded to bfloat16 as for every file."""
 
     def read_rows(name: str, begin: int, end: int) -> np.ndarray:
         rows = read_merged_rows(base.specs[name], begin, end, base=base, adapter=adapter)
@@ -42,7 +42,7 @@ def open_quantized_source(
     *,
     importance: ImportanceMatrix | None = None,
 ) -> WeightSource:
-    """Return what a file of this type would hold, without writing it."""
+    """Return the dequantized weights of a file of this type, without writing it."""
     tensors = list_gguf_tensors(base.specs, base.architecture)
     importance = importance if quantization.takes_importance else None
     types = choose_types(tensors, base.architecture, quantization, has_importance=importance is not None)
@@ -61,7 +61,7 @@ def open_quantized_source(
 def open_gguf_source(
     path: Path, base: BaseCheckpoint, kernels: Kernels, *, adapter: Adapter | None = None
 ) -> WeightSource:
-    """Return the dequantized tensors of a GGUF file, with an adapter unmerged beside them."""
+    """Return the dequantized tensors of a GGUF file, with an optional unmerged adapter."""
     tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
 
     def read_rows(name: str, begin: int, end: int) -> np.ndarray:

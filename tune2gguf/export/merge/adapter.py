@@ -18,7 +18,7 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weig
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One module's matrices in float32: lora_a [rank, in]; lora_b [out, rank], rows in GGUF's order."""
+    """One module's float32 matrices: lora_a [rank, in], and lora_b [out, rank] with rows in GGUF's order."""
 
     lora_a: np.ndarray
     lora_b: np.ndarray

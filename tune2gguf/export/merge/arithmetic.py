@@ -9,10 +9,10 @@ from threadpoolctl import threadpool_limits
 
 
 def keep_products_on_their_thread() -> AbstractContextManager:
-    """Let matrix products of numpy use no threads of their own within a `with` block, in the whole process.
+    """Limit numpy's matrix products to the calling thread within a `with` block, in the whole process.
 
-    Rows are merged in threads anyway, and OpenBLAS's wait for the next product by spinning, which cost a third of an
-    export's CPU time. One thread also sums in the same order however many cores there are.
+    Rows are merged in threads anyway. OpenBLAS's threads spin between products, which cost a third of an export's CPU
+    time. One thread also sums in the same order on any number of cores.
     """
     return threadpool_limits(limits=1, user_api="blas")
 

@@ -1,4 +1,4 @@
-"""The unit of work: some rows of a tensor, read from the base and merged."""
+"""Slabs, a thread's unit of work: rows of a tensor, read from the base and merged."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tune2gguf.export.gguf_file.llama import GGUFTensor
 from tune2gguf.export.merge.adapter import Adapter
 from tune2gguf.export.merge.arithmetic import merge_rows
 
-# Elements a thread works on at a time: large enough to hide Python's cost, small enough for many threads in 0.5 GB.
-# Fixed, because the matrix product of other slabs may round in another way.
+# Elements per slab: large enough to hide Python's overhead, small enough for many threads in 0.5 GB.
+# Fixed, because matrix products of other sizes may round differently.
 SLAB_ELEMENTS = 1 << 20
 
 
@@ -37,7 +37,7 @@ class Slab:
 
 
 def iterate_slabs(tensors: list[GGUFTensor]) -> Iterator[Slab]:
-    """Cut the tensors into slabs of whole rows; query and key into whole heads, because rows move within their head."""
+    """Cut the tensors into slabs of whole rows; query and key into whole heads, whose rows change places."""
     for tensor in tensors:
         num_rows = tensor.shape[0]
         step = num_rows
@@ -53,10 +53,10 @@ def iterate_slabs(tensors: list[GGUFTensor]) -> Iterator[Slab]:
 def read_merged_rows(
     spec: TensorSpec, begin: int, end: int, *, base: BaseCheckpoint, adapter: Adapter | None
 ) -> np.ndarray:
-    """Return rows [begin, end) in GGUF's order, with the adapter merged: float32 in memory that the caller owns.
+    """Return rows [begin, end) in GGUF's order, with the adapter merged, as the caller's own float32 array.
 
     Raises:
-        ValueError: if a weight is not finite, or a base file has become shorter
+        ValueError: if a weight is not finite, or a base file was truncated
     """
     rows = base.read_rows(spec.tune_name, begin, end)
     pair = None if adapter is None else adapter.pairs.get(spec.tune_name)
