@@ -15,7 +15,7 @@ END_OF_TEXT = 381  # <|endoftext|>, the end token of a base that is no instruct 
 
 
 def write_merged(folder: Path, *, config: dict, generation: dict | None) -> Path:
-    """Export a base that ends its turn at once, with a token that its own files do not name."""
+    """Export a base that ends its turn at once, with these config files."""
     base_dir = write_biased_base(folder / "base", lambda token: 9.0 if token == "<|im_end|>" else 0.0)
     path = base_dir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))

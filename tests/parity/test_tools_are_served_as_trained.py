@@ -103,7 +103,7 @@ def test_jinja_with_tools_renders_conversations_without_them_as_the_plain_one(na
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_tool_is_rendered_alike_however_a_client_orders_its_keys(name):
-    """Return the row's tools as read and the client's as sent, without unset fields."""
+    """The row's tools as read and the client's as sent render alike, without unset fields."""
     chat_template = CHAT_TEMPLATES[name]
     for tools in TOOL_LISTS:
         row = {"tools": tools, "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
