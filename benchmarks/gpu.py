@@ -379,7 +379,7 @@ def main() -> None:
         environment = None
         if case["side"].startswith("unsloth"):
             if arguments.unsloth_site is None or arguments.bases is None:
-                sys.exit("the sides of Unsloth need --unsloth-site and --bases")
+                sys.exit("--unsloth-site or --bases is missing; Unsloth's sides need both")
             environment = make_unsloth_environment(arguments.unsloth_site)
         command = [sys.executable, __file__, "--case", json.dumps(case)]
         result = json.dumps(run_in_process(command, arguments.timeout, environment=environment))

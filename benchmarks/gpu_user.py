@@ -266,7 +266,7 @@ def main() -> None:
     for model in arguments.models:
         if not (arguments.folder / MODELS[model]).exists():
             missing = arguments.folder / MODELS[model]
-            sys.exit(f"python scripts/make_random_base.py --model {MODELS[model]} --out {missing}")
+            sys.exit(f"no base; make it: python scripts/make_random_base.py --model {MODELS[model]} --out {missing}")
     rows = write_rows(arguments.folder, arguments.rows, arguments.folder / MODELS[arguments.models[0]])
     lines = [
         gpu.describe_machine(),

@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     arguments = parser.parse_args()
     if arguments.out.exists():
-        sys.exit(f"{arguments.out} exists")
+        sys.exit(f"{arguments.out} exists already; remove it or choose another folder")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

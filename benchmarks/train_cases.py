@@ -103,7 +103,7 @@ def prepare_case(name: str, folder: Path) -> Prepared:
             "max_seq_len": case.seq,
         }
     elif not base_dir.is_dir():
-        sys.exit(f"{base_dir} is missing: python scripts/download.py --config {config}")
+        sys.exit(f"{base_dir} is missing; get it: python scripts/download.py --config {config}")
     options |= {
         "learning_rate": LEARNING_RATE,
         "lora_rank": RANK,
