@@ -1,16 +1,16 @@
-"""What a base in fp32, bf16, fp8 and nf4 costs in precision, and on a GPU in time and memory, beside each other.
+"""Precision of bases in fp32, bf16, fp8 and nf4, and their speed and memory on a GPU.
 
     python benchmarks/base_kinds.py weights gradients --out benchmarks/results/base_kinds_cpu.txt
     python benchmarks/base_kinds.py training --seeds 1 2 3         # an epoch of the quickstart for each kind and seed
     python benchmarks/base_kinds.py gradients products --device cuda --out base_kinds_gpu.txt     # 8B, random weights
     python benchmarks/base_kinds.py speed --device cuda
 
-On a CPU the model is SmolLM2-135M-Instruct (scripts/download.py), whose weights have been in Q4_1 before; on a GPU a
-Llama-3.1-8B of normal weights (standard deviation 0.02). `with outlier channels` is the same function with eight
-channels of every norm 50 times as large and the columns behind them 50 times as small.
-The reference is the same weights in float32, with an adapter of rank 16 whose B is not zero. Columns: error of what a
-layer adds to its input, mean and worst; cosine of all adapter gradients, mean and least of the adapter's matrices, and
-the error of all gradients. Errors are root mean squares over those of the reference.
+On a CPU the model is SmolLM2-135M-Instruct (scripts/download.py), whose weights were in Q4_1 before. On a GPU it is
+Llama-3.1-8B with normal weights (standard deviation 0.02). `with outlier channels` is the same function: eight channels
+of every norm are 50 times as large and the matching columns 50 times as small.
+The reference has the same weights in float32, and an adapter of rank 16 with nonzero B. Columns: error of a layer's
+residual update, mean and worst; cosine of all adapter gradients, mean and least over the adapter's matrices; error of
+all gradients. Errors are root mean squares, relative to the reference.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SPEED_CASES += [{"kind": "qlora", "batch": 2, "seq": 4096, "rows": "full", "chec
 
 
 def measure_error(found: Tensor, expected: Tensor) -> float:
-    """Return the root mean square of the difference over that of what is expected."""
+    """Return the relative error: norm of the difference over norm of `expected`."""
     expected = expected.double()
     return ((found.double() - expected).norm() / expected.norm()).item()
 
@@ -77,7 +77,7 @@ def round_by_best(weight: Tensor) -> Tensor:
 
 
 def round_blocks(weight: Tensor, size: int = 128) -> Tensor:
-    """Round blocks of 128 x 128 by their largest magnitude; those at the edges are smaller."""
+    """Round blocks of 128 x 128 by their largest magnitude. Blocks at the edges are smaller."""
     out = torch.empty_like(weight)
     for row in range(0, weight.shape[0], size):
         for column in range(0, weight.shape[1], size):
@@ -92,7 +92,7 @@ def round_nf4(weight: Tensor) -> Tensor:
 
 
 def report_weights(arguments) -> Iterator[str]:
-    """Yield the error that each way to round leaves in weights."""
+    """Yield the error of each rounding method on weights."""
     ways = {
         "fp8, rows, best scale": round_by_best,
         "fp8, rows, largest": round_by_largest,
@@ -101,7 +101,7 @@ def report_weights(arguments) -> Iterator[str]:
     }
     base = open_base(SMOLLM2)
     names = [name for name, spec in base.specs.items() if spec.is_linear]
-    torch.manual_seed(0)  # of the distribution that takes no generator
+    torch.manual_seed(0)  # StudentT takes no generator
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(1024, 1024, generator=generator) * 0.02
     sets = {
@@ -120,7 +120,7 @@ def report_weights(arguments) -> Iterator[str]:
 
 
 def add_outliers(name: str, weight: Tensor) -> Tensor:
-    """Make eight channels of a norm's result larger and the weights that take them as much smaller."""
+    """Scale eight channels of a norm's weight up, and the matching columns of the next weights down."""
     kind = name.split(".")[-2] if "." in name else ""
     if not name.startswith("layers.") or kind in ("output_proj", "w2"):
         return weight
@@ -131,7 +131,7 @@ def add_outliers(name: str, weight: Tensor) -> Tensor:
 
 
 def iterate_weights(device: torch.device, *, outliers: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield (torchtune's name, weight) in float32: of SmolLM2 on a CPU, drawn in bf16 for 8B on a GPU."""
+    """Yield (torchtune's name, weight): SmolLM2's in float32 on a CPU, random bf16 ones of 8B on a GPU."""
     if device.type == "cpu":
         tensors = open_base(SMOLLM2).iterate_tensors(dtype=torch.float32)
     else:
@@ -149,7 +149,7 @@ def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def make_model(kind: str, device: torch.device, *, outliers: bool) -> CausalLM:
-    """Build and fill the model; layers in bf16 on a GPU are the fused ones."""
+    """Build and fill the model. On a GPU its layers are fused, except for fp32."""
     architecture: Architecture = ARCHITECTURES["smollm2_135m" if device.type == "cpu" else "llama3_1_8b"]
     with torch.device("meta"):
         model = build_lora_llama(
@@ -187,7 +187,7 @@ def make_tokens(device: torch.device) -> Tensor:
 
 
 def run_layer(model: CausalLM, number: int, hidden: Tensor) -> Tensor:
-    """Return a layer's output for one input, [batch, seq, dim], as the model's kind computes it."""
+    """Return a layer's output for an input [batch, seq, dim], fused if the model is."""
     layer, (batch, seq, _) = model.decoder.layers[number], hidden.shape
     hidden = hidden.to(model.decoder.tok_embeddings.weight.dtype)
     if model.stack is None:
@@ -199,7 +199,7 @@ def run_layer(model: CausalLM, number: int, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def record_layers(model: CausalLM, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return what each layer takes and returns."""
+    """Return (input, output) of each layer."""
     hidden, found = model.decoder.tok_embeddings(tokens), []
     for number in range(len(model.decoder.layers)):
         out = run_layer(model, number, hidden)
@@ -210,7 +210,7 @@ def record_layers(model: CausalLM, tokens: Tensor) -> list[tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def measure_layers(model: CausalLM, recorded: list[tuple[Tensor, Tensor]]) -> list[float]:
-    """Return the error of what each layer adds to its input, for the reference's input."""
+    """Return the error of each layer's residual update, given the reference's input."""
     return [measure_error(run_layer(model, number, x).float() - x, out - x) for number, (x, out) in enumerate(recorded)]
 
 
@@ -233,7 +233,7 @@ def compare_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 @contextmanager
 def take_gradients_in_e5m2() -> Iterator[None]:
-    """Quantize upstream gradients to e5m2: more range, a bit less of precision."""
+    """Quantize upstream gradients to e5m2: more range, one bit less precision."""
 
     def quantize(parts: list[Tensor], factors: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if factors is None:
@@ -248,7 +248,7 @@ def take_gradients_in_e5m2() -> Iterator[None]:
 
 @contextmanager
 def keep_activations() -> Iterator[None]:
-    """Quantize the weights only: activations and gradients pass as they are."""
+    """Quantize the weights only, not activations and gradients."""
 
     def keep(parts: list[Tensor], factors: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         rows = torch.cat(parts, dim=1)
@@ -267,7 +267,7 @@ def keep_activations() -> Iterator[None]:
 
 @contextmanager
 def keep_gates_in_8_bits() -> Iterator[None]:
-    """Keep gate and up for backward as the fused layers do: in 8 bits, with a scale for 128 values of a row."""
+    """Save gate and up for backward as the fused layers do: in 8 bits, with a scale per 128 values of a row."""
 
     def keep(ctx, gate: Tensor, up: Tensor) -> Tensor:
         kept = [
@@ -281,7 +281,7 @@ def keep_gates_in_8_bits() -> Iterator[None]:
 
 
 def report_gradients(arguments) -> Iterator[str]:
-    """Yield errors of layers and cosines of gradients, for the model as it is and with outlier channels."""
+    """Yield layer errors and gradient cosines, for the model as it is and with outlier channels."""
     device = torch.device(arguments.device)
     tokens = make_tokens(device)
     ways: dict[str, tuple[str, Callable]] = {kind: (kind, nullcontext) for kind in KINDS}
@@ -353,7 +353,7 @@ def train(kind: str, seed: int, arguments) -> float:
 
 
 def time_on_gpu(work: Callable[[], object], repeats: int = 20) -> float:
-    """Return the microseconds that the work takes, the median of `repeats`."""
+    """Return the median microseconds of `repeats` calls."""
     for _ in range(3):
         work()
     times = []
@@ -368,7 +368,7 @@ def time_on_gpu(work: Callable[[], object], repeats: int = 20) -> float:
 
 
 def report_products(arguments) -> Iterator[str]:
-    """Yield the time of the large products of 8B in bf16 and in 8 bits, with what comes before these."""
+    """Yield the time of the large products of 8B in bf16 and in 8 bits, and of the quantization before these."""
     yield f"microseconds for {TOKENS} tokens; `slow sums` and `one scale` are other ways to multiply 8-bit numbers"
     for name, (num_rows, num_columns) in SHAPES.items():
         works, error = list_products(num_rows, num_columns)
@@ -383,7 +383,7 @@ def report_products(arguments) -> Iterator[str]:
 
 
 def list_products(num_rows: int, num_columns: int) -> tuple[dict[str, Callable[[], object]], float]:
-    """Return what a matrix does with TOKENS tokens in forward and backward, and the error of the sums in 8 bits."""
+    """Return a matrix's operations on TOKENS tokens, forward and backward, and the error of the 8-bit sums."""
     from tune2gguf.model.fused.eight_bit import transpose_codes
 
     def draw_bf16(*shape: int) -> Tensor:
@@ -421,7 +421,7 @@ def measure_quantizing() -> float:
 
 
 def report_speed(arguments) -> Iterator[str]:
-    """Yield tokens/s and peak memory of 8B, each case in a process of its own as in gpu.py."""
+    """Yield tokens/s and peak memory of 8B, one process per case as in gpu.py."""
     shared = {"side": "ours", "model": "8b", "steps": 8, "dropout": 0.0, "device": "cuda", "compile": False}
     for case in SPEED_CASES:
         command = [sys.executable, str(REPOSITORY / "benchmarks/gpu.py"), "--case", json.dumps(shared | case)]
@@ -444,10 +444,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the trainings")
-    parser.add_argument("--kinds", nargs="+", default=["fp32", *KINDS], help="of base that are trained on")
-    parser.add_argument("--steps", type=int, help="of four rows in a training, where not the whole epoch is wanted")
-    parser.add_argument("--val-rows", type=int, default=40, help="held-out rows of a training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of the training runs")
+    parser.add_argument("--kinds", nargs="+", default=["fp32", *KINDS], help="kinds of base to train on")
+    parser.add_argument("--steps", type=int, help="steps of four rows per run; default: an epoch")
+    parser.add_argument("--val-rows", type=int, default=40, help="held-out rows of a run")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     lines = []

@@ -1,9 +1,9 @@
-"""What a checkpoint costs a run: the time that training stands still, and the time until it is on the disk.
+"""Cost of a checkpoint: the time that training stops, and the time until the checkpoint is on the disk.
 
 python benchmarks/checkpoint.py --architecture llama3_2_1b --lora-rank 16 [--folder /a/disk]
 
-Only the adapter and the optimizer's state exist, in their true shapes and filled with random numbers; a checkpoint
-holds nothing of the base. Compare the first figure with the seconds of one step.
+Adapter and optimizer state have their true shapes and random values. There is no base: a checkpoint holds none.
+Compare the first figure with the seconds of one step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tune2gguf.train.seeds import capture_random_state
 
 
 def build_adapter(architecture: str, *, rank: int, device: torch.device) -> tuple[CausalLM, torch.optim.Optimizer]:
-    """Return a model of which only the adapter has memory, and its optimizer after one step."""
+    """Return a model with memory for the adapter only, and its optimizer after one step."""
     with torch.device("meta"):
         model = build_lora_llama(
             ARCHITECTURES[architecture],
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write; default: the folder for temporary files")
+    parser.add_argument("--folder", type=Path, help="folder to write to; default: the system's temporary folder")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     model, optimizer = build_adapter(arguments.architecture, rank=arguments.lora_rank, device=device)

@@ -1,11 +1,11 @@
-"""One pass over the base against llama.cpp's own way, converter and then llama-quantize: CPU time, memory, disk.
+"""Export in one pass, compared with llama.cpp's converter and llama-quantize: CPU time, memory, disk.
 
     python benchmarks/export.py --model llama3_2_1b --case llama_cpp --out benchmarks/results/export_cpu.txt
 
-The base has random weights of the true shape, the adapter is random. Each run is a process of its own, no proof:
+Base and adapter have true shapes and random weights. Each run is a process of its own, without the proof:
 
-- llama_cpp: scripts/export.py, merging included, on the adapter of all linear layers; beside it the converter and
-  llama-quantize, from a merged folder that nobody times. By turns, medians.
+- llama_cpp: scripts/export.py, merging included, on the adapter of all linear layers. The converter and llama-quantize
+  start from a merged folder, whose time is not counted. The sides take turns; figures are medians.
 - peak: scripts/export.py once, for memory and disk of a model whose other side would take too long.
 
 The other side needs llama-cpp-python and llama.cpp's source (CONTRIBUTING.md).
@@ -62,7 +62,7 @@ print(usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one command with its children."""
+    """Cost of one command with its children."""
 
     seconds: float
     cpu_seconds: float
@@ -76,7 +76,7 @@ def measure(command: list[str]) -> Cost:
     environment = os.environ | {"PYTHONPATH": _join_python_path()}
     environment["LLAMA_CPP_SOURCE"] = str(oracle.get_source())
     begin = time.perf_counter()
-    # A small process in between: on Linux the peak of a child begins with what its parent holds.
+    # A small process in between: on Linux a child's peak starts at its parent's memory.
     finished = subprocess.run(
         [sys.executable, "-c", METER, *command],
         cwd=REPOSITORY,
@@ -101,7 +101,7 @@ def draw(generator: np.random.Generator, *shape: int) -> torch.Tensor:
 
 
 def write_random_run(base_dir: Path, run_dir: Path, *, modules: tuple[str, ...]) -> Path:
-    """Write a run with random weights: training one on a base of this size would take hours."""
+    """Write a run with random weights: training one on a base of this size takes hours."""
     generator, weights = np.random.default_rng(0), {}
     for spec in open_base(base_dir).specs.values():
         if spec.is_linear and any(module in spec.tune_name for module in modules):
@@ -130,7 +130,7 @@ def measure_disk(folder: Path) -> float:
 
 
 def take_median(costs: list[Cost]) -> Cost:
-    """Each figure's median, but the largest peak."""
+    """Return each figure's median, and the largest peak."""
     return Cost(
         statistics.median(cost.seconds for cost in costs),
         statistics.median(cost.cpu_seconds for cost in costs),
@@ -198,11 +198,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llama3_2_1b", choices=ARCHITECTURES)
     parser.add_argument("--case", nargs="+", default=["llama_cpp"], choices=CASES)
-    parser.add_argument("--base", type=Path, help="a base folder of this shape; default: one is made")
+    parser.add_argument("--base", type=Path, help="base folder of this architecture; default: a new one")
     parser.add_argument("--quantization", default="Q4_K_M")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for large temporary files; default: the system's")
-    parser.add_argument("--out", type=Path, help="file to append the result to; default: the terminal only")
+    parser.add_argument("--out", type=Path, help="file to append the result to; default: print only")
     arguments = parser.parse_args()
     begin = time.perf_counter()
     header = [

@@ -1,12 +1,12 @@
-"""From the command to the first step on 100 000 rows, cold and warm: tokenizing, its cache, and the memory it takes.
+"""Time and memory from the command to the first step on 100 000 rows, with a cold and a warm cache of tokens.
 
     python benchmarks/first_step.py --out benchmarks/results/first_step_cpu.txt
 
-The rows are those of make_rows.py, the tokenizer is Llama 3's, the model has a few random weights, so that what is
-timed is the way to the first step. Each run is the whole recipe in a process of its own, with the data options of the
-shipped config: start, config check, rows read, split, tokenized or mapped from the cache, model, validation loss and
-samples before training, then the first step; after it the same measurements, save and report. Memory is the peak of the
-process, and what it is over that of the same run on 100 rows.
+The rows are make_rows.py's and the tokenizer is Llama 3's. The model has few random weights, because the start is
+timed, not the training. Each run is the whole recipe in a process of its own, with the data options of the shipped
+config: start, config check, rows read, split, tokenized or mapped from the cache, model, validation loss and samples
+before training, first step, the same measurements after it, save and report. Memory is the process's peak, and the
+difference to the peak of the same run on 100 rows.
 """
 
 import argparse
@@ -52,12 +52,12 @@ def make_rows(path: Path, num_rows: int) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of one step took; times in seconds, memory in MB."""
+    """Cost of a run of one step; times in seconds, memory in MB."""
 
     first_step: float  # from the command to the first step's line in metrics.jsonl
     whole: float
     cpu: float  # of the run's process, user and system
-    others: float  # share of the machine's time that other processes took
+    others: float  # other processes' share of the machine's time
     memory: float
 
 
@@ -95,7 +95,7 @@ def run_one_step(rows: Path, folder: Path, name: str) -> Run:
 
 
 def watch(pid: int, metrics: Path) -> tuple[float | None, resource.struct_rusage]:
-    """Wait for a run's end; return when the first step stood in metrics.jsonl, and what the process used."""
+    """Wait for a run's end. Return the time of the first step's line in metrics.jsonl, and the process's usage."""
     first_step = None
     while True:
         if first_step is None and metrics.is_file() and '"tokens_per_second"' in metrics.read_text():
@@ -107,7 +107,7 @@ def watch(pid: int, metrics: Path) -> tuple[float | None, resource.struct_rusage
 
 
 def read_busy_seconds() -> float:
-    """Return what all processors together have worked since the start of the machine."""
+    """Return the busy time of all processors since the machine's start."""
     user, nice, system, _idle, _waiting, *interrupts = Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
     return sum(map(int, (user, nice, system, *interrupts))) / os.sysconf("SC_CLK_TCK")
 

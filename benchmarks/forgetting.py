@@ -1,9 +1,9 @@
-"""What a run loses of its base, by rate and epochs, and what the advice against it does at what held-out loss.
+"""Forgetting by learning rate and epochs, and the effect of the advice against it, with the held-out loss of each run.
 
 python benchmarks/forgetting.py [--devices 0 --jobs 5] --result benchmarks/results/forgetting_cpu.txt
 
-The quickstart's conversations on SmolLM2-135M-Instruct. `mixed` trains general rows beside them, as the advice on the
-run of RATE and EPOCHS has it; `half rate` and `fewer epochs` are its other advice. Finished runs are not repeated.
+Runs on the quickstart's conversations with SmolLM2-135M-Instruct. `mixed` adds general rows, as the advice of the run
+with RATE and EPOCHS says; `half rate` and `fewer epochs` are its other advice. Finished runs are not repeated.
 """
 
 import argparse
@@ -78,8 +78,8 @@ def describe(point: Point, out: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, out=Path("runs/forgetting"))
-    parser.add_argument("--rows", type=int, default=259, help="to train on")
-    parser.add_argument("--result", type=Path, help="keep the table")
+    parser.add_argument("--rows", type=int, default=259, help="training rows")
+    parser.add_argument("--result", type=Path, help="file to write the table to")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def main() -> None:
         settings = make_settings(point, out=out, num_rows=arguments.rows)
         train(get_run_dir(point, out), settings, device=device, **options)
 
-    for points in (GRID[::-1], ADVICE):  # general rows come of a run of the grid
+    for points in (GRID[::-1], ADVICE):  # general rows come from a run of the grid
         do_side_by_side(make, points, devices=arguments.devices, jobs=arguments.jobs)
     points = [*GRID, *ADVICE]
     base = Run(get_run_dir(points[0], out))

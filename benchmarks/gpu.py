@@ -4,14 +4,14 @@
     python benchmarks/gpu.py --models 8b --kinds lora --seq-lengths 4096 --rows full   # a part of it
 
 Random weights in the true shapes; rank 16, alpha 16, all linear layers, no dropout, AdamW, bf16. A sequence is one row
-(`full`), or a pack of four rows that attend to themselves only (`packs`; PEFT has none, and runs full rows). All tokens
-are supervised: the hardest case for this package, which skips the head for all others. Checkpointing is torch's own on
-every side; `unsloth offloaded` is Unsloth's default, which keeps what is checkpointed in the host's memory. 4-bit bases
-always run with it. Every case is a process of its own: some steps to warm up and compile, then the median of the timed
-steps. Model-FLOP utilization counts 4 N floating point operations a token (2 N forward, 2 N backward through frozen
-weights; attention and adapters not counted) against the device's dense bf16 peak. Needs torch, torchtune 0.6.1, torchao
-0.13 for the stock side; transformers and peft for theirs; for Unsloth a folder of its packages (train_unsloth.py says
-which) and one with bases: MODEL/ of scripts/make_random_base.py.
+(`full`), or a pack of four rows, each attending to itself only (`packs`; not for PEFT). All tokens are supervised: the
+hardest case for this package, which skips the head for other tokens. Every side uses torch's activation checkpointing;
+`unsloth offloaded` is Unsloth's default, which offloads the checkpointed activations to host memory. 4-bit bases always
+run with checkpointing. Every case is a process of its own: steps to warm up and compile, then the median of the timed
+steps. Model-FLOP utilization counts 4 N floating point operations per token (2 N forward, 2 N backward through frozen
+weights, no attention and adapters) against the device's dense bf16 peak. Needs torch, torchtune 0.6.1 and torchao 0.13
+for the stock side; transformers and peft for PEFT's; for Unsloth a folder of its packages (listed in train_unsloth.py)
+and a folder of bases: MODEL/ from scripts/make_random_base.py.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MODELS = {"1b": "llama3_2_1b", "3b": "llama3_2_3b", "8b": "llama3_1_8b"}
 SIDES = ("ours", "stock", "unsloth", "unsloth offloaded", "peft")
 RANK, ALPHA = 16, 16.0
 ROWS_PER_SEQUENCE = {"full": 1, "packs": 4}
-WARMUP_STEPS = {"unsloth": 4, "unsloth offloaded": 4}  # Unsloth compiles again on its way; the others take two
-BF16_PEAK = 989e12  # dense, of the H100 SXM and H200, by the vendor's data sheet
-BASES = {"lora": "bf16", "fp8": "fp8", "qlora": "nf4"}  # what a kind keeps the base in
+WARMUP_STEPS = {"unsloth": 4, "unsloth offloaded": 4}  # Unsloth recompiles later; the others need two
+BF16_PEAK = 989e12  # dense, H100 SXM and H200, from the vendor's data sheet
+BASES = {"lora": "bf16", "fp8": "fp8", "qlora": "nf4"}  # kind -> base_weights
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
@@ -108,7 +108,7 @@ def make_ours(arguments, device: str, world=None):
 
 
 def make_stock(arguments, device: str):
-    """Stock torchtune with its best settings: packs with flex attention, model and loss compiled, chunked loss."""
+    """Make stock torchtune with its best settings: flex attention for packs, model and loss compiled, chunked loss."""
     import torch
     from torchtune import training
     from torchtune.models import llama3_1, llama3_2
@@ -139,7 +139,7 @@ def make_stock(arguments, device: str):
     vocab_size = model.tok_embeddings.num_embeddings
     rows = getattr(arguments, "rows", "packs")
     tokens, labels, input_pos, row_lengths = make_pack(vocab_size, arguments.batch, arguments.seq, device, rows=rows)
-    # A row alone needs no mask: torchtune attends causally without one, through a faster kernel.
+    # A single row needs no mask: without one, torchtune's attention is causal and uses a faster kernel.
     inputs = {"mask": packed_block_causal_mask(row_lengths), "input_pos": input_pos} if rows == "packs" else {}
     ignored = torch.full((arguments.batch, 1), loss_module.ignore_index, device=device)
     shifted = torch.hstack((labels[:, 1:], ignored))
@@ -149,7 +149,7 @@ def make_stock(arguments, device: str):
 def make_peft(arguments, device: str):
     import peft
 
-    # peft refuses the torchao that stock torchtune needs beside it, although plain LoRA has no use for it.
+    # peft refuses the torchao version that stock torchtune needs, although plain LoRA does not use torchao.
     import peft.tuners.lora.torchao as peft_torchao
     import torch
     import transformers
@@ -171,7 +171,7 @@ def make_peft(arguments, device: str):
 
 
 def make_unsloth(arguments, device: str):
-    """Unsloth's model and its own batches without padding: one row of all, their lengths, positions that start anew."""
+    """Make Unsloth's model and its padding-free batches: rows joined into one, lengths, positions that restart."""
     from train_unsloth import describe_attention, link_base, load_model
 
     checkpointing = "unsloth" if arguments.side == "unsloth offloaded" else arguments.checkpointing
@@ -200,17 +200,17 @@ def make_unsloth(arguments, device: str):
         inputs["packed_seq_lengths"] = torch.cat(row_lengths).int()
 
     def compute_loss():
-        with torch.autocast(device, dtype=torch.bfloat16):  # as its Trainer does with bf16=True
+        with torch.autocast(device, dtype=torch.bfloat16):  # like its Trainer with bf16=True
             return model(**inputs, use_cache=False).loss
 
     return model, compute_loss, vocab_size
 
 
 def measure(arguments, make, device: str, *, reduce=None) -> dict:
-    """Train a few steps of what `make` makes and return tokens/s, peak memory and losses.
+    """Train the model from `make` for a few steps; return tokens/s, peak memory and losses.
 
     Args:
-        reduce: sums the gradients of parameters over processes, if there are several
+        reduce: all-reduces the gradients of parameters, if there are several processes
     """
     import torch
 
@@ -251,7 +251,7 @@ def measure(arguments, make, device: str, *, reduce=None) -> dict:
 
 
 def estimate_peak(arguments) -> float:
-    """Return what estimate_memory.py says of a case, GiB, without the CUDA context that torch does not count either."""
+    """Return estimate_memory.py's peak for a case, GiB, without the CUDA context, which torch does not count either."""
     import torch
 
     from tune2gguf.machine.memory import RunSpec, estimate_memory
@@ -280,7 +280,7 @@ def estimate_peak(arguments) -> float:
 
 
 def count_weights(model: str) -> int:
-    """Return the weights of a model's matrices, the output head counted once and the embedding's look-up not."""
+    """Return the number of weights in a model's matrices: with the output head, without the embedding."""
     from tune2gguf.base.layout import list_tensors
     from tune2gguf.model.architectures import ARCHITECTURES
 
@@ -314,7 +314,7 @@ def list_cases(arguments) -> list[dict]:
         if (kind == "qlora" and not checkpointing) or (side == "unsloth offloaded" and not checkpointing):
             continue
         if side == "peft" and (kind == "qlora" or rows == "packs"):
-            continue  # bitsandbytes would be another library's number; PEFT has no packs
+            continue  # PEFT's 4 bits would measure bitsandbytes; PEFT has no packs
         case = {"side": side, "model": model, "kind": kind, "seq": seq, "batch": arguments.batch, "rows": rows}
         compile = side == "stock" and not arguments.no_compile
         cases.append(case | {"compile": compile, "checkpointing": checkpointing})
@@ -322,7 +322,7 @@ def list_cases(arguments) -> list[dict]:
 
 
 def run_in_process(command: list[str], timeout: int, *, environment: dict[str, str] | None = None) -> dict | str:
-    """Run a case in a process of its own and return its result, or why there is none."""
+    """Run a case in a process of its own; return its result, or the reason why it has none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired:
@@ -361,9 +361,9 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="stock torchtune without its compiler")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--timeout", type=int, default=300, help="seconds a case may take")
+    parser.add_argument("--timeout", type=int, default=300, help="limit of a case in seconds")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--cases", type=json.loads, help="a JSON list of cases instead of the product of the others")
+    parser.add_argument("--cases", type=json.loads, help="JSON list of cases, instead of the other options' product")
     parser.add_argument("--case", help="run one case, given as JSON, and print its result (used by the script itself)")
     arguments = parser.parse_args()
     if arguments.case:
@@ -379,7 +379,7 @@ def main() -> None:
         environment = None
         if case["side"].startswith("unsloth"):
             if arguments.unsloth_site is None or arguments.bases is None:
-                sys.exit("the sides of Unsloth need --unsloth-site and --bases")
+                sys.exit("--unsloth-site or --bases is missing; Unsloth's sides need both")
             environment = make_unsloth_environment(arguments.unsloth_site)
         command = [sys.executable, __file__, "--case", json.dumps(case)]
         result = json.dumps(run_in_process(command, arguments.timeout, environment=environment))
@@ -396,7 +396,7 @@ def label_case(case: dict) -> str:
 
 
 def make_unsloth_environment(site: Path) -> dict[str, str]:
-    """Return the environment of Unsloth's process: its packages, and this repository for the models' shapes."""
+    """Return the environment of Unsloth's process: its packages, and this repository for the architectures."""
     from train_unsloth import make_environment
 
     environment = make_environment(site, Path(tempfile.gettempdir()) / "unsloth")

@@ -1,22 +1,22 @@
-"""A user's own run on one GPU: the recipe with a shipped config on rows of real length, beside torchtune and Unsloth.
+"""A user's run on one GPU, on rows of real length: the recipe with a shipped config, torchtune, Unsloth.
 
     python benchmarks/gpu_user.py --folder /dev/shm/bases --unsloth-site DIR --out benchmarks/results/gpu_user.txt
     python benchmarks/gpu_user.py --folder … --models 8b --kinds lora --sides ours     # a part of it
     python benchmarks/gpu_user.py --merge part1.txt part2.txt --out benchmarks/results/gpu_user.txt
 
-One epoch of the same conversations (one exchange, log-normal lengths, made by make_rows.py) with 8 rows a step, rank
-16, alpha 16, all linear layers, bf16, no dropout; the bases hold random weights in the true shapes.
+One epoch of the same conversations (one exchange, log-normal lengths, made by make_rows.py) with 8 rows per step, rank
+16, alpha 16, all linear layers, bf16, no dropout. The bases have true shapes and random weights.
 
     ours          the shipped config without dropout
-    ours shipped  the shipped config as it stands, dropout 0.1
+    ours shipped  the shipped config unchanged, dropout 0.1
     stock         torchtune's shipped config with these values, 2 x 4 rows
     stock best    compiled, without activation checkpointing, 8 x 1 rows
-    unsloth       as its notebooks: 2 x 4 rows without padding, its offloaded checkpointing, 8-bit AdamW
+    unsloth       like its notebooks: 2 x 4 rows without padding, its offloaded checkpointing, 8-bit AdamW
     unsloth best  8 x 1 rows without padding, no checkpointing, torch's fused AdamW
 
-Seconds of an epoch include the start, the load and the first compile: every run begins with empty caches of compiled
-kernels, unless --warm keeps those of the run before. Tokens per second: tokens of an average step over the median
-seconds between two steps, as the runs wrote them to their logs. The loss is the mean of the last eight steps.
+Seconds of an epoch include start, load and first compilation: every run starts without compiled kernels, unless --warm
+keeps those of the run before. Tokens per second: tokens of an average step over the median seconds between two steps in
+the runs' logs. The loss is the mean of the last eight steps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SECONDS_BETWEEN_LOOKS = 0.002
 
 @dataclass(frozen=True)
 class Rows:
-    """The conversations, and the same tokenized: a JSON list of {tokens, labels}."""
+    """The conversations, and their tokens: a JSON list of {tokens, labels}."""
 
     path: Path
     tokenized: Path
@@ -62,7 +62,7 @@ class Rows:
 
 
 def write_rows(folder: Path, count: int, base_dir: Path) -> Rows:
-    """Write rows to files of this process's own, as others may be at it in the same folder."""
+    """Write rows to files named after this process: others may write to the same folder."""
     from train_cases import describe_row
 
     from tune2gguf.data import chat_dataset
@@ -97,7 +97,7 @@ def make_our_command(
 
 
 def list_stock_options(base_dir: Path, rows: Path, out: Path) -> dict[str, object]:
-    """Return what torchtune's recipes get, so that rows, rank, layers and rows a step are ours."""
+    """Return the overrides that give torchtune's recipes our rows, rank, layers and rows per step."""
     return {
         "output_dir": out,
         "model.lora_attn_modules": "[q_proj,k_proj,v_proj,output_proj]",
@@ -156,7 +156,7 @@ def make_unsloth_command(kind: str, base_dir: Path, rows: Path, out: Path, *, be
 
 
 def watch(command: list[str], log: Path, output: Path, *, cwd: Path, environment: dict) -> tuple[float, list[float]]:
-    """Run the command; return its seconds, and the moments at which steps were logged."""
+    """Run the command; return its seconds, and the times of its steps in the log."""
     started, moments, seen = time.perf_counter(), [], 0
     with output.open("w") as file:
         process = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -172,7 +172,7 @@ def watch(command: list[str], log: Path, output: Path, *, cwd: Path, environment
 
 
 def make_environment(side: str, cwd: Path, out: Path, *, site: Path | None, warm: bool) -> dict[str, str]:
-    """Return the environment of a run whose compiled kernels are kept in a folder of its own."""
+    """Return the environment of a run with its own folder for compiled kernels."""
     caches = out.with_name(f"{out.name}-caches")
     if not warm:
         shutil.rmtree(caches, ignore_errors=True)
@@ -183,11 +183,11 @@ def make_environment(side: str, cwd: Path, out: Path, *, site: Path | None, warm
 
 
 def measure(side: str, model: str, kind: str, rows: Rows, arguments: argparse.Namespace) -> str:
-    """Run one side and return its line, or why there is none."""
+    """Run one side; return its line, or the reason why it has none."""
     folder, base_dir = arguments.folder.resolve(), arguments.folder.resolve() / MODELS[model]
     out = folder / f"{side}-{model}-{kind}".replace(" ", "-")
     shutil.rmtree(out, ignore_errors=True)
-    cwd = folder  # Not from the repository's root, where `tune` would find our recipes first.
+    cwd = folder  # Not the repository's root: there `tune` finds our recipes first.
     if side.startswith("ours"):
         shipped = side == "ours shipped"
         command, log = make_our_command(model, kind, base_dir, rows.path, out, shipped=shipped)
@@ -210,7 +210,7 @@ def measure(side: str, model: str, kind: str, rows: Rows, arguments: argparse.Na
 
 
 def read_last(log: Path) -> tuple[float, float]:
-    """Return the mean loss of the last eight steps, and the peak of memory in GiB."""
+    """Return the mean loss of the last eight steps, and the peak memory in GiB."""
     if log.suffix == ".jsonl":
         records = [json.loads(line) for line in log.read_text().splitlines()]
         records = [record for record in records if "loss" in record]
@@ -223,7 +223,7 @@ def read_last(log: Path) -> tuple[float, float]:
 
 
 def merge(paths: list[Path]) -> list[str]:
-    """Return the parts as one text: the first's description, every part's command, and the table's lines by case."""
+    """Return the parts as one text: the first part's header, every part's command, and the table's lines by case."""
     parts = [path.read_text().splitlines() for path in paths]
     headers = [part[:1] + part[2:5] for part in parts]
     assert all(header == headers[0] for header in headers), "the parts differ in machine, packages or rows"
@@ -242,16 +242,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "qlora"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES])
     parser.add_argument("--rows", type=int, default=320)
-    parser.add_argument("--warm", action="store_true", help="keep the compiled kernels of a run before")
-    parser.add_argument("--folder", type=Path, help="where bases are, and runs go")
+    parser.add_argument("--warm", action="store_true", help="keep the compiled kernels of earlier runs")
+    parser.add_argument("--folder", type=Path, help="folder of bases and runs")
     parser.add_argument("--unsloth-site", type=Path, help="a folder with Unsloth's packages; see train_unsloth.py")
-    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="make one text of several")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="merge the texts of several calls")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if not arguments.merge and arguments.folder is None:
         parser.error("--folder is missing")
     if not arguments.merge and arguments.unsloth_site is None and any("unsloth" in side for side in arguments.sides):
-        parser.error("the sides of Unsloth need --unsloth-site")
+        parser.error("--unsloth-site is missing; Unsloth's sides need it")
     return arguments
 
 
@@ -266,7 +266,7 @@ def main() -> None:
     for model in arguments.models:
         if not (arguments.folder / MODELS[model]).exists():
             missing = arguments.folder / MODELS[model]
-            sys.exit(f"python scripts/make_random_base.py --model {MODELS[model]} --out {missing}")
+            sys.exit(f"no base; make it: python scripts/make_random_base.py --model {MODELS[model]} --out {missing}")
     rows = write_rows(arguments.folder, arguments.rows, arguments.folder / MODELS[arguments.models[0]])
     lines = [
         gpu.describe_machine(),

@@ -1,21 +1,21 @@
-"""How training scales over the GPUs of a machine: speed, losses, start, checkpoints and memory on 1, 2, 4 and 8.
+"""Scaling over the GPUs of a machine: speed, losses, start, checkpoints and memory on 1, 2, 4 and 8 GPUs.
 
     python scripts/make_random_base.py --model llama3_1_8b --out /dev/shm/8b --device cuda
     python benchmarks/gpus.py --base /dev/shm/8b --out benchmarks/results/gpus.txt       # on all GPUs of the machine
     python benchmarks/gpus.py --base /dev/shm/8b --only packs --counts 1 2               # a part of it
 
-packs  per GPU a case of benchmarks/gpu.py, 8B: lora 2 x 4096, qlora 2 x 2048 with checkpointing. `shard by NCCL`
-       gathers as across machines. `stock` shards as torchtune's lora_finetune_distributed does, compiled.
+packs  a case of benchmarks/gpu.py per GPU, 8B: lora 2 x 4096, qlora 2 x 2048 with checkpointing. `shard by NCCL`
+       gathers as across machines. `stock` shards like torchtune's lora_finetune_distributed, compiled.
 rows   `tune run recipes/lora_finetune.py` with the shipped 8B config on conversations of real length (make_rows.py),
-       8 rows a GPU and step; without dropout, whose masks differ from GPU to GPU, and with a constant learning rate,
-       so that runs of other lengths have the same losses. `stock` is torchtune's lora_finetune_distributed with these
-       values on the same rows. Tokens/s: tokens of an average step over the
-       median seconds of a step, of the last two thirds of the steps. `worst loss`: the largest relative difference of
-       the first losses to those of one GPU with the same rows a step. `saved`: seconds for which a checkpoint stops
-       the training, and until it is whole. Every run begins without compiled kernels.
+       8 rows per GPU and step. No dropout, because its masks differ between GPUs; a constant learning rate, because
+       runs of other lengths must have the same losses. `stock` is torchtune's lora_finetune_distributed with these
+       values on the same rows. Tokens/s: tokens of an average step over the median seconds of a step, in the last two
+       thirds of the steps. `worst loss`: largest relative difference of the first losses to those of one GPU with the
+       same rows per step. `saved`: seconds for which a checkpoint stops the training, and until it is whole. Every run
+       starts without compiled kernels.
 
-Efficiency is tokens/s on N over N times tokens/s on one, both of this run. Cases of few GPUs run side by side. Peak and
-estimate are GiB a GPU, without what CUDA takes.
+Efficiency is tokens/s on N GPUs over N times tokens/s on one, both from this run. Cases of few GPUs run side by side.
+Peak and estimate are GiB per GPU, without CUDA's own memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SECONDS_BETWEEN_LOOKS = 0.002
 
 @dataclass(frozen=True)
 class Job:
-    """A case: `run` gets the environment that names its GPUs."""
+    """A case. `run` takes the environment with its GPUs."""
 
     part: str  # packs | rows
     case: str
@@ -63,7 +63,7 @@ class Job:
 
 
 def run_case(arguments) -> None:
-    """Train a few steps as one of several processes; the first prints the result of all."""
+    """Train a few steps as one of several processes. Rank 0 prints the result of all."""
     from tune2gguf.distributed.parallel import sum_gradients
     from tune2gguf.distributed.world import start_world, stop_world, wait_for_all
 
@@ -82,7 +82,7 @@ def run_case(arguments) -> None:
 
 
 def make_stock_sharded(arguments, device: str):
-    """Stock torchtune, sharded as its distributed recipe does it, with random weights."""
+    """Make stock torchtune with random weights, sharded like in its distributed recipe."""
     import torch
     from torchtune import training
     from torchtune.models import llama3_1
@@ -162,9 +162,9 @@ def launch_tune(num_gpus: int, recipe: str, config: str, options: dict) -> list[
 def follow(
     command: list[str], log: Path, out: Path, *, cwd: Path, environment: dict, timeout: int, stop_at: int, mark: Path
 ) -> tuple[list[float], float | None] | str:
-    """Run a command, and stop it at so many lines of its log; return their moments, and that at which `mark` was there.
+    """Run a command until its log has `stop_at` lines; return the times of the lines and of `mark`.
 
-    Seconds since the start. What went wrong is returned as a text.
+    Times are seconds since the start. A failure is returned as text.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     output, started, moments, marked = out.with_suffix(".output.txt"), time.perf_counter(), [], None
@@ -257,7 +257,7 @@ def run_stock(environment: dict, *, num_gpus: int, base: Path, rows: Path, timeo
     options = gpu_user.list_stock_options(base, rows, out)
     options |= {"tokenizer.max_seq_len": gpu_user.MAX_SEQ_LEN, "max_steps_per_epoch": STOCK_STEPS + 5}
     command = launch_tune(num_gpus, "lora_finetune_distributed", "llama3_1/8B_lora", options)
-    # Not from the repository's root, where `tune` would find our recipes first.
+    # Not from the repository's root: there `tune` finds our recipes first.
     found = follow(
         command,
         out / "logs/log.txt",
@@ -297,7 +297,7 @@ def list_row_jobs(counts: list[int], *, base: Path, rows: Path, timeout: int) ->
 
 
 def run_jobs(jobs: list[Job], *, num_gpus: int, deadline: float) -> Iterator[tuple[Job, dict | str]]:
-    """Run jobs in their order, side by side where there are GPUs for the next; yield each as it ends."""
+    """Run jobs in order, side by side if enough GPUs are free; yield each when it ends."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
     free, waiting, running = list(range(num_gpus)), list(jobs), {}
     with ThreadPoolExecutor(max_workers=num_gpus) as threads:
@@ -313,13 +313,13 @@ def run_jobs(jobs: list[Job], *, num_gpus: int, deadline: float) -> Iterator[tup
             for future in done:
                 job, mine = running.pop(future)
                 free = sorted([*free, *mine])
-                # A case that breaks must not cost the others their turn on the machine.
+                # A failed case must not stop the others.
                 error = future.exception()
                 yield job, future.result() if error is None else f"failed: {error!r}"
 
 
 def compare(results: dict[tuple[str, str, int], dict]) -> list[str]:
-    """Return the table: each case on several GPUs against one, and against the stock recipe."""
+    """Return the table: each case on several GPUs, relative to one GPU and to the stock recipe."""
     head = f"{'case':<16}{'':<15}{'GPUs':>4}{'tokens/s':>10}{'effic.':>8}{'x stock':>9}{'worst loss':>12}"
     lines = ["", head + f"{'peak':>8}{'estim.':>8}{'step 1':>8}{'saved':>14}"]
     for (case, side, count), found in results.items():
@@ -329,7 +329,7 @@ def compare(results: dict[tuple[str, str, int], dict]) -> list[str]:
         stock = results.get((case, "stock", count), {})
         if "step_s" in stock:
             stock = {"tokens_per_second": found["tokens_per_step"] / stock["step_s"]}
-        # Packs are drawn from one seed on every rank, so that one GPU has the same ones; rows are dealt out.
+        # Every rank draws its packs from one seed, so one GPU has the same packs; rows are split over ranks.
         packed = alone if count > 1 and "losses" not in found else None
         same = results.get((case, f"alone, {ROWS_PER_GPU * count} rows a step", 1), packed)
         worst = ""
@@ -351,13 +351,13 @@ def compare(results: dict[tuple[str, str, int], dict]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, help="folder of a random 8B base; rows and runs go beside it")
-    parser.add_argument("--counts", type=int, nargs="+", help="numbers of GPUs; by default 1, 2, 4 and 8, if present")
-    parser.add_argument("--only", choices=["packs", "rows"], help="one of both parts")
-    parser.add_argument("--sides", nargs="+", help="of the cases on several GPUs, these only")
+    parser.add_argument("--base", type=Path, help="folder of a random 8B base; rows and runs are beside it")
+    parser.add_argument("--counts", type=int, nargs="+", help="numbers of GPUs; default: 1, 2, 4 and 8, if present")
+    parser.add_argument("--only", choices=["packs", "rows"], help="run one part only")
+    parser.add_argument("--sides", nargs="+", help="sides to run on several GPUs; default: all")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a case of packs")
-    parser.add_argument("--timeout", type=int, default=150, help="seconds that a case may take")
-    parser.add_argument("--seconds", type=int, default=480, help="after so many no case is begun")
+    parser.add_argument("--timeout", type=int, default=150, help="limit of a case in seconds")
+    parser.add_argument("--seconds", type=int, default=480, help="no case starts after these seconds")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", help="run one case, given as JSON (used by the script itself, in each process)")
     arguments = parser.parse_args()
@@ -371,7 +371,7 @@ def main() -> None:
     jobs = []
     if arguments.only != "packs":
         if arguments.base is None:
-            sys.exit("the rows need --base; make one: python scripts/make_random_base.py --model llama3_1_8b --out DIR")
+            sys.exit("--base is missing; make one: python scripts/make_random_base.py --model llama3_1_8b --out DIR")
         folder = arguments.base.parent / f"gpus-{os.getpid()}"
         folder.mkdir()
         rows = write_rows(folder / "rows.jsonl", NUM_STEPS * ROWS_PER_GPU * max(counts))
@@ -379,7 +379,7 @@ def main() -> None:
     if arguments.only != "rows":
         jobs += list_pack_jobs(counts, steps=arguments.steps, timeout=arguments.timeout)
     jobs = [job for job in jobs if job.num_gpus == 1 or not arguments.sides or job.side in arguments.sides]
-    # Few GPUs first, so that these cases stand side by side; the stock sides last.
+    # Cases of few GPUs first, to run side by side; the stock sides last.
     jobs.sort(key=lambda job: (job.side == "stock", job.num_gpus))
     lines = [gpu.describe_machine(), "command: python benchmarks/gpus.py " + " ".join(sys.argv[1:]), ""]
     print("\n".join(lines), flush=True)

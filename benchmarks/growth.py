@@ -1,10 +1,10 @@
-"""How the cost of a training step grows on this CPU: with the length of the rows, their number, and the rank.
+"""Cost of a training step on this CPU by length of the rows, number of rows, and rank.
 
     python benchmarks/growth.py --out benchmarks/results/growth_cpu.txt
 
-Each point is a process of its own: a few layers of the true 1B shape with the whole head, random weights, bf16, half of
-the tokens supervised; the median time of its steps, and the peak of its memory less that of a step on 8 tokens, so that
-weights, adapters and optimizer do not count.
+Each point is a process of its own: a few layers of the 1B model with the whole head, random weights, bf16, half of the
+tokens supervised. Time is the median of its steps. Memory is its peak less the peak of a step on 8 tokens, which
+excludes weights, adapters and optimizer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TABLES = (
 
 
 def measure_here(options: dict) -> dict[str, float]:
-    """Return the seconds of a step and the memory in MB that it takes beside the model's, in this process."""
+    """Return the seconds of a step, and its memory in MB without the model's, in this process."""
     from tune2gguf.machine.devices import measure_peak
 
     case = make_case(options)
@@ -47,14 +47,14 @@ def make_case(options: dict) -> Case:
 
 
 def measure(options: dict) -> dict[str, float]:
-    """The same in a process of its own, whose peak is that of this point only."""
+    """Measure a point in a process of its own, whose peak is that of this point only."""
     command = [sys.executable, __file__, "--point", json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def make_table(title: str, name: str, values: tuple[int, ...], options: dict) -> list[str]:
-    """Measure every value of one option; return the lines of its table, each as a multiple of the first, too."""
+    """Measure every value of one option. Return the lines of its table, with multiples of the first value."""
     lines = [f"{title}", f"{name:>8}{'s a step':>12}{'x':>8}{'tokens/s':>12}{'MB beside':>12}{'x':>8}"]
     first = None
     for value in values:

@@ -1,10 +1,10 @@
-"""Host and GPU time of one forward and backward pass, with and without CUDA graphs, in the true shape of Llama-3.1-8B.
+"""Host and GPU time of one pass (forward and backward) of Llama-3.1-8B, with and without CUDA graphs.
 
     python benchmarks/host.py [--model 8b] [--kind lora] [--tokens 256 1024 8192]
 
-Random weights, made on the GPU; rank 16, dropout 0.05, no checkpointing; rows of 128 tokens. Host time: until the
-program has launched all of a pass, the GPU being idle before, without the loss's last look. GPU time: between events,
-of passes launched one behind the other, and so never less than the host's.
+Random weights; rank 16, dropout 0.05, no checkpointing; rows of 128 tokens. Host time: from an idle GPU until all
+kernels of a pass are launched, without reading the loss. GPU time: between events, for passes launched one after the
+other, so it is never less than the host's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROW = 128
 
 
 def make_pass(model, num_tokens: int):
-    """Return a function that takes a pass of so many tokens."""
+    """Return a function that runs a pass of `num_tokens` tokens."""
     import torch
 
     device, generator = model.head_weight.device, torch.Generator().manual_seed(0)
@@ -38,7 +38,7 @@ def make_pass(model, num_tokens: int):
 
 
 def measure(run, count: int = 7) -> tuple[float, float]:
-    """Return median host ms of a pass, and ms of one of several passes in a row."""
+    """Return the median host ms of a pass, and the ms per pass of several in a row."""
     import torch
 
     for _ in range(3):  # compiled, captured, replayed

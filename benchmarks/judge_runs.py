@@ -1,4 +1,4 @@
-"""Judge the recorded runs of verdict_runs.py by the verdict as it is now, and write the page that says how it did.
+"""Judge the recorded runs of verdict_runs.py with the current verdict, and write the page with the results.
 
 python benchmarks/judge_runs.py [--recorded benchmarks/results/verdict_runs.jsonl] [--docs docs]
 """
@@ -22,14 +22,14 @@ from tune2gguf.verdict.judge import LABELS, OVERFITTING, UNDERFITTING, Verdict, 
 
 RECORDED = REPOSITORY / "benchmarks/results/verdict_runs.jsonl"
 PAGE, FIGURE = "verdict_runs.md", "verdict_runs.svg"
-# Validation rows that a run is judged on again, drawn from its own, and how often.
+# Numbers of a run's validation rows to judge it on again, and draws of each.
 FEWER_ROWS, NUM_DRAWS = (6, 10, 20, 40), 5
 COLORS = dict(zip(KINDS, ("#c4601d", "#6f4bb5", "#b8508e", "#0b5cad", "#6a6f78"), strict=True))
 
 
 @dataclass(frozen=True)
 class JudgedRun:
-    """A recorded run and what the verdict says of it."""
+    """A recorded run and its verdict."""
 
     run: Run
     curves: Curves
@@ -43,7 +43,7 @@ class JudgedRun:
 
 
 def read_recorded(path: Path = RECORDED) -> list[JudgedRun]:
-    """Return the runs of a file that verdict_runs.py recorded, judged, in the order of data sets and kinds."""
+    """Judge the recorded runs of a file; return them in the order of data sets and kinds."""
     judged = []
     for data in read_json_lines(path):
         match = re.fullmatch(rf"({'|'.join(DATA_SETS)})-({'|'.join(KINDS)})-(\d+)", data["run"])
@@ -55,7 +55,7 @@ def read_recorded(path: Path = RECORDED) -> list[JudgedRun]:
 
 
 def make_curves(data: dict) -> Curves:
-    """Return the curves of a record that holds what verdict_runs.describe_run returns."""
+    """Return the curves of a record from verdict_runs.describe_run."""
     tokens = tuple(data["row_tokens"])
     training = [
         TrainingStep(step=number, epoch=0, loss=loss, lr=lr)
@@ -80,7 +80,7 @@ def _make_validation(step: int, epoch: int, losses: Sequence[float], tokens: Seq
 
 
 def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
-    """Return the curves as they would be if these were the only validation rows."""
+    """Return the curves over these validation rows only."""
     validations = [
         _make_validation(
             one.step, one.epoch, [one.row_losses[row] for row in rows], [one.row_tokens[row] for row in rows]
@@ -91,7 +91,7 @@ def take_rows(curves: Curves, rows: Sequence[int]) -> Curves:
 
 
 def foresee_early(curves: Curves) -> Outlook | None:
-    """Return what the run said at a third of its steps; None where it said nothing."""
+    """Return the label that the run forecast at a third of its steps, or None."""
     num_steps = len(curves.training)
     for number in range(1, len(curves.trained) + 1):
         last = curves.trained[number - 1].step
@@ -104,7 +104,7 @@ def foresee_early(curves: Curves) -> Outlook | None:
 
 
 def format_early(judged: Sequence[JudgedRun]) -> str:
-    """Return a Markdown table: of the runs that were told a label at a third, how they ended."""
+    """Return a Markdown table: final labels by the label forecast at a third."""
     told = [(foresee_early(one.curves), one.verdict.label) for one in judged]
     lines = ["| told at a third | " + " | ".join(LABELS) + " |", "|---|" + "---|" * len(LABELS)]
     for likely in (*EARLY_RECORDED, None):
@@ -114,7 +114,7 @@ def format_early(judged: Sequence[JudgedRun]) -> str:
 
 
 def format_table(judged: Sequence[JudgedRun]) -> str:
-    """Return the runs as a Markdown table; a label that is not the expected one is bold."""
+    """Return the runs as a Markdown table. Wrong labels are bold."""
     lines = [
         "| run | made to be | judged | base | best (step) | final (step) | rise, % of gain | further gain, % |",
         "|---|---|---|---|---|---|---|---|",
@@ -131,19 +131,19 @@ def format_table(judged: Sequence[JudgedRun]) -> str:
 
 
 def format_share(figures: dict[str, float], name: str) -> str:
-    """Return a share with its interval, in percent; a dash where the verdict did not come to it."""
+    """Return a share with its interval, in percent, or a dash if the verdict has none."""
     if name not in figures:
         return "–"
     return "{:.1f} ({:.1f} … {:.1f})".format(*(100 * figures[key] for key in (name, f"{name}_low", f"{name}_high")))
 
 
 def count_reversed(pairs: Sequence[tuple[str, str]]) -> int:
-    """Return how many pairs of expected and judged are an overfit called an underfit, or the reverse."""
+    """Count the pairs (expected, judged) that take overfitting for underfitting or the reverse."""
     return sum({expected, label} == {OVERFITTING, UNDERFITTING} for expected, label in pairs)
 
 
 def judge_on_fewer_rows(judged: Sequence[JudgedRun]) -> dict[int, list[tuple[str, str]]]:
-    """Return, by the number of rows, expected and judged label of each run on rows drawn from its own."""
+    """Return number of rows -> (expected, judged) labels of each run, on rows drawn from its own."""
     generator, found = np.random.default_rng(0), {}
     for num_rows in FEWER_ROWS:
         found[num_rows] = [
@@ -156,7 +156,7 @@ def judge_on_fewer_rows(judged: Sequence[JudgedRun]) -> dict[int, list[tuple[str
 
 
 def format_fewer_rows(found: dict[int, list[tuple[str, str]]]) -> str:
-    """Return a Markdown table: of each expected label how often it was judged so, left open, or taken for another."""
+    """Return a Markdown table: counts of judged labels by number of rows and expected label."""
     lines = ["| rows | made to be | " + " | ".join(LABELS) + " |", "|---|---|" + "---|" * len(LABELS)]
     for num_rows, pairs in found.items():
         for expected in dict.fromkeys(expected for expected, _ in pairs):
@@ -166,7 +166,7 @@ def format_fewer_rows(found: dict[int, list[tuple[str, str]]]) -> str:
 
 
 def draw_curves(judged: Sequence[JudgedRun], path: Path) -> None:
-    """Write the validation loss of every run over the fraction of its steps, a panel for each data set."""
+    """Plot the validation loss of every run over the fraction of its steps, one panel per data set."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "verdict_runs", "svg.fonttype": "none", "font.size": 9})
@@ -234,7 +234,7 @@ The same runs, each judged {NUM_DRAWS} times on rows drawn from its validation o
 
 
 def describe_kind(name: str, judged: Sequence[JudgedRun]) -> str:
-    """Return what is special about a kind of run, and where its runs were made."""
+    """Return a kind's settings, expected label and devices as text."""
     kind, made_on = KINDS[name], sorted({one.made_on for one in judged if one.run.kind_name == name})
     settings = ", ".join(f"{key} {value}" for key, value in kind.settings.items())
     rows = "" if kind.num_rows is None else f"{kind.num_rows} rows to train on, "

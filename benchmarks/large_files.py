@@ -1,13 +1,12 @@
-"""A large file from its bytes to the rows of a run, beside `datasets.map` of the same work: time, CPU time, memory.
+"""Preparing a large file, compared with `datasets.map` for the same work: time, CPU time, memory.
 
     python benchmarks/large_files.py --rows 1000000 --out benchmarks/results/large_files_cpu.txt
 
-The rows are conversations of make_rows.py of about 200 tokens, the tokenizer is Llama 3's. Ours is `chat_dataset`:
-read, checked row by row, tokenized, split, compared with each other, accounted for in the ledger. The other is what
-`load_dataset("json", …).map(…, batched=True, num_proc=cores)` takes to make input_ids and labels with the same
-rendering and the same tokenizer; it checks and compares nothing. Both begin without a cache, and start a second time
-with it. Each is a process of its own; memory is the most that it and its processes held together (proportional set
-size, sampled), without pages of files that are only mapped.
+The rows are conversations of about 200 tokens from make_rows.py; the tokenizer is Llama 3's. Ours is `chat_dataset`: it
+reads, checks each row, tokenizes, splits, compares the rows and writes the ledger. The other side is
+`load_dataset("json", …).map(…, batched=True, num_proc=cores)`: it makes input_ids and labels with the same rendering
+and tokenizer, and checks nothing. Both run first without a cache, then with it. Each run is a process of its own.
+Memory is the sampled peak of the proportional set size of all its processes, without mapped files.
 """
 
 import argparse
@@ -67,7 +66,7 @@ lengths = sum(map(len, (row for batch in data.with_format("arrow").iter(10_000) 
 print(len(split["train"]) + len(split["test"]), lengths)
 """
 
-# What the process that reads a file holds of its rows, whatever their text: index, selection and ledger of random rows.
+# Memory of the reading process without the rows' text: index, selection and ledger of random rows.
 INDEX = """
 import sys, time
 import numpy as np
@@ -105,10 +104,10 @@ INDEX_ROWS = 1_000_000
 
 @dataclass(frozen=True)
 class Run:
-    """What a process took; times in seconds, memory in MB."""
+    """Cost of a process; times in seconds, memory in MB."""
 
     wall: float
-    cpu: float  # with its own processes
+    cpu: float  # with its child processes
     peak: float
     rows: int
     tokens: int
@@ -177,7 +176,7 @@ def measure_index() -> str:
 
 
 class _Watch:
-    """Samples the memory of a process and all below it."""
+    """Samples the memory of a process and its descendants."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.peak, self.is_over = pid, 0.0, threading.Event()
@@ -206,7 +205,7 @@ def _list_tree(pid: int) -> list[int]:
 
 
 def _measure_held(pid: int) -> float:
-    """Return bytes of memory that are the process's own, or its part of what several share."""
+    """Return the process's anonymous and shared memory in bytes, shared pages divided by their users."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:
@@ -259,7 +258,7 @@ def main() -> None:
                 shutil.rmtree(cache)
             counts = {(run.rows, run.tokens) for run in runs.values()}
             if len(counts) > 1:
-                raise RuntimeError(f"the two do not make the same rows: {counts}")
+                raise RuntimeError(f"rows and tokens differ between the sides: {counts}")
             rows, tokens = counts.pop()
             lines += ["", f"{name}: {tokens / rows:.0f} tokens a row", *format_runs(name, runs)]
             print("\n".join(lines[-8:]), flush=True)

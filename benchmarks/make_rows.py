@@ -1,4 +1,4 @@
-"""Write a JSONL file of conversations that look like real ones in length and shape, the same for the same seed.
+"""Write a JSONL file of conversations with realistic lengths and turns. The seed determines every row.
 
 python benchmarks/make_rows.py OUT.jsonl [--rows 100000] [--seed 0]
 """
@@ -45,7 +45,7 @@ def write_text(generator: random.Random, num_words: int) -> str:
 
 
 def make_row(generator: random.Random, *, max_exchanges: int = 4) -> dict:
-    """Return a conversation of 1 to 4 exchanges; lengths are log-normal, as those of chat data sets are."""
+    """Return a conversation of 1 to 4 exchanges, with log-normal lengths like those of chat data sets."""
     messages = []
     if generator.random() < 0.2:
         messages.append({"role": "system", "content": write_text(generator, generator.randrange(5, 40))})

@@ -1,9 +1,9 @@
-"""Write two data sets of verdict_runs.py: orders to JSON, and unit conversions with their step.
+"""Write two data sets of verdict_runs.py: orders as JSON, and unit conversions with their step.
 
 python benchmarks/make_verdict_data.py benchmarks/data
 
-Training and validation rows are drawn from one distribution, no two rows of a set are equal, and the same seed gives
-the same bytes. Everything in them is invented. Apache-2.0, like the rest of the repository.
+Training and validation rows come from one distribution, without duplicates. The same seed gives the same bytes. All
+content is invented. Apache-2.0, like the rest of the repository.
 """
 
 import argparse
@@ -18,7 +18,7 @@ NAMES = (  # noqa: SIM905
     "Priya Tomas Aiko Brigid Emeka Lotte Rashid Ingrid Mateo Yara Conor Nadia Felix Amara Oskar Leila Hugo Sanna Idris "
     "Petra Kwame Elif Bruno Maeve"
 ).split()
-# Which van serves a city is in no message: it has to be learned from rows with that city, of which few rows lack many.
+# No message says which van serves a city: it must be learned from rows with that city, and few rows miss many cities.
 VANS = {
     "north": ("Bergen", "Turku", "Malmo", "Aarhus"),
     "south": ("Porto", "Trieste", "Vigo", "Lyon"),
@@ -43,7 +43,7 @@ ORDERS = (
 )
 EXTRACTION_PROMPT = "Give the order as JSON with name, city, van, item, quantity and date (MM-DD).\n"
 
-# From, to, how many of the smaller make one of the larger.
+# (larger unit, smaller unit, smaller ones per larger one).
 UNITS = (
     ("kilometres", "metres", 1000),
     ("metres", "centimetres", 100),
@@ -86,7 +86,7 @@ def make_order(generator: random.Random) -> tuple[str, str]:
 
 
 def make_conversion(generator: random.Random) -> tuple[str, str]:
-    """Return a question about units, and its answer with the step that leads to it."""
+    """Return a question about units, and its answer with the calculation."""
     large, small, factor = generator.choice(UNITS)
     number = generator.randint(2, 30)
     question = generator.choice(QUESTIONS).format(large=large, small=small, number=number)
@@ -94,7 +94,7 @@ def make_conversion(generator: random.Random) -> tuple[str, str]:
 
 
 def make_rows(make: Callable[[random.Random], tuple[str, str]], num_rows: int) -> list[str]:
-    """Return that many different conversations, a JSON object a line."""
+    """Return `count` different conversations, one JSON object per line."""
     generator = random.Random(SEED)
     rows: dict[str, str] = {}
     while len(rows) < num_rows:

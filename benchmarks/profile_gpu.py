@@ -1,9 +1,9 @@
-"""Where the time of a training step on a GPU goes, kernel by kernel, for a case of benchmarks/gpu.py.
+"""Time of a training step on a GPU by kernel, for a case of benchmarks/gpu.py.
 
     python benchmarks/profile_gpu.py '{"side": "ours", "model": "8b", "kind": "lora", "batch": 2, "seq": 4096}'
 
 Three steps to warm up, the median of five, then one under torch's profiler. The floor is the time of the large products
-alone: 4 N FLOPs a token at the rate at which this GPU multiplies two large bf16 matrices.
+alone: 4 N FLOPs per token at this GPU's rate for the product of two large bf16 matrices.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", type=json.loads, help="as benchmarks/gpu.py takes them")
+    parser.add_argument("case", type=json.loads, help="JSON of a case of benchmarks/gpu.py")
     parser.add_argument("--num-kernels", type=int, default=28, help="kernels listed")
     arguments = parser.parse_args()
     case = argparse.Namespace(**DEFAULTS | arguments.case)

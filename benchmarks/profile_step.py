@@ -1,12 +1,12 @@
-"""Where the time of a training step goes on this CPU, against the floor that its matrix products set.
+"""Time of a training step on this CPU by operator, and relative to its matrix products alone.
 
     python benchmarks/profile_step.py --out benchmarks/results/profile_cpu.txt
     python benchmarks/profile_step.py --layers 4 --dtype fp32 --supervised 1.0
 
-One step is forward, loss, backward, clipping and AdamW of the true 1B shape with random weights, adapters of rank 16 on
-all linear layers. Floor: the step's floating point operations in matrix products and attention, counted by torch while
-it runs, divided by the highest rate at which oneDNN multiplies one of the model's frozen weights here. The time is the
-median of steps without the profiler; the table is from one step with it, by torch's own operators.
+One step is forward, loss, backward, clipping and AdamW of the 1B model with random weights and adapters of rank 16 on
+all linear layers. Floor: the step's floating point operations in matrix products and attention, as counted by torch,
+over oneDNN's highest rate for a product with one of the model's frozen weights here. The time is the median of steps
+without the profiler; the table is from one step with it, by torch's operators.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A step to be timed: batch x seq tokens, of which a share is supervised."""
+    """A step to time: batch x seq tokens, and the supervised share."""
 
     architecture: Architecture
     batch: int = 2
@@ -68,7 +68,7 @@ class Case:
 
 
 def make_model(case: Case) -> CausalLM:
-    """Return the model with random weights, its adapter included, so that no gradient is zero."""
+    """Return the model with random weights. The adapter's are random, too: no gradient is zero."""
     prepare_cpu(1)
     with torch.device("meta"):
         model = build_lora_llama(
@@ -123,7 +123,7 @@ def time_steps(step, num_steps: int) -> float:
 
 
 def measure_rates(case: Case) -> dict[str, float]:
-    """Return the floating point operations a second of each product with a frozen weight, forward and backward."""
+    """Return FLOP/s of each product with a frozen weight, forward and backward."""
     dtype, rows = DTYPES[case.dtype], case.batch * case.seq
     shapes = sorted({spec.shape for spec in list_tensors(case.architecture) if len(spec.shape) == 2})
     rates = {}
@@ -137,7 +137,7 @@ def measure_rates(case: Case) -> dict[str, float]:
 
 
 def count_flops(step) -> dict[str, int]:
-    """Return the floating point operations of a step by operator; attention is counted as the products it holds."""
+    """Return the FLOPs of a step by operator. Attention counts as its matrix products."""
     from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten
@@ -162,7 +162,7 @@ def count_flops(step) -> dict[str, int]:
 
 
 def classify(name: str, shapes: list, case: Case) -> str:
-    """Return the group that an operator belongs to, by its name and the shapes of its inputs."""
+    """Return an operator's group, by its name and the shapes of its inputs."""
     if name in PRODUCTS:
         dims = {dim for shape in shapes for dim in shape if isinstance(shape, (list, tuple))}
         if case.architecture.vocab_size in dims:
@@ -188,7 +188,7 @@ def profile(case: Case, step) -> tuple[dict[str, float], list[tuple[str, float, 
 
 
 def describe(case: Case, *, num_steps: int, num_operators: int) -> list[str]:
-    """Measure a case; return the lines that say what was found."""
+    """Measure a case; return the lines of its result."""
     model = make_model(case)
     step = make_step(case, model)
     seconds = time_steps(step, num_steps)

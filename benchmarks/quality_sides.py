@@ -19,7 +19,7 @@ from tune2gguf.model.architectures import Architecture, read_architecture
 from tune2gguf.model.loss import IGNORED_LABEL
 from tune2gguf.train.schedules import get_schedule
 
-# The quickstart's, which suit its model, with 8 rows a step.
+# The quickstart's values, which suit its model, with 8 rows per step.
 ROWS_PER_STEP, EPOCHS, LEARNING_RATE, WARMUP_STEPS = 8, 3, 1e-3, 10
 RANK, ALPHA, DROPOUT, WEIGHT_DECAY, CLIP_GRAD_NORM = 16, 16, 0.1, 0.01, 1.0
 MAX_SEQ_LEN = 512
@@ -30,7 +30,7 @@ Row = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Task:
-    """What a side trains: rows as a file for ours, tokenized by our own data path for the others."""
+    """The rows of a run: a file for our side, tokens from our data path for the others."""
 
     base_dir: Path
     rows_file: Path
@@ -70,7 +70,7 @@ def make_arguments(base_dir: Path, rows_file: Path, device: str) -> list[str]:
 
 
 def tokenize(base_dir: Path, rows_file: Path) -> list[Row]:
-    """Return a file's rows as every side takes them, from the recipe's own data path."""
+    """Return a file's rows as tokens and labels, from the recipe's data path."""
     cfg = load_config(make_arguments(base_dir, rows_file, "cpu"))
     tokenizer = build_component(cfg.tokenizer)
     data = build_component(cfg.dataset, tokenizer=tokenizer, max_seq_len=MAX_SEQ_LEN, seed=0)
@@ -78,7 +78,7 @@ def tokenize(base_dir: Path, rows_file: Path) -> list[Row]:
 
 
 def train_ours(task: Task) -> Adapter:
-    """Run the recipe by its own entry point, as its command does."""
+    """Run the recipe by its entry point, like its command."""
     from safetensors.torch import load_file
 
     if sys.path[0] != str(REPOSITORY):  # torchtune has a package of that name, too
@@ -96,9 +96,9 @@ def train_ours(task: Task) -> Adapter:
 
 
 def train_peft(task: Task) -> Adapter:
-    """Train with transformers and PEFT in the leanest loop: rows shuffled by the seed, the mean over a step's tokens.
+    """Train with transformers and PEFT in a simple loop: rows shuffled by the seed, loss averaged over a step's tokens.
 
-    The adapter is in float32, as PEFT has it over a base in bf16.
+    The adapter is float32: PEFT's default over a bf16 base.
     """
     import peft
     from train_peft import load_model, make_batch
@@ -109,14 +109,14 @@ def train_peft(task: Task) -> Adapter:
     generator = torch.Generator().manual_seed(task.seed)
     orders = (torch.randperm(len(task.rows), generator=generator).tolist() for _ in range(EPOCHS))
     take_steps(model, task, orders, lambda rows: model(**move(make_batch(rows), task.device)).loss)
-    # The names of our own adapter files, on which the judge relies.
+    # The judge expects the names of our adapter files.
     return {name: weight.cpu() for name, weight in peft.get_peft_model_state_dict(model).items()}
 
 
 def train_stock(task: Task) -> Adapter:
-    """Train as torchtune's lora_finetune_single_device does: its model, loss, collation and order of rows, all bf16.
+    """Train like torchtune's lora_finetune_single_device: its model, loss, collation and order of rows, all bf16.
 
-    Its sampler has the seed 0 whatever the config's seed is; adapter and dropout follow that.
+    Its sampler always has seed 0; the config's seed sets adapter and dropout.
     """
     from torchtune import training
     from torchtune.data import padded_collate_sft
@@ -144,7 +144,7 @@ def train_stock(task: Task) -> Adapter:
 
 
 def get_heads(shape: Architecture) -> dict[str, int]:
-    """Return what torchtune asks for to turn weights from one layout into another."""
+    """Return the arguments of torchtune's conversion between weight layouts."""
     heads = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads}
     return heads | {"dim": shape.embed_dim, "head_dim": shape.head_dim}
 
@@ -156,7 +156,7 @@ def list_stock_orders(sampler: torch.utils.data.DistributedSampler) -> Iterator[
 
 
 def load_stock_model(task: Task) -> torch.nn.Module:
-    """Return torchtune's LoRA model in bf16, its adapter included, with the base's weights."""
+    """Return torchtune's LoRA model with the base's weights; the adapter is bf16, too."""
     from safetensors.torch import load_file
     from torchtune import training
     from torchtune.models.convert_weights import hf_to_tune
@@ -183,7 +183,7 @@ def load_stock_model(task: Task) -> torch.nn.Module:
 
 
 def take_steps(model: torch.nn.Module, task: Task, orders: Iterator[list[int]], compute_loss) -> None:
-    """Train all epochs with the optimizer, schedule and clipping that the recipe has, too."""
+    """Train all epochs with the recipe's optimizer, schedule and clipping."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     num_steps = EPOCHS * -(-len(task.rows) // ROWS_PER_STEP)
@@ -202,7 +202,7 @@ def move(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
 
 
 class Judge:
-    """transformers in float32 on the base with an adapter merged into it: one measure for all sides."""
+    """transformers in float32 with the adapter merged into the base: one measure for all sides."""
 
     def __init__(self, base_dir: Path, device: str) -> None:
         import transformers
@@ -213,7 +213,7 @@ class Judge:
 
     @torch.no_grad()
     def measure(self, rows: list[Row], adapter: Adapter | None = None) -> float:
-        """Return the loss of rows in nats per supervised token, without an adapter that of the base."""
+        """Return the loss of rows in nats per supervised token. No adapter: the base's loss."""
         kept = self._merge(adapter or {})
         total, count = 0.0, 0
         for start in range(0, len(rows), ROWS_JUDGED_TOGETHER):
@@ -232,7 +232,7 @@ class Judge:
         return total / count
 
     def _merge(self, adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
-        """Add the adapter to the weights; return each changed one with what it was."""
+        """Add the adapter to the weights; return each changed weight with its old value."""
         kept, merged = [], 0
         for name, lora_a in adapter.items():
             if not name.endswith(".lora_A.weight"):

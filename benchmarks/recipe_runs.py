@@ -1,4 +1,4 @@
-"""Runs of the recipe, several side by side on one or more devices; finished ones are not repeated."""
+"""Runs of the recipe, several side by side on one or more devices. Finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tune2gguf.commands import format_overrides
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "examples/quickstart/lora.yaml"
 SMOLLM2 = REPOSITORY / "models/SmolLM2-135M-Instruct"
-# Written last, when a run has ended.
+# The last file of a finished run.
 END_FILE = "verdict.json"
 
 T = TypeVar("T")
@@ -29,15 +29,15 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, out: Path) -> None:
-    """Add what says where the runs go and on what they compute."""
-    parser.add_argument("--out", type=Path, default=out, help="the runs' folders and logs")
+    """Add the options for output folder, devices, jobs and precision."""
+    parser.add_argument("--out", type=Path, default=out, help="folder of the runs and their logs")
     parser.add_argument("--devices", nargs="+", default=["cpu"], help="numbers of GPUs, or cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side on each device")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of base and computation")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side per device")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="dtype of base and computation")
 
 
 def do_side_by_side(do: Callable[[T, str], object], tasks: Sequence[T], *, devices: list[str], jobs: int) -> None:
-    """Call do(task, device) for each task, so many at a time on each device, in the order of the tasks."""
+    """Call do(task, device) for each task in order, `jobs` at a time on each device."""
     free: queue.Queue[str] = queue.Queue()
     for device in devices * jobs:
         free.put(device)
@@ -54,7 +54,7 @@ def do_side_by_side(do: Callable[[T, str], object], tasks: Sequence[T], *, devic
 
 
 def make_overrides(run_dir: Path, settings: Mapping[str, Any], *, device: str, precision: str) -> dict[str, Any]:
-    """Return the overrides of a run of the quickstart's config without samples, on a device as in --devices."""
+    """Return the overrides of the quickstart's config for a run without samples, on one of --devices."""
     return {
         "device": "cpu" if device == "cpu" else "cuda",
         "dtype": precision,
@@ -69,7 +69,7 @@ def make_overrides(run_dir: Path, settings: Mapping[str, Any], *, device: str, p
 
 
 def run_recipe(run_dir: Path, arguments: Sequence[str], *, device: str, threads: int) -> bool:
-    """Run the recipe with these arguments; return whether its run has ended. What it says is beside its folder."""
+    """Run the recipe with these arguments; return whether the run finished. Its output is beside its folder."""
     if is_finished(run_dir):
         return True
     run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def run_recipe(run_dir: Path, arguments: Sequence[str], *, device: str, threads:
 
 
 def train(run_dir: Path, settings: Mapping[str, Any], *, device: str, precision: str, threads: int) -> bool:
-    """Train with the quickstart's config and these settings, unless the run has ended; return whether it has."""
+    """Train with the quickstart's config and these settings, unless the run is finished; return whether it is now."""
     overrides = make_overrides(run_dir, settings, device=device, precision=precision)
     arguments = ["--config", str(CONFIG), *format_overrides(overrides)]
     return run_recipe(run_dir, arguments, device=device, threads=threads)

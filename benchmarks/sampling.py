@@ -1,9 +1,9 @@
-"""Measure how often a run's exported file answers its validation prompts as it does greedily, by temperature.
+"""Measure how often sampled replies to validation prompts equal the greedy ones, by temperature.
 
     python benchmarks/sampling.py runs/quickstart --record benchmarks/results/sampling_quickstart.txt
 
-The proof is greedy, so this is the share of what was proven that a user gets. Sampling is otherwise neutral, as the
-Modelfile has it. Besides whole replies the figures in them are compared: times, prices, counts.
+The proof is greedy: this is the share of proven replies that a user gets. Sampling is otherwise neutral, as in the
+Modelfile. Besides whole replies, their figures are compared: times, prices, counts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_REPLY_TOKENS = 100
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--replies", type=int, default=5, help="for each prompt and temperature above 0")
+    parser.add_argument("--replies", type=int, default=5, help="replies per prompt at each temperature above 0")
     parser.add_argument("--record", type=Path)
     return parser.parse_args()
 
@@ -35,7 +35,7 @@ def find_figures(reply: str) -> list[str]:
 
 
 def measure(model: LlamaCppModel, prompts: list[list[dict]], *, num_replies: int) -> list[str]:
-    """Return a line for each temperature: replies, share of the greedy words, share of the greedy figures."""
+    """Return a line per temperature: replies, share with the greedy words, share with the greedy figures."""
     greedy = [model.chat(prompt, max_tokens=MAX_REPLY_TOKENS).text.split() for prompt in prompts]
     lines = ["temperature  replies  same words  same figures"]
     for temperature in TEMPERATURES:

@@ -1,10 +1,10 @@
-"""What several processes of a run on one machine take together, beside one process so many times over.
+"""Memory of several processes of a run on one machine, relative to as many separate processes.
 
 python benchmarks/shared_base.py --base-dir models/a-random-1B --processes 2 4
 
-One optimizer step of the recipe, parallel=replicate, on the CPU; the base is made with scripts/make_random_base.py.
-Memory is the sum of the processes' proportional set sizes: what n of them share counts once. It is looked at ten times
-a second, apart for the time until the first step begins (loading) and for the whole run.
+One optimizer step of the recipe, parallel=replicate, on the CPU, with a base from scripts/make_random_base.py. Memory
+is the sum of the processes' proportional set sizes, which counts shared pages once. It is sampled ten times a second;
+peaks are taken until the first step starts (loading) and over the whole run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GIGABYTE = 1e9
 
 @dataclass
 class Peak:
-    """The most bytes of all processes together, and seconds from start to end."""
+    """Peak bytes of all processes together, and seconds from start to end."""
 
     loading: int = 0
     run: int = 0
@@ -58,7 +58,7 @@ def make_arguments(base_dir: Path, folder: Path, *, num_rows: int, base_weights:
 
 
 def measure(command: list[str], output_dir: Path) -> Peak:
-    """Run the command; its output folder appears when its base is loaded."""
+    """Run the command and measure it. Its output folder appears when its base is loaded."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     peak, started = Peak(), time.perf_counter()
     with tempfile.TemporaryFile() as output:
@@ -84,7 +84,7 @@ def measure_pss(pid: int) -> int:
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
             total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError, StopIteration):
-        pass  # one of them ended meanwhile
+        pass  # the process ended meanwhile
     return total
 
 
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def measure_run(base_dir: Path, folder: Path, base_weights: str, *, size: int) -> Peak:
-    """Measure a run of so many processes, each of which takes one row."""
+    """Measure a run of `size` processes with one row each."""
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={size}"]
     options = make_arguments(base_dir, folder, num_rows=size, base_weights=base_weights)
     return measure([*launcher, *options, f"output_dir={folder / 'run'}"], folder / "run")

@@ -3,14 +3,13 @@
     python benchmarks/train.py --folder /tmp/train --out benchmarks/results/train_cpu.txt
     python benchmarks/train.py --folder /tmp/train --cases "1b bf16 2x256 50%" --sides ours peft --max-runs 3
 
-Every run is a process of its own, started as a user starts it (ours and torchtune's through `tune run`), on the same
-base, the same rows in the same order and batches, rank, alpha, all linear layers, no dropout, AdamW, one learning rate.
-The sides take turns. Watched from outside: when the first step begins (the progress bar appears), when the log gets the
-line of a step, and the peak of the resident memory up to the last step; then the process is ended. The first step warms
-up; tokens a second are the median of the steps after it, padding not counted; torchtune's recipe takes fewer steps of a
-large model (CASES). Each finished run is a line of FOLDER/runs.jsonl, and what is there is not run again, so that the
-script can be stopped and started. The other sides get rows that are tokenized already, ours tokenizes them while it
-starts. Needs the extra `bench`.
+Every run is a process of its own, started like a user's (ours and torchtune's through `tune run`), with the same base,
+rows, order, batches, rank and alpha, all linear layers, no dropout, AdamW and one learning rate. The sides take turns.
+Measured from outside: the start of the first step (its progress bar appears), the time of each step's line in the log,
+and the peak resident memory up to the last step. Then the process is stopped. The first step warms up; tokens per
+second are the median of the later steps, without padding. torchtune's recipe takes fewer steps of a large model
+(CASES). Each finished run is a line of FOLDER/runs.jsonl and is not repeated, so the script can be stopped and
+restarted. The other sides get tokenized rows; ours tokenizes them at its start. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ PACKAGES = ("torch", "torchtune", "torchao", "transformers", "peft", "bitsandbyt
 
 
 class Bar(threading.Thread):
-    """Reads what a process prints, and notes when the progress bar of its steps first appears."""
+    """Reads a process's output, and notes when the progress bar of its steps first appears."""
 
     def __init__(self, process: subprocess.Popen, num_steps: int) -> None:
         super().__init__(daemon=True)
@@ -56,7 +55,7 @@ class Bar(threading.Thread):
 
 
 class Log:
-    """The losses that a run has logged; read only when its file has grown, as the run has the cores to itself."""
+    """A run's logged losses. The file is read only if it has grown, to leave the cores to the run."""
 
     def __init__(self, side: str, output_dir: Path) -> None:
         self.side, self.output_dir = side, output_dir
@@ -81,19 +80,19 @@ class Log:
 
 
 def read_peak_bytes(pid: int) -> int:
-    """Return the largest resident memory that a process has had."""
+    """Return a process's peak resident memory in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE).group(1)) * 1024
 
 
 def run_side(side: str, prepared: Prepared, output_dir: Path) -> dict:
-    """Start a side, watch it take its steps, end it; return seconds, losses and peak memory."""
+    """Start a side, watch its steps, stop it; return seconds, losses and peak memory."""
     num_steps = prepared.case.count_steps(side)
     command, cwd = make_command(side, prepared, output_dir)
     if side != "ours":
         output_dir.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    environment.pop("OMP_NUM_THREADS", None)  # each side with its own choice
+    environment.pop("OMP_NUM_THREADS", None)  # each side chooses its threads
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     bar = Bar(process, num_steps)
@@ -121,7 +120,7 @@ def run_side(side: str, prepared: Prepared, output_dir: Path) -> dict:
 
 
 def list_open_runs(arguments: argparse.Namespace, done: list[dict]) -> Iterable[tuple[str, int, str]]:
-    """Yield case, repeat and side of what is still to run; the sides take turns."""
+    """Yield (case, repeat, side) of the missing runs. The sides take turns."""
     known = {(run["case"], run["repeat"], run["side"]) for run in done}
     for case in arguments.cases:
         for repeat in range(arguments.repeats):
@@ -131,7 +130,7 @@ def list_open_runs(arguments: argparse.Namespace, done: list[dict]) -> Iterable[
 
 
 def summarize(runs: list[dict], last_step: int) -> dict[str, float]:
-    """Return the medians of a case and side: of speed over the steps of all repeats, of the rest over the repeats."""
+    """Return the medians of a case and side: speed over the steps of all repeats, other figures over the repeats."""
 
     def compute_speed(kind: str) -> float:
         speeds = [
@@ -150,7 +149,7 @@ def summarize(runs: list[dict], last_step: int) -> dict[str, float]:
 
 
 def make_table(runs: list[dict]) -> list[str]:
-    """Return the lines of all cases: a line a side, and the ratios of ours to each other side."""
+    """Return the lines of all cases: one per side, and the ratios of ours to each other side."""
     columns = ("tokens/s", "supervised/s", "peak GB", "start s", "first loss", "last loss")
     lines = []
     for case in dict.fromkeys(run["case"] for run in runs):
@@ -185,12 +184,12 @@ def describe_machine() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", required=True, type=Path, help="bases, rows and the results of single runs")
+    parser.add_argument("--folder", required=True, type=Path, help="folder of bases, rows and results of single runs")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max-runs", type=int, help="stop after so many runs; default: when all are done")
-    parser.add_argument("--out", type=Path, help="the table; default: print only")
+    parser.add_argument("--max-runs", type=int, help="number of runs; default: all missing ones")
+    parser.add_argument("--out", type=Path, help="file of the table; default: print only")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Train a small Llama from scratch, for runs on a second base: python benchmarks/train_base.py models/scratch
 
-50 million weights with SmolLM2's tokenizer, on the docstrings of Python's standard library and of the packages beside
-it: as text, and as ChatML conversations that ask what a function does. It writes no good prose, but its adapters learn
-and overfit as any model's do. The folder is written for this machine's use and is not to be published.
+It has 50 million weights and SmolLM2's tokenizer. It learns the docstrings of Python's standard library and of the
+installed packages: as text, and as ChatML conversations that ask what a function does. Its prose is poor, but its
+adapters learn and overfit like any model's. The folder is for use on this machine; do not publish it.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def list_sources() -> list[Path]:
-    """Return the Python files, but for tests, of the standard library and of all folders that imports come from."""
+    """Return the Python files of the standard library and all import folders, without tests."""
     folders = {Path(folder).resolve() for folder in (sysconfig.get_path("stdlib"), *sys.path)}
     outside = [folder for folder in folders if folder.is_dir() and not folder.is_relative_to(REPOSITORY)]
     paths = {path for folder in outside for path in folder.rglob("*.py")}
@@ -49,7 +49,7 @@ def read_docstrings(path: Path) -> list[tuple[str, str]]:
 
 
 def list_docstrings(num_characters: int) -> list[tuple[str, str]]:
-    """Return names and docstrings of so many characters, or all, each docstring once, in an order drawn from a seed."""
+    """Return (name, docstring) pairs in a fixed random order without duplicates, up to this many characters."""
     paths, found = list_sources(), {}
     random.Random(0).shuffle(paths)
     with ProcessPoolExecutor() as pool:
@@ -62,7 +62,7 @@ def list_docstrings(num_characters: int) -> list[tuple[str, str]]:
 
 
 def make_tokens(num_tokens: int) -> np.ndarray:
-    """Return so many tokens, or all that there are, in an order drawn from a seed."""
+    """Return at most this many tokens, in a fixed random order."""
     tokenizer = load_tokenizer(SMOLLM2, chat_template="chatml")
     pairs = list_docstrings(6 * num_tokens)
     ids: list[int] = []
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     arguments = parser.parse_args()
     if arguments.out.exists():
-        sys.exit(f"{arguments.out} exists")
+        sys.exit(f"{arguments.out} exists already; remove it or choose another folder")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

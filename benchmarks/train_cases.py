@@ -19,7 +19,7 @@ SIDES = ("ours", "stock", "peft")
 RANK, ALPHA, LEARNING_RATE, CLIP_GRAD_NORM = 16, 16, 1e-3, 1.0
 ATTENTION = "[q_proj,k_proj,v_proj,output_proj]"
 STOCK_DTYPES = {"bf16": "bf16", "fp32": "fp32", "nf4": "bf16"}
-# Each is one token of Llama 3, with the space before it.
+# With the space before it, each word is one token of Llama 3.
 WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
     "part place case week company system program question work government number night point home water room mother "
@@ -30,10 +30,10 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained. `supervised` is the share of each row's tokens; `seq` None is the quickstart's own rows.
+    """A training to time. `supervised` is the share of each row's tokens; `seq` None: the quickstart's rows.
 
-    One epoch, so that no checkpoint is written between the steps: a run of usual length has one every twenty steps or
-    fewer. torchtune's recipe, which is slow, takes the first steps only; losses are compared at its last one.
+    One epoch, without a checkpoint between its steps: a usual run writes one per twenty steps at most. torchtune's
+    recipe is slow and takes the first steps only; losses are compared at its last step.
     """
 
     base: str  # a name in ARCHITECTURES
@@ -50,7 +50,7 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """Return the dtype that is computed in."""
+        """Return the dtype of the computation."""
         return STOCK_DTYPES[self.base_weights]
 
 
@@ -67,7 +67,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case made ready: its base, our arguments, and the batches that every side takes, in this order."""
+    """A prepared case: its base, our arguments, and the batches of every side in order."""
 
     case: Case
     base_dir: Path
@@ -75,7 +75,7 @@ class Prepared:
     batches_path: Path  # a JSON list of batches, each a list of {tokens, labels}
 
     def count_tokens(self) -> list[tuple[int, int]]:
-        """Return the tokens and the supervised tokens of each step, padding not counted."""
+        """Return the tokens and the supervised tokens of each step, without padding."""
         batches = json.loads(self.batches_path.read_text())
         return [
             (
@@ -87,7 +87,7 @@ class Prepared:
 
 
 def prepare_case(name: str, folder: Path) -> Prepared:
-    """Make what a case needs under a folder, unless it is there."""
+    """Make a case's missing files in a folder."""
     case = CASES[name]
     base_dir = REPOSITORY / "models/SmolLM2-135M-Instruct"
     options = {"dataset.validation_files": "null"}
@@ -103,7 +103,7 @@ def prepare_case(name: str, folder: Path) -> Prepared:
             "max_seq_len": case.seq,
         }
     elif not base_dir.is_dir():
-        sys.exit(f"{base_dir} is missing: python scripts/download.py --config {config}")
+        sys.exit(f"{base_dir} is missing; get it: python scripts/download.py --config {config}")
     options |= {
         "learning_rate": LEARNING_RATE,
         "lora_rank": RANK,
@@ -129,7 +129,7 @@ def prepare_case(name: str, folder: Path) -> Prepared:
 
 
 def make_base(name: str, folder: Path) -> Path:
-    """Return the folder of a base with random weights in a true shape and Llama 3's tokenizer."""
+    """Return the folder of a base with a true architecture, random weights and Llama 3's tokenizer."""
     from tune2gguf.base.pypi import LLAMA3_TOKENIZER, fetch_pypi_file
     from tune2gguf.base.random_base import write_random_base
 
@@ -140,7 +140,7 @@ def make_base(name: str, folder: Path) -> Path:
 
 
 def write_rows(path: Path, case: Case) -> Path:
-    """Write rows of exactly `seq` tokens under the short Llama 3 template, of which the share is supervised."""
+    """Write rows of exactly `seq` tokens in the short Llama 3 template, with the case's supervised share."""
     draw = random.Random(0)
 
     def make_words(count: int) -> str:
@@ -162,7 +162,7 @@ def write_rows(path: Path, case: Case) -> Path:
 
 
 def plan_batches(case: Case, arguments: list[str]) -> list[list[dict]]:
-    """Return the batches of the recipe's steps, from the recipe's own data path and order."""
+    """Return the batches of the recipe's steps, from its data path and in its order."""
     cfg = load_config(arguments)
     tokenizer = build_component(cfg.tokenizer)
     data: PreparedData = build_component(cfg.dataset, tokenizer=tokenizer, max_seq_len=cfg.max_seq_len, seed=cfg.seed)
@@ -178,7 +178,7 @@ def plan_batches(case: Case, arguments: list[str]) -> list[list[dict]]:
 
 
 def describe_row(row: TokenizedRow) -> dict[str, list[int]]:
-    """Return a row as the other sides take it."""
+    """Return a row in the form of the other sides."""
     labels = [
         int(token) if supervised else IGNORED_LABEL
         for token, supervised in zip(row.tokens, row.supervised, strict=True)
@@ -187,7 +187,7 @@ def describe_row(row: TokenizedRow) -> dict[str, list[int]]:
 
 
 def make_command(side: str, prepared: Prepared, output_dir: Path) -> tuple[list[str], Path]:
-    """Return the command of a side and the folder to start it in."""
+    """Return a side's command and working directory."""
     if side == "ours":
         return ["tune", "run", "recipes/lora_finetune.py", *prepared.arguments, f"output_dir={output_dir}"], REPOSITORY
     if side == "peft":
@@ -204,12 +204,12 @@ def make_command(side: str, prepared: Prepared, output_dir: Path) -> tuple[list[
         }
         words = [str(word) for item in options.items() for word in item]
         return [sys.executable, str(REPOSITORY / "benchmarks/train_peft.py"), *words], output_dir
-    # Not from the repository's root, where `tune` would find our recipes first.
+    # Not from the repository's root: there `tune` finds our recipes first.
     return make_stock_command(prepared, output_dir), output_dir
 
 
 def make_stock_command(prepared: Prepared, output_dir: Path) -> list[str]:
-    """Return the command of torchtune's own recipe, on its config for the 1B model, with what differs overridden."""
+    """Return the command of torchtune's recipe, on its config for the 1B model with overrides."""
     case = prepared.case
     options = {
         "output_dir": output_dir,
@@ -245,7 +245,7 @@ def make_stock_command(prepared: Prepared, output_dir: Path) -> list[str]:
 
 
 def make_stock_architecture(shape: Architecture) -> dict[str, object]:
-    """Return the options of torchtune's component builder; a scale factor of 1 leaves RoPE unscaled."""
+    """Return the options of torchtune's model builder. A scale factor of 1 leaves RoPE unscaled."""
     return {
         "model._component_": "torchtune.models.llama3_2._component_builders.lora_llama3_2",
         "model.vocab_size": shape.vocab_size,

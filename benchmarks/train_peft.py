@@ -1,4 +1,4 @@
-"""One training run with transformers and PEFT for train.py: the leanest loop around them, a process of its own."""
+"""One training run with transformers and PEFT for train.py, in the simplest loop and a process of its own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tune2gguf.model.loss import IGNORED_LABEL
 
 
 def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
-    """Return the base with an adapter on every linear layer of the decoder; PEFT keeps the adapter in float32."""
-    # PEFT refuses the torchao that torchtune's own recipe needs beside it, although plain LoRA has no use for it.
+    """Return the base with an adapter on every linear layer of the decoder. PEFT keeps the adapter in float32."""
+    # PEFT refuses the torchao version that torchtune's recipe needs, although plain LoRA does not use torchao.
     import peft.tuners.lora.torchao as peft_torchao
 
     peft_torchao.is_torchao_available = lambda: False
@@ -35,7 +35,7 @@ def load_model(arguments: argparse.Namespace) -> torch.nn.Module:
 
 
 def make_batch(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Return rows as transformers takes them: it shifts the labels itself, and the padding on the right is masked."""
+    """Return rows for transformers, which shifts the labels itself. Right padding is masked."""
     tokens, labels = ([torch.tensor(row[name]) for row in rows] for name in ("tokens", "labels"))
     batch = {
         "input_ids": pad_sequence(tokens, batch_first=True),

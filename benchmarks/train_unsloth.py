@@ -1,8 +1,8 @@
-"""One epoch of Unsloth's own training for gpu_user.py, and its model for gpu.py: a process with packages of its own.
+"""One epoch of Unsloth's training for gpu_user.py, and its model for gpu.py, in a process with packages of its own.
 
-FastLanguageModel and trl's SFTTrainer as Unsloth's notebooks use them, without a network. Rows come tokenized, so that
-every side trains on the same ids and labels. PYTHONPATH has to hold Unsloth's packages and no torchao older than 0.16,
-which peft refuses. The packages that ran on torch 2.11 with CUDA 13 and transformers 5.17: unsloth and unsloth_zoo
+FastLanguageModel and trl's SFTTrainer as in Unsloth's notebooks, without a network. Rows come tokenized, because every
+side must train on the same ids and labels. PYTHONPATH must have Unsloth's packages and no torchao older than 0.16,
+which peft refuses. These packages ran on torch 2.11 with CUDA 13 and transformers 5.17: unsloth and unsloth_zoo
 2026.10.9, trl 1.15.0, datasets 4.8.5, bitsandbytes 0.50.2, cut_cross_entropy 25.1.1, msgspec 0.22.0.
 """
 
@@ -20,7 +20,7 @@ CHECKPOINTING = {"unsloth": "unsloth", "true": True, "false": False}
 
 
 def make_environment(site: Path, work: Path) -> dict[str, str]:
-    """Return the environment of a process that trains with the packages under `site` and asks no network."""
+    """Return the environment of a process that uses the packages in `site` and no network."""
     return os.environ | {
         "PYTHONPATH": str(site),
         "HF_HUB_OFFLINE": "1",
@@ -28,16 +28,16 @@ def make_environment(site: Path, work: Path) -> dict[str, str]:
         "HF_DATASETS_OFFLINE": "1",
         "HF_HOME": str(work / "hf"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # Unsloth's own, which has to be there before torch is
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # Unsloth's own; it must be set before torch is imported
         "UNSLOTH_COMPILE_LOCATION": str(work / "unsloth_compiled_cache"),
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
 def link_base(base_dir: Path, folder: Path) -> Path:
-    """Return a folder with the base's weights and a tokenizer of 260 tokens: Unsloth wants one, and tokenizes nothing.
+    """Return a folder with the base's weights and a tokenizer of 260 tokens: Unsloth needs one, but tokenizes nothing.
 
-    Its ids are those of the first tokens; the config's are set to them.
+    The config's special ids are set to the tokenizer's.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -67,9 +67,9 @@ def load_model(folder: Path, *, kind: str, rank: int, alpha: float, max_seq_len:
     Args:
         folder: written by link_base()
         kind: lora | qlora
-        checkpointing: "unsloth" keeps what is checkpointed in the host's memory; True is torch's own
+        checkpointing: "unsloth" offloads the checkpointed activations to host memory; True is torch's own
     """
-    from unsloth import FastLanguageModel  # first of all: it changes transformers, peft and trl
+    from unsloth import FastLanguageModel  # first import: it changes transformers, peft and trl
 
     import torch  # isort: skip
 
@@ -97,14 +97,14 @@ def load_model(folder: Path, *, kind: str, rank: int, alpha: float, max_seq_len:
 
 
 def make_trainer(model, tokenizer, rows: list[dict], log: Path, arguments: argparse.Namespace):
-    """Return trl's SFTTrainer on tokenized rows, with Unsloth's default of batches without padding."""
+    """Return trl's SFTTrainer on tokenized rows, with Unsloth's default, padding-free batches."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Log(TrainerCallback):
-        """Writes a line a step as torchtune's recipe does."""
+        """Writes a line per step, like torchtune's recipe."""
 
         def on_log(self, args, state, control, logs=None, **kwargs) -> None:
             if "loss" in logs:
@@ -130,20 +130,20 @@ def make_trainer(model, tokenizer, rows: list[dict], log: Path, arguments: argpa
         report_to="none",
         disable_tqdm=True,
         max_length=arguments.max_seq_len,
-        # Prepared again, rows with labels would get another collator, one that pads.
+        # If they were prepared again, rows with labels would get another collator, which pads.
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     data = Dataset.from_dict(
         {"input_ids": [row["tokens"] for row in rows], "labels": [row["labels"] for row in rows]},
     )
-    # Where nothing says that rows are cut already, Unsloth pads them.
+    # Unsloth pads rows unless they are marked as cut.
     assert max(len(row["tokens"]) for row in rows) <= arguments.max_seq_len
     data._unsloth_truncated_to = arguments.max_seq_len
     return SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Log()])
 
 
 def describe_attention() -> str:
-    """Return what attends in batches without padding: written down, so that a silent fallback is seen."""
+    """Return the attention backend of padding-free batches. It is printed to show a silent fallback."""
     from unsloth.utils import attention_dispatch
 
     return attention_dispatch.select_attention_backend(True)
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--batch", required=True, type=int)
     parser.add_argument("--accumulation", required=True, type=int)
     parser.add_argument("--checkpointing", required=True, choices=CHECKPOINTING)
-    parser.add_argument("--optimizer", required=True, help="adamw_8bit is the notebooks'")
+    parser.add_argument("--optimizer", required=True, help="the notebooks use adamw_8bit")
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--alpha", required=True, type=float)
     parser.add_argument("--learning-rate", required=True, type=float)

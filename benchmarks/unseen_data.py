@@ -1,9 +1,9 @@
-"""Five data sets that the verdict was not made on, each row drawn from a seed: no two runs share files, none is kept.
+"""Five data sets that the verdict was not tuned on. A seed draws every row, so no file is kept.
 
 python benchmarks/unseen_data.py arithmetic 5     # to look at: five rows of a set
 
 Sums in words with their steps, English to Spanish, notes with one of four labels, a lighthouse keeper with a system
-prompt, and entries of a weather log as plain text. Everything in them is invented. Apache-2.0, like the repository.
+prompt, and entries of a weather log as plain text. All content is invented. Apache-2.0, like the repository.
 """
 
 import json
@@ -124,7 +124,7 @@ UNSEEN: dict[str, Callable[[random.Random], list[dict] | str]] = {
 
 
 def make_unseen(name: str, num_rows: int, *, seed: int = 11) -> list[str]:
-    """Return that many different rows of a set, a JSON object a line."""
+    """Return `count` different rows of a set, one JSON object per line."""
     generator = random.Random(f"{name} {seed}")
     rows: dict[str, None] = {}
     while len(rows) < num_rows:

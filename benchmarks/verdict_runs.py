@@ -1,11 +1,11 @@
-"""Make real runs of which it is known beforehand how they must be judged: KINDS says it. judge_runs.py judges them.
+"""Make real runs with known verdicts (KINDS), for judge_runs.py.
 
     python benchmarks/verdict_runs.py --out runs/verdict --devices 0 --jobs 6 [--only TEXT] [--pack FILE.tar.gz]
     python benchmarks/verdict_runs.py --out runs/verdict --no-training --record benchmarks/results/verdict_runs.jsonl
 
 SmolLM2-135M-Instruct on three data sets: the quickstart's conversations, orders as JSON, unit conversions. Finished
-runs are not repeated, one that was stopped goes on. --pack keeps the runs without their weights, anew after each that
-ends; unpacked elsewhere they are runs like those made there. --record keeps what the verdict reads of them.
+runs are not repeated; a stopped run resumes. --pack writes all runs without weights to an archive after each run; they
+can be unpacked and used elsewhere. --record writes the verdict's inputs of each run.
 """
 
 import argparse
@@ -31,11 +31,11 @@ PACKED = ("config.yaml", "environment.json", "data.json", "plan.json", "heldout.
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to train, and the label that it is made to earn.
+    """Settings of a run, and its expected label.
 
     Attributes:
-        num_rows: to train on, drawn by the seed; None takes all
-        num_validation_rows: validation rows measured; None takes all
+        num_rows: training rows, drawn by the seed; None takes all
+        num_validation_rows: None takes all
     """
 
     expected: str
@@ -48,7 +48,7 @@ class Kind:
 # The labels were written down before the first run. The rate that suits this model is 1e-3.
 BALANCED = {"epochs": 4, "learning_rate": 1.0e-3, "warmup_steps": 10, "lora_dropout": 0.1, "weight_decay": 0.01}
 KINDS = {
-    # Few rows, seen often, at a high rate, with nothing to hold it back.
+    # Few rows, many epochs, a high learning rate, no regularization.
     "overfit": Kind(
         OVERFITTING,
         (1, 2, 3),
@@ -81,7 +81,7 @@ class Run:
 
 
 def list_runs(only: str) -> list[Run]:
-    """Return all runs whose names hold the text, the longest first, so that none is left alone at the end."""
+    """Return all runs with the text in their names. The longest come first, to keep the devices busy to the end."""
     runs = [Run(data, name, seed) for name, kind in KINDS.items() for data in DATA_SETS for seed in kind.seeds]
     return sorted((run for run in runs if only in run.name), key=count_steps, reverse=True)
 
@@ -98,7 +98,7 @@ def count_steps(run: Run) -> int:
 
 
 def make_settings(run: Run, out: Path) -> dict[str, Any]:
-    """Write the run's own training rows where it has fewer, and return its settings."""
+    """Return the run's settings. Write its own training rows if it has fewer than all."""
     folder, kind = REPOSITORY / DATA_SETS[run.data_set], run.kind
     train = folder / "train.jsonl"
     if kind.num_rows is not None:
@@ -118,7 +118,7 @@ def make_settings(run: Run, out: Path) -> dict[str, Any]:
 
 
 def pack(runs: list[Run], *, out: Path, path: Path, lock: threading.Lock) -> None:
-    """Write the files and logs of all runs so far, in one move."""
+    """Write the files and logs of all runs so far, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     with lock:
@@ -132,7 +132,7 @@ def pack(runs: list[Run], *, out: Path, path: Path, lock: threading.Lock) -> Non
 
 
 def describe_run(run_dir: Path) -> dict[str, Any]:
-    """Return what the verdict reads of a run, and where it was made; losses to 4 digits."""
+    """Return the verdict's inputs of a run, its device and torch. Losses have 4 digits."""
     environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
     curves = read_curves(run_dir)
     return {
@@ -152,10 +152,10 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make runs of known kinds.")
     add_arguments(parser, out=Path("runs/verdict"))
-    parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds this")
-    parser.add_argument("--no-training", action="store_true", help="take what is there")
-    parser.add_argument("--pack", type=Path, metavar="FILE", help="keep the runs without weights in a .tar.gz")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="keep what the verdict reads of the runs")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their names")
+    parser.add_argument("--no-training", action="store_true", help="use finished runs only")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="write the runs without weights to a .tar.gz")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the verdict's inputs of the runs")
     return parser.parse_args()
 
 

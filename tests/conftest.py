@@ -1,4 +1,4 @@
-"""Bases small enough to train in a second: true Llama architecture, random weights, a tokenizer made on the spot."""
+"""Bases small enough to train in a second: true Llama architecture, random weights, a new tokenizer."""
 
 import importlib.util
 import json
@@ -19,12 +19,12 @@ import torch
 from tune2gguf.model.architectures import Architecture, RopeScaling, make_hf_config
 from tune2gguf.tokenizer.templates import CHATML
 
-# Without a GPU Triton's kernels run in its interpreter; it has to know before it is imported.
+# Without a GPU Triton's kernels run in its interpreter; it must be set before Triton is imported.
 INTERPRETS_TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 if INTERPRETS_TRITON:
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Started in the background of a script, Python ignores Ctrl-C, and so would every process that the tests interrupt.
+# In the background of a script, Python ignores Ctrl-C, and so do the child processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The models here are tiny: a second thread costs more than it gains.
@@ -56,7 +56,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def peft():
-    """peft as it is; skipped where it refuses an old torchao that somebody else has installed."""
+    """Return peft. Skip if it refuses an old torchao in the environment."""
     peft = pytest.importorskip("peft")
     try:
         peft.import_utils.is_torchao_available()
@@ -125,7 +125,7 @@ def write_tiny_base(
 
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test():
-    """Python waits for them when it ends, and one that hangs would hold up the whole suite."""
+    """Python waits for its threads at the end: one that hangs would block the whole suite."""
     yield
     left = multiprocessing.active_children()
     for process in left:
@@ -146,7 +146,7 @@ def tiny_untied_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def wide_base(tmp_path_factory) -> Path:
-    """A base whose 4-bit weights have more than one block of scales."""
+    """Return a base whose 4-bit weights have more than one block of scales."""
     wide = Architecture(**{**vars(TINY_TIED), "embed_dim": 256, "intermediate_dim": 256, "head_dim": 64})
     return write_tiny_base(tmp_path_factory.mktemp("bases") / "wide", wide)
 
@@ -202,7 +202,7 @@ def make_run_arguments(folder: Path, base_dir: Path) -> list[str]:
 
 @pytest.fixture
 def fake_ollama(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A program on PATH and a server that write down what they were asked; the server answers as Ollama's API does."""
+    """An `ollama` program on PATH and a server with Ollama's API. Both record their requests."""
     folder = tmp_path / "bin"
     folder.mkdir()
     log = tmp_path / "calls.jsonl"
@@ -248,12 +248,12 @@ class _OllamaHandler(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(content).encode())
 
     def log_message(self, *arguments: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="session")
 def hostile_run(tmp_path_factory, tiny_base) -> Path:
-    """A run whose rows and whose name hold what files and pages trip over; a test copies it to change it."""
+    """Return a run with rows and a name that are hostile to files and pages. Tests change a copy of it."""
     from tests.runs import make_hostile_run
 
     return make_hostile_run(tmp_path_factory.mktemp("hostile"), tiny_base)

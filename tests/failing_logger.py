@@ -1,4 +1,4 @@
-"""A metric logger that fails while a run goes on, as one does whose disk is full or whose service is gone."""
+"""A metric logger that fails during a run, as with a full disk or a lost service."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from torchtune.training.metric_logging import MetricLoggerInterface
 
 
 class FailingLogger(MetricLoggerInterface):
-    """Writes the steps that it gets to a file, and takes no more than two lines; it cannot even be closed."""
+    """Writes steps to a file, fails after two lines, and fails on close."""
 
     def __init__(self, path: str) -> None:
         self.path, self.num_lines = Path(path), 0

@@ -1,6 +1,6 @@
-"""Runs as the recipe makes them: once a session for the same arguments, then copied, so that a test may change its own.
+"""Real runs of the recipe: made once per session and arguments, then copied for each test.
 
-What a run cannot produce by chance, such as chosen curves or weights, goes into the copy through the writers of runs/.
+Chosen curves or weights, which a run cannot produce, are written into the copy with the writers of runs/.
 """
 
 import json
@@ -37,7 +37,7 @@ def get_tiny_base() -> Path:
 
 
 def run_recipe(*arguments: str) -> str:
-    """Run the recipe in this process to its end; return what it printed."""
+    """Run the recipe in this process to its end; return its output."""
     from recipes.lora_finetune import recipe_main
 
     printed = StringIO()
@@ -60,7 +60,7 @@ def copy_real_run(
     training: Sequence[dict] = TRAINING_ROWS,
     validation: Sequence[dict] = (),
 ) -> Path:
-    """Copy a finished run on this base to `run_dir`, and return that; by default it took one step, without validation.
+    """Copy a finished run on this base to `run_dir`; return `run_dir`. Default: one step, no validation.
 
     Args:
         training, validation: rows
@@ -95,13 +95,13 @@ def _make_run(base_dir: Path, overrides: Sequence[str], training: Sequence[dict]
 
 
 def edit_config(run_dir: Path, *overrides: str) -> None:
-    """Change keys of config.yaml; its references stay."""
+    """Change keys of config.yaml. Its references stay."""
     config = OmegaConf.load(run_dir / CONFIG_FILE)
     write_config(run_dir, OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides))))
 
 
 def set_adapter(run_dir: Path, weights: dict[str, np.ndarray], *, rank: int, alpha: float) -> None:
-    """Give a run these weights, in PEFT's layout, as all the adapters that it has."""
+    """Replace all adapters of a run with these weights, in PEFT's layout."""
     import torch
 
     tensors = {name: torch.from_numpy(np.ascontiguousarray(weight)) for name, weight in weights.items()}
@@ -111,12 +111,12 @@ def set_adapter(run_dir: Path, weights: dict[str, np.ndarray], *, rank: int, alp
 
 
 def set_base(run_dir: Path, base_dir: Path) -> None:
-    """Say in environment.json that the run was trained on this base."""
+    """Set the run's base in environment.json."""
     write_environment(run_dir, "cpu", base_digest=digest_base(base_dir))
 
 
 def set_metrics(run_dir: Path, records: Sequence[dict]) -> None:
-    """Replace metrics.jsonl; the records are those of TrainingStep.to_record and Validation.to_record."""
+    """Replace metrics.jsonl with records of TrainingStep.to_record and Validation.to_record."""
     path = run_dir / METRICS_FILE
     path.unlink()
     file = JsonLinesFile(path)
@@ -126,7 +126,7 @@ def set_metrics(run_dir: Path, records: Sequence[dict]) -> None:
 
 
 def set_num_processes(run_dir: Path, num_processes: int) -> None:
-    """Add a checkpoint that so many processes wrote."""
+    """Add a checkpoint of this number of processes."""
     newest = list_checkpoints(run_dir / CHECKPOINTS)[-1]
     checkpoint = read_checkpoint(newest)
     run = {**checkpoint.progress["run"], "processes": num_processes}
@@ -147,7 +147,7 @@ HOSTILE_NAME = "F\u00e4hre nach S\u00fcd's \U0001f6a2, 50 %"
 
 
 def make_hostile_rows(count: int, *, start: int) -> list[dict]:
-    """Return conversations with the same system prompt, every other one with two replies."""
+    """Return conversations with one system prompt. Every other one has two replies."""
     rows = []
     for number in range(start, start + count):
         said = HOSTILE_TEXTS[number % len(HOSTILE_TEXTS)]
@@ -163,7 +163,7 @@ HOSTILE_VALIDATION = make_hostile_rows(len(HOSTILE_TEXTS), start=100)
 def make_hostile_run(folder: Path, base_dir: Path) -> Path:
     """Train two epochs on hostile rows; the data files are beside the runs folder."""
     for name, rows in (("train", make_hostile_rows(12, start=0)), ("heldout", HOSTILE_VALIDATION)):
-        # As the world writes JSON: what need not be escaped is not.
+        # JSON as most programs write it, with few escapes.
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_bytes("".join(lines).encode())
     run_dir = folder / "runs" / HOSTILE_NAME

@@ -1,4 +1,4 @@
-"""A Llama that fits a CPU and a GPU's kernels, and the losses and gradients of its passes."""
+"""A small Llama that a CPU and a GPU's kernels can run, and the losses and gradients of its passes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ def measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture
 def without_units(monkeypatch):
-    """Make the package take the GPU for one without FP8 units."""
+    """Make the package treat the GPU as one without FP8 units."""
     return lambda: monkeypatch.setattr(fp8, "multiplies_fp8", lambda device: False)
 
 
@@ -134,7 +134,7 @@ def test_checkpointing_and_graphs_change_no_bit(small_base):
 
 
 def test_unfused_layers_multiply_8_bit_numbers_too(small_base, without_units):
-    """Generation and runs without fused layers use them."""
+    """Generation and runs without fused layers use these products."""
     batch = pack(make_rows([96, 96]))
     exact = compute(make_exact_model(small_base, base_weights="bf16"), batch)
     model = make_model(small_base, CUDA, base_weights="fp8")

@@ -1,4 +1,4 @@
-"""Compiling, checkpointing and offloading change what a step costs, not what it computes."""
+"""Compiling, checkpointing and offloading: they change a step's cost, not its result."""
 
 import dataclasses
 

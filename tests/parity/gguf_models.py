@@ -1,7 +1,7 @@
-"""Small models whose every byte is the same on every machine, for comparing GGUF files by digest.
+"""Small models with the same bytes on every machine, to compare GGUF files by digest.
 
-Weights come from a hash; the adapter's numbers are multiples of 1/512, so that its product is exact in float32 and no
-order of summation matters.
+Weights come from a hash. The adapter's are multiples of 1/512: their product is exact in float32, in any order of
+summation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHATML_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 @dataclass(frozen=True)
 class SmallModel:
-    """A model with the features of a supported family; its name is that of its folders."""
+    """A model with the features of a supported family. Its name is also its folders' name."""
 
     name: str
     architecture: Architecture
@@ -51,8 +51,8 @@ def _shrink(architecture: Architecture, **changes: int) -> Architecture:
     return Architecture(**{**vars(architecture), "vocab_size": 288, "max_position_embeddings": 512, **changes})
 
 
-# True K-quant widths with grouped-query factors of 4 and 2, and SmolLM2's columns that need the fallback types; with
-# more than ten layers the order by number is not that by name.
+# True K-quant widths with grouped-query factors of 4 and 2, and SmolLM2's columns, which need the fallback types. With
+# more than ten layers, the order by number differs from the order by name.
 SMALL_MODELS = (
     SmallModel(
         "Small-Llama-3.2-Instruct",
@@ -90,10 +90,10 @@ def write_run(
     strength: float = 1,
     **rows: Sequence[dict],
 ) -> Path:
-    """Write a run on this base whose adapter, on all linear layers, has exact weights.
+    """Write a run on this base. Its adapter, on all linear layers, has exact weights.
 
     Args:
-        strength: factor of the adapter's weights; a power of two, so that they stay exact
+        strength: factor of the adapter's weights; a power of two keeps them exact
         rows: `training` and `validation`; without validation the run has no best/
     """
     common = (f"chat_template={chat_template}", "quantization=Q4_K_M", f"lora_rank={RANK}", f"lora_alpha={ALPHA}")
@@ -105,17 +105,17 @@ def write_run(
 def write_smollm2_run(folder: Path, *, validation: Sequence[dict] = ()) -> Path:
     """Write the real SmolLM2 to `folder/base`, and a run to `folder/SmolLM2-135M-Instruct`; return it.
 
-    The adapter is a mild one: the model still answers.
+    The adapter is weak: the model still answers.
     """
     base_dir = convert_gguf_to_hf(fetch_or_skip(SMOLLM2_GGUF), folder / "base")
     return write_run(base_dir, folder / REAL_MODEL, chat_template="chatml", strength=2**-6, validation=validation)
 
 
 def write_biased_base(base_dir: Path, find_bias: Callable[[str], float]) -> Path:
-    """Write an untied random base whose head adds a bias to each token's logit: it reads a direction that all share.
+    """Write an untied random base with a bias on each token's logit, through a direction that all hidden states share.
 
     Args:
-        find_bias: from the token's text in the vocabulary, in standard deviations of the logits, about
+        find_bias: token's text in the vocabulary -> bias, in about standard deviations of the logits
     """
     from safetensors.torch import load_file, save_file
 
@@ -135,13 +135,13 @@ def write_biased_base(base_dir: Path, find_bias: Callable[[str], float]) -> Path
 
 
 def draw_integers(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return integers in [-128, 127], as float32, that depend on the name alone."""
+    """Return integers in [-128, 127] as float32. They depend on the name only."""
     data = hashlib.shake_256(name.encode()).digest(int(np.prod(shape)))
     return np.frombuffer(data, np.int8).astype(np.float32).reshape(shape)
 
 
 def _draw_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    # The cube gives a few large weights among many small ones, as trained models have them.
+    # The cube gives a few large weights among many small ones, like in trained models.
     values = (draw_integers(name, shape) / 128) ** 3 / 4
     return 1 + values if len(shape) == 1 else values
 
@@ -175,7 +175,7 @@ def _write_base(model: SmallModel, base_dir: Path) -> None:
 
 
 def _make_tokenizer(vocab_size: int, specials: list[str]) -> dict:
-    """A byte-level BPE with Llama 3's or SmolLM2's way of splitting text, two merges, and ids without a token."""
+    """Make a byte-level BPE with Llama 3's or SmolLM2's pre-tokenizer, two merges, and ids without a token."""
     from tokenizers import pre_tokenizers
 
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -216,7 +216,7 @@ def _make_tokenizer(vocab_size: int, specials: list[str]) -> dict:
 
 
 def _make_post_processor(bos_id: int) -> dict:
-    """Llama 3's: BOS before each sequence."""
+    """Return Llama 3's post-processor: BOS before each sequence."""
     bos = "<|begin_of_text|>"
     parts = {
         kind: [{"SpecialToken": {"id": bos, "type_id": number}}, {"Sequence": {"id": name, "type_id": number}}]
@@ -238,7 +238,7 @@ def draw_adapter(architecture: Architecture, strength: float = 1) -> dict[str, n
     for spec in list_tensors(architecture):
         if spec.is_linear:
             module = "base_model.model." + spec.hf_name.removesuffix(".weight")
-            # Products are multiples of 2^-18 up to 2^-4: eight of them add up exactly in float32.
+            # Products are multiples of 2^-18 up to 2^-4: the sum of eight is exact in float32.
             shape_a, shape_b = (RANK, spec.shape[1]), (spec.shape[0], RANK)
             weights[f"{module}.lora_A.weight"] = draw_integers(f"{module} A", shape_a) / 512 * strength
             weights[f"{module}.lora_B.weight"] = draw_integers(f"{module} B", shape_b) / 512

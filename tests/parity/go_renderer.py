@@ -1,4 +1,4 @@
-"""Go's text/template with what Ollama gives its templates: https://github.com/ollama/ollama/tree/main/template."""
+"""Go's text/template with Ollama's data and functions: https://github.com/ollama/ollama/tree/main/template."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from tune2gguf.tokenizer.conversation import Message
 
-# .System with all system messages, .Messages and .Tools of Ollama's types, the function json, properties and arguments
-# as maps. .Items and .Enum are what JSON gives.
+# .System has all system messages; .Messages and .Tools have Ollama's types; json is a function; properties and
+# arguments are maps. .Items and .Enum are plain JSON.
 PROGRAM = r"""
 package main
 
@@ -126,12 +126,12 @@ def build_renderer(folder: Path) -> Path:
 
 
 def render_requests(renderer: Path, template: str, requests: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what the template makes of requests to Ollama's API, each of `messages` and `tools`."""
+    """Render requests to Ollama's API, each with `messages` and `tools`."""
     given = json.dumps({"Template": template, "Requests": list(requests)})
     return json.loads(subprocess.run([renderer], input=given, capture_output=True, text=True, check=True).stdout)
 
 
 def render_messages(renderer: Path, template: str, prompts: Sequence[Sequence[Message]]) -> list[str]:
-    """Return what the template makes of conversations without tools."""
+    """Render conversations without tools."""
     requests = [{"messages": [{"role": one.role, "content": one.content} for one in turns]} for turns in prompts]
     return render_requests(renderer, template, requests)

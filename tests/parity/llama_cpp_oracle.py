@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tune2gguf.files.cache import get_cache_dir
 
-# The converter names a pre-tokenizer by a hash over a real vocabulary; the small models' are not among them.
+# The converter knows pre-tokenizers by a hash over real vocabularies, not over the small models'.
 _CONVERT = """
 import runpy, sys
 from pathlib import Path
@@ -55,7 +55,7 @@ for name in sys.argv[5:]:
 
 
 def find_missing() -> str | None:
-    """Return why the oracle cannot be used, or None."""
+    """Return the reason why the oracle is unusable, or None."""
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed (tests/parity/install_oracle.sh)"
     if not (get_source() / "convert_hf_to_gguf.py").is_file():
@@ -64,7 +64,7 @@ def find_missing() -> str | None:
 
 
 def find_missing_programs() -> str | None:
-    """Return why llama-imatrix and llama-quantize themselves cannot be used, or None."""
+    """Return the reason why the programs llama-imatrix and llama-quantize are unusable, or None."""
     missing = [name for name in ("llama-imatrix", "llama-quantize") if not _get_program(name).is_file()]
     return find_missing() or (f"{', '.join(missing)} not built (tests/parity/install_oracle.sh)" if missing else None)
 
@@ -74,12 +74,12 @@ def _get_program(name: str) -> Path:
 
 
 def get_source() -> Path:
-    """Return the folder of llama.cpp's source, from which the converter runs."""
+    """Return the folder of llama.cpp's source, which has the converter."""
     return Path(os.environ.get("LLAMA_CPP_SOURCE", get_cache_dir() / "llama.cpp"))
 
 
 def convert_to_bf16(hf_dir: Path, gguf_path: Path, *, pre: str = "") -> None:
-    """Run convert_hf_to_gguf.py; `pre` names the pre-tokenizer where the vocabulary is not a published one."""
+    """Run convert_hf_to_gguf.py; `pre` names the pre-tokenizer of an unpublished vocabulary."""
     arguments = [str(hf_dir), "--outtype", "bf16", "--outfile", str(gguf_path)]
     _run(_CONVERT, str(get_source()), pre, *arguments)
 
@@ -96,13 +96,13 @@ def quantize(gguf_path: Path, pattern: Path, names: list[str], *, num_threads: i
 
 
 def quantize_with_importance(gguf_path: Path, out_path: Path, name: str, *, imatrix_path: Path) -> None:
-    """Run llama-quantize with --imatrix from the matrix's folder, because the file says by which name it was called."""
+    """Run llama-quantize with --imatrix in the matrix's folder, because the file records the path."""
     command = [_get_program("llama-quantize"), "--imatrix", imatrix_path.name, gguf_path, out_path, name, "1"]
     _run_program(command, folder=imatrix_path.parent)
 
 
 def measure_importance(gguf_path: Path, text_path: Path, out_path: Path, *, chunk_size: int, num_chunks: int) -> None:
-    """Run the program llama-imatrix on a text, with a cache in float32."""
+    """Run llama-imatrix on a text, with a float32 cache."""
     exact = ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", "1", "--no-ppl"]
     command = [_get_program("llama-imatrix"), "-m", gguf_path, "-f", text_path.name, "-o", out_path, *exact]
     _run_program([*command, "-c", str(chunk_size), "--chunks", str(num_chunks)], folder=text_path.parent)

@@ -1,5 +1,5 @@
-"""Write gguf_digests.txt: the sha256 of what llama.cpp's own converter and llama-quantize make of the small models and
-of the real SmolLM2.
+"""Write gguf_digests.txt: the sha256 of files from llama.cpp's converter and llama-quantize, for the small models and
+the real SmolLM2.
 
 python -m tests.parity.make_gguf_digests
 """
@@ -52,9 +52,9 @@ def main() -> None:
 
 
 def make_lines(model: SmallModel, folder: Path) -> list[str]:
-    """Return `MODEL base|merged|imatrix TYPE DIGEST` for the types that are made so, and `MODEL adapter F32 DIGEST`."""
+    """Return `MODEL base|merged|imatrix TYPE DIGEST` for each kind's types, and `MODEL adapter F32 DIGEST`."""
     run_dir = write_small_run(model, folder)
-    # The model's name in the file is that of the folder, so both kinds are converted from a folder of the same name.
+    # A file has its folder's name as the model's name, so both kinds are converted from folders of the same name.
     for kind, parent in (("base", folder / "plain"), ("merged", folder / "merged")):
         write_hf_folder(run_dir, parent / model.name, is_merged=kind == "merged")
         pre = "llama-bpe" if model.chat_template == "llama3" else "smollm"
@@ -85,13 +85,13 @@ def make_real_lines(folder: Path) -> list[str]:
 
 
 def list_files() -> list[tuple[str, str]]:
-    """Return (base, merged, with importance or adapter, type) of each file that has a digest."""
+    """Return (base, merged, with importance or adapter, type) of each file with a digest."""
     plain = [(kind, name) for kind in ("base", "merged") for name in PLAIN_TYPES]
     return [*plain, *((IMPORTANCE, name) for name in IMPORTANCE_TYPES), ("adapter", "F32")]
 
 
 def write_drawn_imatrix(model: SmallModel, path: Path) -> Path:
-    """Write an importance matrix whose every number depends on the tensor's name alone."""
+    """Write an importance matrix whose values depend on the tensor's name only."""
     sums = {}
     for spec in list_tensors(model.architecture):
         if spec.is_linear:
@@ -103,7 +103,7 @@ def write_drawn_imatrix(model: SmallModel, path: Path) -> Path:
 
 
 def write_hf_folder(run_dir: Path, out_dir: Path, *, is_merged: bool) -> None:
-    """Write what the converter reads: the base as it is, or with the adapter merged."""
+    """Write the converter's input: the base, unchanged or with the adapter merged."""
     run = open_run(run_dir)
     base = open_base(run.base_dir)
     if not is_merged:

@@ -1,4 +1,4 @@
-"""Write type_mix.txt: the type llama-quantize gives each tensor of the real models, from its dry run.
+"""Write type_mix.txt: llama-quantize's type for each tensor of the real models, from its dry run.
 
 python -m tests.parity.make_type_mix
 """
@@ -19,7 +19,7 @@ from tune2gguf.base.layout import list_tensors
 from tune2gguf.export.gguf_file.llama import GGUFTensor, list_gguf_tensors
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture
 
-WITH_IMPORTANCE = "+imatrix"  # behind the type
+WITH_IMPORTANCE = "+imatrix"  # after the type
 TYPE_MIX_FILE = Path(__file__).with_name("type_mix.txt")
 HEADER = "# Types that llama-quantize gives, layer by layer (TYPE*LAYERS); made by make_type_mix.py from its dry run\n"
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def make_block(name: str, gguf_path: Path) -> str:
-    """Return the lines of one model; a bf16 file of its shapes, without weights, is what the dry run reads."""
+    """Return the lines of one model. The dry run reads a bf16 file with its shapes and no weights."""
     architecture = ARCHITECTURES[name]
     tensors = list_real_tensors(architecture)
     write_sparse_gguf(gguf_path, architecture, tensors)
@@ -51,7 +51,7 @@ def _plan(name: str, gguf_path: Path, tensors: list[GGUFTensor], names: list[str
     lines = []
     for quantization, text in zip(parts[::2], parts[1::2], strict=True):
         planned = dict(re.findall(r"\] +(\S+) +- \[[^\]]*\], type = +\S+, size = .*?MiB -> .*?\((\w+)\)", text))
-        # Tensors that stay as they are have no arrow: norms, and everything where the type is bf16.
+        # Unchanged tensors have no arrow: norms, and all tensors if the type is bf16.
         kept = {tensor.name: "F32" if len(tensor.shape) == 1 else "BF16" for tensor in tensors}
         lines += format_types(name, quantization + label, kept | {key: value.upper() for key, value in planned.items()})
     return lines
@@ -62,7 +62,7 @@ def list_real_tensors(architecture: Architecture) -> list[GGUFTensor]:
 
 
 def format_types(model: str, quantization: str, types: dict[str, str]) -> list[str]:
-    """Return one line for each kind of matrix: `MODEL QUANTIZATION PART TYPE*LAYERS ...`."""
+    """Return one line per kind of matrix: `MODEL QUANTIZATION PART TYPE*LAYERS ...`."""
     by_part: dict[str, list[str]] = {}
     for name, ggml_type in types.items():
         part = re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""Our reading and writing of 4-bit weights against bitsandbytes itself, on the CPU."""
+"""4-bit weights: our reading and writing equal bitsandbytes', on the CPU."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SHAPES = [(32, 2), (1, 64), (2, 32), (64, 64), (3, 128), (10, 96), (48, 2048), (
 
 
 def draw_weight(shape: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:
-    """Normal weights of very different sizes by row, with a few outliers and zeros."""
+    """Return normal weights with very different scales by row, and a few outliers and zeros."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator) * torch.logspace(-6, 2, shape[0]).unsqueeze(1)
     weight[torch.rand(shape, generator=generator) < 0.01] *= 30
@@ -30,14 +30,14 @@ def draw_weight(shape: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:
 
 
 def save_weight(path: Path, weight: torch.Tensor, *, is_nested: bool, block_size: int, storage=torch.uint8):
-    """Quantize and save as bitsandbytes does; return its own float32 values."""
+    """Quantize and save with bitsandbytes; return its float32 values."""
     codes, state = bnb.quantize_4bit(
         weight, blocksize=block_size, compress_statistics=is_nested, quant_type="nf4", quant_storage=storage
     )
     parts = {f"w.{name}": part.contiguous() for name, part in state.as_dict(packed=True).items()}
     save_file({"w": codes, **parts}, path)
     state.dtype = torch.float32
-    # Blocks are counted along the flattened weight; bitsandbytes' CPU kernel alone counts them by row.
+    # Blocks run along the flattened weight; only bitsandbytes' CPU kernel starts new ones at each row.
     state.shape = torch.Size((1, weight.numel()))
     return bnb.dequantize_4bit(codes, state).view(weight.shape)
 
@@ -112,7 +112,7 @@ def test_bitsandbytes_reads_what_we_write(tmp_path, shape):
     assert torch.equal(codes, expected_codes)
     assert torch.allclose(state.offset, expected_state.offset) and torch.equal(state.code, expected_state.code)
     assert torch.allclose(state.state2.absmax, expected_state.state2.absmax)
-    # bitsandbytes' CPU kernel misses the nearest of two nearly equal values now and then.
+    # bitsandbytes' CPU kernel sometimes misses the nearer of two nearly equal values.
     assert (state.absmax != expected_state.absmax).float().mean() < 0.005
     exact = quantize_nf4(weight).scales
     ours, theirs = (

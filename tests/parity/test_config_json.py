@@ -1,4 +1,4 @@
-"""Each config.json gives transformers' logits, or is refused in one line that names the file, the key and the value."""
+"""config.json: each one gives transformers' logits, or is refused in one line with file, key and value."""
 
 import json
 import math
@@ -19,14 +19,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-GONE = object()  # the key is left out
+GONE = object()  # the key is removed
 
 
 def without(*keys: str) -> dict:
     return {key: value for key, value in LLAMA3.items() if key not in keys}
 
 
-# What is changed in the config.json of a tied or an untied base, and how it must come out: the same as transformers.
+# Changes to the config.json of a tied or an untied base that must give transformers' logits.
 SAME = {
     "silu by its other name": {"hidden_act": "swish"},
     "no hidden_act": {"hidden_act": GONE},
@@ -73,7 +73,7 @@ UNTIED_SAME = {
     "tied is not said": {"tie_word_embeddings": GONE},
     "several end tokens": {"eos_token_id": [1, 2]},
 }
-# What must be refused, and the words of the line beside the file.
+# Changes that must be refused, and words of the error beside the file.
 REFUSED = {
     "gelu": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "null activation": ({"hidden_act": None}, "hidden_act is None"),

@@ -1,4 +1,4 @@
-"""The exported files are byte by byte those of llama.cpp's own converter and llama-quantize."""
+"""The exported files equal those of llama.cpp's converter and llama-quantize, byte by byte."""
 
 import platform
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_every_type_with_an_importance_matrix_has_the_bytes_of_llama_quantize(mo
 
 
 def test_another_importance_matrix_changes_the_bytes(tmp_path):
-    """Negative control: what the matrix says is in the weights, not only its name in the metadata."""
+    """Negative control: the matrix changes the weights, not only the metadata."""
     model = SMALL_MODELS[0]
     run_dir, imatrix = write_small_run(model, tmp_path), write_drawn_imatrix(model, tmp_path / "imatrix.gguf")
     options = {"quantizations": ["Q4_K_M", "IQ2_XS"], "imatrix": imatrix, "overwrite": True, "show": False}
@@ -188,7 +188,7 @@ def test_committed_digests_of_the_real_model_are_what_llama_cpp_writes(tmp_path)
 @on_x86_64
 @pytest.mark.slow
 def test_the_real_model_has_the_bytes_of_llama_cpp(tmp_path):
-    """The types that quantize in seconds; the others of this model are in the oracle's test."""
+    """Types that quantize in seconds. The oracle's test has this model's other types."""
     digests = read_digests()
     assert export_digests(write_smollm2_run(tmp_path), QUICK_TYPES) == {
         name: digests[REAL_MODEL, "merged", name] for name in QUICK_TYPES
@@ -207,7 +207,7 @@ def write_untied_llama(folder: Path) -> tuple[Path, str]:
     architecture = Architecture(**{**vars(LLAMA3_1_8B), **shape, "head_dim": 64})
     base_dir = folder / "Tiny-Llama-3.1-Instruct"
     tokenizer = find_llama3_tokenizer()
-    # Shards, as the real model has them.
+    # Shards like the real model's.
     return write_random_base(architecture, base_dir, tokenizer_model=tokenizer, max_shard_bytes=70_000_000), "llama3"
 
 

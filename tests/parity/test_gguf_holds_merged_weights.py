@@ -1,4 +1,4 @@
-"""What is in the GGUF is base + alpha / rank * B @ A: compared with peft's merge, row order and rounding included."""
+"""The GGUF has base + alpha / rank * B @ A: equal to peft's merge, with row order and rounding."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def run_dir(tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def peft_weights(tiny_base, run_dir, peft) -> dict[str, np.ndarray]:
-    """What peft merges, by Hugging Face's names."""
+    """Return peft's merged weights, by Hugging Face's names."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -51,7 +51,7 @@ def find_largest_differences(
     for spec in list_tensors(architecture):
         expected = peft_weights[spec.hf_name]
         if permutes and spec.num_heads is not None:
-            # torchtune's own conversion: its order of rows is GGUF's.
+            # torchtune's conversion: its order of rows is GGUF's.
             converted = hf_to_tune(
                 {spec.hf_name: torch.from_numpy(expected)},
                 num_heads=architecture.num_heads,

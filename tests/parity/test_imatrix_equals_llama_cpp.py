@@ -1,4 +1,4 @@
-"""The importance matrix is that of llama-imatrix, and each reads the other's files."""
+"""The importance matrix equals llama-imatrix's, and each reads the other's files."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 MODEL = SMALL_MODELS[2]  # without BOS, so that chunks are plain pieces of the text
 CHUNK_SIZE, NUM_CHUNKS = 64, 6
-TOLERANCE = 1e-4  # relative, of a sum: theirs are float32, added one by one; products are summed in another order, too
+TOLERANCE = 1e-4  # relative, per sum: theirs are float32, added one by one and over products in another order
 TEXT = "".join(f"Boat {n} of {n * 37 % 1000} leaves then and there, the other {n} do not. " for n in range(40))
 needs_programs = pytest.mark.skipif(
     oracle.find_missing_programs() is not None, reason=str(oracle.find_missing_programs())

@@ -1,4 +1,4 @@
-"""The layer-by-layer evaluation of an export's steps gives what the recipe's model gives for the same weights."""
+"""The export's layer-by-layer evaluation equals the recipe's model with the same weights."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def compute_logits(source: WeightSource) -> torch.Tensor:
 
 
 def compute_recipe_logits(base, adapter) -> torch.Tensor:
-    """The recipe's own model, with the adapter's weights put in."""
+    """Return the recipe's model with the adapter's weights."""
     from tune2gguf.base.load import load_base
     from tune2gguf.model.llama import lora_llama
     from tune2gguf.model.lora import initialize_adapters

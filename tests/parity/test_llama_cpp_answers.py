@@ -1,4 +1,4 @@
-"""llama.cpp, asked in this process, gives the distribution that transformers gives for the same weights."""
+"""llama.cpp in this process gives transformers' distribution for the same weights."""
 
 import json
 import math
@@ -19,7 +19,7 @@ MESSAGES = [{"role": "user", "content": " When does the ferry leave? "}]
 
 @pytest.fixture(scope="module", params=["tied with rope scaling", "untied"])
 def served(request, tmp_path_factory):
-    """A run's F32 GGUF in llama.cpp, and the merged folder in transformers."""
+    """Load a run's F32 GGUF in llama.cpp, and its merged folder in transformers."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("served")
@@ -33,7 +33,7 @@ def served(request, tmp_path_factory):
 
 def ask_log_probabilities(model: LlamaCppModel, tokens: list[int], *, count: int) -> torch.Tensor:
     """Return llama.cpp's log-probabilities of the next token, [count]."""
-    # The bias chooses the token: never the end or half a character. Probabilities are those before it.
+    # The bias excludes end tokens and partial characters. Probabilities are those before the bias.
     request = {"prompt": tokens, "n_predict": 1, "n_probs": count, "temperature": 0, "logit_bias": [[40, 1000]]}
     found = model.post("/completion", request)["completion_probabilities"][0]["top_logprobs"]
     return torch.tensor([entry["logprob"] for entry in sorted(found, key=lambda entry: entry["id"])])

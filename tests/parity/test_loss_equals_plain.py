@@ -1,6 +1,6 @@
-"""The loss over supervised positions equals the plain one, forward and backward, however the model is wrapped.
+"""The loss over supervised positions equals the plain one, forward and backward, with every wrapper of the model.
 
-Plain: the logits of all positions, torch's cross entropy over the shifted labels, autograd's own graph.
+Plain: logits of all positions, torch's cross entropy over the shifted labels, autograd's graph.
 """
 
 import os
@@ -23,7 +23,7 @@ BATCH, SEQ = 4, 24
 
 
 def build(base: Path, *, base_weights: str = "fp32", parallel: str = "replicate", world=None) -> CausalLM:
-    """Return the model with an adapter that has no zeros, so that no gradient is zero."""
+    """Return the model with a nonzero adapter: no gradient is zero."""
     model = lora_llama(
         str(base),
         architecture=None,
@@ -52,7 +52,7 @@ def list_adapter(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]
 
 
 def make_rows() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens and labels, [BATCH, SEQ]; every row has its own share of supervised tokens."""
+    """Return tokens and labels, [BATCH, SEQ]. Rows have different shares of supervised tokens."""
     tokens = torch.randint(0, TINY_TIED.vocab_size, (BATCH, SEQ), generator=torch.Generator().manual_seed(1))
     labels = tokens.clone()
     for row in range(BATCH):
@@ -62,7 +62,7 @@ def make_rows() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compute_plainly(model: CausalLM) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the mean loss and the adapter's gradients, by plain operations on every position."""
+    """Compute the mean loss and the adapter's gradients with plain operations on every position."""
     tokens, labels = make_rows()
     logits = functional.linear(run_plain_decoder(model, tokens), model.head_weight)
     loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
@@ -71,7 +71,7 @@ def compute_plainly(model: CausalLM) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 
 def run_plain_decoder(model: CausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the last hidden states, every LoRA layer computed as its formula says."""
+    """Return the last hidden states, with every LoRA layer computed by its formula."""
 
     def compute(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
         is_dense = type(layer.weight) is torch.nn.Parameter and layer.weight.dtype == torch.float32
@@ -139,7 +139,7 @@ def test_two_processes_with_a_part_of_the_rows_each_give_the_plain_loss(tiny_bas
 
 
 def compute_part(base: Path, parallel: str, rank: int, port: str, out: Path) -> None:
-    """Compute on every other row as one of two processes; the first writes the loss and gradients of all rows."""
+    """Compute on every other row as one of two processes. Rank 0 writes the loss and gradients of all rows."""
     from tune2gguf.distributed.world import stop_world, sum_over_ranks
 
     torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def compute_part(base: Path, parallel: str, rank: int, port: str, out: Path) -> 
 
 
 def test_no_graph_reaches_below_the_first_adapter(tiny_base):
-    """Nothing before the first adapter needs a gradient, so that no frozen weight there is multiplied in backward."""
+    """Nothing before the first adapter needs a gradient, so backward multiplies no frozen weight there."""
     model, seen = build(tiny_base), {}
 
     def note(module, inputs, output) -> None:
@@ -181,7 +181,7 @@ def test_no_graph_reaches_below_the_first_adapter(tiny_base):
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_plain_loss_and_two_graphs_serve_rows_of_every_length(tiny_base):
-    """The first layer has a graph of its own, as its input needs no gradient; validation has one more."""
+    """The first layer has its own graph, because its input needs no gradient; validation has one more."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The merged Hugging Face folder, in transformers: it renders and ends a turn as it was trained."""
+"""The merged Hugging Face folder in transformers renders and ends a turn as trained."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from tune2gguf.tokenizer.templates import CHATML
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 MAX_NEW_TOKENS = 40
-END_OF_TEXT = 381  # <|endoftext|>, which a base that is not an instruct model ends with
+END_OF_TEXT = 381  # <|endoftext|>, the end token of a base that is no instruct model
 
 
 def write_merged(folder: Path, *, config: dict, generation: dict | None) -> Path:
-    """Export a base that ends its turn at once, but whose own files do not know of that."""
+    """Export a base that ends its turn at once, with these config files."""
     base_dir = write_biased_base(folder / "base", lambda token: 9.0 if token == "<|im_end|>" else 0.0)
     path = base_dir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))

@@ -26,7 +26,7 @@ def load_ours(base_dir):
 
 @torch.no_grad()
 def compute_both(base_dir, seq_len: int = 100):
-    """Return our logits and transformers', past the length at which rope scaling matters."""
+    """Return our logits and transformers', beyond the length at which RoPE scaling starts to matter."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
     ours = load_ours(base_dir)

@@ -1,4 +1,4 @@
-"""The Modelfile's TEMPLATE, rendered by Go's text/template as Ollama does it, is the trained format byte for byte."""
+"""The Modelfile's TEMPLATE, rendered by Go's text/template as in Ollama, equals the trained format byte for byte."""
 
 import pytest
 
@@ -11,14 +11,14 @@ from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, LLAMA3, ChatTemplate
 
 
 def read_template(modelfile: str) -> str:
-    """Return TEMPLATE as Ollama's parser reads it: all between the triple quotes."""
+    """Return TEMPLATE like Ollama's parser: all between the triple quotes."""
     return modelfile.split('TEMPLATE """', 1)[1].split('"""', 1)[0]
 
 
 def render_trained(chat_template: ChatTemplate, messages: list[Message]) -> str:
-    """The format as its record defines it, without the beginning, which the runtime adds.
+    """Render a conversation in a defined format, without BOS, which the runtime adds.
 
-    A last message of the assistant is the beginning of the reply.
+    A last assistant message is a prefill.
     """
     prefill = [turn.content for turn in messages[-1:] if turn.role == "assistant"]
     messages = messages[: len(messages) - len(prefill)]
@@ -52,13 +52,13 @@ def test_go_renders_the_trained_format(go_renderer, name):
 @pytest.mark.parametrize("system_prompt", NOT_HELD)
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_system_prompt_that_system_cannot_hold_is_served_by_the_template(go_renderer, name, system_prompt):
-    """Where the request brings one of its own, that is served."""
+    """A request's own system prompt is served instead."""
     chat_template, prompts = CHAT_TEMPLATES[name], make_prompts()
     modelfile = make_modelfile("x.gguf", chat_template=chat_template, context_length=64, system_prompt=system_prompt)
     commands = dict(parse_modelfile(modelfile))
     assert "SYSTEM" not in commands
     system = Message("system", system_prompt)
-    # A system message of the request that is empty is one for Go's `if` that there is not.
+    # Go's `if` takes an empty system message for none.
     prompts = [messages for messages in prompts if messages[0] != Message("system", "")]
     with_it = [messages if messages[0].role == "system" else [system, *messages] for messages in prompts]
     expected = [render_trained(chat_template, messages) for messages in with_it]
@@ -77,9 +77,9 @@ def test_a_template_with_one_newline_less_is_told_apart(go_renderer):
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_jinja_renders_what_the_modelfile_renders(name):
-    """Both templates are one format: rendered by jinja2, the GGUF's differs only by BOS at the start.
+    """Both templates have one format: rendered by jinja2, the GGUF's differs only by BOS at the start.
 
-    A prefill is the server's to append: llama.cpp's and transformers' chat functions take it off before they render.
+    The server appends a prefill: llama.cpp's and transformers' chat functions remove it before they render.
     """
     import jinja2
 

@@ -1,4 +1,4 @@
-"""Packing changes what a forward pass costs, not what it computes: losses and adapter gradients stay the same."""
+"""Packing changes a forward pass's cost, not its losses and adapter gradients."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def model(tiny_base) -> CausalLM:
         max_seq_len=MAX_SEQ_LEN,
     )
     load_base(model, str(tiny_base), device=torch.device("cpu"), base_weights="fp32", show=False)
-    # A zero lora_b would leave half of the gradients zero.
+    # With zero lora_b, half of the gradients would be zero.
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -44,7 +44,7 @@ def data(tiny_base, tmp_path_factory) -> PreparedData:
 
 
 def measure(model: CausalLM, batches: list[Batch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the losses of all supervised positions, and the adapter's gradients of their sum."""
+    """Return the losses of all supervised positions, and the gradients of their sum for the adapter."""
     model.zero_grad()
     losses = [model(**vars(batch)) for batch in batches]
     torch.cat(losses).sum().backward()
@@ -53,7 +53,7 @@ def measure(model: CausalLM, batches: list[Batch]) -> tuple[torch.Tensor, dict[s
 
 
 def make_batches(data: PreparedData) -> tuple[list[Batch], list[Batch]]:
-    """Return the packs in batches of two, and the same rows in the same order one by one."""
+    """Return the packs in batches of two, and the same rows one by one in the same order."""
     packs = [data.sequences[index] for index in range(len(data.sequences))]
     packed = [collate(packs[start : start + 2]) for start in range(0, len(packs), 2)]
     return packed, [collate([row]) for pack in packs for row in pack.rows]
@@ -72,7 +72,7 @@ def test_packed_losses_and_gradients_equal_those_of_the_rows_alone(model, data):
 
 
 def test_a_step_on_packs_is_the_step_on_their_rows(run_arguments, tmp_path, monkeypatch):
-    """All 20 rows in one step of the recipe, as rows or as packs: the same adapter."""
+    """All 20 rows in one step of the recipe give the same adapter as rows and as packs."""
     losses = {}
     for name, batch_size in {"rows": 20, "packs": 5}.items():
         options = [f"batch_size={batch_size}", "gradient_accumulation_steps=1", "max_seq_len=400"]

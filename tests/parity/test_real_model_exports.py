@@ -1,4 +1,4 @@
-"""The real SmolLM2 through scripts/export.py and what it writes: proof, adapter file, merged folder, chat."""
+"""The real SmolLM2 through scripts/export.py: proof, adapter file, merged folder, chat."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ MESSAGES = [{"role": "user", "content": QUESTION}]
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    # Questions that the untuned model answers in a sentence, and ends.
+    # Questions that the untuned model answers in one sentence.
     answers = {QUESTION: "There are 7 days in a week.", "What color is the sky?": "The sky is blue."}
     rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -30,7 +30,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run_dir) -> str:
-    """What the script says; all it writes is in the run's export folder."""
+    """Return the script's output. Its files are in the run's export folder."""
     finished = run_script("export.py", run_dir, "--quantization", "Q8_0", "F32", "--adapter-gguf", "--merged-hf")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout

@@ -1,4 +1,4 @@
-"""Our Llama-3 tokenizer against Meta's: tiktoken on the same tokenizer.model gives the same ids."""
+"""Our Llama 3 tokenizer equals Meta's: tiktoken with the same tokenizer.model gives the same ids."""
 
 from functools import cache
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_ids_equal_tiktokens():
 
 
 def test_every_token_of_the_vocabulary_decodes_to_tiktokens_bytes():
-    """One by one where a token is whole characters; the rest is covered by encoding."""
+    """Tokens of whole characters are decoded one by one; encoding covers the others."""
     ours, metas = load_llama3(), load_tiktoken()
     for id_ in range(0, 128000, 7):
         text = metas.decode_bytes([id_]).decode("utf-8", errors="replace")
@@ -60,7 +60,7 @@ def test_every_token_of_the_vocabulary_decodes_to_tiktokens_bytes():
 
 
 def test_another_pattern_gives_other_ids():
-    """Negative control: GPT-2's way to split numbers is found different on the same corpus."""
+    """Negative control: GPT-2's splitting of numbers gives other ids on the same corpus."""
     import tiktoken
 
     pattern = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")

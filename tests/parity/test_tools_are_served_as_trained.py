@@ -1,7 +1,7 @@
 """Conversations with tools have the same ids in training, in llama.cpp's server and in Ollama's TEMPLATE.
 
-And they are Meta's, as transformers renders Meta's published template, and Qwen2.5's for ChatML: the published
-templates come with llama.cpp's source, which install_oracle.sh gets.
+They equal transformers' ids with Meta's published template, and with Qwen2.5's for ChatML. The published templates are
+in llama.cpp's source, which install_oracle.sh fetches.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PUBLISHED = {
 
 @cache
 def make_requests(name: str) -> list[Conversation]:
-    """Return what clients ask: every row up to its last reply, and beyond it, with the results of its calls."""
+    """Return clients' requests: every row up to its last reply, and beyond it with the results of its calls."""
     requests = []
     for conversation in make_tool_conversations(name):
         messages, tools = conversation.messages, conversation.tools
@@ -59,7 +59,7 @@ def make_requests(name: str) -> list[Conversation]:
 
 
 def write_out(chat_template: ChatTemplate, request: Conversation) -> str:
-    """Return what is trained, without the beginning: plain messages, as test_modelfile_renders_as_trained has them."""
+    """Return the trained text without BOS; plain messages as in test_modelfile_renders_as_trained."""
     plain = chat_template.write_out(request.messages, request.tools, chat_template.system_prefix)
     rendered = "".join(
         chat_template.role_start + one.role + chat_template.role_end + one.content
@@ -70,7 +70,7 @@ def write_out(chat_template: ChatTemplate, request: Conversation) -> str:
 
 
 def render_jinja(template: str, request: Conversation, **options: object) -> str:
-    """Render as transformers does, with its environment."""
+    """Render with transformers' jinja environment."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(template).render(
@@ -103,7 +103,7 @@ def test_jinja_with_tools_renders_conversations_without_them_as_the_plain_one(na
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_tool_is_rendered_alike_however_a_client_orders_its_keys(name):
-    """The row's tools, as they are read, and the client's, as they are sent; what is not written is left out."""
+    """The row's tools as read and the client's as sent render alike, without unset fields."""
     chat_template = CHAT_TEMPLATES[name]
     for tools in TOOL_LISTS:
         row = {"tools": tools, "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
@@ -149,7 +149,7 @@ def test_go_renders_conversations_without_tools_as_the_plain_template_does(go_re
 def test_go_serves_the_system_prompt_that_the_template_holds_with_tools_too(go_renderer, name):
     chat_template = CHAT_TEMPLATES[name]
     held = Message("system", "no-break\xa0space")
-    # A system message that is empty is one for Go's `if` that there is not.
+    # Go's `if` takes an empty system message for none.
     requests = [one for one in make_requests(name) if one.messages[0] != Message("system", "")]
     requests += [Conversation((Message("user", "Hi"),))]
     rendered = render_requests(go_renderer, read_ollama_template(name, held.content), make_ollama_requests(requests))
@@ -162,7 +162,7 @@ def test_go_serves_the_system_prompt_that_the_template_holds_with_tools_too(go_r
 
 @pytest.mark.slow
 def test_a_template_that_leaves_json_to_go_is_told_apart(go_renderer):
-    """Negative control: Go's own JSON has no spaces, another order, and escapes."""
+    """Negative control: Go's JSON has no spaces, another order, and escapes."""
     requests = [one for one in make_requests("chatml") if one.tools]
     template = read_ollama_template("chatml")
     begin, end = template.index("{{ range .Tools }}\n"), template.index("{{ end }}\n</tools>")
@@ -181,9 +181,9 @@ def read_published(file_name: str) -> str:
 
 @pytest.mark.parametrize(("name", "file_name"), [(name, one) for name, files in PUBLISHED.items() for one in files])
 def test_transformers_renders_the_published_template_to_what_is_trained(name, file_name):
-    """But for results, which Meta's template quotes where they are text: they are given as the object that they say.
+    """There are two exceptions.
 
-    And for ChatML's system message, where Qwen has one of its own.
+    Meta's template quotes results that are text, so they are passed as objects. Qwen has a system message of its own.
     """
     chat_template, published, num_compared = CHAT_TEMPLATES[name], read_published(file_name), 0
     options = {"bos_token": chat_template.beginning, "date_string": "26 Jul 2024"}
@@ -221,7 +221,7 @@ def bases(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["llama3", "llama3_1", "chatml"])
 def served(request, bases) -> Served:
-    """llama.cpp's server with the real tokenizer and the template with tools."""
+    """Start llama.cpp's server with the real tokenizer and the template with tools."""
     base_dir = bases / request.param.removesuffix("_1")
     if not base_dir.exists():
         make_base(base_dir, base_dir.name)
@@ -251,7 +251,7 @@ def test_llama_cpp_serves_the_ids_that_are_trained(served):
 
 
 def test_every_reply_and_call_is_trained_behind_the_prompt_it_is_served_with(served):
-    """Supervised are the last reply, or call, and its end; results and definitions are not."""
+    """The last reply or call and its end are supervised; results and definitions are not."""
     for conversation in make_tool_conversations(served.tokenizer.chat_template.name):
         ids, supervised = served.tokenizer.encode_conversation(conversation.messages, conversation.tools)
         prompt = serve(served, Conversation(conversation.messages[:-1], tools=conversation.tools))
@@ -267,7 +267,7 @@ def test_every_reply_and_call_is_trained_behind_the_prompt_it_is_served_with(ser
 
 
 def test_another_order_of_properties_would_be_found(served):
-    """Negative control, of the rendering by hand."""
+    """Negative control for the rendering by hand."""
     request = next(one for one in make_requests("llama3_1") if one.tools and "Zone" in str(one.tools))
     changed = copy.deepcopy(request.tools)
     changed[0]["function"]["description"] += "!"
@@ -277,7 +277,7 @@ def test_another_order_of_properties_would_be_found(served):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_call_that_was_learned_is_read_back_by_the_chat_api(bases, tmp_path, name):
-    """A tiny model learns a few rows by heart; asked through the server's API, it calls as it was trained, or talks."""
+    """A tiny model memorizes a few rows. Through the server's API it calls or talks as trained."""
     base_dir = bases / name.removesuffix("_1")
     if not base_dir.exists():
         make_base(base_dir, base_dir.name)
@@ -309,7 +309,7 @@ def test_a_call_that_was_learned_is_read_back_by_the_chat_api(bases, tmp_path, n
 
 
 def learn_by_heart(base_dir: Path, trained_dir: Path, rows: list[tuple[list[int], list[bool]]]) -> None:
-    """Train all weights of a base on rows until it is sure of each of their supervised tokens."""
+    """Train all weights of a base on rows until every supervised token is near certain."""
     import torch
     from transformers import AutoModelForCausalLM
 

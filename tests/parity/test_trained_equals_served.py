@@ -1,4 +1,4 @@
-"""What is trained is what will be served: llama.cpp renders and tokenizes every conversation to the ids of its row.
+"""Trained ids equal served ids: llama.cpp renders and tokenizes every conversation to the ids of its row.
 
 llama.cpp runs in this process on a GGUF of our export, with the real tokenizers and a model of a few random weights.
 """
@@ -32,7 +32,7 @@ class Served(NamedTuple):
 
 
 def make_base(base_dir: Path, tokenizer: str) -> None:
-    """Write a base of a few weights with the real tokenizer, as tokenizer.json, which loads faster."""
+    """Write a base of few weights with the real tokenizer, as tokenizer.json, which loads faster."""
     if tokenizer == "llama3":
         write_random_base(_make_architecture(128_256), base_dir, kind="float32")
         content = make_llama3_tokenizer_json(find_llama3_tokenizer())
@@ -68,7 +68,7 @@ def served(request, bases) -> Served:
 
 @cache
 def make_corpus() -> list[list[Message]]:
-    """Return conversations as they are read: the quickstart's, of every shape, and random ones of odd contents."""
+    """Return conversations as read: the quickstart's, some of every shape, and random ones with odd contents."""
     lines = (REPOSITORY / "examples/quickstart/train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines[:100]]
     generator = random.Random(0)
@@ -86,10 +86,10 @@ def draw_content(generator: random.Random) -> str:
 
 
 def render_served(served: Served, messages: list[Message]) -> list[int]:
-    """Return the prompt's ids as llama.cpp makes them from the messages, up to where the reply begins."""
+    """Return llama.cpp's prompt ids for the messages, up to the reply."""
     text = served.model.apply_template([{"role": turn.role, "content": turn.content} for turn in messages])
     beginning = served.tokenizer.chat_template.beginning
-    # The server adds the beginning when it tokenizes, and takes a rendered one away before.
+    # The server adds BOS when it tokenizes, and removes a rendered one first.
     return served.model.tokenize(text.removeprefix(beginning) if beginning else text, adds_bos=bool(beginning))
 
 
@@ -116,7 +116,7 @@ def test_every_reply_is_trained_behind_the_prompt_it_is_served_with(served):
 
 
 def test_every_prompt_is_served_as_it_is_sent(served):
-    """White space around contents is nobody's to strip, and a last message of the assistant begins the reply."""
+    """No template strips white space around contents, and a last assistant message is a prefill."""
     for messages in make_prompts():
         prefill = "".join(turn.content for turn in messages[-1:] if turn.role == "assistant")
         asked = messages[:-1] if prefill else messages
@@ -159,7 +159,7 @@ def test_content_in_parts_is_trained_as_it_is_served(served, texts):
 
 
 def test_any_white_space_around_a_content_is_served_as_it_is_sent(served):
-    """Every character below U+3001 that might be called white space, before and behind a word."""
+    """Every character below U+3001 that may count as white space, before and after a word."""
     candidates = [chr(code) for code in range(1, 0x3001) if chr(code).isspace() or code < 0x20]
     assert len(candidates) > 40
     for character in candidates:

@@ -1,4 +1,4 @@
-"""Starts the recipe in processes that can be killed, without the seconds that importing torch takes in each."""
+"""Starts the recipe in processes that can be killed, without importing torch in each."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from tests.conftest import REPOSITORY
 
-# Each run is forked from one process that has imported everything and done nothing yet.
+# Each run is forked from one process that has imported everything and done nothing else.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -33,7 +33,7 @@ MEASURED = ("seconds", "tokens_per_second", "supervised_tokens_per_second", "pea
 
 
 class Launch:
-    """The processes of one run; `log` has what they print."""
+    """The processes of one run. `log` has their output."""
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class Launch:
         limits: dict[int, tuple] | None = None,
         added: dict[int, list[str]] | None = None,
     ) -> None:
-        """Start them; `limits` and `added` arguments are those of single ranks."""
+        """Start them. `limits` and `added` arguments apply to single ranks."""
         self.log = log
         common = {}
         if num_processes > 1:
             common |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-            # As torchrun's agent does, this process keeps the store through which the others meet.
+            # Like torchrun's agent, this process keeps the store at which the others meet.
             self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
             common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -78,7 +78,7 @@ class Launch:
         self.wait()
 
     def wait(self, timeout: float = 120.0) -> list[int]:
-        """Return the exit codes, negative for a signal; kill what is left after the timeout, and fail."""
+        """Return the exit codes, negative for a signal. After the timeout, kill all processes and fail."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -90,7 +90,7 @@ class Launch:
         return [process.exitcode for process in self.processes]
 
     def wait_until(self, condition, timeout: float = 60.0) -> None:
-        """Return when the condition holds, at once when the run has ended before."""
+        """Return when the condition holds or the run has ended."""
         deadline = time.monotonic() + timeout
         while not condition() and any(process.is_alive() for process in self.processes):
             assert time.monotonic() < deadline, self.log.read_text()
@@ -98,7 +98,7 @@ class Launch:
 
 
 def run_recipe(arguments: list[str], log: Path, environment: dict[str, str], limit: tuple | None) -> None:
-    """Be the command: its arguments, its output, its exit code; `limit` is a resource and its soft and hard limit."""
+    """Act as the command: its arguments, output and exit code. `limit` is a resource and its limit."""
     descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -117,7 +117,7 @@ def run_recipe(arguments: list[str], log: Path, environment: dict[str, str], lim
 
 
 def run_to_end(arguments: list[str], log: Path, **options) -> str:
-    """Run, require success, return what was printed."""
+    """Run, require success, return the output."""
     launch = Launch(arguments, log, **options)
     codes = launch.wait()
     assert set(codes) == {0}, log.read_text()
@@ -125,7 +125,7 @@ def run_to_end(arguments: list[str], log: Path, **options) -> str:
 
 
 def find_free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -136,7 +136,7 @@ def count_lines(path: Path) -> int:
 
 
 def read_outcome(folder: Path) -> dict:
-    """Return all that a run leaves, what was MEASURED apart: two runs that are the same have the same."""
+    """Return a run's files without MEASURED values. Equal runs have equal outcomes."""
     import json
 
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

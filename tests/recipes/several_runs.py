@@ -1,8 +1,8 @@
-"""Runs of the recipe one after another in the same processes, which start, import torch and meet on a device once.
+"""Several runs of the recipe in the same processes, which start, import torch and connect once.
 
 torchrun --standalone --nproc-per-node N tests/recipes/several_runs.py RUNS.json
 
-RUNS.json holds lists of arguments: each of those `alone` is one process's, in those `together` all take part.
+RUNS.json has lists of arguments: a run in `alone` has one process, a run in `together` has all.
 """
 
 import gc
@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> None:
     recipe.setup()
     recipe.train()
     recipe.save()
-    # What it has of other processes' memory is given back before they use it for the next run.
+    # Release other processes' memory before they reuse it for the next run.
     del recipe
     gc.collect()
 
@@ -37,7 +37,7 @@ def main() -> None:
         run(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # as the recipe ends among others
+    os._exit(0)  # like the recipe with several processes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands of the README, verbatim, in processes of their own, against the installed torchtune."""
+"""The README's commands, verbatim, in processes of their own with the installed torchtune."""
 
 import json
 import os
@@ -17,7 +17,7 @@ YAMLS = sorted(REPOSITORY.glob("configs/**/*.yaml")) + sorted(REPOSITORY.glob("e
 
 
 def run_command(command: list[str], *, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    """Run with the scripts of this Python first on PATH, one thread a process."""
+    """Run with this Python's scripts first on PATH, one thread per process."""
     environment = {**os.environ, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 

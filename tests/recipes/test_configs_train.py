@@ -1,4 +1,4 @@
-"""Every shipped config trains as it is: with another base's path and data, on a CPU."""
+"""Every shipped config trains unchanged, except for the paths of base and data, on a CPU."""
 
 import re
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_estimate_is_printed_before_the_run_and_a_lack_of_memory_is_warned_of(ba
     printed = capsys.readouterr()
     assert re.search(r"memory: about 0\.[56]\d GB \(base 0\.00, adapter 0\.00, .* GB are free on cpu", printed.out)
     assert "out of memory" not in printed.err
-    # Beyond what any machine can address.
+    # More than any machine can address.
     with pytest.raises(SystemExit) as stopped:
         run_recipe([*arguments, f"output_dir={tmp_path / 'again'}", "lora_rank=10000000000000"], monkeypatch)
     printed = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A base that gives no finite loss is named before the first step; a run that learned nothing does not end well."""
+"""Damaged bases: one without a finite loss is named before the first step, and a run that skips every step fails."""
 
 import math
 from pathlib import Path

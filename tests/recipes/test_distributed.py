@@ -1,4 +1,4 @@
-"""Several processes are one run: the same steps, the same end, whether they replicate the model or shard it."""
+"""Several processes: the same steps and the same result as one, with a replicated or a sharded model."""
 
 import json
 import signal
@@ -37,7 +37,7 @@ def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
 
 
 def test_processes_of_a_machine_share_the_pages_of_the_base(run_arguments, wide_base, tmp_path):
-    """Each has the file mapped, and memory has what they look at once."""
+    """Every process maps the file, and memory has its pages once."""
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
     stored = ["base_weights=fp32", f"base_dir={wide_base}", "epochs=50"]
     launch = Launch([*run_arguments, *stored], log, num_processes=2)
@@ -45,13 +45,13 @@ def test_processes_of_a_machine_share_the_pages_of_the_base(run_arguments, wide_
     mapped = [measure_map(process.pid, wide_base / "model.safetensors") for process in launch.processes]
     launch.kill()
     for resident, proportional in mapped:
-        # Read, not mapped, are the queries and keys, whose rows change places, and the norms: 22 % of this base.
+        # Norms, and q and k, whose rows are permuted, are read instead of mapped: 22 % of this base.
         assert resident > 0.7 * (wide_base / "model.safetensors").stat().st_size
         assert proportional < 0.6 * resident
 
 
 def measure_map(pid: int, path: Path) -> tuple[int, int]:
-    """Return how many bytes of a file a process has in memory, and its share where others have them, too."""
+    """Return a file's bytes in a process's memory, and its share of them, as shared pages are divided."""
     sizes, is_wanted = {"Rss": 0, "Pss": 0}, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         name, *values = line.split()
@@ -75,7 +75,7 @@ def make_unequal_rows(count: int) -> list[dict]:
 
 @pytest.mark.slow
 def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_base, tmp_path):
-    """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1 rows; 19 rows leave a tail of 3, in which some of the processes have none."""
+    """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1 rows. 19 rows leave a last step of 3, in which some processes have no row."""
     train = write_rows(tmp_path / "unequal.jsonl", make_unequal_rows(19))
     arguments = [*run_arguments, f"dataset.files=[{train}]", "max_seq_len=512", "epochs=2", f"seed={SEED}"]
     cases = [(1, "replicate"), (2, "replicate"), (4, "replicate"), (4, "shard"), (8, "replicate"), (8, "shard")]
@@ -89,7 +89,7 @@ def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_b
         for key in ("loss", "val_loss"):
             one, other = ([record[key] for record in read_records(run, key)] for run in (alone, folder))
             assert one == pytest.approx(other, abs=1e-5)
-    # Negative control: the mean of the processes' own means, which is not the mean over the step's tokens.
+    # Negative control: the mean of the processes' means is not the mean over the step's tokens.
     losses = measure_first_step(tiny_base, train, num_processes=2)
     own = [one.mean() for one in losses]
     first = read_records(folders[2, "replicate"], "loss")[0]["loss"]
@@ -98,7 +98,7 @@ def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_b
 
 
 def measure_first_step(base_dir: Path, train: Path, *, num_processes: int) -> list[torch.Tensor]:
-    """Return the losses of the supervised tokens of each process's rows of the first step, from the base alone."""
+    """Return the base's losses of the supervised tokens in the first step, by process."""
     from tune2gguf.base.load import load_base
     from tune2gguf.data import chat_dataset, collate, plan_epoch
     from tune2gguf.model.llama import lora_llama
@@ -135,7 +135,7 @@ def measure_first_step(base_dir: Path, train: Path, *, num_processes: int) -> li
     ],
 )
 def test_processes_killed_and_resumed_equal_never_stopped(run_arguments, tmp_path, size, parallel):
-    """With dropout, each process draws its own masks and gets its own random numbers back; one of them is killed."""
+    """Each process draws its own dropout masks and restores its own random state. One process is killed."""
     arguments = [*run_arguments, *HARD, "save_every_n_steps=1", f"parallel={parallel}", "batch_size=1"]
     arguments += [f"gradient_accumulation_steps={max(1, 4 // size)}"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "whole.log", num_processes=size)

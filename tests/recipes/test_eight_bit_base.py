@@ -35,7 +35,7 @@ def test_run_on_fp8_learns_close_to_a_bf16_run_and_is_merged_into_its_base(
     name, stored = "layers.1.attn.q_proj.weight", open_base(tiny_base)
     exact = torch.from_numpy(stored.read_rows(name, 0, 32))
     assert torch.equal(torch.from_numpy(choice.chosen.read_rows(name, 0, 32)), exact)
-    # What a proof compares with is what was trained over.
+    # The proof compares with the base weights of the training.
     expected = quantize_weight(exact.bfloat16()).dequantize(torch.float32)
     assert torch.equal(torch.from_numpy(choice.trained.read_rows(name, 0, 32)), expected)
     assert not torch.equal(expected, exact)

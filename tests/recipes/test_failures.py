@@ -1,4 +1,4 @@
-"""A run that fails: one line says why, what was saved is intact, and nothing wrong reaches the weights."""
+"""Failing runs: one line gives the reason, saved files are intact, and no wrong value reaches the weights."""
 
 import re
 import resource
@@ -19,7 +19,7 @@ from tune2gguf.runs.checkpoints import find_damage, list_checkpoints
 
 
 def test_full_disk_ends_in_one_line_and_the_checkpoints_before_are_intact(run_arguments, tmp_path):
-    """A limit on the size of a file stands for the disk: the metrics reach it while the run goes on."""
+    """A limit on file sizes stands for a full disk: the metrics reach it during the run."""
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
     arguments = [*run_arguments, "epochs=60", "save_every_n_steps=20", "lora_rank=1"]
     launch = Launch(arguments, log, limits={0: (resource.RLIMIT_FSIZE, 50_000)})
@@ -32,7 +32,7 @@ def test_full_disk_ends_in_one_line_and_the_checkpoints_before_are_intact(run_ar
 
 
 def test_last_checkpoint_that_cannot_be_written_is_an_error(run_arguments, tmp_path):
-    """Nothing comes after it that would notice. The optimizer's state is larger than the limit, the adapter smaller."""
+    """No later write would notice the failure. The limit is between the sizes of adapter and optimizer state."""
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
     launch = Launch([*run_arguments, "save_every_n_steps=100"], log, limits={0: (resource.RLIMIT_FSIZE, 60_000)})
     assert launch.wait() == [1]
@@ -65,7 +65,7 @@ def test_checkpoint_that_does_not_fit_leaves_the_one_before(run_arguments, tmp_p
 
 @pytest.fixture(scope="module")
 def poisoned_base(tmp_path_factory) -> Path:
-    """A base in which one token, the tilde's, is infinite."""
+    """Return a base with an infinite embedding for one token, the tilde."""
     from tokenizers import Tokenizer
 
     base = write_tiny_base(tmp_path_factory.mktemp("bases") / "poisoned", TINY_UNTIED)
@@ -78,11 +78,11 @@ def poisoned_base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def poisoned(run_arguments, poisoned_base, tmp_path) -> list[str]:
-    """Arguments of a run whose row 8 alone has the token; others share its pass."""
+    """Return arguments of a run with the token in row 8 only. Other rows share its pass."""
     rows = make_conversations(20)
     rows[7]["messages"][0]["content"] += " ~"
     path = write_rows(tmp_path / "poisoned.jsonl", rows)
-    # A seed that does not draw it first: a loss that is not finite before any step is the base's fault.
+    # This seed does not draw row 8 first: before any step, a loss that is not finite is the base's fault.
     cut = ["batch_size=1", "gradient_accumulation_steps=4", "epochs=2", "seed=3"]
     return [*run_arguments, *cut, f"base_dir={poisoned_base}", f"dataset.files=[{path}]"]
 
@@ -97,7 +97,7 @@ def test_step_that_is_not_finite_stops_the_run_before_it_and_names_the_row(poiso
     assert "Traceback" not in log.read_text()
     newest = list_checkpoints(folder / "checkpoints")[-1]
     assert newest.name == f"step_{len(steps)}" and find_damage(newest) is None
-    # The way out that the message names.
+    # The message's way out.
     run_to_end([*poisoned, "resume=auto", "on_nonfinite=skip"], log)
     assert len(read_records(folder, "skipped")) == 2 and len(read_records(folder, "loss")) == 8
 
@@ -107,7 +107,7 @@ def test_skipped_step_leaves_the_adapter_finite_and_the_steps_counted(poisoned, 
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
     text = run_to_end([*poisoned, "on_nonfinite=skip"], log, num_processes=num_processes)
     skipped = read_records(folder, "skipped")
-    assert len(skipped) == 2  # once an epoch
+    assert len(skipped) == 2  # once per epoch
     assert all(record["skipped"].endswith(f"{tmp_path}/poisoned.jsonl, line 8") for record in skipped)
     assert text.count("note: step") == 2
     steps = sorted(record["step"] for record in [*skipped, *read_records(folder, "loss")])
@@ -132,7 +132,7 @@ def test_error_of_one_process_ends_all_with_its_line(run_arguments, tmp_path, ra
 
 @pytest.mark.slow
 def test_process_that_falls_silent_ends_the_others_with_a_line(run_arguments, tmp_path):
-    """A stopped process stands for a machine without power: it closes no connection."""
+    """A stopped process stands in for a machine without power: it closes no connection."""
     launches = []
     for silent in (0, 1):
         folder, log = tmp_path / f"runs/{silent}", tmp_path / f"{silent}.log"
@@ -167,7 +167,7 @@ def test_machine_with_other_rows_or_arguments_is_refused(run_arguments, tmp_path
 
 
 def test_write_error_of_the_main_process_ends_all_with_its_line(run_arguments, tmp_path):
-    """The other process is in the middle of a step then, and learns of it there."""
+    """The other process is within a step, and receives the error there."""
     limits = {0: (resource.RLIMIT_FSIZE, 50_000)}
     launch = Launch([*run_arguments, "epochs=200", "lora_rank=1"], tmp_path / "log", num_processes=2, limits=limits)
     assert launch.wait(timeout=60) == [1, 1]
@@ -178,7 +178,7 @@ def test_write_error_of_the_main_process_ends_all_with_its_line(run_arguments, t
 
 @pytest.mark.slow
 def test_processes_of_a_run_end_before_python_ends_in_which_their_threads_could_abort(tmp_path):
-    """Seen in one of twelve runs on a busy machine; here Python's own end always aborts, as alone it does."""
+    """One of twelve runs aborted on a busy machine. Here Python's exit always aborts, as the run alone shows."""
     program = tmp_path / "program.py"
     program.write_text(
         "import atexit, os\n"
@@ -190,7 +190,7 @@ def test_processes_of_a_run_end_before_python_ends_in_which_their_threads_could_
     together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     together += ["--master-port", str(find_free_port()), str(program)]
     done = subprocess.run(together, cwd=REPOSITORY, capture_output=True, text=True)
-    # Their line breaks may change places.
+    # The processes' line breaks may be interleaved.
     assert (done.returncode, done.stdout.count("done")) == (0, 2), done.stderr
     alone = subprocess.run([sys.executable, str(program)], cwd=REPOSITORY, capture_output=True)
     assert alone.returncode == -signal.SIGABRT

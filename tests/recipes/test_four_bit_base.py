@@ -1,4 +1,4 @@
-"""Training on an NF4 base: quantized on load, or from a checkpoint that is 4-bit already."""
+"""Training on an NF4 base, quantized on load or from a 4-bit checkpoint."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def test_nf4_layer_computes_with_its_dequantized_weight():
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
     gradient, expected_gradient = (torch.autograd.grad(y.sum(), x)[0] for y in (layer(x), expected))
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
-    assert (dense - exact).abs().max() > 1e-2  # the layer is 4-bit indeed
+    assert (dense - exact).abs().max() > 1e-2  # the layer is 4-bit
 
 
 def test_run_on_nf4_learns_close_to_a_bf16_run(run_arguments, nf4_arguments, tmp_path, monkeypatch):
@@ -58,8 +58,8 @@ def test_layers_without_an_adapter_are_4_bit_too(nf4_arguments, tmp_path, monkey
 
 
 def test_base_that_is_4_bit_already_gives_the_run_of_quantizing_on_load(nf4_arguments, tmp_path, monkeypatch):
-    """bitsandbytes' codes go into the model as they are; only the scales' own 8 bits differ."""
-    # Rows of whole 64-blocks, so that the query's and key's rows can change places without being quantized anew.
+    """bitsandbytes' codes are loaded unchanged; only the 8-bit scales differ."""
+    # With rows of whole 64-blocks, rows of q and k can be permuted without quantizing them again.
     wide = Architecture(**{**vars(TINY_TIED), "embed_dim": 64, "head_dim": 16, "intermediate_dim": 128})
     dense_dir = write_tiny_base(tmp_path / "dense", wide, dtype=torch.bfloat16)
     bnb_dir = write_bnb4bit_copy(dense_dir, tmp_path / "bnb")
@@ -73,7 +73,7 @@ def test_base_that_is_4_bit_already_gives_the_run_of_quantizing_on_load(nf4_argu
 
 
 def write_bnb4bit_copy(dense_dir: Path, bnb_dir: Path) -> Path:
-    """Write the same model as unsloth's 4-bit repositories hold it."""
+    """Write the same model in the form of unsloth's 4-bit repositories."""
     shutil.copytree(dense_dir, bnb_dir)
     tensors = {}
     for name, weight in load_file(dense_dir / "model.safetensors").items():

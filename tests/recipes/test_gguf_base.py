@@ -1,4 +1,4 @@
-"""Training over what a GGUF holds of the base, and serving that file with the adapter beside it."""
+"""Training over the values of the base's GGUF, and serving that file with the adapter."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ OVER_Q4_K_M = ["dtype=bf16", "base_weights=gguf:Q4_K_M", "quantization=Q4_K_M"]
 
 @pytest.fixture(scope="module")
 def run_dir(wide_base, tmp_path_factory) -> Path:
-    """A run over true K-quants."""
+    """Return a run over true K-quants."""
     folder = tmp_path_factory.mktemp("runs") / "over-gguf"
     arguments = [
         *make_run_arguments(folder.parent, wide_base),
@@ -93,7 +93,7 @@ def test_what_was_trained_is_what_is_served(run_dir):
 
 
 def test_merged_and_quantized_again_it_loses_what_it_was_trained_around(run_dir):
-    """Negative control of serving two files: the same type, merged."""
+    """Negative control for serving two files: merged in the same type."""
     export = export_run(run_dir, quantizations=["Q4_K_M"], overwrite=True, show=False)
     assert [model.quantization for model in export.models] == ["Q4_K_M"]
     steps = prove_export(export, num_rows=6, show=False).steps

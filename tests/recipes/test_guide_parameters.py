@@ -1,4 +1,4 @@
-"""Each of the guide's twelve parameters does in a run what the guide says; expected values come from formulas."""
+"""The guide's twelve parameters: each has the guide's effect on a run. Expected values come from formulas."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ class Watched:
 
 
 def run_watched(arguments: list[str], folder: Path, *changed: str) -> Watched:
-    """Run the recipe as its main does, noting the rows that it trains on."""
+    """Run the recipe like its main, and record its training rows."""
     cfg = load_config([*arguments, f"output_dir={folder}", *changed])
     recipe = LoRAFinetuneRecipe(cfg, check_config(cfg))
     watched = Watched(recipe, folder)
@@ -66,7 +66,7 @@ def take(adapter: dict[str, np.ndarray], factor: str) -> np.ndarray:
 
 @pytest.mark.parametrize("rate", [1e-4, 2e-4, 5e-5])
 def test_learning_rate_is_how_far_a_step_goes(rate, run_arguments, tmp_path):
-    """AdamW's first step is lr * g / (|g| + eps): lr in the direction of the gradient, whatever its size."""
+    """AdamW's first step is lr * g / (|g| + eps): lr against the gradient's sign, for a gradient of any size."""
     run = run_watched(run_arguments, tmp_path / "run", *ONE_STEP, f"learning_rate={rate}", "weight_decay=0")
     moved = np.abs(take(run.adapter, "lora_B"))
     assert np.median(moved) == pytest.approx(rate, rel=1e-3)
@@ -75,7 +75,7 @@ def test_learning_rate_is_how_far_a_step_goes(rate, run_arguments, tmp_path):
 
 
 def test_epochs_is_how_often_every_row_is_seen(run_arguments, tmp_path):
-    """20 rows in steps of 2 x 3: three full steps and a tail of 2, three times, each in another order."""
+    """20 rows in steps of 2 x 3: three full steps and one of 2 rows, in three epochs of different order."""
     run = run_watched(run_arguments, tmp_path / "run", "epochs=3", "batch_size=3", "gradient_accumulation_steps=2")
     counts = Counter(row.source.line for row in run.rows)
     assert counts == dict.fromkeys(range(1, 21), 3)
@@ -118,7 +118,7 @@ def test_lora_rank_is_the_inner_width_of_every_factor(run_arguments, tmp_path):
 
 
 def test_lora_alpha_over_rank_scales_what_the_adapter_does(run_arguments, tmp_path):
-    """After one small step the change of the validation loss is linear in the adapter's product."""
+    """After one small step, the validation loss changes linearly in the adapter's product."""
     changes = {}
     for alpha in (2, 4, 8):  # ratios 0.5, 1 and 2
         run = run_watched(run_arguments, tmp_path / f"{alpha}", *ONE_STEP, f"lora_alpha={alpha}", "learning_rate=1e-5")
@@ -145,8 +145,8 @@ def test_lora_dropout_is_the_fraction_dropped_in_training_and_in_training_only(
     if dropout == 0:
         assert drawn == []
         return
-    # One for each input of linear layers (q k v, output, gate and up, down) in 2 layers and step, whose rows share a
-    # pass; had validation drawn any, there would be more.
+    # One per input of linear layers (q k v, output, gate and up, down), layer (2) and step, whose rows share a pass.
+    # Masks drawn by validation would add to these.
     assert len(drawn) == len(run.steps) * 4 * 2
     elements = sum(mask.numel() for mask in drawn)
     dropped = 1 - sum(mask.sum().item() for mask in drawn) / elements
@@ -205,7 +205,7 @@ def test_seed_decides_adapter_order_and_dropout(run_arguments, tmp_path, monkeyp
     assert (runs["zero"].folder / last).read_bytes() == (runs["again"].folder / last).read_bytes()
     lines = {name: [row.source.line for row in run.rows] for name, run in runs.items()}
     assert lines["zero"] == lines["again"] != lines["other"]
-    # Trained A's are within a few learning rates of where they began, which two seeds draw apart.
+    # Trained A's are within a few learning rates of their start, which differs between seeds.
     first, other = (take(runs[name].adapter, "lora_A") for name in ("zero", "other"))
     assert np.abs(first - other).mean() > 10 * 1e-3
     width = min(masks[0][0].shape[0], masks[2][0].shape[0])
@@ -238,7 +238,7 @@ def test_quantization_changes_what_export_writes_and_nothing_else(run_arguments,
 
 @pytest.mark.parametrize("decay", [0, 0.001, 0.01, 0.1])
 def test_weight_decay_shrinks_the_adapter_by_lr_times_decay_and_nothing_else(decay, run_arguments, tmp_path):
-    """In the first step every B is zero, so that no A has a gradient: what is left is decoupled weight decay."""
+    """In the first step every B is zero and no A has a gradient: only decoupled weight decay changes A."""
     rate = 0.5
     fresh = run_watched(run_arguments, tmp_path / "fresh", *ONE_STEP, f"learning_rate={rate}", "weight_decay=0")
     run = run_watched(run_arguments, tmp_path / "run", *ONE_STEP, f"learning_rate={rate}", f"weight_decay={decay}")

@@ -19,7 +19,7 @@ def test_notebook_goes_from_rows_to_an_answer(tiny_base, tmp_path, monkeypatch):
     _, _, *overrides = make_run_arguments(tmp_path, tiny_base)
     options = [word for word in overrides if not word.startswith("output_dir=")]
     cells["parameters"].source += f"\noptions = {' '.join(options)!r}\n"
-    # A model of random weights does not end its turn by itself, which a proof would mark.
+    # A model with random weights does not end its turn, which the proof would report.
     cells["export"].source = cells["export"].source.replace("--force", "--force --quantization F32 --proof-rows 0")
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()

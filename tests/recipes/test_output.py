@@ -1,4 +1,4 @@
-"""What programs print reaches a reader of any encoding, and one that stops reading ends them as it ends any other."""
+"""Printed output works in any encoding, and a closed pipe ends our programs like any other."""
 
 import os
 import shutil
@@ -17,14 +17,14 @@ SCRIPTS = sorted(path.name for path in (REPOSITORY / "scripts").glob("*.py"))
 
 @pytest.fixture(scope="module")
 def run_dir(hostile_run, tmp_path_factory) -> Path:
-    """An exported run whose name and rows no ASCII spells."""
+    """Return an exported run with a name and rows that are not ASCII."""
     run_dir = Path(shutil.copytree(hostile_run, tmp_path_factory.mktemp("runs") / hostile_run.name))
     export_run(run_dir, quantizations=["F32"], show=False)
     return run_dir
 
 
 def make_command(name: str, run_dir: Path, folder: Path) -> list[str]:
-    """Return a command of a script that prints as much as it has to say."""
+    """Return a script's command with much output."""
     rows = make_conversations(30)
     rows[0]["messages"][0]["content"] = "\u65e5\u672c\u2028\U0001f6a2 \ud83d"[:-1] + " ?"
     data = write_rows(folder / "d\u00e4ta.jsonl", rows)
@@ -71,7 +71,7 @@ def test_reader_that_stops_reading_ends_a_script_without_a_word(name, run_dir, t
         environment["PYTHONUNBUFFERED"] = unbuffered
         done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE)
         os.close(writing)
-        # argparse, which prints the help of make_random_base.py, takes no notice.
+        # argparse prints the help of make_random_base.py, and ignores a closed pipe.
         assert done.stderr.decode() == "" and done.returncode in ((0, 141) if "--help" in command else (141,))
 
 

@@ -1,4 +1,4 @@
-"""Runs on data of several shapes: what the config says of them is trained, recorded, and the same when resumed."""
+"""Runs on data in several formats: trained as the config says, recorded, and equal after a resume."""
 
 import json
 

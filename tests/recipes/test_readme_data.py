@@ -1,4 +1,4 @@
-"""The commands for one's own data of README and docs/data.md, as they stand there, on a tiny base."""
+"""The commands of README and docs/data.md for one's own data, verbatim, on a tiny base."""
 
 import json
 import re
@@ -65,9 +65,9 @@ def test_every_link_and_picture_of_the_pages_is_there():
 def test_commands_for_your_own_data_run_in_their_order(page, names_of_commands, tmp_path, tiny_base, run_arguments):
     rows = write_rows(tmp_path / "my.jsonl", make_conversations(60))
     names = {"my.jsonl": rows, "runs/mine": tmp_path / "mine", "models/SmolLM2-135M-Instruct": tiny_base}
-    # What makes the run tiny, but nothing that the README's own command says.
+    # These overrides make the run tiny, without changing the README's own.
     smaller = [option for option in run_arguments[2:] if not option.startswith(("dataset", "output_dir", "epochs"))]
-    # A model of random weights does not end its turn by itself, which a proof would mark.
+    # A model with random weights does not end its turn, which the proof would report.
     more = {"run": smaller, "export": ["--proof-rows", "0"], "chat": ["--max-tokens", "4"]}
     commands = list_commands(page)
     assert [command[3] for command in commands] == names_of_commands

@@ -1,4 +1,4 @@
-"""Killed anywhere and resumed, a run ends with the bytes of one that was never stopped; what cannot be, is refused."""
+"""Resume: a run killed anywhere ends with the bytes of an uninterrupted one, and impossible resumes are refused."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_training import read_records, run_recipe
 from tune2gguf.runs.run import open_run
 
-# Dropout, accumulation and a tail: 20 rows in steps of 6 are 3 whole steps and one of 2 rows, 12 steps in all.
+# Dropout, accumulation and a short step: 20 rows in steps of 6 are 3 full steps and one of 2 rows, 12 steps in all.
 HARD = ["lora_dropout=0.1", "batch_size=2", "gradient_accumulation_steps=3", "epochs=3", "learning_rate=0.01"]
 STEPS = 12
 
@@ -27,7 +27,7 @@ def arguments(run_arguments) -> list[str]:
 
 
 def kill_and_resume(arguments: list[str], folder: Path, moments: list[tuple[int, float]], **options) -> list[int]:
-    """Kill the run whenever it has this many more lines of metrics, and some seconds later; then let it end.
+    """Kill the run at each moment (more lines of metrics, seconds after them), then let it end.
 
     Returns the lines of metrics at each kill.
     """
@@ -50,10 +50,10 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
     arguments = [*arguments, f"dataset.packing={packing}", "max_seq_len=128", "eval_every_n_steps=3", "num_samples=1"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log")
     whole = read_outcome(tmp_path / "whole")
-    # The later kills come in a run that was resumed already.
+    # The later kills hit a resumed run.
     assert kill_and_resume(arguments, tmp_path / "killed", [(1, 0.0), (4, 0.03), (4, 0.06)])
     assert read_outcome(tmp_path / "killed") == whole
-    # Negative control: other masks end elsewhere.
+    # Negative control: other masks give another result.
     run_to_end([*arguments, "seed=43", f"output_dir={tmp_path / 'other'}"], tmp_path / "log")
     assert read_outcome(tmp_path / "other")["last"] != whole["last"]
 
@@ -71,13 +71,13 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
 def test_killed_at_random_times_and_resumed_equals_never_stopped(
     arguments, tmp_path, num_processes, changed, num_kills
 ):
-    """Every second checkpoint is being written when they come."""
+    """Half of the kills hit a checkpoint that is being written."""
     arguments = [*arguments, "save_every_n_steps=1", "eval_every_n_steps=1", "num_samples=1", *changed]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log", num_processes=num_processes)
     whole = read_outcome(tmp_path / "whole")
     draw = random.Random(num_processes)
     kills: list[int] = []
-    # A run that ends before the kill comes counts nothing: how many do depends on how busy the machine is.
+    # Runs that end before the kill do not count; their number depends on the machine's load.
     for number in range(40):
         folder = tmp_path / f"killed-{number}"
         moments = [(draw.randint(1, 6), draw.uniform(0.0, 0.1)) for _ in range(4)]
@@ -91,13 +91,13 @@ def test_killed_at_random_times_and_resumed_equals_never_stopped(
 
 
 def copy_run(arguments: list[str], tmp_path: Path) -> Path:
-    """Run to the end, in the folder that run_arguments names."""
+    """Run to the end in run_arguments' folder."""
     run_to_end(arguments, tmp_path / "log")
     return tmp_path / "runs/tiny"
 
 
 def refuse(arguments: list[str], monkeypatch, capsys) -> str:
-    """Run in this process, require the exit code of an error, return its message."""
+    """Run in this process, require an error's exit code, return its message."""
     with pytest.raises(SystemExit) as stopped:
         run_recipe(arguments, monkeypatch)
     assert stopped.value.code == 1
@@ -162,7 +162,7 @@ def test_damaged_checkpoint_is_not_loaded_and_the_newest_good_one_is_named(argum
 
 
 def test_best_adapter_that_has_gone_ahead_of_the_checkpoint_comes_back(arguments, tmp_path, monkeypatch):
-    """best/ of step 12 is there, but the run goes on from step 6, which knows the best of step 4."""
+    """best/ is from step 12, but the run resumes from step 6, whose best is step 4."""
     folder = copy_run([*arguments, "keep_last=20"], tmp_path)
     before = read_outcome(folder)
     run_recipe([*arguments, "keep_last=20", f"resume={folder / 'checkpoints/step_6'}"], monkeypatch)
@@ -203,7 +203,7 @@ def test_second_process_in_a_folder_is_told_who_writes_there_and_a_dead_one_bloc
 def test_of_two_that_begin_at_once_one_makes_the_run(arguments, tmp_path):
     arguments = [*arguments, "resume=auto"]
     both = [Launch(arguments, tmp_path / f"{number}.log") for number in range(2)]
-    assert 0 in [launch.wait()[0] for launch in both]  # the other is refused, or finds a finished run
+    assert 0 in [launch.wait()[0] for launch in both]  # the other is refused or finds a finished run
     steps = [record["step"] for record in read_records(tmp_path / "runs/tiny", "loss")]
     assert steps == list(range(1, STEPS + 1))
 
@@ -219,7 +219,7 @@ def test_folder_that_is_no_run_is_not_resumed(arguments, tmp_path, monkeypatch, 
     assert "is not the folder of a run" in refuse([*arguments, "resume=auto"], monkeypatch, capsys)
     assert "no such checkpoint" in refuse([*arguments, "resume=nowhere"], monkeypatch, capsys)
     assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == ["mine"]
-    # Another program has a config.yaml, too.
+    # Other programs have a config.yaml, too.
     (tmp_path / "runs/tiny/config.yaml").write_text("mine: 1\n")
     assert "environment.json: not found" in refuse([*arguments, "resume=auto"], monkeypatch, capsys)
     assert (tmp_path / "runs/tiny/config.yaml").read_text() == "mine: 1\n"
@@ -243,7 +243,7 @@ def test_run_folder_comes_into_being_whole_or_not_at_all(arguments, tmp_path):
     launch.kill()
     assert found >= {*names}
     sizes = {(folder / name).stat().st_size for name in names}
-    # A limit on the size of a file stands for the disk: it is reached in one file after the other.
+    # A limit on file sizes stands for a full disk: one file after the other reaches it.
     for limit in sorted(sizes):
         shutil.rmtree(folder, ignore_errors=True)
         launch = Launch(arguments, log, limits={0: (resource.RLIMIT_FSIZE, limit - 1)})

@@ -1,4 +1,4 @@
-"""What a program imports: `from tune2gguf import run_recipe, export_run, ask`."""
+"""Use from Python: `from tune2gguf import run_recipe, export_run, ask`."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""Several torchrun agents, as on several machines: docs/running.md's section, on loopback and between two hosts."""
+"""Several torchrun agents, as on several machines: docs/running.md's commands, on loopback and between two hosts."""
 
 import os
 import shutil
@@ -20,14 +20,14 @@ SECONDS_TO_START = 180  # on a busy machine two agents and two processes take lo
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory, tiny_base) -> list[str]:
-    """Long enough to be killed in: two processes take 200 steps."""
+    """Return arguments of a run that is long enough to be killed: 200 steps with two processes."""
     shared = make_run_arguments(tmp_path_factory.mktemp("nodes"), tiny_base)
     return [*shared, *HARD, "epochs=100", "save_every_n_steps=7", "scheduler=constant", "learning_rate=0.001"]
 
 
 @pytest.fixture(scope="module")
 def whole(arguments, tmp_path_factory) -> dict:
-    """What two processes leave that were never stopped."""
+    """Return the outcome of two processes that were never stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     log = folder.with_suffix(".log")
     finish([Agent(f"127.0.0.1:{find_free_port()}", [*arguments, f"output_dir={folder}"], log, num_nodes=1)])
@@ -35,7 +35,7 @@ def whole(arguments, tmp_path_factory) -> dict:
 
 
 class Agent:
-    """torchrun on one machine; two of them with a process each, or one with two."""
+    """torchrun on one machine: one of two with a process each, or one with two processes."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Agent:
         self.process.wait()
 
     def wait(self, timeout: float = SECONDS_TO_START) -> int:
-        """Return the exit code; kill it after the timeout, and fail."""
+        """Return the exit code. After the timeout, kill the agent and fail."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -95,7 +95,7 @@ def wait_for_lines(path: Path, count: int, agents: list[Agent]) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process has not ended; its agent may not have asked for its exit code yet."""
+    """Return whether a process is alive. A zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -143,7 +143,7 @@ def test_killed_agent_leaves_no_process_behind_and_all_is_saved(arguments, whole
 
 @pytest.mark.parametrize("num_nodes", [1, 2])
 def test_killed_process_is_restarted_and_goes_on(arguments, whole, tmp_path, num_nodes):
-    """torchrun --max-restarts with resume=auto: nobody has to be there."""
+    """torchrun --max-restarts with resume=auto needs nobody to restart a run."""
     folder = tmp_path / "run"
     arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
     agents = start_nodes(arguments, tmp_path, num_nodes=num_nodes, max_restarts=2)
@@ -155,7 +155,7 @@ def test_killed_process_is_restarted_and_goes_on(arguments, whole, tmp_path, num
 
 
 def test_slurm_job_trains_and_submitted_again_goes_on(arguments, tmp_path):
-    """Slurm's two commands are stood in for: the job has one node, this one, and srun runs what it is given here."""
+    """Slurm's commands are replaced: the job has one node, this machine, and srun runs its command here."""
     programs = {"scontrol": "echo 127.0.0.1", "srun": 'shift; exec "$@"'}
     for name, body in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -176,7 +176,7 @@ def test_slurm_job_trains_and_submitted_again_goes_on(arguments, tmp_path):
 
 
 class Network:
-    """Two hosts, node-0 and node-1, with names and addresses of their own and a cable between them."""
+    """Two hosts, node-0 and node-1, with their own names and addresses and a cable between them."""
 
     def __init__(self) -> None:
         self.names = [f"t2g{os.getpid()}{host}" for host in "ab"]
@@ -190,7 +190,7 @@ class Network:
             self.ip(f"-n {name} addr add 10.77.0.{number + 1}/24 dev {name}")
             self.ip(f"-n {name} link set lo up")
             self.plug(number, "up")
-            hosts = Path("/etc/netns", name, "hosts")  # what `ip netns exec` shows as /etc/hosts
+            hosts = Path("/etc/netns", name, "hosts")  # `ip netns exec` shows this as /etc/hosts
             hosts.parent.mkdir(parents=True)
             hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node-0\n10.77.0.2 node-1\n")
         return self
@@ -204,11 +204,11 @@ class Network:
         subprocess.run(["ip", *command.split()], check=True, capture_output=True, text=True)
 
     def plug(self, number: int, state: str) -> None:
-        """Put the cable into a host (up), or pull it out (down)."""
+        """Plug a host's cable in (up) or out (down)."""
         self.ip(f"-n {self.names[number]} link set {self.names[number]} {state}")
 
     def run_on(self, number: int) -> tuple[str, ...]:
-        """Return what starts a command on a host."""
+        """Return the prefix of a command on a host."""
         rename = f'echo node-{number} > /proc/sys/kernel/hostname && exec "$@"'
         return ("ip", "netns", "exec", self.names[number], "unshare", "--uts", "sh", "-c", rename, "sh")
 
@@ -227,7 +227,7 @@ def network():
 
 
 def test_two_hosts_end_when_the_cable_is_pulled_and_go_on_as_if_it_never_was(arguments, whole, tmp_path, network):
-    """Nobody closes a connection then: a process that waits for the other host would wait for ever."""
+    """No connection is closed: a process that waits for the other host would wait forever."""
     folder = tmp_path / "run"
     arguments = [*arguments, f"output_dir={folder}", "resume=auto"]
 
@@ -243,7 +243,7 @@ def test_two_hosts_end_when_the_cable_is_pulled_and_go_on_as_if_it_never_was(arg
     for agent in agents:
         said = agent.log.read_text()
         assert said.count("has been silent for 24 s; check its machine and the network") == 1, said
-        assert 'lora_finetune.py", line' not in said, said  # torchrun's own agent has tracebacks of its own
+        assert 'lora_finetune.py", line' not in said, said  # torchrun's agent prints tracebacks, too
         agent.kill(with_workers=True)
     network.plug(1, "up")
     finish(start())

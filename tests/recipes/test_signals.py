@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what was computed is saved, the way on is said, and the run goes on exactly there."""
+"""Ctrl-C and SIGTERM: the run is saved, the resume command is printed, and the run resumes exactly there."""
 
 import signal
 
@@ -44,7 +44,7 @@ def test_signal_saves_says_how_to_go_on_and_the_rest_is_the_same(arguments, tmp_
 
 
 def test_signal_while_it_answers_leaves_the_answers_for_later(arguments, tmp_path):
-    """The line of the validation before training comes first, then a reply as long as the row has room for."""
+    """The validation before training writes its line first; then a reply fills the row's room."""
     arguments = [*arguments, "num_samples=1", "max_seq_len=512"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "whole.log")
     folder, log = tmp_path / "stopped", tmp_path / "stopped.log"
@@ -58,7 +58,7 @@ def test_signal_while_it_answers_leaves_the_answers_for_later(arguments, tmp_pat
 
 
 def test_second_signal_ends_at_once_and_the_last_checkpoint_is_intact(arguments, tmp_path):
-    """The first alone would end it with 130, after saving."""
+    """The first signal alone would save and end the run with 130."""
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
     launch = Launch([*arguments, "save_every_n_steps=1"], log)
     launch.wait_until(lambda: count_lines(folder / "metrics.jsonl") >= 3)

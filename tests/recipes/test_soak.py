@@ -1,4 +1,4 @@
-"""It keeps running: nothing grows over thousands of steps."""
+"""Long runs: memory and open files do not grow over thousands of steps."""
 
 import json
 import os
@@ -29,7 +29,7 @@ needs_base = pytest.mark.skipif(not QUICKSTART_BASE.is_dir(), reason="needs the 
 
 @needs_base
 def test_bytes_of_a_real_model_are_the_same_beside_busy_processes(tmp_path):
-    """Threads wait for each other, so that other programs change when a part is computed, never what."""
+    """Threads wait for each other: other programs change the time of a result, never the result."""
     command = [sys.executable, "recipes/lora_finetune.py", "--config", "examples/quickstart/lora.yaml", "epochs=1"]
     command += ["max_steps_per_epoch=3", "warmup_steps=0", "max_val_rows=1", "num_samples=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -52,7 +52,7 @@ def test_bytes_of_a_real_model_are_the_same_beside_busy_processes(tmp_path):
 
 @needs_base
 def test_memory_of_a_real_model_is_flat_once_most_lengths_were_seen(tmp_path):
-    """SmolLM2 on the quickstart's rows, whose steps are of other lengths each time: oneDNN keeps what it compiles."""
+    """SmolLM2 on the quickstart's rows: every step has another length, and oneDNN never frees compiled products."""
     options = ["max_val_rows=4", "num_samples=0", "save_every_n_steps=1000", f"output_dir={tmp_path / 'run'}"]
     command = [sys.executable, "recipes/lora_finetune.py", "--config", "examples/quickstart/lora.yaml", *options]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=580)
@@ -67,7 +67,7 @@ def test_memory_of_a_real_model_is_flat_once_most_lengths_were_seen(tmp_path):
 
 
 def test_memory_and_files_do_not_grow_over_2000_steps(run_arguments, tmp_path):
-    """With validation, checkpoints and logging: 20 rows in steps of one are 100 epochs, and 500 checkpoints."""
+    """With validation, checkpoints and logging: 100 epochs of 20 steps, and 500 checkpoints."""
     folder, log = tmp_path / "runs/tiny", tmp_path / "log"
     often = ["batch_size=1", f"epochs={STEPS // 20}", "save_every_n_steps=4", "lora_dropout=0.1"]
     launch = Launch([*run_arguments, *often], log)
@@ -75,7 +75,7 @@ def test_memory_and_files_do_not_grow_over_2000_steps(run_arguments, tmp_path):
     measured = []
     for lines in range(STEPS // 4, STEPS, STEPS // 20):
         launch.wait_until(lambda lines=lines: count_lines(folder / "metrics.jsonl") >= lines, timeout=300)
-        # At most one is being written and one removed besides those that are kept.
+        # Besides the kept ones, at most one is being written and one removed.
         assert len(list_checkpoints(folder / "checkpoints")) <= 3
         measured.append(measure(process.pid))
     assert launch.wait(timeout=300) == [0], log.read_text()

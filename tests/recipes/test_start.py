@@ -6,8 +6,8 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-# What exports, reports, verdicts and benchmarks need; datasets and pandas come with torchtune itself, and the export's
-# checks, which are made at the start, need gguf.
+# Packages of exports, reports, verdicts and benchmarks. torchtune itself imports datasets and pandas, and the export's
+# checks at the start need gguf.
 LATE = (
     "xllamacpp",
     "matplotlib",
@@ -37,7 +37,7 @@ print(json.dumps([name for name in {LATE!r} if name in sys.modules]))
 
 @pytest.mark.slow
 def test_tune_imports_none_of_its_other_commands_needs_for_our_recipe_and_all_of_them_else(tmp_path):
-    """`tune` imports `tune download`, and with it kagglehub, before it runs any recipe."""
+    """`tune` imports `tune download` and thereby kagglehub before it runs any recipe."""
     program = """
 import sys
 from torchtune._cli.tune import TuneCLIParser

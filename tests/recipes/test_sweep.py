@@ -1,4 +1,4 @@
-"""A sweep of real runs: stopped and started again, it repeats nothing that was finished and resumes the rest."""
+"""A sweep of real runs: stopped and restarted, it repeats no finished run and resumes the others."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def start(command: list[str]) -> subprocess.Popen:
 
 
 def stop_in(run_dir: Path, command: list[str], signum: signal.Signals) -> tuple[int, str, str]:
-    """Start a sweep, send the signal when it has taken steps in a run; return exit code and output."""
+    """Start a sweep, send the signal after a run's first steps; return exit code and output."""
     process, metrics = start(command), run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
@@ -51,7 +51,7 @@ def test_stopped_sweep_goes_on_without_repeating_what_is_finished(run_arguments,
     process = start(command)
     said, complaint = process.communicate(timeout=200)
     assert process.returncode == 0, complaint
-    # A sweep that was killed outright leaves its run at work; the next one waits for the end of it.
+    # A killed sweep leaves its run going; the next sweep waits for that run's end.
     assert re.findall(r"^run (\d) of 3", said, re.MULTILINE) == (["2", "3"] if signum == signal.SIGINT else ["3"])
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     if signum == signal.SIGINT:

@@ -1,4 +1,4 @@
-"""What a run computes: the same step however it is cut, the same bytes for the same seed, mistakes before the model."""
+"""Training: the same step in any passes, the same bytes for the same seed, errors before the model is loaded."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def measure_difference(first: Path, second: Path) -> float:
 
 
 def test_a_step_is_the_same_however_its_rows_are_cut(run_arguments, tmp_path, monkeypatch):
-    """20 rows in steps of 8: two full steps and a tail of 4, which two processes share unevenly in batches of 3."""
+    """20 rows in steps of 8: two full steps and one of 4 rows, which two processes share unevenly in batches of 3."""
     cuts = {
         "1x8": ["batch_size=8"],
         "2x4": ["batch_size=4", "gradient_accumulation_steps=2"],
@@ -67,7 +67,7 @@ def test_a_step_is_the_same_however_its_rows_are_cut(run_arguments, tmp_path, mo
 
 
 def test_a_step_is_the_same_however_its_rows_are_laid_out(run_arguments, tmp_path, monkeypatch):
-    """A row at a time, as the micro-batches of batch_size were, or all rows of the step in one pass."""
+    """One row per pass, like micro-batches of one row, or all rows of the step in one pass."""
     arguments = [*run_arguments, "batch_size=4", "gradient_accumulation_steps=2"]
     for name, tokens in (("alone", "1"), ("few", "120"), ("all", "auto")):
         run_recipe([*arguments, f"tokens_per_pass={tokens}", f"output_dir={tmp_path / name}"], monkeypatch)
@@ -163,7 +163,7 @@ def measure_validation_loss(model, base_dir: Path, path: Path) -> float:
 
 
 def run_with_error(arguments: list[str]) -> str:
-    """Run the command as a user would; return its one message, having checked that it failed without a traceback."""
+    """Run a user's command that must fail with one message and no traceback; return the message."""
     done = subprocess.run(
         [sys.executable, "recipes/lora_finetune.py", *arguments], cwd=REPOSITORY, capture_output=True, text=True
     )

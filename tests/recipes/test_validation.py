@@ -1,4 +1,4 @@
-"""Looking at a run on its way: at the steps that were asked for, without changing what is trained."""
+"""Validation during a run: at the configured steps, without changing the training."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.conftest import make_conversations, write_rows
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_training import read_records, run_recipe
 
-# 20 rows in steps of 4: 5 steps an epoch. The rate is so high that the validation loss goes up and down.
+# 20 rows in steps of 4: 5 steps per epoch. The learning rate is so high that the validation loss goes up and down.
 UNSTEADY = [
     "seed=5",
     "epochs=4",
@@ -77,7 +77,7 @@ def test_early_stopping_ends_after_so_many_validations_without_a_best_and_resume
     assert len(read_records(folder, "loss")) == last < 20
     assert f"stopped early after step {last}: 2 validations in a row without a new best; best/ is the adapter " in text
     assert read_samples(folder)[-1]["step"] == last
-    # Killed on the way and resumed, it stops at the same place; resumed at its end, it stays there.
+    # Killed and resumed, the run stops at the same step; resumed at its end, it stays there.
     folder, log = tmp_path / "killed", tmp_path / "killed.log"
     arguments += [f"output_dir={folder}", "resume=auto", "save_every_n_steps=1"]
     launch = Launch(arguments, log, num_processes=num_processes)
@@ -140,7 +140,7 @@ def test_tensorboard_has_the_numbers_of_the_metrics(run_arguments, tmp_path, mon
         logged = [(event.step, event.tensor_proto.float_val[0]) for event in accumulator.Tensors(name)]
         expected = [(record["step"], record[name]) for record in read_records(folder, name)]
         assert logged == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected] and logged
-    # Another logger, or none, is no other run.
+    # Another logger, or none, gives the same run.
     run_recipe([*run_arguments, "epochs=2", "resume=auto"], monkeypatch)
     assert len(read_records(folder, "loss")) == 10
 
@@ -158,7 +158,7 @@ def test_logger_that_fails_on_the_way_is_said_once_and_the_run_goes_on(run_argum
         "warning: metric_logger: FailingLogger failed and is switched off; metrics.jsonl has everything: "
         "RuntimeError: the service is gone"
     )
-    # One that fails at its end alone.
+    # This logger fails only on close.
     said = run_to_end(
         [
             *run_arguments,

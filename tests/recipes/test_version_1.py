@@ -1,4 +1,4 @@
-"""A run folder that an earlier version wrote: today's code reads all of it, and says why it cannot go on with it."""
+"""A run folder of an earlier version: all of it is readable, and a resume is refused with the reason."""
 
 import json
 import os
@@ -26,7 +26,7 @@ RUN = Path("runs/old")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Where the run was started: its config's paths are relative."""
+    """Change to the run's original working directory: its config's paths are relative."""
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -51,7 +51,7 @@ def test_it_is_not_gone_on_with_amid_an_epoch_whose_rows_were_ordered_otherwise(
 def test_what_it_did_not_record_of_its_rows_is_recorded_when_it_goes_on(folder):
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_bytes().decode().split("\n")[:-1]]
     assert "system_prompt" not in Run(RUN).data and rows[0]["messages"][0]["role"] == "user"
-    shutil.rmtree(RUN / "checkpoints")  # it begins again
+    shutil.rmtree(RUN / "checkpoints")  # it starts again
     run_recipe("--config", str(RUN / "config.yaml"), "resume=auto")
     assert Run(RUN).data["system_prompt"] is None and Run(RUN).data["trained"] == len(rows)
 

@@ -1,4 +1,4 @@
-"""The wheel alone, in an environment and a folder of their own: from a JSONL file to a GGUF."""
+"""The wheel alone, in its own environment and folder: from a JSONL file to a GGUF."""
 
 import os
 import subprocess
@@ -26,12 +26,12 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def program(wheel, tmp_path_factory) -> Path:
-    """The program tune2gguf of an environment that has the wheel, and this one's other packages."""
+    """Return the program tune2gguf of an environment with the wheel and this environment's other packages."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     scheme = {"base": str(folder), "platbase": str(folder)}
     packages = Path(sysconfig.get_path("purelib", vars=scheme))
-    # Added as a folder: the .pth files in it, such as one of an editable tune2gguf, are not read.
+    # Added as a plain folder: its .pth files, such as one of an editable tune2gguf, are not read.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     scripts = Path(sysconfig.get_path("scripts", vars=scheme))
     python = scripts / Path(sys.executable).name

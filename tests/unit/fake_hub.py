@@ -13,7 +13,7 @@ LARGE_FILE_BYTES = 10_000  # larger ones are "LFS" files: sha256 in the listing,
 
 @dataclass
 class FakeHub:
-    """`requests` records (method, path, Range, Authorization) of every request, as the server saw it."""
+    """A server. `requests` has (method, path, Range, Authorization) of every request."""
 
     repos: dict[str, dict[str, bytes]]
     gated: set[str] = field(default_factory=set)

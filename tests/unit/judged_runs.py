@@ -9,7 +9,7 @@ from tune2gguf.runs.curves import Curves, TrainingStep, Validation
 from tune2gguf.runs.files import VERDICT_FILE
 from tune2gguf.runs.plan import write_plan
 
-NUM_VALIDATION_ROWS = 40  # as make_curves has them
+NUM_VALIDATION_ROWS = 40  # as in make_curves
 
 
 def write_run(run_dir: Path, curves: Curves, *overrides: str, has_other_rows: bool = False) -> Path:

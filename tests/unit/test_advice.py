@@ -21,7 +21,7 @@ FREE = [f"runs/mine-{number}" for number in range(2, 10)]
 
 
 def make_situation(tmp_path, *overrides, name="my run", **options) -> Situation:
-    """Return what is known of a run of the quickstart's config, whose config.yaml is written as the recipe does it."""
+    """Return the facts of a run of the quickstart's config, with config.yaml as the recipe writes it."""
     config = read_config(REPOSITORY / "examples/quickstart/lora.yaml", list(overrides))
     run_dir = tmp_path / name
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def make_situation(tmp_path, *overrides, name="my run", **options) -> Situation:
 
 
 def with_best_at(step: int) -> Curves:
-    """Return curves whose lowest validation loss is at a step."""
+    """Return curves with the lowest validation loss at `step`."""
     best = next(one for one in CURVES.validations if one.step == step)
     lowest = replace(best, loss=0.1)
     return Curves(CURVES.training, tuple(lowest if one is best else one for one in CURVES.validations))
@@ -149,7 +149,7 @@ INCONCLUSIVE_CASES = {
 
 @pytest.mark.parametrize(("curves", "figures", "expected"), INCONCLUSIVE_CASES.values(), ids=INCONCLUSIVE_CASES)
 def test_what_cannot_be_judged_is_made_judgeable(curves, figures, expected, tmp_path):
-    # There are ten validation rows, of which the curves have measured as many as there are.
+    # There are ten validation rows, and the curves measure all of them.
     data = {"training": {"rows": 60}, "validation": {"rows": 40}, "rows_truncated": []}
     if "rows_needed" in figures:
         data = {"training": {"rows": 90}, "validation": {"rows": 10}, "rows_truncated": []}
@@ -176,7 +176,7 @@ def test_validation_rows_that_were_not_measured_come_before_new_ones(tmp_path):
 
 @pytest.mark.parametrize("label", [OVERFITTING, UNDERFITTING, INCONCLUSIVE])
 def test_command_changes_what_it_says_and_nothing_else(label, tmp_path):
-    """Also through component keys, which the flat keys have to reach; the folder's name holds a space."""
+    """Flat keys reach component keys, too. The folder's name has a space."""
     situation = make_situation(
         tmp_path, "epochs=4", "lora_dropout=0.15", "lora_alpha=32", "learning_rate=3.7e-6", "resume=auto"
     )

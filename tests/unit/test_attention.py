@@ -22,7 +22,7 @@ def draw(num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def compute_plainly(q, k, v, lengths, rope=ROPE):
-    """Compute torch's attention row by row, with repeated keys and values, and torchtune's RoPE."""
+    """Compute torch's attention row by row, with repeated keys and values and torchtune's RoPE."""
     results = []
     for q, k, v in zip(*(part.split(lengths) for part in (q, k, v)), strict=True):  # noqa: B020
         rotated = [rope(part[None])[0] for part in (q, k)]

@@ -1,4 +1,4 @@
-"""Before and after: base and tuned model are asked alike, as files of one type, and nothing is left behind."""
+"""Before and after: base and tuned model get the same questions as files of one type, and no file is left behind."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from tune2gguf.serve.before_after import answer_before_and_after
 
 @pytest.fixture
 def run_dir(tiny_base, tmp_path) -> Path:
-    """A run of Q4_K_M whose adapter changes nothing."""
+    """Make a Q4_K_M run with an adapter that changes nothing."""
     run_dir = write_run(tiny_base, tmp_path / "run", chat_template="chatml", validation=make_conversations(3))
     nothing = {name: 0 * weight for name, weight in draw_adapter(read_architecture(tiny_base)).items()}
     set_adapter(run_dir, nothing, rank=RANK, alpha=ALPHA)

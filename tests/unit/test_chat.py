@@ -18,7 +18,7 @@ QUESTION = "When does the ferry leave?"
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """A run whose model says ASCII letters only, so that every token is text."""
+    """Make a run whose model generates ASCII letters only: every token is text."""
     folder = tmp_path_factory.mktemp("runs")
     base_dir = write_biased_base(folder / "base", lambda token: 0.0 if token.isascii() and token.isalpha() else -30.0)
     run_dir = write_run(base_dir, folder / "ferry", "dtype=fp32", "base_weights=fp32", chat_template="chatml")
@@ -27,7 +27,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 class Recorder:
-    """Feeds lines to `talk` and keeps what it writes."""
+    """Feeds lines to `talk` and records its output."""
 
     def __init__(self, *lines: str) -> None:
         self.lines, self.written = list(lines), []
@@ -113,7 +113,7 @@ def run_script(*arguments: str | Path, **options) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("arguments", [("--once", "à bientôt →"), ()], ids=["once", "lines"])
 def test_a_terminal_that_is_not_utf_8_shows_what_it_can(tmp_path, arguments):
-    """A model that says one letter outside of ASCII."""
+    """Make a model that generates one non-ASCII letter."""
     base_dir = write_biased_base(tmp_path / "base", lambda token: 9.0 if token in ("Ã", "©") else -30.0)
     run_dir = write_run(base_dir, tmp_path / "fährë", chat_template="chatml")
     export_run(run_dir, quantizations=["F32"], show=False)

@@ -27,7 +27,7 @@ def sharded_source(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def sharded_base(tmp_path, sharded_source) -> Path:
-    """A copy for a test to damage."""
+    """Return a copy for a test to damage."""
     return Path(shutil.copytree(sharded_source, tmp_path / "sharded"))
 
 

@@ -27,7 +27,7 @@ def base_dir(tmp_path) -> Path:
 
 @pytest.fixture
 def dense_base(tmp_path) -> BaseCheckpoint:
-    """The unquantized base: the same seed gives the weights before quantization."""
+    """Make the unquantized base: the same seed gives the weights before quantization."""
     return open_base(write_random_base(TINY, tmp_path / "dense"))
 
 

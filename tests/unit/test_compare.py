@@ -1,4 +1,4 @@
-"""Runs are ranked on the validation rows that they share, and only those that share some."""
+"""Comparison of runs: they are ranked on the validation rows they share, if they share any."""
 
 import html
 import json
@@ -44,7 +44,7 @@ def test_lowest_loss_is_first_and_other_rows_are_apart(runs):
 
 
 def test_runs_that_measured_parts_are_ranked_on_what_they_share(tmp_path):
-    """The part of one run is the harder half, on which its loss is not to be held against another's whole."""
+    """One run has the harder half of the rows only; its loss must not be compared with another run's loss on all."""
     by_loss = sorted(range(40), key=lambda row: GOOD.final.row_losses[row] / GOOD.final.row_tokens[row])
     part = take_rows(GOOD, by_loss[20:])
     first = write_run(tmp_path / "part", part)
@@ -88,7 +88,7 @@ def test_time_and_memory_are_those_of_the_steps(runs):
     ids=["epochs", "max_steps_per_epoch", "packs"],
 )
 def test_time_of_a_real_run_is_that_of_its_steps(tmp_path, overrides):
-    """Whatever a step has: the last one of an epoch, a few rows of an epoch, packs."""
+    """Steps of any kind count: the last one of an epoch, a share of an epoch, packs."""
     run_dir = copy_real_run(get_tiny_base(), tmp_path / "run", *overrides, training=make_conversations(7))
     lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
     seconds = sum(line["tokens"] / line["tokens_per_second"] for line in lines)

@@ -1,4 +1,4 @@
-"""The end of a run: verdict, advice, ledger and report from what stands in its folder."""
+"""The end of a run: verdict, advice, ledger and report from its folder."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_advice_that_was_followed_in_vain_is_not_given_again(tmp_path):
     child = write_run(tmp_path / "runs/mine-2", STILL_FALLING, "epochs=6", f"parent_run={parent}")
     lines = conclude_run(child)
     assert any("undecided" in line for line in lines)
-    for run_dir in (child, parent):  # the parent is judged anew, as when it is extended
+    for run_dir in (child, parent):  # the parent is judged again, as after an extension
         conclude_run(run_dir)
         advice = json.loads((run_dir / "verdict.json").read_text())["advice"]
         assert advice and not any("epochs" in one["changes"] for one in advice)

@@ -1,4 +1,4 @@
-"""Wrong configs: each is refused with a message that names the way out, before a weight is read or a file written."""
+"""Wrong configs: refused with a way out, before any weight is read or file written."""
 
 import csv
 import gzip
@@ -30,9 +30,9 @@ from tune2gguf.config import check_config, load_config, read_config
 from tune2gguf.model.architectures import LLAMA3_1_8B
 
 LOGGER = "metric_logger._component_"
-# (overrides, what the message says)
+# (overrides, part of the message)
 WRONG = [
-    # Keys that do not exist, at any depth, and what they probably mean.
+    # Unknown keys, at any depth, and the nearest known key.
     (["lora_rnk=8"], "unknown config key 'lora_rnk'; did you mean 'lora_rank'?"),
     (["learning-rate=1e-4"], "unknown config key 'learning-rate'; did you mean 'learning_rate'?"),
     (["LearningRate=1e-4"], "unknown config key 'LearningRate'; did you mean 'learning_rate'?"),
@@ -74,7 +74,7 @@ WRONG = [
     (["optimizer.weight_decy=0"], "unknown config key 'optimizer.weight_decy'; did you mean 'optimizer.weight_decay'?"),
     (["optimizer.betas.first=0.9"], "unknown config key 'optimizer.betas.first'; optimizer.betas holds a value"),
     (["lr_scheduler.warmup=3"], "unknown config key 'lr_scheduler.warmup'; did you mean "),
-    # One fact stands in one place.
+    # One fact, one key.
     (["optimizer.lr=3e-4"], "optimizer.lr=0.0003 contradicts learning_rate=0.001; set learning_rate only"),
     (["optimizer.lr=null"], "optimizer.lr=None contradicts learning_rate=0.001"),
     (["lr_scheduler.num_warmup_steps=9"], "lr_scheduler.num_warmup_steps=9 contradicts warmup_steps=1"),
@@ -101,7 +101,7 @@ WRONG = [
     (["scheduler=off"], "scheduler='off' is not one of cosine, linear, constant"),
     (["model.apply_lora_to_mlp=maybe"], "model.apply_lora_to_mlp='maybe' is text; it must be true or false"),
     (["model.lora_attn_modules=q_proj"], "model.lora_attn_modules='q_proj' is text; it must be a list of texts"),
-    # 0 where it makes no sense, and what lies outside the limits.
+    # Zeros and values outside the limits.
     (
         ["learning_rate=0"],
         "learning_rate=0 is out of range: it must be above 0 and at most 1 (at 0 nothing is learned)",
@@ -151,7 +151,7 @@ WRONG = [
     (["model._component_=tune2gguf.model.llama.LORA_ATTN_MODULES"], "is a tuple, not a class or function"),
     (["lr_scheduler._component_=torch.optim.lr_scheduler.ConstantLR"], "scheduler has no effect: lr_scheduler"),
     (["optimizer.betas=[2,3]"], "optimizer cannot be built: ValueError: Invalid beta parameter at index 0: 2"),
-    # What does not fit together.
+    # Keys that contradict each other.
     (["dtype=bf16"], "base_weights=fp32 with dtype=bf16: unquantized weights are kept in dtype"),
     (["base_weights=gguf:Q4_KM"], "base_weights='gguf:Q4_KM' is not one of"),
     (["base_weights=gguf:IQ2_XS"], "base_weights='gguf:IQ2_XS' is not one of"),
@@ -186,7 +186,7 @@ WRONG = [
     (["dataset.files=[README.md]"], "README.md: unknown type"),
     (["output_dir=README.md/run"], "output_dir=README.md/run cannot be created in"),
     (["output_dir=tests"], "output_dir=tests exists, and a run never overwrites another"),
-    # Overrides that are none.
+    # Malformed overrides.
     (["lora_rank"], "overrides are written key=value; got lora_rank"),
     (["=8"], "overrides are written key=value; got =8"),
     (["seed=???"], "overrides are written key=value; got seed=???"),
@@ -226,7 +226,7 @@ def test_compiling_for_a_cpu_without_a_compiler_is_refused_with_its_name(run_arg
     assert check_config(load_config(run_arguments)) == []
 
 
-# One of each kind, through the recipe's own main: exit code, one message, no traceback.
+# One of each kind through the recipe's main: exit code, one message, no traceback.
 KINDS = ["lora_rnk=8", "optimizer.lr=3e-4", "epochs=0", "device=gpu", "batch_size=21", "base_dir=models/absent", "=8"]
 
 

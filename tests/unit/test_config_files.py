@@ -1,4 +1,4 @@
-"""The shipped configs: one model's differ from another's only where the models do, and all say what the guide says."""
+"""The shipped configs: those of two models differ only where the models do, and all have the guide's values."""
 
 import itertools
 import re
@@ -67,7 +67,7 @@ def test_config_has_every_key_once_and_floats_that_every_reader_takes(path):
     check_values(read_config(path, []))
     values = yaml.safe_load(path.read_text())
     assert set(values) == {*KEYS, *COMPONENTS}
-    # 2e-4 is text to some readers of YAML.
+    # Some YAML parsers read 2e-4 as text.
     assert not re.search(r"(?<![.\d])\d+e-?\d", path.read_text())
     assert isinstance(values["learning_rate"], float)
 
@@ -84,7 +84,7 @@ def test_guide_parameters_are_the_guides_twelve_with_its_recommendations():
 
 @pytest.mark.parametrize("path", [PAGE, *CONFIGS, QUICKSTART], ids=get_name)
 def test_guide_tables_are_those_of_the_code(path):
-    """After a change of tune2gguf/guide.py: python -m tests.unit.write_guide_tables."""
+    """After a change of tune2gguf/guide.py, run python -m tests.unit.write_guide_tables."""
     assert path.read_text() == write_guide_tables(path)
 
 

@@ -95,7 +95,7 @@ def test_openmp_spins_for_a_short_time_before_torch_is_loaded_unless_the_user_sa
 
 
 def test_llama_cpps_threads_are_openmps_whose_spinning_is_bounded():
-    """They meet at barriers of the same library, which reads GOMP_SPINCOUNT."""
+    """llama.cpp's threads wait at barriers of OpenMP's library, which reads GOMP_SPINCOUNT."""
     program = "import tune2gguf, os, xllamacpp; print(os.environ['GOMP_SPINCOUNT'], open('/proc/self/maps').read())"
     environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

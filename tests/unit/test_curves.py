@@ -1,4 +1,4 @@
-"""Curves are read back from metrics.jsonl, also while the run writes it."""
+"""Curves: read from metrics.jsonl, also while the run writes it."""
 
 import json
 

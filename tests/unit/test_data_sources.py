@@ -15,7 +15,7 @@ from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 @pytest.fixture
 def files(tmp_path) -> tuple[str, str]:
-    """100 conversations, and 50 rows with columns of their own."""
+    """Write 100 conversations, and 50 rows with other columns."""
     chats = write_rows(tmp_path / "chats.jsonl", make_conversations(100))
     pairs = [{"question": f"How much is {number} + 1?", "answer": f"{number + 1}"} for number in range(50)]
     return str(chats), str(write_rows(tmp_path / "pairs.jsonl", pairs))

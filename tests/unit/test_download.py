@@ -25,7 +25,7 @@ def cache_dir(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def package_index(tmp_path, monkeypatch) -> Path:
-    """A folder with one wheel, which pip uses instead of an index."""
+    """Return a folder with one wheel, which pip uses instead of an index."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:

@@ -1,4 +1,4 @@
-"""What a run says at a third of it: decided by what it has measured and by the learning that is still to come."""
+"""The forecast at a third of a run: it follows from the measured curve and the remaining learning."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_a_shape_is_foreseen(path, expected):
 
 
 def test_the_learning_to_come_decides():
-    """A curve that is not flat at a third will be at the end; negative control: with nothing left to learn."""
+    """A curve that is not flat at a third will be at the end. Negative control: no learning remains."""
     so_far = cut(make_curves(approach(5)), 40)
     assert foresee(so_far, learned=0.4).label == GOOD_FIT
     assert foresee(so_far, learned=1.0).label == UNDERFITTING

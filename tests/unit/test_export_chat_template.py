@@ -1,4 +1,4 @@
-"""An export takes tools where the rows or the base had them, in the GGUF's template and in TEMPLATE together."""
+"""Templates of an export: the GGUF's and TEMPLATE both have tools if the rows or the base have them."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def test_without_a_template_a_llama_of_3_1_or_later_is_known_by_its_rope_scaling
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
 def test_a_modelfile_holds_the_template_with_tools_and_its_stops(name):
-    """TEMPLATE ends at three quotes before a line break, and leaves out what does not print."""
+    """TEMPLATE ends at three quotes before a line break, and omits characters that do not print."""
     chat_template = CHAT_TEMPLATES[name].with_tools()
     text = make_modelfile("x.gguf", chat_template=chat_template, context_length=64)
     assert '"""' not in chat_template.ollama_template
@@ -85,7 +85,7 @@ def test_a_modelfile_holds_the_template_with_tools_and_its_stops(name):
 
 
 def find_tag(template: str) -> str:
-    """Return what Ollama looks for at the start of a call: the text behind `if .ToolCalls`, up to a brace."""
+    """Return the prefix by which Ollama finds a call: the text after `if .ToolCalls`, up to a brace."""
     behind = template.split("{{ if .ToolCalls }}", 1)[1]
     while behind.startswith("{{ range") or behind.startswith("{{ with"):
         behind = behind.split("}}", 1)[1]

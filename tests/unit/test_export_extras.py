@@ -1,4 +1,4 @@
-"""What the export writes beside the GGUF: model card, licence, adapter, merged folder; and the hand-over to Ollama."""
+"""The export's other outputs: model card, licence, adapter, merged folder, and the hand-over to Ollama."""
 
 import json
 import re
@@ -28,7 +28,7 @@ META_LICENCE = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release
 
 @pytest.fixture
 def run_dir(tiny_base, tmp_path) -> Path:
-    """A run of four rows, one of them cut and one dropped; it has no validation, but losses."""
+    """Make a run of four rows, one cut and one dropped. It has losses, but no validation rows."""
     rows = make_conversations(3)
     long_row = make_row(("user", "Tell me all."), ("assistant", "The ferry leaves. " * 40))
     base_dir = shutil.copytree(tiny_base, tmp_path / "known-base")
@@ -160,7 +160,7 @@ def list_calls(log: Path) -> list:
 
 
 def test_ollama_makes_the_model_and_answers_the_proofs_questions(tiny_base, tmp_path, fake_ollama):
-    """All of a conversation is asked, greedily, and the answers are held against the proof's."""
+    """The whole conversation is sent, greedily, and the replies are compared with the proof's."""
     several = make_row(("user", "one"), ("assistant", "two"), ("user", "日本 🚢\nand"), ("assistant", "four"))
     rows = [several, make_row(("system", "You are Marlo."), ("user", "-h"), ("assistant", "Marlo"))]
     run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_template="chatml", validation=rows)
@@ -177,7 +177,7 @@ def test_ollama_makes_the_model_and_answers_the_proofs_questions(tiny_base, tmp_
 
 
 def test_answers_are_held_against_the_proofs(tiny_base, tmp_path, fake_ollama):
-    """The first one is the proof's, the second is not."""
+    """The first reply equals the proof's, the second does not."""
     rows = [make_row(("user", question), ("assistant", "four")) for question in ("one?", "two?")]
     run_dir = write_run(tiny_base, tmp_path / "Ferry", chat_template="chatml", validation=rows)
     export = export_run(run_dir, show=False)

@@ -43,7 +43,7 @@ def test_rounding_to_bfloat16_is_that_of_torch():
 
 
 def test_truncation_is_not_rounding():
-    """Negative control: cutting the low bits off differs in half of all cases."""
+    """Negative control: truncating the low bits differs in half of all cases."""
     values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
     cut = values.view(np.uint32) >> 16
     assert (cut != narrow_to_bfloat16(round_to_bfloat16(values))).mean() > 0.4

@@ -1,4 +1,4 @@
-"""After 4-bit training, the adapter is merged into the base with the lower validation loss, or the one asked for."""
+"""Merging after 4-bit training: into the base with the lower validation loss, or the requested one."""
 
 import shutil
 import subprocess
@@ -86,7 +86,7 @@ def test_without_validation_rows_the_weights_that_were_trained_over_are_taken(ba
 
 
 def test_a_rounded_16_bit_base_is_the_4_bit_base(tmp_path):
-    """Both forms of 4-bit training give the same dequantized weights, but for the scales' own rounding in the file."""
+    """Both forms of 4-bit training have the same dequantized weights, except for the file's rounded scales."""
     from tune2gguf.base.checkpoint import open_base
 
     rounded = open_base(write_base(tmp_path / "plain", kind="bf16")).round_to_nf4()
@@ -115,7 +115,7 @@ def test_an_8_bit_run_is_merged_into_its_base_and_proven_against_what_it_was_tra
     exported = {kind: export(run_dir) for kind, run_dir in runs.items()}
     assert exported["fp8"].merge.kind is None and exported["fp8"].merge.describe() is None
     steps = {kind: prove_export(one, num_replies=0, show=False).steps for kind, one in exported.items()}
-    # What 8 bits made of the base is lost in merging, and the proof says how much that is.
+    # The merged file has the base without its 8-bit rounding, and the proof reports the difference.
     assert steps["bf16"][MERGED]["kl_to_adapter"] < steps["fp8"][MERGED]["kl_to_adapter"] / 2
     assert abs(steps["fp8"][MERGED]["increase"]) < 0.02
 

@@ -1,4 +1,4 @@
-"""What the GGUF says about tokenizer and chat template, and what the Modelfile says."""
+"""Metadata of an export: the GGUF's tokenizer and chat template, and the Modelfile."""
 
 import json
 import math
@@ -169,9 +169,9 @@ def test_modelfile_holds_the_one_system_prompt():
 
 
 def parse_modelfile(text: str) -> list[tuple[str, str]]:
-    """Return commands and values as Ollama's parser does: what does not print is dropped, but for spaces and breaks.
+    """Return (command, value) pairs like Ollama's parser: it drops characters that do not print, except white space.
 
-    A value that begins with three quotes ends at the first line break that three quotes stand before, spaces apart.
+    A value that starts with three quotes ends at the first line that ends with three quotes, ignoring spaces.
     """
     commands = []
     while text := text.lstrip(" \t\r\n"):

@@ -1,4 +1,4 @@
-"""The export of a run: what it writes, what it refuses, and that a failure leaves nothing under a final name."""
+"""The export of a run: its files, its errors, and no file under a final name after a failure."""
 
 import fcntl
 import json
@@ -74,7 +74,7 @@ def test_several_types_in_one_reading_have_the_bytes_of_single_exports(run_dir, 
 
 
 def test_slabs_do_not_change_the_bytes(run_dir, monkeypatch):
-    """Sums of the small adapter are exact, so that any cut of the rows gives the same bytes."""
+    """The small adapter's sums are exact, so slabs of any size give the same bytes."""
     whole = export_run(run_dir, quantizations=["Q8_0"], show=False).models[0].gguf_path.read_bytes()
     monkeypatch.setattr("tune2gguf.export.merge.slabs.SLAB_ELEMENTS", 256)
     cut = export_run(run_dir, quantizations=["Q8_0"], overwrite=True, show=False).models[0].gguf_path.read_bytes()
@@ -226,7 +226,7 @@ def limit_file_size() -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(run_dir):
-    """A limit on the size of files makes writing fail as a full disk does."""
+    """Limit the size of files: writing fails as on a full disk."""
     command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--quantization", "F32"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_file_size)
     assert finished.returncode == 1
@@ -312,7 +312,7 @@ def test_a_terminal_shows_what_is_done_and_the_time_left(run_dir):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir)]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=terminal, check=True)
-    text = os.read(shown, 100_000)  # before the last writer's end is closed, which drops what was not read
+    text = os.read(shown, 100_000)  # before the last writer closes, which drops unread output
     assert re.search(rb"exporting Q4_K_M: +\d+%.*\[\d\d:\d\d<", text)
     os.close(shown)
     os.close(terminal)
@@ -324,7 +324,7 @@ def test_a_log_file_holds_no_progress_bar(run_dir):
 
 
 def test_nf4_base_is_merged_from_its_dequantized_weights(tmp_path):
-    """A 4-bit base gives the bytes of the 16-bit base that holds its dequantized values."""
+    """A 4-bit base gives the same bytes as the 16-bit base with its dequantized values."""
     from safetensors.torch import save_file
 
     from tests.conftest import write_tiny_tokenizer

@@ -1,4 +1,4 @@
-"""The proof of an export holds for what is served as trained, and fails for what is not, saying why."""
+"""The proof of an export: it passes files that are served as trained, and fails others with the reason."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def ending_base(tmp_path_factory) -> Path:
-    """A model that ends its turn at once."""
+    """Make a model that ends its turn at once."""
     folder = tmp_path_factory.mktemp("ending")
     return write_biased_base(folder / "base", lambda token: 9.0 if token == "<|im_end|>" else 0.0)
 
@@ -90,7 +90,7 @@ def test_an_adapter_that_is_not_applied_is_found(run_dir):
 
 
 def test_losses_are_those_of_the_recipes_validation(run_dir, ending_base):
-    """The adapter step is what training validated: same rows, same tokens, same mean."""
+    """The adapter's loss equals training's validation loss: same rows, same tokens, same mean."""
     import torch
 
     from tune2gguf.base.checkpoint import open_base
@@ -256,7 +256,7 @@ def test_no_scored_token_is_not_proven(ending_base, tmp_path, monkeypatch):
 
 
 def test_a_question_beyond_max_seq_len_is_not_asked(ending_base, tmp_path):
-    """Its first reply is what was trained of it."""
+    """The first reply is the trained one."""
     turns = [("user", "Boats?"), ("assistant", "Ferries."), ("user", "more " * 800), ("assistant", "No.")]
     long_row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     rows = [long_row, *make_conversations(1)]

@@ -1,4 +1,4 @@
-"""Forgetting is measured with the exported adapter, equals the proof's measurement, and keeps to its budget."""
+"""Forgetting: measured with the exported adapter, equal to the proof's measurement, and within its budget."""
 
 import json
 import shlex
@@ -45,7 +45,7 @@ def run_dir(tmp_path):
 
 
 def test_a_run_measures_the_adapter_that_is_exported_as_the_proof_does(run_dir):
-    """The proof has its own forward pass, with numpy weights in float32; negative control: the last adapter."""
+    """The proof has its own forward pass, with numpy weights in float32. Negative control: the last adapter."""
     run = Run(run_dir)
     assert run.curves.best.step < run.curves.final.step
     lost = run.forgetting

@@ -204,7 +204,7 @@ def test_checkpointing_changes_no_bit_where_activations_are_kept_in_8_bits(monke
         ]
 
     exact = compute(checkpointing=False)
-    # As on a GPU with FP8 units, which this machine lacks.
+    # Take the path of a GPU with FP8 units.
     monkeypatch.setattr(Pass, "keeps_8_bits", True)
     kept, again = (compute(checkpointing=checkpointing) for checkpointing in (False, True))
     assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))

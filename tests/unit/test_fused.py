@@ -29,7 +29,7 @@ from tune2gguf.model.fused.launch import Adapted, Dropout
 from tune2gguf.model.fused.layer import run_layer
 from tune2gguf.model.fused.stack import lay_out_pass
 
-# Widths and ranks that are no multiples of a tile.
+# Widths and ranks are no multiples of a tile.
 SHAPE = Architecture(**{**vars(TINY_TIED), "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 72})
 SHAPE = dataclasses.replace(SHAPE, head_dim=16, intermediate_dim=136)
 ALL = ["q_proj", "k_proj", "v_proj", "output_proj"]
@@ -65,7 +65,7 @@ def make_layout(*lengths: int) -> Layout:
 
 
 def draw_mask(num_rows: int, width: int, dropout: Dropout) -> torch.Tensor:
-    """Return the factor that dropout multiplies each element with."""
+    """Return dropout's factor for each element."""
     ones = Adapted(torch.ones(num_rows, 1), torch.ones(1, width), dropout)
     return launch.add(torch.zeros(num_rows, width), ones, factor_is_a=True)
 
@@ -214,9 +214,9 @@ def test_padding_of_a_pass_is_a_row_of_its_own_and_further_rows_are_empty():
 
 
 def test_an_adapter_below_the_last_bit_breaks_no_ties():
-    """Otherwise all sums of projections would round in the direction of the adapter's sign.
+    """Biased rounding would shift all sums of projections by the adapter's sign.
 
-    It runs in float16: the interpreter has no bf16 products.
+    The test runs in float16: the interpreter has no bf16 products.
     """
     layer = make_layer(0.0, ALL, True).to(torch.float16)
     x = torch.randn(40, SHAPE.embed_dim, generator=torch.Generator().manual_seed(1)).half()

@@ -20,7 +20,7 @@ from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.serve.chat import open_chat_model
 from tune2gguf.serve.proof import ADAPTER, prove_export
 
-# As the first of two turns each stands in a prompt, and the last reply is the reference.
+# Each text is the first of two turns, which puts it into a prompt; the last reply is the reference.
 QUESTIONS = [row["messages"][-2]["content"] for row in HOSTILE_VALIDATION]
 REFERENCES = [row["messages"][-1]["content"] for row in HOSTILE_VALIDATION]
 
@@ -71,7 +71,7 @@ def test_report_shows_every_question_and_reply(run_dir, by_script):
 
 
 def spell(text: str) -> str:
-    """Return the text with escapes for the characters that a page would hide or act on."""
+    """Return the text with escapes for characters that a page would hide or interpret."""
     return text.translate({ord(character): repr(character)[1:-1] for character in "\r\x85\u2028\u2029\u202e"})
 
 

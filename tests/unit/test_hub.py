@@ -23,7 +23,7 @@ SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 
 @pytest.fixture(scope="module")
 def repo_files(tmp_path_factory) -> dict[str, bytes]:
-    """A repository like Meta's: indexed shards, two tokenizers, and files that must never be downloaded."""
+    """Return a repository like Meta's: indexed shards, two tokenizers, and files that must never be downloaded."""
     base = write_random_base(TINY_TIED, tmp_path_factory.mktemp("repo") / "base", max_shard_bytes=40_000)
     (base / "base.json").unlink()
     files = {path.name: path.read_bytes() for path in base.iterdir()}

@@ -1,4 +1,4 @@
-"""The interval of a ratio of sums against formulas, the sampling distribution and scipy."""
+"""Confidence interval of a ratio of sums, against formulas, the sampling distribution and scipy."""
 
 import math
 

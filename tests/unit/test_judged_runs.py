@@ -1,4 +1,4 @@
-"""The verdict on the recorded real runs: right nine times in ten, and never the reverse."""
+"""The verdict on the recorded real runs: right in nine of ten, and never reversed."""
 
 import sys
 

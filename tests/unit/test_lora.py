@@ -135,7 +135,7 @@ def test_gradients_equal_those_of_the_plain_computation(dropout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_layers_together_give_what_each_alone_gives(dropout, dtype):
-    """One of them has no adapter; all share dropout's mask."""
+    """One projection has no adapter. All share dropout's mask."""
     torch.manual_seed(0)
     layers = [LoRALinear(24, size, rank=4, alpha=8.0, dropout=dropout) for size in (40, 16)]
     layers.insert(1, FrozenLinear(24, 8).requires_grad_(False))
@@ -172,7 +172,7 @@ def test_keep_mask_drops_the_fraction_everywhere_alike(dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("input_needs_gradient", [False, True])
 def test_a_step_multiplies_no_more_than_lora_needs(dropout, input_needs_gradient):
-    """Forward: base, A and B. Backward: the gradients of A and B, and only where x needs one, base and A once more."""
+    """Forward: base, A and B. Backward: gradients of A and B, and base and A again only if x needs a gradient."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def count_addmm(added, a, b, *args, out_shape=None, **kwargs) -> int:

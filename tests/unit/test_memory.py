@@ -53,7 +53,7 @@ def make_spec(architecture: Architecture = SMALL, **changed) -> RunSpec:
 
 
 def measure_kept_bytes(spec: RunSpec) -> int:
-    """Count the distinct storages that autograd keeps of a forward pass, model and inputs not included."""
+    """Count the distinct storages that autograd keeps from a forward pass, without model and inputs."""
     default = torch.get_default_dtype()
     torch.set_default_dtype({"bf16": torch.bfloat16, "fp32": torch.float32}[spec.dtype])
     try:
@@ -125,7 +125,7 @@ def write_long_rows(path: Path, count: int) -> Path:
 
 
 def run_and_measure(arguments: list[str], run_dir: Path) -> int:
-    """Run the recipe; return its peak resident memory in bytes, as it recorded it."""
+    """Run the recipe; return its recorded peak resident memory in bytes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "recipes/lora_finetune.py", *arguments, f"output_dir={run_dir}"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
@@ -199,7 +199,7 @@ def test_batch_rank_and_base_add_what_they_hold():
     nf4 = estimate_memory(replace(small, base_weights="nf4")).weights
     in_bf16 = 2 * 128_256 * 4096 * 2
     assert nf4 == pytest.approx(in_bf16 + (8_030_261_248 - 2 * 128_256 * 4096) * 0.515869, rel=1e-3)
-    # A byte a weight and four for each row: 4096 of q, o and down, 1024 of k and v, 14336 of gate and up.
+    # One byte per weight and four per row: 4096 rows of q, o and down, 1024 of k and v, 14336 of gate and up.
     fp8 = estimate_memory(replace(small, base_weights="fp8")).weights
     norms = 65 * 4096
     scales = 4 * 32 * (3 * 4096 + 2 * 1024 + 2 * 14336)
@@ -209,7 +209,7 @@ def test_batch_rank_and_base_add_what_they_hold():
 def test_most_is_kept_in_8_bits_where_the_gpu_multiplies_them():
     spec = make_spec(LLAMA3_1_8B, device_type="cuda", base_weights="fp8", tokens_per_pass=8192)
     kept_less = count_kept_activations(spec) - count_kept_activations(replace(spec, multiplies_fp8=True))
-    gate_and_up, attended = 2 * (14336 * 2 - 14336 - 4 * 112), 4096 * 2 - 4096 - 4  # a scale for 128, and for a token
+    gate_and_up, attended = 2 * (14336 * 2 - 14336 - 4 * 112), 4096 * 2 - 4096 - 4  # scales: per 128 values, per token
     assert kept_less == 8192 * 32 * (gate_and_up + attended)
     in_bf16 = replace(spec, base_weights="bf16")
     assert count_kept_activations(replace(in_bf16, multiplies_fp8=True)) == count_kept_activations(in_bf16)
@@ -220,7 +220,7 @@ def test_an_8_bit_base_is_advised_before_what_costs_time_where_the_gpu_multiplie
     free = estimate_memory(replace(spec, base_weights="fp8")).peak
     assert find_fitting_change(spec, free) == {"base_weights": "fp8"}
     assert advise(spec, free) == f"This would make it fit, and faster: {format_command('base_weights=fp8')}"
-    # Without such products it saves memory only, and what gives the same adapter comes first.
+    # Without 8-bit products, fp8 saves memory only; changes that keep the adapter's result come first.
     changes = list(list_changes(replace(spec, multiplies_fp8=False)))
     first = changes.index({"base_weights": "fp8"})
     assert {"enable_activation_checkpointing": True} in changes[:first] and {"base_weights": "nf4"} in changes[first:]
@@ -377,7 +377,7 @@ def test_run_that_runs_out_of_memory_says_what_to_change_and_keeps_its_checkpoin
 
 
 def read_measured_peaks() -> list[tuple[str, float]]:
-    """Return name and peak GiB of each of this package's cases that were measured on a GPU."""
+    """Return name and peak GiB of this package's recorded GPU cases."""
     lines = (REPOSITORY / "benchmarks/results/gpu_h200.txt").read_text().splitlines()
     cases = [line.partition("{") for line in lines if " ours " in line and "{" in line]
     return [(name.strip(), json.loads("{" + result)["peak_gib"]) for name, _, result in cases]
@@ -402,5 +402,5 @@ def test_estimates_for_a_gpu_are_within_a_tenth_of_the_peaks_measured_there():
             device_type="cuda",
         )
         estimate = estimate_memory(spec)
-        # torch counts what it allocates, without the context of CUDA.
+        # torch counts its own allocations, without the CUDA context.
         assert (estimate.training - estimate.program) / 2**30 == pytest.approx(peak, rel=0.1), name

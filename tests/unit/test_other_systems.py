@@ -1,4 +1,4 @@
-"""Imports and CPU runs need nothing that Windows and macOS lack."""
+"""Other systems: imports and CPU runs need nothing that Windows and macOS lack."""
 
 import subprocess
 import sys

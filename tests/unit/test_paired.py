@@ -1,4 +1,4 @@
-"""Numbers of rows and extrapolations are those of their formulas."""
+"""Paired comparisons: numbers of rows and extrapolations equal their formulas."""
 
 import math
 
@@ -18,8 +18,7 @@ def test_rows_needed_is_the_sample_size_of_a_test_on_a_mean():
 
 
 def test_crosswise_choice_is_unbiased_where_the_plain_one_is_not():
-    """Ten validations that differ by noise alone: the lowest of them lies below the last one, chosen crosswise it does
-    not."""
+    """Ten validations differ by noise only: the lowest is below the last one, but not if it is chosen on other rows."""
     generator, crosswise, plain = np.random.default_rng(3), [], []
     for _ in range(500):
         losses = generator.standard_normal((10, 40))
@@ -67,6 +66,6 @@ def test_a_forecast_of_a_line_is_all_of_it_again_and_of_a_flat_end_nothing():
 
 
 def test_no_loss_is_forecast_below_zero():
-    """Of a loss that fell by 4 to 0.2 there is a twentieth left to gain; negative control: without the limit."""
+    """A loss that fell by 4 to 0.2 can gain a twentieth more at most. Negative control: without the limit."""
     assert Forecast(0.5, 0.05).estimate(0.4) == 0.05
     assert Forecast(0.5, math.inf).estimate(0.4) > 0.3

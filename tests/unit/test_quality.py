@@ -1,4 +1,4 @@
-"""The comparison of benchmarks/quality.py: its interval, when ours counts as worse, and data sets that share no row."""
+"""The comparison of benchmarks/quality.py: its interval, its rule for `worse`, and data sets without shared rows."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ OURS = {1: 0.91, 2: 0.88, 3: 0.93, 4: 0.90}
 
 
 def tabulate(path, other: dict[int, float]) -> list[str]:
-    """Return the comparisons that ours loses against the other side."""
+    """Return the comparisons in which ours is worse than the other side."""
     records = [{"set": "units", "side": "base", "seed": None, "loss": 1.2}]
     for side, losses in (("ours", OURS), ("peft", other)):
         records += [{"set": "units", "side": side, "seed": seed, "loss": loss} for seed, loss in losses.items()]

@@ -1,4 +1,4 @@
-"""The report of a run: every part in its place, nothing from data that acts, readable whatever is missing."""
+"""The report of a run: every part in its place, all data escaped, readable with missing parts."""
 
 import math
 import re
@@ -38,7 +38,7 @@ SPELLED = HOSTILE.translate({ord(character): repr(character)[1:-1] for character
 
 
 class Page(HTMLParser):
-    """What a browser would find: elements with their attributes, headings and text."""
+    """A page's content: elements with attributes, headings and text."""
 
     VOID = frozenset({"meta", "link"})
 
@@ -383,7 +383,7 @@ def test_comparison_lists_only_runs_on_the_same_rows_together(tmp_path, make_com
     ]
     page = Page(write_comparison(groups, tmp_path / "comparison.html"))
     order = [text for text in page.texts if text in ("worse", "better", "other rows", "unmeasured")]
-    # In each part the names stand in the legend, then in the table.
+    # In each part, the names are in the legend and then in the table.
     assert order == ["better", "worse"] * 2 + ["other rows"] * 2 + ["unmeasured"]
     assert "On the same 12 validation rows" in page.headings and "Without a validation loss" in page.headings
     assert "+0.410 (+0.350 to +0.470)" in page.text

@@ -1,4 +1,4 @@
-"""The pages in a real browser: nothing is complained of, nothing runs off a phone's screen, and the button copies."""
+"""The pages in a real browser: no errors, no overflow on a phone's screen, and a button that copies."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no 
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 COMMANDS = [step.command for step in CONCLUSION.advice]
 
-# Returns the texts whose contrast with what is behind them is below WCAG's 4.5 : 1.
+# Returns the texts whose contrast with their background is below WCAG's 4.5 : 1.
 FIND_FAINT = """() => {
   const parse = (color) => (color.match(/[\\d.]+/g) || []).map(Number);
   const luminance = ([r, g, b]) => [r, g, b].map((v) => v / 255)
@@ -47,7 +47,7 @@ FIND_FAINT = """() => {
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
-        # Without its sandbox, which a root user of a container cannot have: the page is our own.
+        # No sandbox, which a container's root user cannot have: the page is our own.
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
@@ -85,7 +85,7 @@ def pages(tmp_path_factory) -> dict[str, str]:
 
 
 def open_page(browser, address: str, *, script: str = "", **options):
-    """Return a page and the list that its complaints go to."""
+    """Return a page and the list of its errors."""
     context = browser.new_context(**options)
     context.add_init_script(script)
     page = context.new_page()

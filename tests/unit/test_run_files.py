@@ -24,7 +24,7 @@ def test_json_lines_end_with_a_line_feed_only(tmp_path):
     path = tmp_path / "metrics.jsonl"
     JsonLinesFile(path).write({"text": SEPARATORS})
     with path.open("ab") as file:
-        # As other programs may write it: unescaped, carriage return as white space, Windows line ends.
+        # Forms of other programs: unescaped, carriage return as white space, Windows line ends.
         file.write(json.dumps({"text": SEPARATORS}, ensure_ascii=False).encode() + b"\r\n")
         file.write(b'{"text":\r"x"}\n\n{"text": "half')
     assert [record["text"] for record in read_json_lines(path)] == [SEPARATORS, SEPARATORS, "x"]
@@ -115,7 +115,7 @@ def test_damaged_file_is_one_line_that_names_it(run_dir, name, part, damage):
         getattr(Run(run_dir), part)
     message = str(error.value)
     assert message.startswith(str(path)) and "\n" not in message and len(message) < len(str(path)) + 200
-    # The report is still made, and shows the problem.
+    # The report is still written, and shows the problem.
     assert message.replace(str(path), "") in html.unescape(write_report(run_dir).read_text(encoding="utf-8"))
 
 

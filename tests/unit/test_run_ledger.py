@@ -1,4 +1,4 @@
-"""The ledger of runs loses no line, and records whether following an advice helped."""
+"""The ledger of runs: it loses no line, and records whether an advice helped."""
 
 import json
 import multiprocessing

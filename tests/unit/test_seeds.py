@@ -1,4 +1,4 @@
-"""The random numbers of a run: its own for each seed and rank, and the same again after a resume."""
+"""A run's random numbers: different for each seed and rank, and the same after a resume."""
 
 import io
 import random
@@ -21,7 +21,7 @@ def test_each_seed_and_rank_has_masks_of_its_own():
 
 
 def draw_all() -> list[float]:
-    # A normal number of numpy's old generator leaves a second one behind, which is part of its state.
+    # Drawing a normal number from numpy's old generator stores a second one, which is part of its state.
     return [random.random(), np.random.normal(), np.random.random(), torch.rand(1).item(), random.gauss(0, 1)]
 
 

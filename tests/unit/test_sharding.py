@@ -43,7 +43,7 @@ class Reads:
 
     def start(self, number: int, buffer: torch.Tensor):
         self.events.append(("gather", number))
-        buffer.fill_(255)  # until the wait
+        buffer.fill_(255)  # invalid until the wait
         return lambda: self._end(number, buffer)
 
     def _end(self, number: int, buffer: torch.Tensor) -> None:
@@ -100,7 +100,7 @@ def test_a_split_base_has_the_losses_and_gradients_of_a_whole_one_bit_for_bit(ba
         pytest.skip("Triton's interpreter has no bf16 products")
     expected = compute(make_model(bases[base], base_weights, None, **preparation), BATCH)
     model, reads = make_sharded(bases[base], base_weights, **preparation)
-    for _ in range(2):  # the second pass starts with the layers that the first left gathered
+    for _ in range(2):  # the second pass starts with layers gathered by the first
         assert is_equal(compute(model, BATCH), expected)
         with torch.no_grad():
             assert torch.equal(model.eval()(**vars(BATCH)), expected.losses)

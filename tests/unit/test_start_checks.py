@@ -1,4 +1,4 @@
-"""What only the export needs is wrong at the start of a run already, before a weight is loaded; each in one line."""
+"""Checks of the export's needs at the start of a run: one-line errors before any weight is loaded."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def edit_json(path, change) -> None:
 
 
 def set_at(*keys, value):
-    """Return a change of a JSON file that sets what is under the keys."""
+    """Return a change of a JSON file that sets the value at the keys."""
 
     def change(content):
         for key in keys[:-1]:
@@ -82,7 +82,7 @@ def test_what_cannot_be_exported_is_not_trained(name, change, said, base_dir, ru
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("x" * 239, "the name is too long for this file system"),  # whose folder can be made, but not its GGUF
+        ("x" * 239, "the name is too long for this file system"),  # its folder can be made, but not its GGUF
         ("x" * 300, "the name is too long for this file system"),
         ("ü" * 125, "the name is too long for this file system"),
         (f"{'y' * 300}/x", "the name is too long for this file system"),
@@ -112,7 +112,7 @@ def test_too_little_room_for_the_export_is_a_warning(run_arguments, monkeypatch)
     assert "the export does not fit on the disk now: the files need 0.0 GB" in warning
 
 
-# A value that is none, at each place of the tokenizer's files and generation_config.json.
+# A wrong value at each place of the tokenizer's files and generation_config.json.
 PLACES = {
     "tokenizer.json": [
         ("model",), ("model", "vocab"), ("model", "merges"), ("model", "merges", 0), ("model", "vocab", "a"),
@@ -140,7 +140,7 @@ def list_places():
 
 @pytest.mark.parametrize(("name", "keys"), list_places())
 def test_wrong_types_are_read_or_refused_in_one_line(name, keys, base_dir, run_arguments, tmp_path):
-    """Never a traceback: when a run starts, where the tokenizer is loaded, where the GGUF is written."""
+    """No traceback at the start of a run, when the tokenizer is loaded, or when the GGUF is written."""
     path = base_dir / name
     before = path.read_text() if path.is_file() else "{}"
     for value in VALUES:

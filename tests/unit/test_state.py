@@ -1,4 +1,4 @@
-"""Step checkpoints on disk: complete or absent; an altered one is never read."""
+"""Step checkpoints on disk: complete or absent, and never read if altered."""
 
 import pickle
 import tracemalloc
@@ -45,7 +45,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 
 def make_large_checkpoint() -> Checkpoint:
-    """Return one whose optimizer has 32 MB."""
+    """Return a checkpoint with an optimizer of 32 MB."""
     return replace(make_checkpoint(1), state={"optimizer": {0: {"exp_avg": torch.zeros(8, 1024, 1024)}}})
 
 

@@ -1,4 +1,4 @@
-"""What a run records and says of a validation."""
+"""The record and the printed line of a validation."""
 
 from tune2gguf.runs.intervals import estimate_ratio
 from tune2gguf.train.validation import ValidationLoss

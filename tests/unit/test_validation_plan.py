@@ -1,4 +1,4 @@
-"""How much is measured: at most a tenth of the training time, the same rows every time, nothing left out in silence."""
+"""Validation plan: at most a tenth of the training time, the same rows every time, no row silently left out."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""heldout.jsonl holds the conversations of the validation rows, from any kind of file."""
+"""heldout.jsonl: the conversations of the validation rows, from any kind of file."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""The verdict on curves of a known shape, and on those that cannot be judged."""
+"""The verdict on curves of a known shape, and on curves that cannot be judged."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tune2gguf.verdict.paired import Forecast
 
 
 def rise_after(best: float, *, by: float, path=None):
-    """Return a path that falls as another does and rises from `best` on, in all by a number of nats."""
+    """Return a path that falls like `path` and rises from `best` on, in all by this number of nats."""
     path = path or approach(10)
     return lambda progress: path(progress) + by * max(0.0, progress - best) / (1 - best)
 
@@ -54,8 +54,8 @@ def test_figures_are_those_of_the_curves():
 
 
 def test_a_schedule_that_ends_at_zero_does_not_pass_for_convergence():
-    """The loss falls by the same for each unit of summed rate, which a cosine flattens; negative control: the same
-    losses under a constant rate are a curve that has flattened."""
+    """The loss falls linearly in the summed learning rate, which a cosine flattens. Negative control: under a constant
+    rate the same losses are a flat curve."""
 
     def by_summed_cosine(progress):
         return 4 - 3 * (progress + math.sin(math.pi * progress) / math.pi)
@@ -66,8 +66,8 @@ def test_a_schedule_that_ends_at_zero_does_not_pass_for_convergence():
 
 @pytest.mark.parametrize("bend", [0.1, 0.2, 0.4])
 def test_the_interval_of_a_forecast_holds_what_a_long_tail_brings_under_a_cosine(bend):
-    """A hyperbola of the learning, of which as much again brings bend / (2 + bend) of the gain; negative control: an
-    exponential through the same points, with the rows' interval alone."""
+    """A hyperbola in the summed learning rate: twice the learning adds bend / (2 + bend) of the gain. Negative control:
+    an exponential through the same points, with the rows' interval alone."""
 
     def fall(progress):
         learned = progress + math.sin(math.pi * progress) / math.pi
@@ -112,7 +112,7 @@ def test_fewer_rows_than_a_sign_test_can_use_decide_nothing(rows):
 
 
 def test_with_the_rows_that_it_asks_for_it_decides():
-    """At 80 % power; what it asks for is estimated from eight rows, and so not exact itself."""
+    """At 80 % power. The number of rows is estimated from eight rows, so it is not exact."""
     path, labels = rise_after(0.5, by=0.3), []
     for seed in range(16):
         few = judge(make_curves(path, rows=8, noise=0.5, seed=seed))

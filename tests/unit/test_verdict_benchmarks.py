@@ -1,4 +1,4 @@
-"""The rules by which longer runs and followed advice are counted."""
+"""The rules that count longer runs and followed advice."""
 
 import itertools
 import statistics
@@ -24,7 +24,7 @@ def test_random_choice_is_the_mean_of_the_best_over_all_choices(count):
 
 
 def make_run(tests, *, rows=None):
-    """Return a record whose validation rows have these losses, by default those of the test rows."""
+    """Return a record with these test losses; `rows` are validation losses, by default the same."""
     return {"validations": [{"test": test, "rows": [row]} for test, row in zip(tests, rows or tests, strict=True)]}
 
 
@@ -37,7 +37,7 @@ def test_the_label_goes_by_the_test_rows_and_the_noise_of_seeds():
     assert find_label([*enumerate(flat)], lasts, 2, 0.05) == GOOD_FIT
     assert find_label([*enumerate(flat)], lasts, 2, 0.005) == UNDERFITTING
     assert find_label([*enumerate(flat)], lasts, 4, 0.05) is None
-    # The best is what the run took for it, on its validation rows.
+    # The best step is the run's choice, on its validation rows.
     risen = [make_run([3, 0.5, 0.6], rows=[3, 0.7, 0.8])] * 2
     assert find_label([*enumerate(risen)], lasts, 4, 0.05) == OVERFITTING
     blind = [make_run([3, 0.5, 0.6], rows=[3, 0.8, 0.7])] * 2

@@ -1,4 +1,4 @@
-"""The data sets of the verdict's runs are what their script writes, and hold no row twice."""
+"""The data sets of the verdict's runs: equal to their script's output, without duplicate rows."""
 
 import json
 import subprocess
