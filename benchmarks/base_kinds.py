@@ -328,6 +328,7 @@ def train(kind: str, seed: int, arguments) -> float:
         out = Path(folder) / "run"
         options = {
             "base_dir": SMOLLM2,
+            "device": arguments.device,
             "dtype": "fp32" if kind == "fp32" else "bf16",
             "base_weights": kind,
             "seed": seed,

@@ -103,9 +103,9 @@ def foresee_early(curves: Curves) -> Outlook | None:
     return None
 
 
-def format_early(judged: Sequence[JudgedRun]) -> str:
+def format_early(runs: Sequence[tuple[Curves, str]]) -> str:
     """Return a Markdown table: final labels by the label forecast at a third."""
-    told = [(foresee_early(one.curves), one.verdict.label) for one in judged]
+    told = [(foresee_early(curves), label) for curves, label in runs]
     lines = ["| told at a third | " + " | ".join(LABELS) + " |", "|---|" + "---|" * len(LABELS)]
     for likely in (*EARLY_RECORDED, None):
         counts = Counter(label for outlook, label in told if (outlook.label if outlook else None) == likely)
@@ -222,7 +222,7 @@ means: [verdict.md](verdict.md).
 What each run says at the first validation from a third of its steps on at which the curve has two points, and how it
 was judged at its end.
 
-{format_early(judged)}
+{format_early([(one.curves, one.verdict.label) for one in judged])}
 
 ## On fewer rows
 

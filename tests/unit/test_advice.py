@@ -231,7 +231,7 @@ def test_when_everything_was_tried_it_says_so(tmp_path):
     tried |= {frozenset({(key, "down")}) for key in ("lora_dropout", "weight_decay")}
     situation = make_situation(tmp_path, tried=frozenset(tried))
     (last,) = advise_label(UNDERFITTING, situation)
-    assert last.changes == {} and "was tried without gain" in last.reason
+    assert last.changes == {} and "were tried without gain" in last.reason
 
 
 def test_change_is_described_by_key_and_direction():

@@ -68,7 +68,7 @@ def test_a_run_measures_the_adapter_that_is_exported_as_the_proof_does(run_dir):
 
 def test_the_page_shows_what_was_lost_and_says_where_nothing_was_measured(run_dir, tmp_path):
     page = write_report(run_dir).read_text()
-    assert "What it lost" in page and "With the adapter" in page
+    assert "Forgetting</h2>" in page and "With the adapter" in page
     assert f"All {len(list_scored_prompts())} general prompts" in page
     without = copy_real_run(get_tiny_base(), tmp_path / "without", "score_general_prompts=false")
     assert Run(without).forgetting is None

@@ -8,7 +8,16 @@ import pytest
 
 from tests.unit.synthetic_curves import approach, constant, cosine, make_curves
 from tune2gguf.runs.curves import Curves, Validation
-from tune2gguf.verdict.judge import GOOD_FIT, INCONCLUSIVE, MIN_ROWS, NOTABLE_RISE, OVERFITTING, UNDERFITTING, judge
+from tune2gguf.verdict.judge import (
+    GOOD_FIT,
+    INCONCLUSIVE,
+    MIN_ROWS,
+    NOTABLE_RISE,
+    OVERFITTING,
+    UNDERFITTING,
+    find_notable_gain,
+    judge,
+)
 from tune2gguf.verdict.paired import Forecast
 
 
@@ -29,7 +38,7 @@ SHAPES = {
     "risen by a tenth of the gain": (rise_after(0.4, by=0.4), OVERFITTING),
     "risen above the base": (rise_after(0.2, by=8), OVERFITTING),
     "rising from the start": (lambda progress: 4 + progress, OVERFITTING),
-    "risen and come back": (lambda progress: approach(10)(progress) + math.sin(math.pi * progress) / 4, GOOD_FIT),
+    "risen and come back": (lambda progress: approach(10)(progress) + math.sin(math.pi * progress) / 40, GOOD_FIT),
 }
 
 
@@ -39,6 +48,18 @@ def test_shape_has_its_label(path, expected, schedule):
     verdict = judge(make_curves(path, schedule=schedule))
     assert verdict.label == expected, verdict.reasons
     assert verdict.reasons and all("nan" not in reason for reason in verdict.reasons)
+
+
+def test_what_is_left_to_gain_is_held_against_the_loss_that_is_left():
+    """The same curve, moved: 5 % more of the gain is most of a loss of 0.1, and little of one of 4."""
+    low, high = (judge(make_curves(approach(3, floor=floor), noise=0.002)) for floor in (0.1, 4.1))
+    assert low.figures["further_gain"] == pytest.approx(high.figures["further_gain"], abs=0.02)
+    assert (low.label, high.label) == (UNDERFITTING, GOOD_FIT)
+
+
+@pytest.mark.parametrize(("loss", "gain", "share"), [(8.0, 1.0, 0.08), (0.4, 1.0, 0.05), (0.04, 1.0, 0.01)])
+def test_a_notable_gain_is_an_eighth_of_the_loss_between_two_bounds(loss, gain, share):
+    assert find_notable_gain(loss, gain) == pytest.approx(share)
 
 
 def test_figures_are_those_of_the_curves():
@@ -58,7 +79,7 @@ def test_a_schedule_that_ends_at_zero_does_not_pass_for_convergence():
     rate the same losses are a flat curve."""
 
     def by_summed_cosine(progress):
-        return 4 - 3 * (progress + math.sin(math.pi * progress) / math.pi)
+        return 8 - 3 * (progress + math.sin(math.pi * progress) / math.pi)
 
     assert judge(make_curves(by_summed_cosine, schedule=cosine)).label == UNDERFITTING
     assert judge(make_curves(by_summed_cosine, schedule=constant)).label == GOOD_FIT

@@ -216,7 +216,7 @@ def _describe_forgetting(forgetting: Forgetting | None) -> dict[str, Any]:
         return {}
     worst_first = sorted(forgetting.answers, key=lambda one: -one.divergence / len(one.answer_ids))
     return {
-        "sentence": forgetting.describe().removeprefix("what it lost: "),
+        "sentence": forgetting.describe().removeprefix("forgetting: "),
         "adapter": forgetting.adapter,
         "asked": [one for one in worst_first if one.adapter_answer is not None],
         "rows": [

@@ -70,7 +70,7 @@ class Forgetting:
         """Return the sentence that a run prints about it."""
         increase, divergence = self.loss_increase, self.divergence
         return (
-            f"what it lost: on the base's own answers to {len(self.answers)} general prompts the loss rises by "
+            f"forgetting: on the base's own answers to {len(self.answers)} general prompts the loss rises by "
             f"{increase.value:.3f} nats a token (95 % interval {increase.low:.3f} to {increase.high:.3f}), "
             f"KL {divergence.value:.3f} ({divergence.low:.3f} to {divergence.high:.3f}); "
             f"{self.agreement:.0%} of the base's tokens are still the likeliest"

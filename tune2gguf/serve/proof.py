@@ -297,8 +297,8 @@ def format_table(proof: ProofRecord) -> str:
 
 def _format_general(proof: ProofRecord) -> list[str]:
     if not proof.general:
-        return ["", "what it lost is not measured: the run scored no general prompts (score_general_prompts=true)"]
-    lines = ["", f"what it lost: the base's own answers to {proof.general_prompts} general prompts", ""]
+        return ["", "forgetting was not measured: the run scored no general prompts (score_general_prompts=true)"]
+    lines = ["", f"forgetting: the base's own answers to {proof.general_prompts} general prompts", ""]
     lines.append(f"  {'step':<16} {'loss':>7} {'in nats, 95 % interval':>27} {'KL, 95 % interval':>27} {'top-1':>7}")
     for name, step in proof.general.items():
         columns = [

@@ -22,7 +22,7 @@ ADDITIONAL = "5.3. Additional Fine-Tuning Parameters"
 ITERATING = "6. The Iterative Fine-Tuning Process"
 CHOOSING = "3. Choosing the Right Model"
 
-# What decides a run's fit; what else differs between two runs is no answer to a verdict.
+# Keys that change a run's fit. Other differences between two runs do not answer a verdict.
 FIT_KEYS = (*(one.key for one in GUIDE_PARAMETERS if one.key not in ("seed", "quantization")), "max_steps_per_epoch")
 # The guide's values, a step of an adjustment apart.
 DROPOUTS = (0.0, 0.1, 0.2, 0.3)
@@ -30,26 +30,26 @@ WEIGHT_DECAYS = (0.0, 0.001, 0.01, 0.1)
 STARTING_RATE = 1e-4
 # A forecast of so much more, as a share of the gain, is far from flat: four times the epochs, not twice.
 FAR_FROM_FLAT = 0.25
-# A KL divergence from the base, in nats a token of its own answers; see docs/verdict.md.
+# KL divergence from the base in nats per token of the base's answers; see docs/verdict.md.
 NOTABLE_DIVERGENCE = 0.1
-# General rows for each row of a user's own; their prompts are no more than these.
+# General rows per row of the user's, and the number of prompts for them.
 GENERAL_SHARE, MAX_GENERAL_ROWS = 0.25, 100
 LARGER = {"smollm2_135m": "llama3_2_1b", "llama3_2_1b": "llama3_2_3b", "llama3_2_3b": "llama3_1_8b"}
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What an advice has to know of a run beside its curves.
+    """A run's facts beside its curves, for the advice.
 
     Attributes:
-        run_dir: as it is typed in a command
+        run_dir: as typed in a command
         config: its config.yaml, resolved
         data: its data.json
-        free_dirs: folders for the next runs, as many as there may be advice
-        num_processes: that it ran on
-        tried: changes, as `describe_change` has them, that brought no gain to the runs that led here or came of those
-        forgetting: what it lost; None where that was not measured
-        past: flat configs of runs on the same base and rows, this one among them
+        free_dirs: unused folders for the next runs, one for each advice
+        num_processes: of the run
+        tried: changes (`describe_change`) that brought no gain to this run's ancestors or their descendants
+        forgetting: change on general prompts; None if not measured
+        past: flat configs of all runs on the same base and rows, this one included
     """
 
     run_dir: str
@@ -67,13 +67,13 @@ class _Step:
     changes: dict[str, Any]
     reason: str
     section: str
-    first: str = ""  # a command to run before
+    first: str = ""  # command to run before it
 
 
 def advise(verdict: Verdict, curves: Curves, situation: Situation) -> list[Advice]:
     """Return the guide's next steps, most effective first, each changing as little as possible.
 
-    A change that was tried without gain is not advised again, nor a config that has been run.
+    Changes tried without gain and configs already run are left out.
     """
     if verdict.label == OVERFITTING:
         steps = [*_loosen(curves, situation.config), *_retain(situation, only_rows=True)]
@@ -94,10 +94,10 @@ def advise(verdict: Verdict, curves: Curves, situation: Situation) -> list[Advic
         stop = _advise_export(situation, "the fit is good: stop here and export")
         return [stop, *advice, *_advise_larger_model(situation, situation.free_dirs[len(advice)])]
     if verdict.label == OVERFITTING:
-        best = f"best/ is the adapter of step {curves.best.step}, before the rise, and what the export takes"
+        best = f"the export takes best/, the adapter of step {curves.best.step}, before the rise"
         return [*advice, _advise_export(situation, best)]
     if not advice:
-        tried = "what the guide offers was tried without gain, so that rows are what is missing; export what there is"
+        tried = "all of the guide's adjustments were tried without gain; add rows, or export this run"
         return [_advise_export(situation, tried)]
     return advice
 
@@ -169,15 +169,15 @@ def _tighten(verdict: Verdict, situation: Situation) -> Iterator[_Step]:
 
 
 def _retain(situation: Situation, *, only_rows: bool = False) -> Iterator[_Step]:
-    """Yield what keeps more of the base, where the run has clearly lost of it."""
+    """Yield changes that keep more of the base, if the run has significantly moved from it."""
     config, forgetting = situation.config, situation.forgetting
     if forgetting is None or forgetting.divergence.low < NOTABLE_DIVERGENCE:
         return
-    lost = f"the run lost of what the base could do (KL {forgetting.divergence.value:.2f} on general prompts)"
+    lost = f"the run forgot some of the base (KL {forgetting.divergence.value:.2f} on general prompts)"
     changes = _mix_general_rows(situation)
     if changes:
         share = GENERAL_SHARE / (1 + GENERAL_SHARE)
-        reason = f"{lost}; the base's own answers to other general prompts, {share:.0%} of the rows, remind it"
+        reason = f"{lost}; mix in the base's own answers to other general prompts, {share:.0%} of the rows"
         make_rows = format_script("make_general_rows", Path(situation.run_dir))
         yield _Step(changes, reason, ITERATING, f"{make_rows} && ")
     if only_rows:
@@ -188,7 +188,7 @@ def _retain(situation: Situation, *, only_rows: bool = False) -> Iterator[_Step]
 
 
 def _mix_general_rows(situation: Situation) -> dict[str, Any]:
-    """Return the data set with general rows as one more source; nothing where it has them already."""
+    """Return the changes that add general rows as one more source; none if they are there already."""
     dataset, path = situation.config["dataset"], str(Path(situation.run_dir, GENERAL_FILE))
     sources, changes = dataset.get("sources"), {}
     if sources is None:
@@ -206,13 +206,13 @@ def _list_files(files: str | Sequence[str]) -> list[str]:
 
 
 def _clear_up(verdict: Verdict, curves: Curves, situation: Situation) -> Iterator[_Step]:
-    """Yield what lets the next run be judged."""
+    """Yield changes with which the next run can be judged."""
     config, figures = situation.config, verdict.figures
     if figures.get("diverged"):
-        reason = "the run came apart; a lower rate is gradual and stable"
+        reason = "the run diverged; a lower rate is gradual and stable"
         yield _Step({"learning_rate": config["learning_rate"] / 2}, reason, LEARNING_RATE)
     elif not curves.validations:
-        reason = "without validation rows fit cannot be seen; this holds back a tenth"
+        reason = "fit cannot be judged without validation rows; this holds out a tenth"
         yield _Step({"dataset.validation_split": 0.1}, reason, ITERATING)
     elif "rows_needed" in figures:
         yield from _ask_for_rows(int(figures["rows_needed"]), curves, situation)
@@ -221,7 +221,7 @@ def _clear_up(verdict: Verdict, curves: Curves, situation: Situation) -> Iterato
         reason = "the curve needs more points to show its shape"
         yield _Step({"eval_every_n_steps": max(1, math.ceil(steps / 10))}, reason, ITERATING)
     else:
-        yield _Step({}, "the run recorded too little to be judged; run again, it has what is missing", ITERATING)
+        yield _Step({}, "the run recorded too little to be judged; run it again with this version", ITERATING)
 
 
 def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator[_Step]:
@@ -239,7 +239,7 @@ def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator
     share = min(0.5, math.ceil(100 * needed / total) / 100)
     reason = f"{num_validation_rows} validation rows; about {needed} would decide it, {share:.3g} of all {total}"
     if share * total < needed:
-        reason += ", and as that many there are not: add rows"
+        reason += ", more than there are: add rows"
     changes: dict[str, Any] = {"dataset.validation_split": share}
     if dataset.get("sources") is not None:
         changes = {"dataset.sources": [_hold_out(source, share) for source in dataset["sources"]]}
@@ -253,7 +253,7 @@ def _ask_for_rows(needed: int, curves: Curves, situation: Situation) -> Iterator
 
 
 def _hold_out(source: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """Return a source that holds out a share of all its rows."""
+    """Return the source with a share of all its rows held out."""
     given = [source["files"], source.get("validation_files") or []]
     both = [name for one in given for name in _list_files(one)]
     rest = {key: value for key, value in source.items() if key not in ("files", "validation_files")}
@@ -269,7 +269,7 @@ def _step_along(key: str, config: Mapping[str, Any], values: Iterable[float], *,
 
 
 def _avoid_past(step: _Step, situation: Situation) -> _Step | None:
-    """Return the step if it is new; halfway in the rate if its end was run already; None if it was tried in vain."""
+    """Return the step if it is new, half of a rate's step if its end was run already, None if it was tried in vain."""
     change = describe_change(situation.config, {**situation.config, **step.changes})
     if change and change in situation.tried:
         return None
@@ -310,18 +310,18 @@ def _advise_larger_model(situation: Situation, output_dir: str) -> Iterator[Advi
         return
     path = Path(f"configs/{larger}/{'qlora' if config['base_weights'] == 'nf4' else 'lora'}.yaml")
     dataset = {f"dataset.{key}": value for key, value in config["dataset"].items() if key != "_component_"}
-    # Validation rows from files: the YAML's split must not take others.
+    # The YAML's split would take more rows beside the validation files.
     changes = {"dataset.validation_split": None} if dataset.get("dataset.validation_files") else {}
     changes |= {"dataset.files": None} if dataset.get("dataset.sources") else {}
     changes |= dataset | {key: config[key] for key in ("max_seq_len", "seed", "device")}
     train = _write_run(path, {**changes, "output_dir": output_dir}, situation.num_processes)
-    reason = f"if it does not answer well enough, the next larger model: {larger}, with its own rate"
+    reason = f"if its answers are not good enough: the next larger model, {larger}, at its own rate"
     download = format_script("download", "--config", path)
     yield Advice(f"{download} && {train}", changes, reason, CHOOSING)
 
 
 def _write_command(changes: Mapping[str, Any], situation: Situation, output_dir: str) -> str:
-    """Return the command of the run with its changes; config.yaml keeps references, so that a flat key reaches all."""
+    """Return the run's command with its changes. config.yaml keeps references, so one flat key changes all uses."""
     own = {"output_dir": output_dir, "parent_run": situation.run_dir, "resume": False}
     return _write_run(Path(situation.run_dir, "config.yaml"), {**changes, **own}, situation.num_processes)
 
