@@ -7,11 +7,12 @@
     python benchmarks/four_bits.py table
 
 The model is SmolLM2-135M-Instruct (scripts/download.py), fine-tuned as examples/quickstart says. `plain` and `imatrix`
-are the bf16 run merged and quantized; `beside` is a run with base_weights=gguf:TYPE, served as that file and the
-adapter. The increase is over the loss of the bf16 run's unmerged adapter of the same seed, the divergence (KL) from
-that model; both in nats per supervised token of the held-out rows, in torch in float32 over dequantized weights.
-Another run answers differently anyhow, so that `beside` has a divergence for other reasons, too. A matrix is measured
-on calibration.jsonl, training rows. Ranges are over seeds.
+are the bf16 run merged and quantized. `repaired` is `plain` and an adapter that approximates the rounding errors.
+`beside` is a run with base_weights=gguf:TYPE, served as that file and the adapter. The increase is over the loss of the
+bf16 run's unmerged adapter of the same seed, the divergence (KL) from that model; both in nats per supervised token of
+the held-out rows, in torch in float32 over dequantized weights. Another run answers differently anyhow, so that
+`beside` has a divergence for other reasons, too. A matrix is measured on
+calibration.jsonl, training rows. Ranges are over seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
+from tune2gguf.base.layout import get_gguf_name
 from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.measure.importance import measure_importance
@@ -34,7 +38,7 @@ from tune2gguf.export.measure.layerwise import WeightSource
 from tune2gguf.export.measure.step_losses import measure_steps
 from tune2gguf.export.measure.validation_set import ValidationSet, load_validation_rows
 from tune2gguf.export.measure.weight_sources import open_base_source, open_merged_source, open_quantized_source
-from tune2gguf.export.merge.adapter import Adapter, read_adapter
+from tune2gguf.export.merge.adapter import Adapter, LoraPair, read_adapter
 from tune2gguf.ggml.kernels import load_kernels
 from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.calibration import read_calibration_rows
@@ -44,6 +48,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = REPOSITORY / "runs/four_bits"
 RESULTS = REPOSITORY / "benchmarks/results/four_bits_smollm2.jsonl"
 REFERENCE = "adapter"
+REPAIR_RANK = 16
 TYPES = [name for name, quantization in QUANTIZATIONS.items() if quantization.takes_importance]
 
 
@@ -131,6 +136,27 @@ class Subject:
         quantization = QUANTIZATIONS[name]
         return open_quantized_source(self.base, self.adapter, quantization, self.kernels, importance=matrix)
 
+    def repair(self, quantized: WeightSource, matrix: ImportanceMatrix) -> WeightSource:
+        """Return the quantized weights with an adapter that approximates what rounding took from the layers.
+
+        It minimizes the squared error of a layer's output for uncorrelated inputs of the matrix's mean squares: the
+        truncated singular value decomposition of the error, its columns scaled by the inputs' root mean squares.
+        """
+        merged, pairs = open_merged_source(self.base, self.adapter), {}
+        for name, spec in self.base.specs.items():
+            importance = matrix.weights.get(get_gguf_name(name))
+            if importance is None:
+                continue
+            rows = spec.shape[0]
+            scales = np.sqrt(np.maximum(importance, importance.max() * 1e-6))
+            error = (merged.read_rows(name, 0, rows) - quantized.read_rows(name, 0, rows)) * scales
+            left, values, right = np.linalg.svd(error, full_matrices=False)
+            roots = np.sqrt(values[:REPAIR_RANK, None])
+            lora_a, lora_b = roots * right[:REPAIR_RANK] / scales, left[:, :REPAIR_RANK] * roots.T
+            pairs[name] = LoraPair(lora_a.astype(np.float32), np.ascontiguousarray(lora_b, np.float32))
+        adapter = Adapter(rank=REPAIR_RANK, alpha=REPAIR_RANK, pairs=pairs)
+        return WeightSource(self.base.architecture, quantized.read_rows, adapter)
+
     def measure(self, sources: dict[str, WeightSource]) -> dict[str, dict[str, float]]:
         """Return loss, increase over the unmerged adapter and divergence from it for each source."""
         trained = open_base_source(self.base, adapter=self.adapter)
@@ -152,6 +178,8 @@ def measure_type(runs: Path, name: str, *, seed: int, num_rows: int) -> Iterator
         MATRICES[run_dir] = subject.measure_matrix()[0]
     sources = {} if QUANTIZATIONS[name].needs_importance else {"plain": subject.quantize(name, None)}
     sources["imatrix"] = subject.quantize(name, MATRICES[run_dir])
+    if "plain" in sources:
+        sources["repaired"] = subject.repair(sources["plain"], MATRICES[run_dir])
     beside = runs / name_run(f"gguf:{name}", seed)
     if (beside / "best").is_dir():
         rounded = subject.base.round_to_gguf(name)
@@ -188,7 +216,7 @@ def format_table(results: Path) -> Iterator[str]:
     records = [json.loads(line) for line in results.read_text().splitlines()]
     yield f"{'type':<8} {'MB':>6}  {'way':<8} {'seeds':>5} {'increase':>9} {'range':>20} {'KL':>8} {'range':>16}"
     for name in QUANTIZATIONS:
-        for way in ("plain", "imatrix", "beside"):
+        for way in ("plain", "imatrix", "repaired", "beside"):
             found = {one["seed"]: one for one in records if (one["type"], one["way"]) == (name, way)}
             if found:
                 yield format_line(name, way, list(found.values()))
