@@ -78,6 +78,6 @@ def test_mapping_of_columns_is_accepted_and_its_mistakes_are_named(run_arguments
 def test_validation_of_a_source_counts_as_validation(run_arguments, tmp_path):
     path = write_rows(tmp_path / "own.jsonl", make_conversations(40))
     own = ["dataset.files=null", "dataset.validation_files=null", "early_stopping_patience=2"]
-    with pytest.raises(ValueError, match="early_stopping_patience=2: there are no validation rows"):
+    with pytest.raises(ValueError, match="early_stopping_patience=2 needs validation rows"):
         check_config(load_config([*run_arguments, *own, f"dataset.sources=[{{files: {path}}}]"]))
     check_config(load_config([*run_arguments, *own, f"dataset.sources=[{{files: {path}, validation_split: 0.3}}]"]))

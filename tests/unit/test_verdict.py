@@ -38,7 +38,7 @@ SHAPES = {
     "risen by a tenth of the gain": (rise_after(0.4, by=0.4), OVERFITTING),
     "risen above the base": (rise_after(0.2, by=8), OVERFITTING),
     "rising from the start": (lambda progress: 4 + progress, OVERFITTING),
-    "risen and come back": (lambda progress: approach(10)(progress) + math.sin(math.pi * progress) / 40, GOOD_FIT),
+    "risen and come back": (lambda progress: approach(16)(progress) + math.sin(math.pi * progress) / 40, GOOD_FIT),
 }
 
 
