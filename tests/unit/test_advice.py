@@ -90,8 +90,17 @@ def test_underfitting_has_the_guides_answers_in_order(tmp_path):
     ]
 
 
-def test_a_rate_below_the_guides_comes_before_more_epochs(tmp_path):
-    situation = make_situation(tmp_path, "epochs=3", "learning_rate=1e-6")
+@pytest.mark.parametrize(("further_gain", "epochs"), [(0.2, 6), (0.3, 12)])
+def test_a_curve_far_from_flat_asks_for_four_times_the_epochs(tmp_path, further_gain, epochs):
+    situation = make_situation(tmp_path, "epochs=3", "learning_rate=1e-3")
+    advice = advise_label(UNDERFITTING, situation, figures={"further_gain": further_gain})
+    assert list_changes(advice)[0] == {"epochs": epochs}
+    assert ("30%" in advice[0].reason) == (further_gain == 0.3)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 5e-5])
+def test_a_rate_below_the_guides_starting_point_comes_before_more_epochs(tmp_path, rate):
+    situation = make_situation(tmp_path, "epochs=3", f"learning_rate={rate}")
     assert list_changes(advise_label(UNDERFITTING, situation))[:2] == [{"learning_rate": 1e-4}, {"epochs": 6}]
 
 

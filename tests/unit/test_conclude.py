@@ -46,8 +46,8 @@ def test_advice_that_was_followed_in_vain_is_not_given_again(tmp_path):
     parent = write_run(tmp_path / "runs/mine", STILL_FALLING)
     conclude_run(parent)
     first = json.loads((parent / "verdict.json").read_text())["advice"][0]
-    assert first["changes"] == {"epochs": 6}
-    child = write_run(tmp_path / "runs/mine-2", STILL_FALLING, "epochs=6", f"parent_run={parent}")
+    assert first["changes"] == {"epochs": 12}
+    child = write_run(tmp_path / "runs/mine-2", STILL_FALLING, "epochs=12", f"parent_run={parent}")
     lines = conclude_run(child)
     assert any("undecided" in line for line in lines)
     for run_dir in (child, parent):  # the parent is judged again, as after an extension
