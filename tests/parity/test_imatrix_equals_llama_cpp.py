@@ -142,7 +142,7 @@ def test_a_matrix_of_another_model_or_no_matrix_at_all_is_refused(run_dir, tmp_p
     with pytest.raises(ValueError, match=r"other.gguf: .* importance matrix belongs to another model"):
         export_run(run_dir, imatrix=other, **options)
     model = export_run(run_dir, **options).models[0].gguf_path
-    with pytest.raises(ValueError, match="is no importance matrix"):
+    with pytest.raises(ValueError, match="not an importance matrix"):
         export_run(run_dir, imatrix=model, **options)
     with pytest.raises(ValueError, match="no such file"):
         export_run(run_dir, imatrix=tmp_path / "missing.gguf", **options)

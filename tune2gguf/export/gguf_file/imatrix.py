@@ -107,7 +107,7 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     missing = [key for key in (_DATASETS, _NUM_CHUNKS, _CHUNK_SIZE) if key not in keys]
     if keys.get("general.type") != "imatrix" or missing:
-        raise ValueError(f"{path}: is no importance matrix; missing or wrong: {', '.join(missing) or 'general.type'}")
+        raise ValueError(f"{path}: not an importance matrix; missing or wrong: {', '.join(missing) or 'general.type'}")
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     sums = dict(_read_sums(path, tensors))
     counts = {name: round(float(tensors[name + _COUNT].max())) for name in sums}

@@ -182,7 +182,7 @@ def _explain_structure(path: Path) -> Iterator[None]:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: is no valid tokenizer.json ({reason})") from None
+        raise ValueError(f"{path}: not a valid tokenizer.json ({reason})") from None
 
 
 def read_sampling(base_dir: Path) -> dict[str, float]:
