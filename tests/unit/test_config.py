@@ -49,7 +49,7 @@ WRONG = [
     (["WeightDecay=0"], "unknown config key 'WeightDecay'; did you mean 'weight_decay'?"),
     (["lr=1e-4"], "unknown config key 'lr'; did you mean 'learning_rate'?"),
     (["checkpointer.checkpoint_dir=x"], "unknown config key 'checkpointer'; did you mean 'base_dir'?"),
-    (["loss=torch.nn.CrossEntropyLoss"], "unknown config key 'loss'; the loss is always the cross entropy of the supervised"),
+    (["loss=torch.nn.CrossEntropyLoss"], "unknown config key 'loss'; the loss is always the cross entropy"),
     (["metric_logger.log_dir=x"], "metric_logger needs a _component_, the dotted path of a class or function"),
     (["metric_logger=tensorboard"], "metric_logger needs a _component_"),
     ([f"{LOGGER}=torchtune.training.metric_logging.TensorboardLogger"], "metric_logger._component_=torchtune.training"),
