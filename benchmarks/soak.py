@@ -4,9 +4,9 @@
     nice -n 15 python benchmarks/soak.py --folder /tmp/soak --cases "smollm2 bf16"
 
 SmolLM2 trains the quickstart as it is, with validation, samples and checkpoints. The 1B shape has random weights; its
-rows are short and of random lengths, so that a thousand steps end, and it answers no prompts. A case is one run of the
-recipe. Its peak is that of metrics.jsonl, which never falls; given are the peak after single steps, and how much of it
-came after each row had been seen once. Each finished case is a line of FOLDER/soaks.jsonl and is not run again.
+rows are short and of random lengths, and it answers no prompts, so that a thousand steps end. A case is one run of the
+recipe. Its peak is that of metrics.jsonl, which never falls. The table has the peak after single steps, and its growth
+after the step with the most tokens: steps draw their rows at random, so the fullest may come late. Each finished case is a line of FOLDER/soaks.jsonl and is not run again.
 """
 
 from __future__ import annotations
@@ -94,22 +94,23 @@ def run_case(case: str, folder: Path, num_steps: int) -> dict:
 
 
 def make_table(soaks: list[dict]) -> list[str]:
-    """Return a line a case: peaks in GB, the growth after the first epoch, and the last peak over the estimate."""
+    """Return two lines per case: peaks in GB, their growth after the fullest step, and the last over the estimate."""
     lines = [
         f"{'peak GB after steps':22}" + "".join(f"{step:>7}" for step in SHOWN) + "   last   grown  estimate  ratio"
     ]
     for soak in soaks:
         peaks = soak["peaks"]
         shown = "".join(f"{peaks[step - 1] / 1e9:7.2f}" if step <= len(peaks) else f"{'':7}" for step in SHOWN)
-        first_epoch = soak["epochs"].count(soak["epochs"][0])
-        grown = peaks[-1] / peaks[first_epoch - 1] - 1
+        tokens, first_epoch = soak["tokens"], soak["epochs"].count(soak["epochs"][0])
+        fullest = tokens.index(max(tokens))
+        grown = peaks[-1] / peaks[fullest] - 1
         ratio = peaks[-1] / 1e9 / soak["estimate_gb"]
         lines.append(
             f"{soak['case']:22}{shown}{peaks[-1] / 1e9:7.2f}{grown:8.1%}{soak['estimate_gb']:10.2f}{ratio:7.2f}"
         )
-        tokens = soak["tokens"]
         lines.append(
-            f"  {len(peaks)} steps, {first_epoch} an epoch, of {min(tokens)} to {max(tokens)} tokens; {soak['parts']}"
+            f"  {len(peaks)} steps, {first_epoch} per epoch, of {min(tokens)} to {max(tokens)} tokens, the fullest at "
+            f"step {fullest + 1}; {soak['parts']}"
         )
     return lines
 
