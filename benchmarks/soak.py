@@ -6,7 +6,8 @@
 SmolLM2 trains the quickstart as it is, with validation, samples and checkpoints. The 1B shape has random weights; its
 rows are short and of random lengths, and it answers no prompts, so that a thousand steps end. A case is one run of the
 recipe. Its peak is that of metrics.jsonl, which never falls. The table has the peak after single steps, and its growth
-after the step with the most tokens: steps draw their rows at random, so the fullest may come late. Each finished case is a line of FOLDER/soaks.jsonl and is not run again.
+after the step with the most tokens: steps draw their rows at random, so the fullest may come late. Each finished case
+is a line of FOLDER/soaks.jsonl and is not run again.
 """
 
 from __future__ import annotations
