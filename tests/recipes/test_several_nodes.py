@@ -14,7 +14,6 @@ from tests.recipes.launch import count_lines, find_free_port, read_outcome
 from tests.recipes.test_commands import SCRIPTS
 from tests.recipes.test_resume import HARD
 
-pytestmark = pytest.mark.slow
 SECONDS_TO_START = 180  # on a busy machine two agents and two processes take long to import torch
 
 

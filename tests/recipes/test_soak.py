@@ -13,7 +13,6 @@ from tests.conftest import REPOSITORY
 from tests.recipes.launch import Launch, count_lines
 from tune2gguf.runs.checkpoints import list_checkpoints
 
-pytestmark = pytest.mark.slow
 STEPS = 2000
 QUICKSTART_BASE = REPOSITORY / "models/SmolLM2-135M-Instruct"
 

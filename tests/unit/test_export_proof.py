@@ -23,6 +23,8 @@ from tune2gguf.tokenizer.conversation import Conversation, Message
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, CHATML
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ending_base(tmp_path_factory) -> Path:

@@ -15,6 +15,7 @@ from tune2gguf.base.load import load_base
 from tune2gguf.model.llama import CausalLM, lora_llama, prepare_training
 from tune2gguf.model.sharding import ShardedBase
 
+pytestmark = pytest.mark.slow
 NUM_LAYERS = 4
 
 
