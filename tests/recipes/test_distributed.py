@@ -14,7 +14,7 @@ from tests.recipes.test_training import measure_difference, read_records
 from tune2gguf.runs.run import Run
 
 
-@pytest.mark.parametrize("base", [pytest.param("fp32", marks=pytest.mark.slow), "bf16", "fp8", "nf4"])
+@pytest.mark.parametrize("base", ["fp32", "bf16", "fp8", "nf4"])
 def test_shard_equals_replicate(run_arguments, wide_base, tmp_path, base):
     precision = {"fp32": ["dtype=fp32", "base_weights=fp32"], "bf16": ["dtype=bf16", "base_weights=bf16"]}
     precision |= {kind: ["dtype=fp32", f"base_weights={kind}"] for kind in ("fp8", "nf4")}
@@ -73,7 +73,6 @@ def make_unequal_rows(count: int) -> list[dict]:
     return rows
 
 
-@pytest.mark.slow
 def test_losses_and_adapter_do_not_depend_on_the_processes(run_arguments, tiny_base, tmp_path):
     """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1 rows. 19 rows leave a last step of 3, in which some processes have no row."""
     train = write_rows(tmp_path / "unequal.jsonl", make_unequal_rows(19))
@@ -129,9 +128,9 @@ def measure_first_step(base_dir: Path, train: Path, *, num_processes: int) -> li
     ("size", "parallel"),
     [
         (2, "replicate"),
-        pytest.param(2, "shard", marks=pytest.mark.slow),
-        pytest.param(4, "shard", marks=pytest.mark.slow),
-        pytest.param(8, "replicate", marks=pytest.mark.slow),
+        (2, "shard"),
+        (4, "shard"),
+        (8, "replicate"),
     ],
 )
 def test_processes_killed_and_resumed_equal_never_stopped(run_arguments, tmp_path, size, parallel):

@@ -130,7 +130,6 @@ def test_error_of_one_process_ends_all_with_its_line(run_arguments, tmp_path, ra
     assert not (tmp_path / "runs/tiny").exists()
 
 
-@pytest.mark.slow
 def test_process_that_falls_silent_ends_the_others_with_a_line(run_arguments, tmp_path):
     """A stopped process stands in for a machine without power: it closes no connection."""
     launches = []
@@ -176,7 +175,6 @@ def test_write_error_of_the_main_process_ends_all_with_its_line(run_arguments, t
     assert "Traceback" not in text
 
 
-@pytest.mark.slow
 def test_processes_of_a_run_end_before_python_ends_in_which_their_threads_could_abort(tmp_path):
     """One of twelve runs aborted on a busy machine. Here Python's exit always aborts, as the run alone shows."""
     program = tmp_path / "program.py"

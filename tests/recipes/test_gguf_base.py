@@ -114,7 +114,6 @@ def test_what_is_not_merged_takes_no_matrix_and_no_merge_base(run_dir, tmp_path)
         export_run(run_dir, imatrix=tmp_path / "x.gguf", overwrite=True, show=False)
 
 
-@pytest.mark.slow
 def test_killed_over_a_gguf_and_resumed_equals_never_stopped(run_arguments, tmp_path):
     arguments = [*run_arguments, *OVER_Q4_K_M, *HARD, "save_every_n_steps=2"]
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log")

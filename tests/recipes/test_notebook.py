@@ -9,7 +9,6 @@ from tests.conftest import REPOSITORY, make_run_arguments
 NOTEBOOK = REPOSITORY / "examples" / "quickstart.ipynb"
 
 
-@pytest.mark.slow
 def test_notebook_goes_from_rows_to_an_answer(tiny_base, tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])))

@@ -57,7 +57,6 @@ def test_every_link_and_picture_of_the_pages_is_there():
             assert (page.parent / (picture or link)).is_file(), f"{page}: {picture or link}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "names_of_commands"),
     [("docs/data.md", ["inspect", "run", "export"]), ("README.md", ["inspect", "run", "export", "chat"])],

@@ -58,7 +58,6 @@ def test_killed_and_resumed_equals_never_stopped(arguments, tmp_path, packing):
     assert read_outcome(tmp_path / "other")["last"] != whole["last"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_processes", "changed", "num_kills"),
     [

@@ -8,7 +8,6 @@ import yaml
 from tests.conftest import make_run_arguments
 
 
-@pytest.mark.slow
 def test_a_program_trains_exports_and_asks(tiny_base, tmp_path):
     from tune2gguf import ask, export_run, run_recipe
 

@@ -19,8 +19,8 @@ def arguments(run_arguments) -> list[str]:
     [
         (1, signal.SIGINT, [0]),
         (2, signal.SIGTERM, [1]),
-        pytest.param(1, signal.SIGTERM, [0], marks=pytest.mark.slow),
-        pytest.param(2, signal.SIGINT, [0, 1], marks=pytest.mark.slow),
+        (1, signal.SIGTERM, [0]),
+        (2, signal.SIGINT, [0, 1]),
     ],
 )
 def test_signal_saves_says_how_to_go_on_and_the_rest_is_the_same(arguments, tmp_path, num_processes, signum, ranks):

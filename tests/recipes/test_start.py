@@ -2,8 +2,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 from tests.conftest import REPOSITORY
 
 # Packages of exports, reports, verdicts and benchmarks. torchtune itself imports datasets and pandas, and the export's
@@ -20,7 +18,6 @@ LATE = (
 )
 
 
-@pytest.mark.slow
 def test_nothing_is_imported_before_the_first_step_that_it_does_not_need(run_arguments):
     program = f"""
 import json, sys
@@ -35,7 +32,6 @@ print(json.dumps([name for name in {LATE!r} if name in sys.modules]))
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-@pytest.mark.slow
 def test_tune_imports_none_of_its_other_commands_needs_for_our_recipe_and_all_of_them_else(tmp_path):
     """`tune` imports `tune download` and thereby kagglehub before it runs any recipe."""
     program = """

@@ -32,7 +32,6 @@ def stop_in(run_dir: Path, command: list[str], signum: signal.Signals) -> tuple[
     return process.returncode, *output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_sweep_goes_on_without_repeating_what_is_finished(run_arguments, tmp_path, signum):
     fixed = [one for one in run_arguments if not one.startswith(("output_dir=", "epochs="))]
@@ -68,7 +67,6 @@ def test_stopped_sweep_goes_on_without_repeating_what_is_finished(run_arguments,
     assert process.returncode == 0 and "run " not in said.split("validation rows")[0], complaint
 
 
-@pytest.mark.slow
 def test_failed_run_is_said_and_the_others_are_ranked(run_arguments, tmp_path):
     fixed = [one for one in run_arguments if not one.startswith("output_dir=")]
     folder = tmp_path / "sweep"

@@ -61,7 +61,7 @@ def test_rows_without_validation_rows_train_without_validation(run_arguments, tm
     assert "validation: no rows, so over- and underfitting stay unseen" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_early_stopping_ends_after_so_many_validations_without_a_best_and_resumes_as_it_was(
     run_arguments, tmp_path, num_processes
 ):
@@ -113,7 +113,7 @@ def test_more_epochs_keep_the_rows_and_steps_of_the_validation(run_arguments, tm
     assert len(others) != len(*chosen), "negative control: planned anew, it would be another number"
 
 
-@pytest.mark.parametrize("base_weights", ["fp32", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base_weights", ["fp32", "nf4"])
 def test_sharded_processes_answer_together_as_one_does(run_arguments, tmp_path, base_weights, wide_base):
     arguments = [*run_arguments, "num_samples=2", "learning_rate=0.01", f"base_dir={wide_base}"]
     arguments += [f"base_weights={base_weights}", "batch_size=2"]

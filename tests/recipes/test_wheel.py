@@ -56,7 +56,6 @@ def test_wheel_holds_what_is_listed_and_no_recipes_of_torchtunes_name(wheel):
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"tune2gguf", "tune2gguf.pth"}
 
 
-@pytest.mark.slow
 def test_wheel_goes_from_rows_to_a_gguf_in_an_empty_folder(program, tiny_base, tmp_path):
     folder = tmp_path / "empty"
     folder.mkdir()
@@ -74,7 +73,6 @@ def test_wheel_goes_from_rows_to_a_gguf_in_an_empty_folder(program, tiny_base, t
     assert run(program, folder, "chat", "runs/mine", "--once", "When?", "--max-tokens", "3").strip()
 
 
-@pytest.mark.slow
 def test_configs_of_the_wheel_are_found_by_their_names(program, tmp_path):
     said = run(program, tmp_path, "estimate", "--config", "configs/llama3_2_1b/lora.yaml", "device=cpu")
     assert said.startswith("rows of up to 2048 tokens")

@@ -269,7 +269,7 @@ def _step_along(key: str, config: Mapping[str, Any], values: Iterable[float], *,
 
 
 def _avoid_past(step: _Step, situation: Situation) -> _Step | None:
-    """Return the step if it is new, half of a rate's step if its end was run already, None if it was tried in vain."""
+    """Return the step if it is new, the rate halfway if its end was run already, None if it was tried in vain."""
     change = describe_change(situation.config, {**situation.config, **step.changes})
     if change and change in situation.tried:
         return None
