@@ -68,10 +68,10 @@ def take_step():
     for _ in range(4):
         x = (x * 2 + 1).sin()
 
-for _ in range(3):
+for _ in range(20):
     take_step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(40):
     take_step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -79,8 +79,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     def count_page_faults(mode: str) -> int:
         return int(subprocess.run([sys.executable, "-c", program, mode], check=True, capture_output=True).stdout)
 
-    # By chance the default keeps its memory, too: glibc moves its threshold as blocks are freed.
-    assert count_page_faults("kept") < 0.5 * max(count_page_faults("default") for _ in range(3))
+    # A kept heap may still grow by a block now and then; the default gets about two blocks of 4 096 pages a step.
+    assert count_page_faults("kept") < 0.25 * count_page_faults("default")
 
 
 @pytest.mark.parametrize(
