@@ -24,6 +24,10 @@ INTERPRETS_TRITON = importlib.util.find_spec("triton") is not None and not torch
 if INTERPRETS_TRITON:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# torch's compiler imports setuptools, which refuses where another test has imported Python's own distutils before.
+if importlib.util.find_spec("setuptools") is not None:
+    importlib.import_module("setuptools")
+
 # In the background of a script, Python ignores Ctrl-C, and so do the child processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

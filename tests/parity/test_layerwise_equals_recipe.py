@@ -93,7 +93,7 @@ def test_merged_weights_differ_by_rounding_only(base, run_dir):
 def test_a_file_holds_what_its_type_would_hold(base, run_dir, name):
     adapter, kernels = read_adapter(run_dir / "last", base.specs), load_kernels()
     path = export_run(run_dir, quantizations=[name], overwrite=True, show=False).models[0].gguf_path
-    from_file = compute_logits(open_gguf_source(path, base, kernels))
+    from_file = compute_logits(open_gguf_source(path, base))
     simulated = compute_logits(open_quantized_source(base, adapter, QUANTIZATIONS[name], kernels))
     assert torch.equal(from_file, simulated)
 
@@ -105,7 +105,7 @@ def test_a_file_with_an_importance_matrix_holds_what_its_type_would_hold(base, r
     path = run_dir.with_name("x.gguf")
     write_imatrix(path, matrix)
     file = export_run(run_dir, quantizations=[name], imatrix=path, overwrite=True, show=False).models[0]
-    from_file = compute_logits(open_gguf_source(file.gguf_path, base, kernels))
+    from_file = compute_logits(open_gguf_source(file.gguf_path, base))
     quantized = open_quantized_source(base, adapter, QUANTIZATIONS[name], kernels, importance=matrix)
     assert torch.equal(from_file, compute_logits(quantized))
 

@@ -1,5 +1,7 @@
 """Training over the values of the base's GGUF, and serving that file with the adapter."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,19 @@ from tests.recipes.launch import read_outcome, run_to_end
 from tests.recipes.test_resume import HARD, kill_and_resume
 from tests.recipes.test_training import read_records, run_recipe
 from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.gguf_weights import list_stored
 from tune2gguf.base.load import load_base
-from tune2gguf.export.measure.weight_sources import open_gguf_source
+from tune2gguf.export.gguf_files import write_gguf_files
+from tune2gguf.export.importance_choice import ImportanceChoice
+from tune2gguf.export.measure.importance import measure_importance
+from tune2gguf.export.measure.weight_sources import open_base_source, open_gguf_source
 from tune2gguf.export.pipeline import export_base, export_run, find_served_files
-from tune2gguf.ggml.kernels import load_kernels
+from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.model.llama import lora_llama
 from tune2gguf.runs.run import open_run
 from tune2gguf.serve.before_after import answer_before_and_after
 from tune2gguf.serve.proof import ADAPTER, BASE, prove_export
+from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 OVER_Q4_K_M = ["dtype=bf16", "base_weights=gguf:Q4_K_M", "quantization=Q4_K_M"]
 
@@ -50,7 +57,7 @@ def test_the_file_holds_what_was_trained_over(run_dir, wide_base, tmp_path):
     assert export.models == [] and export.adapter.quantization == "Q4_K_M"
     plain = export_base(wide_base, tmp_path / "x.gguf", quantization="Q4_K_M", chat_template="chatml", show=False)
     stored = open_base(wide_base)
-    served, alone = (open_gguf_source(path, stored, load_kernels()) for path in (export.adapter.base_path, plain))
+    served, alone = (open_gguf_source(path, stored) for path in (export.adapter.base_path, plain))
     model = lora_llama(
         str(wide_base),
         architecture=None,
@@ -119,3 +126,95 @@ def test_killed_over_a_gguf_and_resumed_equals_never_stopped(run_arguments, tmp_
     run_to_end([*arguments, f"output_dir={tmp_path / 'whole'}"], tmp_path / "log")
     assert kill_and_resume(arguments, tmp_path / "killed", [(4, 0.03)])
     assert read_outcome(tmp_path / "killed") == read_outcome(tmp_path / "whole")
+
+
+def write_gguf_folder(folder: Path, base: Path, gguf_path: Path) -> Path:
+    """Write a base folder with a GGUF in place of the safetensors."""
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copyfile(gguf_path, folder / "model.gguf")
+    return folder
+
+
+@pytest.fixture
+def own_gguf(wide_base, tmp_path) -> Path:
+    """Return a base folder with a GGUF quantized with a matrix, unlike our own rounding, and another chat template."""
+    base, quantization = open_base(wide_base), QUANTIZATIONS["Q4_K_M"]
+    matrix = measure_importance(open_base_source(base, adapter=None), [[5, 9, 3, 7] * 8], name="x", dataset="")
+    write_gguf_files(
+        {quantization: tmp_path / "theirs.gguf"},
+        base=base,
+        adapter=None,
+        name="theirs",
+        chat_template=CHAT_TEMPLATES["chatml"].with_tools(),
+        importance=ImportanceChoice(matrix, frozenset([quantization])),
+        num_threads=1,
+        show=False,
+    )
+    return write_gguf_folder(tmp_path / "own", wide_base, tmp_path / "theirs.gguf")
+
+
+def test_over_a_users_own_gguf_that_very_file_is_trained_over_and_served(own_gguf, wide_base, tmp_path, monkeypatch):
+    folder = tmp_path / "runs/mine"
+    arguments = [*make_run_arguments(tmp_path, own_gguf), *OVER_Q4_K_M, "learning_rate=0.01"]
+    run_recipe([*arguments, f"output_dir={folder}"], monkeypatch)
+    losses = [record["val_loss"] for record in read_records(folder, "val_loss")]
+    assert losses[-1] < losses[0]
+    export = export_run(folder, with_merged_hf=True, show=False)
+    served, theirs = (list_stored(path) for path in (export.adapter.base_path, own_gguf / "model.gguf"))
+    assert served.keys() == theirs.keys()
+    for name, stored in theirs.items():
+        assert served[name].ggml_type == stored.ggml_type and np.array_equal(served[name].data, stored.data)
+    proof = prove_export(export, num_rows=6, show=False)
+    assert abs(proof.steps["Q4_K_M + adapter"]["increase"]) < 1e-5
+    assert proof.served_by_llama_cpp["Q4_K_M + adapter"]["tokens"]["num_different"] == 0, "the template is the run's"
+    rounded, file = open_base(wide_base).round_to_gguf("Q4_K_M"), open_base(own_gguf)
+    names = [name for name, spec in file.specs.items() if spec.is_linear]
+    assert any(not np.array_equal(rounded.read_rows(name, 0, 8), file.read_rows(name, 0, 8)) for name in names), (
+        "negative control: our own rounding gives other values"
+    )
+    merged = open_base(export.merged_dir)
+    assert merged.gguf_path is None and merged.architecture == file.architecture
+    with pytest.raises(ValueError, match="is the only base to merge into"):
+        export_run(folder, quantizations=["Q8_0"], merge_base="original", overwrite=True, show=False)
+    assert export_run(folder, quantizations=["Q8_0"], overwrite=True, show=False).models[0].gguf_path.is_file()
+    # Another file under the same name is another base.
+    export_base(wide_base, tmp_path / "plain.gguf", quantization="Q4_K_M", chat_template="chatml", show=False)
+    shutil.copyfile(tmp_path / "plain.gguf", own_gguf / "model.gguf")
+    with pytest.raises(ValueError, match="is not the base that"):
+        export_run(folder, overwrite=True, show=False)
+
+
+@pytest.mark.parametrize("overrides", [[], ["base_weights=bf16"], ["base_weights=gguf:Q8_0", "quantization=Q8_0"]])
+def test_a_folder_with_a_gguf_says_what_it_is_trained_with(overrides, own_gguf, tmp_path, monkeypatch, capsys):
+    arguments = make_run_arguments(tmp_path, own_gguf)
+    with pytest.raises(SystemExit):
+        run_recipe([*arguments, "dtype=bf16", *overrides], monkeypatch)
+    error = capsys.readouterr().err
+    assert "model.gguf holds Q4_K_M; use base_weights=gguf:Q4_K_M quantization=Q4_K_M" in error
+
+
+def test_another_models_gguf_is_refused_with_what_differs(own_gguf, wide_base, tmp_path):
+    config = json.loads((own_gguf / "config.json").read_text())
+    (own_gguf / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5, "num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"\n  num_layers is 2, expected 1\n  norm_eps is 1e-05, expected 0.5"):
+        open_base(own_gguf)
+    shutil.copyfile(wide_base / "model.safetensors", own_gguf / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has model\.safetensors, model\.gguf; keep"):
+        open_base(own_gguf)
+    (own_gguf / "model.safetensors").unlink()
+    (own_gguf / "model.gguf").write_bytes(b"no GGUF")
+    with pytest.raises(ValueError, match=r"model.gguf: cannot be read as GGUF"):
+        open_base(own_gguf)
+
+
+def test_a_gguf_with_another_vocabulary_is_refused(own_gguf, tmp_path, monkeypatch, capsys):
+    """It has the same size, so that only the words tell."""
+    text = (own_gguf / "tokenizer.json").read_text()
+    assert text.count("<|unused_3|>") > 0
+    (own_gguf / "tokenizer.json").write_text(text.replace("<|unused_3|>", "<|other_3|>"))
+    with pytest.raises(SystemExit):
+        run_recipe([*make_run_arguments(tmp_path, own_gguf), *OVER_Q4_K_M], monkeypatch)
+    error = capsys.readouterr().err
+    assert (
+        "tokenizer.ggml.tokens has '<|unused_3|>' as entry" in error and "but '<|other_3|>' in tokenizer.json" in error
+    )

@@ -1,7 +1,7 @@
 """Base checkpoints in Hugging Face's layout: opened, checked, and read one tensor at a time.
 
 Weights are bf16, float16, float32, or bitsandbytes' NF4. A 4-bit checkpoint may leave any tensor unquantized; each is
-read as it is stored.
+read as it is stored. A GGUF may take the place of the safetensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 
 from tune2gguf.base.bnb4bit import StoredNf4, group_nf4, read_nf4
 from tune2gguf.base.gguf_rounding import GGUF_SCHEME, get_gguf_type, make_rounding
-from tune2gguf.base.layout import TensorSpec, list_tensors, to_tune_rows
+from tune2gguf.base.gguf_weights import StoredGguf, list_differences, list_stored, read_quantization
+from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name, list_tensors, to_tune_rows
 from tune2gguf.base.safetensors_file import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -57,18 +58,20 @@ class BaseCheckpoint:
     base_dir: Path
     architecture: Architecture
     specs: dict[str, TensorSpec]
-    stored: dict[str, StoredTensor | StoredNf4]
+    stored: dict[str, StoredTensor | StoredNf4 | StoredGguf]
     rounds_to: str | None = None
 
     def read_tensor(self, name: str) -> Tensor:
-        """Read a tensor by torchtune's name, with torchtune's row order, in the stored dtype; NF4 as float32."""
+        """Read a tensor by torchtune's name, in torchtune's row order and the stored dtype; NF4 and GGUF as float32."""
+        if self.gguf_path is not None:
+            return self._read_by_rows(name, None)
         tensor = self._read_stored(name)
         return tensor.dequantize() if isinstance(self.stored[name], StoredNf4) else tensor
 
     def _is_as_wanted(self, name: str, dtype: torch.dtype | None, *, is_copied: bool) -> bool:
         """Whether a view of the mapped file will do. Norms never: they become float32 anyway."""
         stored, spec = self.stored[name], self.specs[name]
-        if self._round_rows is not None:
+        if self._round_rows is not None or self.gguf_path is not None:
             return False
         if isinstance(stored, StoredNf4) or spec.num_heads is not None or len(spec.shape) < 2:
             return False
@@ -83,14 +86,14 @@ class BaseCheckpoint:
         return tensor if num_heads is None else to_tune_rows(tensor, num_heads)
 
     def _read_as(self, name: str, dtype: torch.dtype | None) -> Tensor | Nf4Weight:
-        if self._round_rows is not None:
-            return self._read_rounded(name, dtype)
+        if self._round_rows is not None or self.gguf_path is not None:
+            return self._read_by_rows(name, dtype)
         weight = self._read_stored(name)
         if not isinstance(self.stored[name], StoredNf4):
             return weight if dtype is None else weight.to(dtype)
         return weight if dtype is None and self.specs[name].is_linear else weight.dequantize(dtype)
 
-    def _read_rounded(self, name: str, dtype: torch.dtype | None) -> Tensor:
+    def _read_by_rows(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """Read a tensor as a GGUF holds it, one slab of rows per core at a time; norms are float32."""
         import torch
 
@@ -106,6 +109,17 @@ class BaseCheckpoint:
             [*threads.map(fill, range(0, shape[0], step))]
         return weight
 
+    @cached_property
+    def gguf_path(self) -> Path | None:
+        """The GGUF in the folder; None for safetensors."""
+        stored = next(iter(self.stored.values()))
+        return stored.path if isinstance(stored, StoredGguf) else None
+
+    @cached_property
+    def gguf_type(self) -> str | None:
+        """The type of the GGUF in the folder, such as Q4_K_M; None for safetensors."""
+        return None if self.gguf_path is None else read_quantization(self.gguf_path).name
+
     @property
     def holds_nf4(self) -> bool:
         """Whether the folder holds 4-bit weights."""
@@ -116,7 +130,17 @@ class BaseCheckpoint:
         return replace(self, rounds_to="fp8")
 
     def round_to_gguf(self, type_name: str) -> BaseCheckpoint:
-        """Return this base with rounds_to="gguf:TYPE", TYPE being a GGUF type such as Q4_K_M."""
+        """Return this base with rounds_to="gguf:TYPE", TYPE being a GGUF type such as Q4_K_M.
+
+        A base that is a GGUF of this type is returned as it is.
+
+        Raises:
+            ValueError: if it is a GGUF of another type
+        """
+        if self.gguf_type == type_name:
+            return self
+        if self.gguf_type is not None:
+            raise ValueError(f"{self.gguf_path} holds {self.gguf_type}, not {type_name}")
         return replace(self, rounds_to=f"{GGUF_SCHEME}{type_name}")
 
     @cached_property
@@ -142,7 +166,9 @@ class BaseCheckpoint:
 
         Only FP8 and NF4 need torch.
         """
-        spec = self.specs[name]
+        spec, stored = self.specs[name], self.stored[name]
+        if isinstance(stored, StoredGguf):
+            return stored.read_rows(begin, end)
         if spec.num_heads is None:
             return self._read_hf_rows(name, begin, end)
         # Reordering moves rows within their head only.
@@ -210,8 +236,9 @@ def open_base(base_dir: str | Path) -> BaseCheckpoint:
     base_dir = Path(base_dir)
     architecture = read_architecture(base_dir)
     _check_quantization(base_dir)
-    found = group_nf4(_read_headers(base_dir))
     specs = {spec.hf_name: spec for spec in list_tensors(architecture)}
+    gguf_path = find_gguf(base_dir)
+    found = group_nf4(_read_headers(base_dir)) if gguf_path is None else _read_gguf(gguf_path, specs, architecture)
     _check_tensors(base_dir, specs, found, architecture.tied)
     return BaseCheckpoint(
         base_dir=base_dir,
@@ -244,12 +271,41 @@ def _read_headers(base_dir: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def find_gguf(base_dir: Path) -> Path | None:
+    """Return the GGUF of a base folder; None if its weights are safetensors.
+
+    Raises:
+        ValueError: if there are several, or safetensors, too
+    """
+    paths = sorted(base_dir.glob("*.gguf"))
+    others = [name for name in (SINGLE_FILE, INDEX_FILE) if (base_dir / name).exists()]
+    names = [*others, *(path.name for path in paths)]
+    if paths and len(names) > 1:
+        raise ValueError(f"{base_dir}: has {_list_few(names)}; keep the one that is to be trained over")
+    return paths[0] if paths else None
+
+
+def _read_gguf(
+    path: Path, specs: dict[str, TensorSpec], architecture: Architecture
+) -> dict[str, StoredTensor | StoredNf4 | StoredGguf]:
+    """Return a GGUF's tensors by their Hugging Face names; those of no spec keep their GGUF name."""
+    differences = list_differences(path, architecture)
+    if differences:
+        raise ValueError(f"{path} and config.json do not fit together:\n  " + "\n  ".join(differences))
+    tensors = list_stored(path)
+    names = {get_gguf_name(spec.tune_name): spec.hf_name for spec in specs.values()}
+    return {names.get(name, name): stored for name, stored in tensors.items() if name != ROPE_FACTORS}
+
+
 def find_weight_files(base_dir: Path) -> list[Path]:
-    """Return the safetensors files of a base folder; an index, if present, lists them.
+    """Return the safetensors files of a base folder, which an index may list, or its GGUF.
 
     Raises:
         ValueError: if there are none, the index is broken, or a file that it names is missing
     """
+    gguf_path = find_gguf(base_dir)
+    if gguf_path is not None:
+        return [gguf_path]
     index_path, single_path = base_dir / INDEX_FILE, base_dir / SINGLE_FILE
     if index_path.exists() and single_path.exists():
         raise ValueError(f"{base_dir}: has both {INDEX_FILE} and {SINGLE_FILE}; remove the one that does not belong")
@@ -287,7 +343,7 @@ def _explain_missing_weights(base_dir: Path) -> str:
 
 
 def _check_tensors(
-    base_dir: Path, specs: dict[str, TensorSpec], found: dict[str, StoredTensor | StoredNf4], is_tied: bool
+    base_dir: Path, specs: dict[str, TensorSpec], found: dict[str, StoredTensor | StoredNf4 | StoredGguf], is_tied: bool
 ) -> None:
     head = found.pop("lm_head.weight", None) if is_tied else None
     missing = [name for name in specs if name not in found]

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gguf
-import numpy
-from gguf import TokenType, quants
+from gguf import TokenType
 
 from tune2gguf.base.digest import RECORD_FILE
+from tune2gguf.base.gguf_weights import StoredGguf, list_stored, read_gguf_architecture, read_keys
 from tune2gguf.base.layout import ROPE_FACTORS, TensorSpec, get_gguf_name, list_tensors, to_hf_rows
 from tune2gguf.base.safetensors_file import TensorToWrite, write_shards
 from tune2gguf.files.atomic import refuse_existing, write_folder, write_json
@@ -18,8 +17,6 @@ from tune2gguf.files.digest import digest_file
 from tune2gguf.model.architectures import Architecture, make_hf_config
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
-    from gguf.gguf_reader import ReaderTensor
     from tokenizers import Tokenizer
     from torch import Tensor
 
@@ -47,10 +44,10 @@ def convert_gguf_to_hf(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     refuse_existing(base_dir)
-    reader = _open_gguf(gguf_path)
-    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    architecture = _read_gguf_architecture(keys, tensors, gguf_path)
+    keys, tensors = read_keys(gguf_path), list_stored(gguf_path)
+    architecture = read_gguf_architecture(gguf_path)
+    if ROPE_FACTORS in tensors:
+        raise ValueError(f"{gguf_path}: RoPE scaling is not supported; use the model's Hugging Face checkpoint instead")
     tokenizer = _build_tokenizer(keys, gguf_path)
     specs = list_tensors(architecture)
     _check_tensors(specs, tensors, gguf_path)
@@ -68,66 +65,24 @@ def convert_gguf_to_hf(
     return base_dir
 
 
-def _open_gguf(gguf_path: Path) -> GGUFReader:
-    try:
-        return gguf.GGUFReader(gguf_path)
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{gguf_path}: cannot be read as GGUF ({error})") from None
-
-
-def _read_gguf_architecture(keys: dict[str, Any], tensors: dict[str, ReaderTensor], gguf_path: Path) -> Architecture:
-    if keys.get("general.architecture") != "llama":
-        raise ValueError(
-            f"{gguf_path}: general.architecture is {keys.get('general.architecture')!r}; only 'llama' is supported"
-        )
-    if ROPE_FACTORS in tensors:
-        raise ValueError(f"{gguf_path}: RoPE scaling is not supported; use the model's Hugging Face checkpoint instead")
-    try:
-        num_heads, embed_dim = keys["llama.attention.head_count"], keys["llama.embedding_length"]
-        return Architecture(
-            vocab_size=len(keys["tokenizer.ggml.tokens"]),
-            num_layers=keys["llama.block_count"],
-            num_heads=num_heads,
-            num_kv_heads=keys.get("llama.attention.head_count_kv", num_heads),
-            embed_dim=embed_dim,
-            intermediate_dim=keys["llama.feed_forward_length"],
-            head_dim=keys.get("llama.attention.key_length", embed_dim // num_heads),
-            max_position_embeddings=keys["llama.context_length"],
-            tied="output.weight" not in tensors,
-            norm_eps=_restore_decimal(keys["llama.attention.layer_norm_rms_epsilon"]),
-            rope_base=_restore_decimal(keys.get("llama.rope.freq_base", 10_000.0)),  # llama.cpp's default
-        )
-    except KeyError as error:
-        raise ValueError(f"{gguf_path}: lacks the key {error}") from None
-
-
-def _restore_decimal(value: float) -> float:
-    """Return the decimal that a GGUF's float32 was written from: 9.999999747378752e-06 is 1e-05."""
-    return float(str(numpy.float32(value)))
-
-
-def _check_tensors(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], gguf_path: Path) -> None:
+def _check_tensors(specs: list[TensorSpec], tensors: dict[str, StoredGguf], gguf_path: Path) -> None:
     missing = [name for name in (get_gguf_name(spec.tune_name) for spec in specs) if name not in tensors]
     if missing:
         raise ValueError(f"{gguf_path}: lacks {len(missing)} tensors, among them {missing[0]!r}")
     for spec in specs:
         tensor = tensors[get_gguf_name(spec.tune_name)]
-        # GGUF lists the fastest dimension first.
-        shape = tuple(int(length) for length in reversed(tensor.shape))
-        if shape != spec.shape:
+        if tensor.shape != spec.shape:
             raise ValueError(
-                f"{gguf_path}: {tensor.name!r} has shape {list(shape)}, expected {list(spec.shape)} from its keys"
+                f"{gguf_path}: {tensor.name!r} has shape {list(tensor.shape)}, its keys give {list(spec.shape)}"
             )
 
 
-def _dequantize(specs: list[TensorSpec], tensors: dict[str, ReaderTensor], dtype: str) -> Iterator[Tensor]:
+def _dequantize(specs: list[TensorSpec], tensors: dict[str, StoredGguf], dtype: str) -> Iterator[Tensor]:
     import torch
 
     for spec in specs:
         tensor = tensors[get_gguf_name(spec.tune_name)]
-        # Copy: float32 tensors are read-only views of the file.
-        weight = torch.from_numpy(numpy.array(quants.dequantize(tensor.data, tensor.tensor_type), dtype=numpy.float32))
-        weight = weight.reshape(spec.shape)
+        weight = torch.from_numpy(tensor.read_rows(0, spec.shape[0]))
         yield (weight if spec.num_heads is None else to_hf_rows(weight, spec.num_heads)).to(getattr(torch, dtype))
 
 

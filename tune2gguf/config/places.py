@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.base.bnb4bit import StoredNf4
-from tune2gguf.base.checkpoint import open_base
+from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
 from tune2gguf.base.digest import RECORD_FILE
+from tune2gguf.base.gguf_rounding import GGUF_SCHEME, make_gguf_kinds
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.base.safetensors_file import StoredTensor
 from tune2gguf.base.source import parse_base_source, read_source
@@ -135,6 +136,8 @@ def find_base_problems(valid: Mapping[str, Any], model: Mapping[str, Any]) -> It
             f"{base_dir}: rows of its 4-bit query and key weights share blocks and cannot be permuted; "
             "use an unquantized base"
         )
+    if base.gguf_path is not None:
+        yield from _find_gguf_problems(valid, base)
     yield from _find_architecture_problems(valid, model.get("architecture"), base_dir, base.architecture)
     if {"output_dir", "quantization", "chat_template", "max_seq_len"} <= valid.keys():
         yield from find_export_problems(
@@ -155,6 +158,22 @@ def _find_error(check: Callable, *arguments: Any) -> Iterator[str]:
 
 def _has_ragged_rows(stored: StoredTensor | StoredNf4) -> bool:
     return isinstance(stored, StoredNf4) and not stored.has_whole_rows
+
+
+def _find_gguf_problems(valid: Mapping[str, Any], base: BaseCheckpoint) -> Iterator[str]:
+    """Yield a problem if the run is not to be served with the GGUF that the base folder holds."""
+    try:
+        kind = f"{GGUF_SCHEME}{base.gguf_type}"
+    except ValueError as error:
+        yield str(error)
+        return
+    if kind not in make_gguf_kinds():
+        yield f"{base.gguf_path} holds {base.gguf_type}; base_weights takes {', '.join(make_gguf_kinds())}"
+    elif valid.get("base_weights") != kind:
+        yield (
+            f"base_weights={valid.get('base_weights')}: {base.gguf_path} holds {base.gguf_type}; "
+            f"use base_weights={kind} quantization={base.gguf_type}"
+        )
 
 
 def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator[str]:

@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, Keys
 
 from tune2gguf.base.bfloat16 import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.base.checkpoint import BaseCheckpoint
@@ -35,11 +34,12 @@ from tune2gguf.export.merge.slabs import Slab, iterate_slabs, read_merged_rows
 from tune2gguf.export.results import explain_write_errors, open_bar
 from tune2gguf.files.atomic import write_file
 from tune2gguf.ggml.kernels import Kernels, load_kernels
-from tune2gguf.ggml.types import QUANTIZATIONS, Quantization, count_bytes
+from tune2gguf.ggml.types import Quantization, count_bytes
 from tune2gguf.machine.cpu import count_cores
 from tune2gguf.tokenizer.templates import ChatTemplate
 
 Kind = tuple[str, bool]  # ggml type, and whether it is quantized with the importance matrix
+AS_STORED = ("stored", False)  # the bytes of the base's GGUF
 
 
 def write_gguf_files(
@@ -54,6 +54,8 @@ def write_gguf_files(
     show: bool,
 ) -> None:
     """Write one file per type; existing files are replaced.
+
+    A base that is a GGUF of the type keeps its tensors' types and bytes; the keys are this run's.
 
     Args:
         adapter: None writes the base as it is
@@ -72,8 +74,12 @@ def write_gguf_files(
         for quantization, path in paths.items():
             unfinished = stack.enter_context(write_file(path))
             taken = importance.get(quantization)
-            chosen = choose_types(tensors, base.architecture, quantization, has_importance=taken is not None)
-            types[unfinished] = {tensor: (ggml_type, taken is not None) for tensor, ggml_type in chosen.items()}
+            if adapter is None and base.gguf_type == quantization.name:
+                chosen = {tensor.name: _get_stored_type(base, tensor) for tensor in tensors}
+                types[unfinished] = dict.fromkeys(chosen, AS_STORED)
+            else:
+                chosen = choose_types(tensors, base.architecture, quantization, has_importance=taken is not None)
+                types[unfinished] = {tensor: (ggml_type, taken is not None) for tensor, ggml_type in chosen.items()}
             write_metadata(
                 unfinished,
                 tensors,
@@ -100,21 +106,8 @@ def write_gguf_files(
             )
 
 
-def read_quantization(path: Path) -> Quantization:
-    """Return the quantization of a GGUF file.
-
-    Raises:
-        ValueError: if the file is no GGUF, or its file type is not one of QUANTIZATIONS
-    """
-    try:
-        field = GGUFReader(path).get_field(Keys.General.FILE_TYPE)
-    except (ValueError, OSError, IndexError) as error:
-        raise ValueError(f"{path}: cannot be read as GGUF ({error})") from None
-    found = None if field is None else field.contents()
-    for quantization in QUANTIZATIONS.values():
-        if quantization.file_type == found:
-            return quantization
-    raise ValueError(f"{path}: its file type {found} is none of {', '.join(QUANTIZATIONS)}")
+def _get_stored_type(base: BaseCheckpoint, tensor: GGUFTensor) -> str:
+    return base.stored[tensor.spec.tune_name].ggml_type if len(tensor.shape) > 1 else "F32"
 
 
 def _convert(
@@ -132,6 +125,8 @@ def _convert(
     rows = read_merged_rows(slab.tensor.spec, slab.begin, slab.end, base=base, adapter=adapter)
     if rows.ndim == 1:
         return dict.fromkeys(kinds, rows)
+    if kinds == {AS_STORED}:
+        return {AS_STORED: base.stored[slab.tensor.spec.tune_name].data[slab.begin : slab.end]}
     rounded = round_to_bfloat16(rows)
     ready = {"F32": lambda: rounded, "BF16": lambda: narrow_to_bfloat16(rounded)}
     weights = None if importance is None else importance.weights.get(slab.tensor.name)

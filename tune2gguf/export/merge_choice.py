@@ -109,6 +109,10 @@ def _choose_beside_gguf(
 ) -> MergeChoice:
     """Choose for a run over a GGUF's weights; the stored weights yield the same GGUF again."""
     trained = stored.round_to_gguf(run.gguf_type)
+    if stored.gguf_path is not None:
+        if requested is not None:
+            raise ValueError(f"{stored.gguf_path} is the only base to merge into; leave --merge-base out")
+        return MergeChoice(trained, stored, None, {}, stored)
     return replace(_choose_better(trained, stored, adapter, validation, requested), beside=stored)
 
 

@@ -51,10 +51,10 @@ def write_merged_hf(
 
 
 def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report: Callable[[int], None]) -> None:
-    """Write each tensor to the base's file name, in the base's order."""
+    """Write each tensor to the base's file name, in the base's order; a GGUF's becomes one of safetensors."""
     by_file: dict[str, list[str]] = {}
     for name in sorted(base.stored, key=lambda name: (base.stored[name].path.name, base.stored[name].begin)):
-        by_file.setdefault(base.stored[name].path.name, []).append(name)
+        by_file.setdefault(base.stored[name].path.with_suffix(".safetensors").name, []).append(name)
     files = {file_name: [_describe(base, name) for name in names] for file_name, names in by_file.items()}
     write_files(folder, files, _iterate_rows(base, adapter, itertools.chain(*by_file.values()), report))
 

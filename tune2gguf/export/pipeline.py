@@ -14,7 +14,12 @@ from tune2gguf.commands import format_script
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.chat_template import choose_chat_template
 from tune2gguf.export.gguf_file.imatrix import write_imatrix
-from tune2gguf.export.gguf_file.vocabulary import LLAMA3_PRE_NAME, read_sampling, read_vocabulary
+from tune2gguf.export.gguf_file.vocabulary import (
+    LLAMA3_PRE_NAME,
+    check_gguf_vocabulary,
+    read_sampling,
+    read_vocabulary,
+)
 from tune2gguf.export.gguf_files import count_file_bytes, write_gguf_files
 from tune2gguf.export.importance_choice import ImportanceChoice, choose_importance, plan_importance
 from tune2gguf.export.licence import Licence, find_licence
@@ -238,6 +243,8 @@ def check_room(base: BaseCheckpoint, run_dir: Path, quantization: str) -> None:
 def _find_licence(base: BaseCheckpoint, chat_template: ChatTemplate) -> Licence:
     """Find the base's licence, and check early that a GGUF can hold its tokenizer and sampling parameters."""
     vocabulary = read_vocabulary(base.base_dir, vocab_size=base.architecture.vocab_size, chat_template=chat_template)
+    if base.gguf_path is not None:
+        check_gguf_vocabulary(base.gguf_path, vocabulary)
     read_sampling(base.base_dir)
     return find_licence(
         base.base_dir,

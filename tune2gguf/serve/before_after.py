@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tune2gguf.export.gguf_files import read_quantization
+from tune2gguf.base.gguf_weights import read_quantization
 from tune2gguf.export.pipeline import export_base, find_served_files
 from tune2gguf.export.results import claim_folder, explain_write_errors
 from tune2gguf.runs.run import Run, open_run

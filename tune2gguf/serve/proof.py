@@ -161,7 +161,7 @@ def _measure_export(
         sources[MERGED] = open_merged_source(subject.merge.chosen, adapter)
     for name, file in files.items():
         beside = None if file.adapter_path is None else adapter
-        sources[name] = open_gguf_source(file.gguf_path, trained, subject.kernels, adapter=beside)
+        sources[name] = open_gguf_source(file.gguf_path, trained, adapter=beside)
     num_layers = len(sources) * trained.architecture.num_layers
     with open_bar("proving", total=num_layers, unit="layer", show=show) as bar:
         groups = [(subject.validation.rows, ADAPTER), *([(subject.general, BASE)] if subject.general else [])]

@@ -14,6 +14,7 @@ from types import NoneType
 
 from gguf import TokenType
 
+from tune2gguf.base.gguf_weights import read_keys
 from tune2gguf.files.json_files import JsonObject, read_json
 from tune2gguf.tokenizer.llama3 import LLAMA3_PATTERN, read_llama3_tokenizer_json
 from tune2gguf.tokenizer.templates import ChatTemplate
@@ -198,6 +199,25 @@ def read_sampling(base_dir: Path) -> dict[str, float]:
     for key, name in _SAMPLING.items():
         found[name] = config.read(key, float, minimum=0, maximum=3.4e38, default=None)
     return found
+
+
+def check_gguf_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
+    """Raise ValueError if the ids in a GGUF mean other tokens than the base folder's."""
+    keys = read_keys(path)
+    wanted = {"tokens": vocabulary.tokens, "merges": vocabulary.merges, "pre": vocabulary.pre}
+    for name, value in wanted.items():
+        found = keys.get(f"tokenizer.ggml.{name}")
+        if found != value:
+            raise ValueError(f"{path}: tokenizer.ggml.{name} {_describe_difference(found, value)} in tokenizer.json")
+
+
+def _describe_difference(found: object, wanted: object) -> str:
+    if not isinstance(found, list) or not isinstance(wanted, list):
+        return f"is {found!r}, but {wanted!r}"
+    if len(found) != len(wanted):
+        return f"has {len(found)} entries, but {len(wanted)}"
+    number = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
+    return f"has {found[number]!r} as entry {number}, but {wanted[number]!r}"
 
 
 def read_if_there(path: Path) -> dict:

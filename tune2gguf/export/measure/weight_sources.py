@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
 
 from tune2gguf.base.bfloat16 import round_to_bfloat16
 from tune2gguf.base.checkpoint import BaseCheckpoint
+from tune2gguf.base.gguf_weights import list_stored
 from tune2gguf.base.layout import get_gguf_name
 from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_file.llama import choose_types, list_gguf_tensors
@@ -58,18 +58,11 @@ def open_quantized_source(
     return WeightSource(base.architecture, read_rows)
 
 
-def open_gguf_source(
-    path: Path, base: BaseCheckpoint, kernels: Kernels, *, adapter: Adapter | None = None
-) -> WeightSource:
+def open_gguf_source(path: Path, base: BaseCheckpoint, *, adapter: Adapter | None = None) -> WeightSource:
     """Return the dequantized tensors of a GGUF file, with an optional unmerged adapter."""
-    tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    tensors = list_stored(path)
 
     def read_rows(name: str, begin: int, end: int) -> np.ndarray:
-        tensor = tensors[get_gguf_name(name)]
-        ggml_type = tensor.tensor_type.name
-        if len(tensor.shape) == 1:
-            return np.array(tensor.data[begin:end], np.float32)
-        data = np.array(tensor.data[begin:end]).view(np.uint8).reshape(end - begin, -1)
-        return kernels.dequantize(data, ggml_type)
+        return tensors[get_gguf_name(name)].read_rows(begin, end)
 
     return WeightSource(base.architecture, read_rows, adapter)
