@@ -47,6 +47,7 @@ def export_digests(run_dir: Path, names: list[str]) -> dict[str, str]:
     return {file.quantization: digest_file(file.gguf_path) for file in exported}
 
 
+@pytest.mark.slow
 @on_x86_64
 @pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
 def test_every_type_has_the_bytes_of_llama_cpp_with_the_adapter_merged(model, tmp_path):
@@ -56,6 +57,7 @@ def test_every_type_has_the_bytes_of_llama_cpp_with_the_adapter_merged(model, tm
     }
 
 
+@pytest.mark.slow
 @on_x86_64
 @pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
 def test_every_type_with_an_importance_matrix_has_the_bytes_of_llama_quantize(model, tmp_path):
@@ -67,6 +69,7 @@ def test_every_type_with_an_importance_matrix_has_the_bytes_of_llama_quantize(mo
     }
 
 
+@pytest.mark.slow
 def test_another_importance_matrix_changes_the_bytes(tmp_path):
     """Negative control: the matrix changes the weights, not only the metadata."""
     model = SMALL_MODELS[0]

@@ -90,6 +90,7 @@ def test_a_matrix_is_measured_on_the_runs_own_training_rows_and_written_beside(r
     assert again.models[0].gguf_path.read_bytes() == export.models[0].gguf_path.read_bytes()
 
 
+@pytest.mark.slow
 def test_with_validation_rows_each_type_is_quantized_the_better_way(run_dir, tmp_path):
     base_dir = open_run(run_dir).base_dir
     run_dir = write_run(base_dir, tmp_path / "run", chat_template="chatml", validation=make_conversations(6))

@@ -125,6 +125,7 @@ def test_a_4_bit_base_gives_the_plain_loss_of_its_dequantized_weights(wide_base)
         assert_equal(compute(build_exact()), compute_plainly(build(wide_base)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["replicate", "shard"])
 def test_two_processes_with_a_part_of_the_rows_each_give_the_plain_loss(tiny_base, tmp_path, parallel):
     port, out = str(find_free_port()), tmp_path / "outcome.pt"

@@ -241,6 +241,7 @@ def test_recipe_ends_with_the_message_and_a_failing_exit_code(override, run_argu
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [["python"], ["tune", "run"]], ids=" ".join)
 def test_commands_end_without_a_traceback(launcher, run_arguments, tmp_path):
     command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], "recipes/lora_finetune.py"]

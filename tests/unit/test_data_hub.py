@@ -43,6 +43,7 @@ def read(name: str, hub: FakeDatasetHub, tiny_base, tmp_path, **variables: str) 
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "commit"),
     [
@@ -65,6 +66,7 @@ def test_revision_that_is_not_there_is_one_sentence(hub, tiny_base, tmp_path):
     assert "hub:someone/chats@v9: cannot be loaded from the hub" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_pinned_commit_is_never_another_one_from_the_cache(hub, tiny_base, tmp_path):
     """Offline, `datasets` alone takes what is in its cache, whatever the revision."""
     assert read("hub:someone/chats", hub, tiny_base, tmp_path).returncode == 0

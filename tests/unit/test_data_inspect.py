@@ -155,6 +155,7 @@ def test_unreadable_data_or_tokenizer_is_one_sentence(tmp_path, tiny_base):
         inspect(path, tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_script_prints_and_writes(tmp_path, tiny_base, mixed_file):
     arguments = [str(mixed_file), "--base-dir", str(tiny_base), "--chat-template", "chatml", "--rows", "1"]
     command = [sys.executable, "scripts/inspect_data.py", *arguments, "--html", str(tmp_path / "page.html")]

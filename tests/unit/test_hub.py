@@ -62,6 +62,7 @@ def run_download(tmp_path: Path, hub: FakeHub, repo: str, *, token: str | None =
     return subprocess.run(make_command(tmp_path, repo), env=environment, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_download_fetches_what_is_needed_and_pins_the_commit(tmp_path, hub, repo_files):
     result = run_download(tmp_path, hub, "someone/tiny")
     assert result.returncode == 0, result.stderr
@@ -86,6 +87,7 @@ def test_download_fetches_what_is_needed_and_pins_the_commit(tmp_path, hub, repo
     assert damaged.returncode == 1 and f"changed since they were written: {shard.name}" in damaged.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_download_continues_inside_the_file(tmp_path, hub, repo_files):
     # huggingface_hub writes in chunks of 10 MiB.
     large = Architecture(**{**vars(TINY_TIED), "vocab_size": 400_000, "rope_scaling": None})
@@ -121,6 +123,7 @@ def _wait_for_bytes(folder: Path, num_bytes: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_damaged_file_is_refused_and_not_kept(tmp_path, hub, repo_files):
     shard = next(name for name in repo_files if name.endswith(".safetensors") and len(repo_files[name]) > 10_000)
     hub.damaged.add(shard)

@@ -43,6 +43,7 @@ def chains():
     return read_chains([REPOSITORY / "benchmarks/results/unseen.jsonl"])
 
 
+@pytest.mark.slow
 def test_nine_in_ten_are_right_on_sets_that_the_rule_was_not_made_on_and_none_is_taken_for_the_reverse(chains):
     labelled = label_chains(chains)
     pairs = [(wanted, label) for key, _, wanted, label in labelled if key[0] not in MENDED_ON]
@@ -57,6 +58,7 @@ def test_none_of_the_runs_that_it_was_made_on_is_taken_for_the_reverse(judged):
     assert count_reversed([(one.run.kind.expected, one.verdict.label) for one in judged]) == 0
 
 
+@pytest.mark.slow
 def test_a_run_says_at_a_third_how_often_that_was_right_of_all_recorded_runs(judged, chains):
     found = dict.fromkeys(EARLY_RECORDED, (0, 0))
     runs = [one.curves for one in judged]

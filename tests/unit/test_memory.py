@@ -325,6 +325,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_script_prints_the_estimate_of_a_config_without_its_base():
     done = run_script("--config", "configs/llama3_1_8b/lora.yaml", "--devices", "2")
     assert done.returncode == 0, done.stderr

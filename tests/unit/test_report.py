@@ -338,6 +338,7 @@ def test_series_leave_out_what_is_no_number(tmp_path):
     assert (numbers.tolist(), values.tolist()) == ([1, 4], [2, 1])
 
 
+@pytest.mark.slow
 def test_script_writes_and_refuses_in_a_sentence(tmp_path):
     folder = write_run(tmp_path / "quickstart")
     command = [sys.executable, "scripts/report.py"]

@@ -164,6 +164,7 @@ def test_chatml_supervises_the_reply_and_its_end_but_not_the_line_break_after_it
     assert tokenizer.stop_ids == (start, end)
 
 
+@pytest.mark.slow
 def test_chatml_row_has_the_ids_that_transformers_gives_it(tmp_path):
     """SmolLM2's own tokenizer: system, two turns, unicode and a spelled special token."""
     write_smollm2_tokenizer(tmp_path)
