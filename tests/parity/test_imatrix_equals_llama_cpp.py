@@ -132,9 +132,23 @@ def test_a_type_that_needs_a_matrix_is_refused_without_one(tmp_path):
     (run_dir / CALIBRATION_FILE).unlink()
     with pytest.raises(ValueError, match=r"IQ2_XS needs an importance matrix, .* give a file of llama-imatrix"):
         export_run(run_dir, quantizations=["IQ2_XS"], show=False)
-    assert export_run(run_dir, quantizations=["Q4_K_M"], show=False).importance.matrix is None, (
-        "an earlier version's run"
-    )
+    importance = export_run(run_dir, quantizations=["Q4_K_M", "Q8_0"], show=False).importance
+    assert importance.matrix is None, "an earlier version's run"
+    assert importance.describe() == [
+        "Q4_K_M without an importance matrix: the run kept no calibration.jsonl; --imatrix takes one"
+    ]
+
+
+def test_a_type_that_could_not_be_compared_is_named(run_dir):
+    def describe(**options) -> list[str]:
+        return export_run(
+            run_dir, quantizations=["Q4_K_M"], overwrite=True, num_validation_rows=0, show=False, **options
+        ).importance.describe()
+
+    assert describe() == [
+        "Q4_K_M without an importance matrix: there are no validation rows to compare on; --imatrix takes one"
+    ]
+    assert describe(with_importance=False) == [], "the user knows"
 
 
 def test_a_matrix_of_another_model_or_no_matrix_at_all_is_refused(run_dir, tmp_path):

@@ -31,10 +31,12 @@ class ImportancePlan:
     Attributes:
         given: the matrix from a file
         rows: token ids of each row to measure a matrix on
+        is_measured: whether one is to be measured; earlier versions kept no rows for it
     """
 
     given: ImportanceMatrix | None = None
     rows: Sequence[np.ndarray] = ()
+    is_measured: bool = False
 
     @property
     def is_any(self) -> bool:
@@ -49,22 +51,30 @@ class ImportanceChoice:
         matrix: None if there is none
         types: the types that are quantized with it
         losses: measured type -> validation loss without and with the matrix
+        why_plain: type quantized without a matrix -> why it was not compared
     """
 
     matrix: ImportanceMatrix | None = None
     types: frozenset[Quantization] = frozenset()
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    why_plain: dict[str, str] = field(default_factory=dict)
 
     def get(self, quantization: Quantization) -> ImportanceMatrix | None:
         """Return the matrix that a type is quantized with, or None."""
         return self.matrix if quantization in self.types else None
 
     def describe(self) -> list[str]:
-        """Return a sentence for each measured type."""
+        """Return a sentence for each type that was compared, or could not be."""
         return [
-            f"{name} {'with' if weighted < plain else 'without'} the importance matrix: validation loss "
-            f"{min(plain, weighted):.4f}, {'without' if weighted < plain else 'with'} it {max(plain, weighted):.4f}"
-            for name, (plain, weighted) in self.losses.items()
+            *(
+                f"{name} without an importance matrix: {why}; --imatrix takes one"
+                for name, why in self.why_plain.items()
+            ),
+            *(
+                f"{name} {'with' if weighted < plain else 'without'} the importance matrix: validation loss "
+                f"{min(plain, weighted):.4f}, {'without' if weighted < plain else 'with'} it {max(plain, weighted):.4f}"
+                for name, (plain, weighted) in self.losses.items()
+            ),
         ]
 
 
@@ -104,7 +114,7 @@ def plan_importance(
             f"{needing} needs an importance matrix, but {run.run_dir} has no {CALIBRATION_FILE} to measure one on (it "
             "is of an earlier version); give a file of llama-imatrix with --imatrix"
         )
-    return ImportancePlan(rows=rows)
+    return ImportancePlan(rows=rows, is_measured=True)
 
 
 def choose_importance(
@@ -130,12 +140,15 @@ def choose_importance(
         return ImportanceChoice(plan.given, frozenset(taking))
     needing = frozenset(quantization for quantization in taking if quantization.needs_importance)
     open_to_choice = [] if validation is None else [each for each in taking if each not in needing]
+    why = "there are no validation rows to compare on" if plan.rows else f"the run kept no {CALIBRATION_FILE}"
+    left = [each for each in taking if each not in needing and (validation is None or not plan.rows)]
+    why_plain = {each.name: why for each in left} if plan.is_measured else {}
     if not plan.rows or not (needing or open_to_choice):
-        return ImportanceChoice()
+        return ImportanceChoice(why_plain=why_plain)
     matrix = _measure_matrix(plan, base, adapter, name=name, show=show)
     losses = {each.name: _measure_both(each, base, adapter, matrix, validation, show=show) for each in open_to_choice}
     better = {each for each in open_to_choice if losses[each.name][1] < losses[each.name][0]}
-    return ImportanceChoice(matrix, needing | better, losses)
+    return ImportanceChoice(matrix, needing | better, losses, why_plain)
 
 
 def _measure_matrix(
