@@ -7,7 +7,9 @@
     python benchmarks/four_bits.py table
 
 The model is SmolLM2-135M-Instruct (scripts/download.py), fine-tuned as examples/quickstart says. `plain` and `imatrix`
-are the bf16 run merged and quantized. `repaired` is `plain` and an adapter that approximates the rounding errors.
+are the bf16 run merged and quantized. `repaired R` is `plain` and an adapter of rank R that
+approximates the rounding errors.
+`unmerged` is the base in this type with the run's adapter beside it (--adapter-gguf).
 `beside` is a run with base_weights=gguf:TYPE, served as that file and the adapter. The increase is over the loss of the
 bf16 run's unmerged adapter of the same seed, the divergence (KL) from that model; both in nats per supervised token of
 the held-out rows, in torch in float32 over dequantized weights. Another run answers differently anyhow, so that
@@ -28,6 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
 from tune2gguf.base.layout import get_gguf_name
@@ -48,7 +51,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = REPOSITORY / "runs/four_bits"
 RESULTS = REPOSITORY / "benchmarks/results/four_bits_smollm2.jsonl"
 REFERENCE = "adapter"
-REPAIR_RANK = 16
+REPAIR_RANKS = (16, 32)
+WAYS = ("plain", "imatrix", *(f"repaired {rank}" for rank in REPAIR_RANKS), "unmerged", "beside")
 TYPES = [name for name, quantization in QUANTIZATIONS.items() if quantization.takes_importance]
 
 
@@ -136,11 +140,11 @@ class Subject:
         quantization = QUANTIZATIONS[name]
         return open_quantized_source(self.base, self.adapter, quantization, self.kernels, importance=matrix)
 
-    def repair(self, quantized: WeightSource, matrix: ImportanceMatrix) -> WeightSource:
+    def repair(self, quantized: WeightSource, matrix: ImportanceMatrix, rank: int) -> WeightSource:
         """Return the quantized weights with an adapter that approximates what rounding took from the layers.
 
         It minimizes the squared error of a layer's output for uncorrelated inputs of the matrix's mean squares: the
-        truncated singular value decomposition of the error, its columns scaled by the inputs' root mean squares.
+        best approximation of this rank of the error, its columns scaled by the inputs' root mean squares.
         """
         merged, pairs = open_merged_source(self.base, self.adapter), {}
         for name, spec in self.base.specs.items():
@@ -150,11 +154,10 @@ class Subject:
             rows = spec.shape[0]
             scales = np.sqrt(np.maximum(importance, importance.max() * 1e-6))
             error = (merged.read_rows(name, 0, rows) - quantized.read_rows(name, 0, rows)) * scales
-            left, values, right = np.linalg.svd(error, full_matrices=False)
-            roots = np.sqrt(values[:REPAIR_RANK, None])
-            lora_a, lora_b = roots * right[:REPAIR_RANK] / scales, left[:, :REPAIR_RANK] * roots.T
-            pairs[name] = LoraPair(lora_a.astype(np.float32), np.ascontiguousarray(lora_b, np.float32))
-        adapter = Adapter(rank=REPAIR_RANK, alpha=REPAIR_RANK, pairs=pairs)
+            _, vectors = scipy.linalg.eigh(error.T @ error, subset_by_index=(len(scales) - rank, len(scales) - 1))
+            lora_a, lora_b = vectors.T / scales, error @ vectors
+            pairs[name] = LoraPair(np.ascontiguousarray(lora_a, np.float32), np.ascontiguousarray(lora_b, np.float32))
+        adapter = Adapter(rank=rank, alpha=rank, pairs=pairs)
         return WeightSource(self.base.architecture, quantized.read_rows, adapter)
 
     def measure(self, sources: dict[str, WeightSource]) -> dict[str, dict[str, float]]:
@@ -179,13 +182,19 @@ def measure_type(runs: Path, name: str, *, seed: int, num_rows: int) -> Iterator
     sources = {} if QUANTIZATIONS[name].needs_importance else {"plain": subject.quantize(name, None)}
     sources["imatrix"] = subject.quantize(name, MATRICES[run_dir])
     if "plain" in sources:
-        sources["repaired"] = subject.repair(sources["plain"], MATRICES[run_dir])
+        for rank in REPAIR_RANKS:
+            sources[f"repaired {rank}"] = subject.repair(sources["plain"], MATRICES[run_dir], rank)
     beside = runs / name_run(f"gguf:{name}", seed)
-    if (beside / "best").is_dir():
+    if "plain" in sources:
         rounded = subject.base.round_to_gguf(name)
+        sources["unmerged"] = open_base_source(rounded, adapter=subject.adapter)
+    if (beside / "best").is_dir():
         sources["beside"] = open_base_source(rounded, adapter=read_adapter(Run(beside).adapter_dir, subject.base.specs))
     for way, found in subject.measure(sources).items():
         size = count_file_bytes(subject.base, QUANTIZATIONS[name], has_importance=way == "imatrix")
+        if sources.get(way) is not None and sources[way].adapter is not None:
+            # In a file an adapter's numbers have two bytes.
+            size += 2 * sum(pair.lora_a.size + pair.lora_b.size for pair in sources[way].adapter.pairs.values())
         yield {"seed": seed, "type": name, "way": way, "rows": num_rows, "bytes": size, **found}
 
 
@@ -197,7 +206,7 @@ def record(results: Path, records: Iterator[dict]) -> None:
 
 
 def format_record(one: dict) -> str:
-    return f"{one['seed']} {one['type']:<8} {one['way']:<8} {one['loss']:.4f} {one['increase']:+8.2%} {one['kl']:.4f}"
+    return f"{one['seed']} {one['type']:<8} {one['way']:<11} {one['loss']:.4f} {one['increase']:+8.2%} {one['kl']:.4f}"
 
 
 def print_calibration(subject: Subject, name: str, counts: list[int]) -> None:
@@ -214,9 +223,9 @@ def print_calibration(subject: Subject, name: str, counts: list[int]) -> None:
 def format_table(results: Path) -> Iterator[str]:
     """Yield a line for each type: size, and increase and divergence of each way, mean and range over seeds."""
     records = [json.loads(line) for line in results.read_text().splitlines()]
-    yield f"{'type':<8} {'MB':>6}  {'way':<8} {'seeds':>5} {'increase':>9} {'range':>20} {'KL':>8} {'range':>16}"
+    yield f"{'type':<8} {'MB':>6}  {'way':<11} {'seeds':>5} {'increase':>9} {'range':>20} {'KL':>8} {'range':>16}"
     for name in QUANTIZATIONS:
-        for way in ("plain", "imatrix", "repaired", "beside"):
+        for way in WAYS:
             found = {one["seed"]: one for one in records if (one["type"], one["way"]) == (name, way)}
             if found:
                 yield format_line(name, way, list(found.values()))
@@ -225,7 +234,7 @@ def format_table(results: Path) -> Iterator[str]:
 def format_line(name: str, way: str, found: list[dict]) -> str:
     increases, divergences = ([one[key] for one in found] for key in ("increase", "kl"))
     return (
-        f"{name:<8} {found[0]['bytes'] / 1e6:6.1f}  {way:<8} {len(found):5d} {statistics.mean(increases):+9.2%} "
+        f"{name:<8} {found[0]['bytes'] / 1e6:6.1f}  {way:<11} {len(found):5d} {statistics.mean(increases):+9.2%} "
         f"{min(increases):+9.2%} .. {max(increases):+7.2%} {statistics.mean(divergences):8.4f} "
         f"{min(divergences):.4f} .. {max(divergences):.4f}"
     )
