@@ -48,12 +48,14 @@ class LeanTorchtune:
         if name.partition(".")[0] != "torchtune":
             return None
         if name == "torchtune":
-            cls.is_needed = _needs_lean_torchtune()
+            cls.is_needed = _serves_this_package() or not _has_torchao_of_then()
+            if _serves_this_package():
+                import_module("tune2gguf.machine.compiler").postpone_compiler()
         found = PathFinder.find_spec(name, path) if cls.is_needed else None
         if found is None or found.loader is None:
             return found
         if name != "torchtune":
-            found.loader = LeanLoader(found.loader)
+            found.loader = (LateLoader if name == "torchtune.models.llama3_1" else LeanLoader)(found.loader)
             return found
         spec = ModuleSpec(name, LeanTorchtune, origin=found.origin, is_package=True)
         spec.submodule_search_locations = found.submodule_search_locations
@@ -74,11 +76,13 @@ class LeanTorchtune:
         module.__getattr__ = get_part
 
 
-def _needs_lean_torchtune() -> bool:
-    if _runs_our_recipe() or any(name.startswith("tune2gguf.") and name != __name__ for name in sys.modules):
-        return True
+def _serves_this_package() -> bool:
+    return _runs_our_recipe() or any(name.startswith("tune2gguf.") and name != __name__ for name in sys.modules)
+
+
+def _has_torchao_of_then() -> bool:
     torchao = PathFinder.find_spec("torchao")
-    return torchao is None or not os.path.isfile(os.path.join(os.path.dirname(torchao.origin), "dtypes/nf4tensor.py"))
+    return torchao is not None and os.path.isfile(os.path.join(os.path.dirname(torchao.origin), "dtypes/nf4tensor.py"))
 
 
 class LeanLoader:
@@ -101,6 +105,23 @@ class LeanLoader:
         self._loader.exec_module(module)
         if module.__name__ == "torchtune.utils._import_guard":
             module._SUPPORTS_FLEX_ATTENTION = False
+
+
+class LateLoader(LeanLoader):
+    """A loader that runs a package when one of its own names is used; its modules can be imported before.
+
+    Llama 3's builders import `datasets` and DTensor, its position embeddings only torch.
+    """
+
+    def exec_module(self, module):
+        def get_name(name):
+            if name.startswith("__"):
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            del module.__getattr__
+            LeanLoader.exec_module(self, module)
+            return getattr(module, name)
+
+        module.__getattr__ = get_name
 
 
 def _import_for_torchtune(name, *context, **named_context):

@@ -15,6 +15,7 @@ LATE = (
     "peft",
     "bitsandbytes",
     "huggingface_hub.cli",
+    "sympy",
 )
 
 
@@ -24,8 +25,11 @@ import json, sys
 from recipes.lora_finetune import LoRAFinetuneRecipe, check_config, load_config
 
 cfg = load_config({run_arguments!r})
-LoRAFinetuneRecipe(cfg, check_config(cfg)).setup()
-print(json.dumps([name for name in {LATE!r} if name in sys.modules]))
+recipe = LoRAFinetuneRecipe(cfg, check_config(cfg))
+recipe.setup()
+late = [name for name in {LATE!r} if name in sys.modules]
+recipe.train()
+print(json.dumps(late + [name for name in sys.modules if name.startswith("torch._dynamo.")]))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -82,8 +82,10 @@ def fill_model(
             model.sharded.split_filled()
     for module in decoder.modules():
         if isinstance(module, LoRALinear):
-            module.lora_a.to_empty(device=device)
-            module.lora_b.to_empty(device=device)
+            for linear in (module.lora_a, module.lora_b):
+                # Not to_empty, which imports sympy.
+                shape, dtype = linear.weight.shape, linear.weight.dtype
+                linear.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         if hasattr(module, "rope_init"):
             with torch.device(device):
                 module.rope_init()

@@ -171,16 +171,14 @@ def kv_caches(
         batch_size: rows of the caches
         num_places: tokens per row of the caches
     """
-    import torch
     from torchtune.modules import MultiHeadAttention
     from torchtune.modules.common_utils import local_kv_cache
 
     decoder, was_training = model.decoder, model.training
     model.eval()
     dtype = decoder.tok_embeddings.weight.dtype
-    # Run compiled layers eagerly: compiling graphs for a growing cache does not pay for a few replies.
     with (
-        torch.compiler.set_stance("force_eager"),
+        model.run_eagerly(),
         local_kv_cache(decoder, batch_size=batch_size, device=device, dtype=dtype, decoder_max_seq_len=num_places),
     ):
         yield AdapterModel(model, tokenizer, max_seq_len, device, agree)

@@ -35,6 +35,9 @@ LORA_ATTN_MODULES = ("q_proj", "k_proj", "v_proj", "output_proj")
 class TokenEmbedding(nn.Embedding):
     """A token embedding whose weight may stay in host memory: a step looks up few of its rows."""
 
+    def reset_parameters(self) -> None:
+        """Leave the weight to load_base: on the meta device drawing it would import sympy."""
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens [batch, seq] to [batch, seq, dim] on the tokens' device."""
         if self.weight.device == tokens.device:
@@ -103,6 +106,13 @@ class CausalLM(nn.Module):
         with nullcontext() if sharded is None else sharded.hold(sharded.embedding, then=sharded.head):
             return self.decoder.tok_embeddings(tokens)
 
+    def run_eagerly(self) -> AbstractContextManager:
+        """Return a context in which compiled layers run eagerly.
+
+        Prompts, single tokens and growing caches would recompile them, and evict the graphs of training.
+        """
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
+
     def hold_head(self) -> AbstractContextManager:
         sharded = self.sharded
         return nullcontext() if sharded is None else sharded.hold(sharded.head, then=sharded.embedding)
@@ -131,8 +141,7 @@ class CausalLM(nn.Module):
             mask: True where a new token attends to a cache place, [batch, new, max_seq_len]
             input_pos: positions of the new tokens, [batch, new]
         """
-        # Compiled layers would recompile for prompts, single tokens and caches, and evict the graphs of training.
-        with torch.compiler.set_stance("force_eager"):
+        with self.run_eagerly():
             hidden = self._embed(tokens)
             for number, layer in enumerate(self.decoder.layers):
                 hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
@@ -250,7 +259,10 @@ def build_lora_llama(
             return LoRALinear(in_dim, out_dim, rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout)
         return FrozenLinear(in_dim, out_dim)
 
-    shape, rope = architecture, _make_rope(architecture, max_seq_len)
+    shape = architecture
+    # Arithmetic on the meta device would import sympy, too; load_base makes the tables on the run's device.
+    with torch.device("cpu"):
+        rope = _make_rope(architecture, max_seq_len)
     layers = nn.ModuleList()
     for _ in range(shape.num_layers):
         layers.append(
@@ -286,7 +298,7 @@ def _make_rope(architecture: Architecture, max_seq_len: int) -> nn.Module:
     scaling = architecture.rope_scaling
     if scaling is None:
         return RotaryPositionalEmbeddings(architecture.head_dim, max_seq_len=max_seq_len, base=architecture.rope_base)
-    from torchtune.models.llama3_1 import Llama3ScaledRoPE
+    from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 
     return Llama3ScaledRoPE(
         architecture.head_dim,
