@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
 _NAME = "torch._dynamo"
+_swap = Lock()
 
 
 class PostponedCompiler(ModuleType):
@@ -81,7 +83,8 @@ def is_postponed() -> bool:
 
 def load_compiler() -> ModuleType:
     """Import the real module in place of the stand-in, and return it."""
-    if is_postponed():
-        sys.meta_path.remove(_ModuleFinder)
-        del sys.modules[_NAME], import_module("torch")._dynamo
+    with _swap:
+        if is_postponed():
+            sys.meta_path.remove(_ModuleFinder)
+            del sys.modules[_NAME], import_module("torch")._dynamo
     return import_module(_NAME)
