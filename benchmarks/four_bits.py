@@ -4,6 +4,7 @@
     python benchmarks/four_bits.py measure --seeds 42 43 44 --types Q4_K_M Q3_K_M    # adds lines to the results
     python benchmarks/four_bits.py calibrate --seeds 42 --tokens 1024 4096 8192      # how many tokens a matrix needs
     python benchmarks/four_bits.py speed --seeds 42 --kinds bf16 gguf:Q4_K_M         # what metrics.jsonl says
+    python benchmarks/four_bits.py grid                                              # of the base's own weights
     python benchmarks/four_bits.py table
 
 The model is SmolLM2-135M-Instruct (scripts/download.py), fine-tuned as examples/quickstart says. `plain` and `imatrix`
@@ -58,7 +59,7 @@ TYPES = [name for name, quantization in QUANTIZATIONS.items() if quantization.ta
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "measure", "calibrate", "speed", "table"))
+    parser.add_argument("what", choices=("train", "measure", "calibrate", "speed", "grid", "table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--kinds", nargs="+", default=["bf16", "gguf:Q4_K_M"], help="of base weights, for train")
     parser.add_argument("--types", nargs="+", default=TYPES)
@@ -88,6 +89,8 @@ def main() -> None:
         for seed in arguments.seeds:
             for kind in arguments.kinds:
                 print(format_speed(arguments.runs / name_run(kind, seed)))
+    elif arguments.what == "grid":
+        print("\n".join(compare_grids()))
     else:
         print("\n".join(format_table(arguments.results)))
 
@@ -112,6 +115,24 @@ def format_speed(run_dir: Path) -> str:
     speed = statistics.median(step.tokens / step.seconds for step in steps)
     peak = max(step.peak_memory_bytes for step in steps)
     return f"{run_dir.name}: {speed:.0f} tokens/s, {peak / 1e9:.2f} GB"
+
+
+def compare_grids() -> Iterator[str]:
+    """Yield each block type's relative rounding error, without and with equal importance, of the base and of noise.
+
+    A base that was itself rounded to four bits lies on a grid that a type with an importance matrix can find again.
+    """
+    base, kernels = open_base(REPOSITORY / "models/SmolLM2-135M-Instruct"), load_kernels()
+    rows = np.ascontiguousarray(base.read_rows("layers.5.mlp.w1.weight", 0, 256))
+    noise = np.random.default_rng(0).standard_normal(rows.shape, np.float32)
+    yield f"{'type':<8}" + "".join(f"{of:>8}{'weighted':>10}" for of in ("base", "noise"))
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0"):
+        errors = []
+        for weights in (rows, noise):
+            for importance in (None, np.ones(rows.shape[1], np.float32)):
+                rounded = kernels.dequantize(kernels.quantize(weights, name, importance), name)
+                errors.append(np.sqrt(np.square(rounded - weights).sum() / np.square(weights).sum()))
+        yield f"{name:<8}" + "{:8.4f}{:10.4f}{:8.4f}{:10.4f}".format(*errors)
 
 
 class Subject:
