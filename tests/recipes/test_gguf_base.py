@@ -198,13 +198,18 @@ def test_another_models_gguf_is_refused_with_what_differs(own_gguf, wide_base, t
     (own_gguf / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5, "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match=r"\n  num_layers is 2, expected 1\n  norm_eps is 1e-05, expected 0.5"):
         open_base(own_gguf)
-    shutil.copyfile(wide_base / "model.safetensors", own_gguf / "model.safetensors")
-    with pytest.raises(ValueError, match=r"has model\.safetensors, model\.gguf; keep"):
+    shutil.copyfile(own_gguf / "model.gguf", own_gguf / "another.gguf")
+    with pytest.raises(ValueError, match=r"has another\.gguf, model\.gguf; keep"):
         open_base(own_gguf)
-    (own_gguf / "model.safetensors").unlink()
+    (own_gguf / "another.gguf").unlink()
     (own_gguf / "model.gguf").write_bytes(b"no GGUF")
     with pytest.raises(ValueError, match=r"model.gguf: cannot be read as GGUF"):
         open_base(own_gguf)
+
+
+def test_beside_safetensors_a_gguf_is_not_the_base(own_gguf, wide_base):
+    shutil.copyfile(wide_base / "model.safetensors", own_gguf / "model.safetensors")
+    assert open_base(own_gguf).gguf_path is None
 
 
 def test_a_gguf_with_another_vocabulary_is_refused(own_gguf, tmp_path, monkeypatch, capsys):

@@ -272,17 +272,17 @@ def _read_headers(base_dir: Path) -> dict[str, StoredTensor]:
 
 
 def find_gguf(base_dir: Path) -> Path | None:
-    """Return the GGUF of a base folder; None if its weights are safetensors.
+    """Return the GGUF of a base folder without safetensors; None beside them, where a GGUF may be an export of theirs.
 
     Raises:
-        ValueError: if there are several, or safetensors, too
+        ValueError: if there are several
     """
     paths = sorted(base_dir.glob("*.gguf"))
-    others = [name for name in (SINGLE_FILE, INDEX_FILE) if (base_dir / name).exists()]
-    names = [*others, *(path.name for path in paths)]
-    if paths and len(names) > 1:
-        raise ValueError(f"{base_dir}: has {_list_few(names)}; keep the one that is to be trained over")
-    return paths[0] if paths else None
+    if not paths or (base_dir / INDEX_FILE).exists() or any(base_dir.glob("*.safetensors")):
+        return None
+    if len(paths) > 1:
+        raise ValueError(f"{base_dir}: has {_list_few([path.name for path in paths])}; keep the one to train over")
+    return paths[0]
 
 
 def _read_gguf(
