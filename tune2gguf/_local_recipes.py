@@ -115,7 +115,7 @@ class LateLoader(LeanLoader):
 
     def exec_module(self, module):
         def get_name(name):
-            if name.startswith("__"):
+            if name.startswith("__") and name != "__all__":
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             del module.__getattr__
             LeanLoader.exec_module(self, module)

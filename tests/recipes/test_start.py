@@ -55,3 +55,18 @@ except SystemExit:
         assert done.returncode == 0, done.stderr
         found[argument] = (done.stdout.splitlines()[-1], "download" in done.stdout)
     assert found == {"recipes/lora_finetune.py": ("False", False), "recipes/other.py": ("True", True)}
+
+
+def test_a_package_that_is_run_late_has_all_of_its_names():
+    program = """
+import sys
+import tune2gguf.model.llama
+from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
+
+late = "datasets" not in sys.modules
+from torchtune.models.llama3_1 import *
+
+print(late, "datasets" in sys.modules, lora_llama3_1.__name__, sys.modules["torchtune.models.llama3_1"].llama3_1_8b)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.startswith("True True lora_llama3_1 <function llama3_1_8b"), done.stderr
