@@ -81,7 +81,8 @@ def test_memory_and_files_do_not_grow_over_2000_steps(run_arguments, tmp_path):
     assert launch.wait(timeout=300) == [0], log.read_text()
     memory, files = zip(*measured, strict=True)
     print(f"resident KiB {memory}, open files {files}")
-    assert max(memory) < 1.02 * memory[0]
+    # The heap settles within a few MiB.
+    assert max(memory) < memory[0] + 10 * 1024
     # One more while a checkpoint is being written.
     assert max(files) - min(files) <= 2
     assert count_lines(folder / "metrics.jsonl") == STEPS + STEPS // 20 + 1

@@ -20,8 +20,8 @@ from tune2gguf.model.lengths import pad_length as pad_length_on_cpu
 BYTES = {"bf16": 2, "fp32": 4}
 # An Nf4Tensor: half a byte of code per weight, a byte of scale per 64 weights, a float32 factor per 256 scales.
 NF4_BYTES_PER_WEIGHT = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Measured: Python with torch, torchtune and datasets, and a tokenizer's bytes per token of its vocabulary.
-PROGRAM_BYTES = 480_000_000
+# Measured: Python with torch and torchtune, and a tokenizer's bytes per token of its vocabulary.
+PROGRAM_BYTES = 310_000_000
 PROGRAM_BYTES_PER_TOKEN = 1300
 # Assumed: the CUDA context and the workspaces of CUDA's libraries.
 CUDA_BYTES = 600_000_000
