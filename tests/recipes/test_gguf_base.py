@@ -27,6 +27,7 @@ from tune2gguf.serve.before_after import answer_before_and_after
 from tune2gguf.serve.proof import ADAPTER, BASE, prove_export
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
+OWN = "Theirs.Q4_K_M.gguf"
 OVER_Q4_K_M = ["dtype=bf16", "base_weights=gguf:Q4_K_M", "quantization=Q4_K_M"]
 
 
@@ -131,7 +132,7 @@ def test_killed_over_a_gguf_and_resumed_equals_never_stopped(run_arguments, tmp_
 def write_gguf_folder(folder: Path, base: Path, gguf_path: Path) -> Path:
     """Write a base folder with a GGUF in place of the safetensors."""
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    shutil.copyfile(gguf_path, folder / "model.gguf")
+    shutil.copyfile(gguf_path, folder / OWN)
     return folder
 
 
@@ -160,7 +161,7 @@ def test_over_a_users_own_gguf_that_very_file_is_trained_over_and_served(own_ggu
     losses = [record["val_loss"] for record in read_records(folder, "val_loss")]
     assert losses[-1] < losses[0]
     export = export_run(folder, with_merged_hf=True, show=False)
-    served, theirs = (list_stored(path) for path in (export.adapter.base_path, own_gguf / "model.gguf"))
+    served, theirs = (list_stored(path) for path in (export.adapter.base_path, own_gguf / OWN))
     assert served.keys() == theirs.keys()
     for name, stored in theirs.items():
         assert served[name].ggml_type == stored.ggml_type and np.array_equal(served[name].data, stored.data)
@@ -179,7 +180,7 @@ def test_over_a_users_own_gguf_that_very_file_is_trained_over_and_served(own_ggu
     assert export_run(folder, quantizations=["Q8_0"], overwrite=True, show=False).models[0].gguf_path.is_file()
     # Another file under the same name is another base.
     export_base(wide_base, tmp_path / "plain.gguf", quantization="Q4_K_M", chat_template="chatml", show=False)
-    shutil.copyfile(tmp_path / "plain.gguf", own_gguf / "model.gguf")
+    shutil.copyfile(tmp_path / "plain.gguf", own_gguf / OWN)
     with pytest.raises(ValueError, match="is not the base that"):
         export_run(folder, overwrite=True, show=False)
 
@@ -190,7 +191,7 @@ def test_a_folder_with_a_gguf_says_what_it_is_trained_with(overrides, own_gguf, 
     with pytest.raises(SystemExit):
         run_recipe([*arguments, "dtype=bf16", *overrides], monkeypatch)
     error = capsys.readouterr().err
-    assert "model.gguf holds Q4_K_M; use base_weights=gguf:Q4_K_M quantization=Q4_K_M" in error
+    assert "Theirs.Q4_K_M.gguf holds Q4_K_M; use base_weights=gguf:Q4_K_M quantization=Q4_K_M" in error
 
 
 def test_another_models_gguf_is_refused_with_what_differs(own_gguf, wide_base, tmp_path):
@@ -198,12 +199,12 @@ def test_another_models_gguf_is_refused_with_what_differs(own_gguf, wide_base, t
     (own_gguf / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5, "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match=r"\n  num_layers is 2, expected 1\n  norm_eps is 1e-05, expected 0.5"):
         open_base(own_gguf)
-    shutil.copyfile(own_gguf / "model.gguf", own_gguf / "another.gguf")
-    with pytest.raises(ValueError, match=r"has another\.gguf, model\.gguf; keep"):
+    shutil.copyfile(own_gguf / OWN, own_gguf / "another.gguf")
+    with pytest.raises(ValueError, match=r"has Theirs\.Q4_K_M\.gguf, another\.gguf; keep"):
         open_base(own_gguf)
     (own_gguf / "another.gguf").unlink()
-    (own_gguf / "model.gguf").write_bytes(b"no GGUF")
-    with pytest.raises(ValueError, match=r"model.gguf: cannot be read as GGUF"):
+    (own_gguf / OWN).write_bytes(b"no GGUF")
+    with pytest.raises(ValueError, match=r"Theirs\.Q4_K_M\.gguf: cannot be read as GGUF"):
         open_base(own_gguf)
 
 

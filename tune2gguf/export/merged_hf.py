@@ -13,7 +13,7 @@ import numpy as np
 from tune2gguf.base.bfloat16 import narrow_to_bfloat16, round_to_bfloat16
 from tune2gguf.base.checkpoint import BaseCheckpoint
 from tune2gguf.base.layout import to_hf_rows
-from tune2gguf.base.safetensors_file import TensorToWrite, write_files
+from tune2gguf.base.safetensors_file import SINGLE_FILE, TensorToWrite, write_files
 from tune2gguf.export.gguf_file.llama import GGUFTensor
 from tune2gguf.export.gguf_file.vocabulary import read_if_there
 from tune2gguf.export.merge.adapter import Adapter
@@ -51,10 +51,11 @@ def write_merged_hf(
 
 
 def _write_weights(folder: Path, base: BaseCheckpoint, adapter: Adapter, report: Callable[[int], None]) -> None:
-    """Write each tensor to the base's file name, in the base's order; a GGUF's becomes one of safetensors."""
+    """Write each tensor to the base's file name, in the base's order; from a GGUF to one file."""
     by_file: dict[str, list[str]] = {}
     for name in sorted(base.stored, key=lambda name: (base.stored[name].path.name, base.stored[name].begin)):
-        by_file.setdefault(base.stored[name].path.with_suffix(".safetensors").name, []).append(name)
+        file_name = SINGLE_FILE if base.gguf_path is not None else base.stored[name].path.name
+        by_file.setdefault(file_name, []).append(name)
     files = {file_name: [_describe(base, name) for name in names] for file_name, names in by_file.items()}
     write_files(folder, files, _iterate_rows(base, adapter, itertools.chain(*by_file.values()), report))
 
