@@ -472,5 +472,5 @@ def write_table(path: Path, rows: list[dict]) -> Path:
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
         content = text.getvalue().encode()
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return path

@@ -103,7 +103,7 @@ def test_row_at_the_limit_is_read_and_one_byte_more_is_not(tmp_path):
     ("content", "said"),
     [
         (json.dumps(ROWS[0]).encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
-        (gzip.compress(b"{}"), "the file is gzip-compressed; its name must end in .gz"),
+        (gzip.compress(b"{}", mtime=0), "the file is gzip-compressed; its name must end in .gz"),
         (b"PK\x03\x04\x14", "the file is a zip archive; unpack it"),
         (b"PAR1\x15", "the file is a Parquet file; its name must end in .parquet"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "the file is a Git LFS pointer; get the file with"),
@@ -167,7 +167,7 @@ def test_messages_in_a_csv_column_are_json(tmp_path):
         ("a.csv", b"a;b\nx;y\n", r"a\.csv, line 1: the header has one column, 'a;b'; separate columns with commas"),
         ("a.parquet", b"PAR1 nonsense", r"a\.parquet: cannot be read as Parquet"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: damaged \.gz file"),
-        ("a.jsonl.gz", gzip.compress(b"{}\n" * 1000)[:-12], r"a\.jsonl\.gz: damaged \.gz file"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 1000, mtime=0)[:-12], r"a\.jsonl\.gz: damaged \.gz file"),
     ],
 )
 def test_damage_that_ends_a_file_is_an_error(tmp_path, name, content, said):
