@@ -8,14 +8,12 @@
     python benchmarks/four_bits.py table
 
 The model is SmolLM2-135M-Instruct (scripts/download.py), fine-tuned as examples/quickstart says. `plain` and `imatrix`
-are the bf16 run merged and quantized. `repaired R` is `plain` and an adapter of rank R that
-approximates the rounding errors.
-`unmerged` is the base in this type with the run's adapter beside it (--adapter-gguf).
-`beside` is a run with base_weights=gguf:TYPE, served as that file and the adapter. The increase is over the loss of the
-bf16 run's unmerged adapter of the same seed, the divergence (KL) from that model; both in nats per supervised token of
-the held-out rows, in torch in float32 over dequantized weights. Another run answers differently anyhow, so that
-`beside` has a divergence for other reasons, too. A matrix is measured on
-calibration.jsonl, training rows. Ranges are over seeds.
+are the bf16 run merged and quantized. `repaired R` is `plain` and an adapter of rank R that approximates the rounding
+errors. `unmerged` is the base in this type with the run's adapter beside it (--adapter-gguf). `beside` is a run with
+base_weights=gguf:TYPE, served as that file and the adapter. The increase is over the loss of the bf16 run's unmerged
+adapter of the same seed, the divergence (KL) from that model; both in nats per supervised token of the held-out rows,
+in torch in float32 over dequantized weights. `beside` is another run, which diverges for other reasons, too. A matrix
+is measured on calibration.jsonl, training rows. Ranges are over seeds.
 """
 
 from __future__ import annotations
@@ -205,12 +203,11 @@ def measure_type(runs: Path, name: str, *, seed: int, num_rows: int) -> Iterator
     if "plain" in sources:
         for rank in REPAIR_RANKS:
             sources[f"repaired {rank}"] = subject.repair(sources["plain"], MATRICES[run_dir], rank)
-    beside = runs / name_run(f"gguf:{name}", seed)
-    if "plain" in sources:
-        rounded = subject.base.round_to_gguf(name)
+        rounded, beside = subject.base.round_to_gguf(name), runs / name_run(f"gguf:{name}", seed)
         sources["unmerged"] = open_base_source(rounded, adapter=subject.adapter)
-    if (beside / "best").is_dir():
-        sources["beside"] = open_base_source(rounded, adapter=read_adapter(Run(beside).adapter_dir, subject.base.specs))
+        if (beside / "best").is_dir():
+            adapter = read_adapter(Run(beside).adapter_dir, subject.base.specs)
+            sources["beside"] = open_base_source(rounded, adapter=adapter)
     for way, found in subject.measure(sources).items():
         size = count_file_bytes(subject.base, QUANTIZATIONS[name], has_importance=way == "imatrix")
         if sources.get(way) is not None and sources[way].adapter is not None:
