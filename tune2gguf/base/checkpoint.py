@@ -291,7 +291,10 @@ def _read_gguf(
     """Return a GGUF's tensors by their Hugging Face names; those of no spec keep their GGUF name."""
     differences = list_differences(path, architecture)
     if differences:
-        raise ValueError(f"{path} and config.json do not fit together:\n  " + "\n  ".join(differences))
+        raise ValueError(
+            f"{path} and config.json do not fit together; take the config.json of the GGUF's model:\n  "
+            + "\n  ".join(differences)
+        )
     tensors = list_stored(path)
     names = {get_gguf_name(spec.tune_name): spec.hf_name for spec in specs.values()}
     return {names.get(name, name): stored for name, stored in tensors.items() if name != ROPE_FACTORS}

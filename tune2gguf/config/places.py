@@ -168,7 +168,8 @@ def _find_gguf_problems(valid: Mapping[str, Any], base: BaseCheckpoint) -> Itera
         yield str(error)
         return
     if kind not in make_gguf_kinds():
-        yield f"{base.gguf_path} holds {base.gguf_type}; base_weights takes {', '.join(make_gguf_kinds())}"
+        kinds = ", ".join(make_gguf_kinds())
+        yield f"{base.gguf_path} holds {base.gguf_type}; train over the model's safetensors, or over one of {kinds}"
     elif valid.get("base_weights") != kind:
         yield (
             f"base_weights={valid.get('base_weights')}: {base.gguf_path} holds {base.gguf_type}; "

@@ -208,7 +208,10 @@ def check_gguf_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
     for name, value in wanted.items():
         found = keys.get(f"tokenizer.ggml.{name}")
         if found != value:
-            raise ValueError(f"{path}: tokenizer.ggml.{name} {_describe_difference(found, value)} in tokenizer.json")
+            raise ValueError(
+                f"{path}: tokenizer.ggml.{name} {_describe_difference(found, value)} in the base folder's tokenizer; "
+                "take the tokenizer files of the GGUF's model"
+            )
 
 
 def _describe_difference(found: object, wanted: object) -> str:
