@@ -118,7 +118,7 @@ class LateLoader(LeanLoader):
             if name.startswith("__") and name != "__all__":
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
             del module.__getattr__
-            LeanLoader.exec_module(self, module)
+            super(LateLoader, self).exec_module(module)
             return getattr(module, name)
 
         module.__getattr__ = get_name

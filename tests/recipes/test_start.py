@@ -4,8 +4,8 @@ import sys
 
 from tests.conftest import REPOSITORY
 
-# Packages of exports, reports, verdicts and benchmarks. torchtune itself imports datasets and pandas, and the export's
-# checks at the start need gguf.
+# Packages of exports, reports, verdicts, benchmarks, hub data and the compiler. The export's checks at the start need
+# gguf.
 LATE = (
     "xllamacpp",
     "matplotlib",
@@ -16,6 +16,8 @@ LATE = (
     "bitsandbytes",
     "huggingface_hub.cli",
     "sympy",
+    "datasets",
+    "pandas",
 )
 
 

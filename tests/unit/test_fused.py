@@ -29,9 +29,9 @@ from tune2gguf.model.fused.launch import Adapted, Dropout
 from tune2gguf.model.fused.layer import run_layer
 from tune2gguf.model.fused.stack import lay_out_pass
 
-# Widths and ranks are no multiples of a tile.
-
 pytestmark = pytest.mark.slow
+
+# Widths and ranks are no multiples of a tile.
 SHAPE = Architecture(**{**vars(TINY_TIED), "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 72})
 SHAPE = dataclasses.replace(SHAPE, head_dim=16, intermediate_dim=136)
 ALL = ["q_proj", "k_proj", "v_proj", "output_proj"]

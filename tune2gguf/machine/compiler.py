@@ -1,4 +1,4 @@
-"""Put off the import of torch's compiler: it takes a third of a CPU run's start, and seconds of a GPU run's.
+"""Put off the import of torch's compiler: over a second of every run's start (`python -X importtime` shows it).
 
 torchtune's decoder, torch's optimizers and its checkpoints import torch._dynamo only to say that a function must not be
 compiled. A stand-in takes its place until anything else of it is used, such as by torch.compile.
