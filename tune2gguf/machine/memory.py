@@ -29,9 +29,10 @@ CUDA_BYTES = 600_000_000
 # AMX it is a quarter less. A weight has two products, its adapter five.
 COMPILED_BYTES = 650_000
 PRODUCTS_OF_A_WEIGHT, PRODUCTS_OF_AN_ADAPTER = 2, 5
-# glibc returns blocks of 32 MiB or more at once. Smaller ones leave gaps, measured as this many layers' activations.
+# glibc returns blocks of 32 MiB or more at once. Smaller ones leave gaps, measured as this many layers' activations:
+# fewest where a layer frees nothing before backward, more with dropout, most where a layer is computed again.
 RETURNED_BYTES = 32 * 2**20
-LAYERS_IN_GAPS = 3.0
+LAYERS_IN_GAPS, LAYERS_IN_GAPS_OF_DROPOUT, LAYERS_IN_GAPS_OF_CHECKPOINTING = 1.5, 3.0, 4.0
 # Layer inputs that torchtune's offloading holds on the GPU while it copies them.
 OFFLOADING_INPUTS = 5
 
@@ -245,10 +246,15 @@ def _count_work(spec: RunSpec) -> int:
         mlp = 2 * upstream + tokens * a.intermediate_dim * c + dense
         return max(loss, mlp, _count_attention_work(spec))
     mlp = upstream + max(3 * tokens * a.intermediate_dim * c, tokens * a.intermediate_dim * c + dense)
-    gaps = 0
-    if spec.device_type == "cpu":
-        gaps = LAYERS_IN_GAPS * sum(size for size in list_layer_activations(spec) if size < RETURNED_BYTES)
-    return max(loss, mlp) + round(gaps)
+    return max(loss, mlp) + (_count_gaps(spec) if spec.device_type == "cpu" else 0)
+
+
+def _count_gaps(spec: RunSpec) -> int:
+    """Return the bytes of the heap's gaps on a CPU."""
+    num_layers = LAYERS_IN_GAPS_OF_DROPOUT if spec.lora_dropout > 0 else LAYERS_IN_GAPS
+    if spec.enable_activation_checkpointing:
+        num_layers = LAYERS_IN_GAPS_OF_CHECKPOINTING
+    return round(num_layers * sum(size for size in list_layer_activations(spec) if size < RETURNED_BYTES))
 
 
 def _count_attention_work(spec: RunSpec) -> int:
