@@ -4,7 +4,7 @@
     python benchmarks/train.py --folder /tmp/train --cases "1b bf16 2x256 50%" --sides ours peft --max-runs 3
 
 Every run is a process of its own, started like a user's (ours and torchtune's through `tune run`), with the same base,
-rows, order, batches, rank and alpha, all linear layers, no dropout, AdamW and one learning rate. The sides take turns.
+rows, order, batches, rank, alpha and dropout, all linear layers, AdamW and one learning rate. The sides take turns.
 Measured from outside: the start of the first step (its progress bar appears), the time of each step's line in the log,
 and the peak resident memory up to the last step. Then the process is stopped. The first step warms up; tokens per
 second are the median of the later steps, without padding. torchtune's recipe takes fewer steps of a large model

@@ -43,6 +43,7 @@ class Case:
     stock_steps: int
     seq: int | None = None
     supervised: float | None = None
+    dropout: float = 0.0  # with it, losses differ by each side's own draws
 
     def count_steps(self, side: str) -> int:
         """Return the steps that a side takes."""
@@ -55,7 +56,8 @@ class Case:
 
 
 CASES = {
-    "smollm2 quickstart": Case("smollm2_135m", "bf16", batch=4, steps=10, stock_steps=10),
+    "smollm2 quickstart": Case("smollm2_135m", "bf16", batch=4, steps=10, stock_steps=10, dropout=0.1),
+    "smollm2 quickstart without dropout": Case("smollm2_135m", "bf16", batch=4, steps=10, stock_steps=10),
     "1b bf16 2x256 50%": Case("llama3_2_1b", "bf16", batch=2, steps=6, stock_steps=2, seq=256, supervised=0.5),
     "1b bf16 2x256 100%": Case("llama3_2_1b", "bf16", batch=2, steps=6, stock_steps=2, seq=256, supervised=1.0),
     "1b bf16 2x256 25%": Case("llama3_2_1b", "bf16", batch=2, steps=6, stock_steps=2, seq=256, supervised=0.25),
@@ -108,7 +110,7 @@ def prepare_case(name: str, folder: Path) -> Prepared:
         "learning_rate": LEARNING_RATE,
         "lora_rank": RANK,
         "lora_alpha": ALPHA,
-        "lora_dropout": 0.0,
+        "lora_dropout": case.dropout,
         "warmup_steps": 0,
         "scheduler": "constant",
         "clip_grad_norm": CLIP_GRAD_NORM,
@@ -198,6 +200,7 @@ def make_command(side: str, prepared: Prepared, output_dir: Path) -> tuple[list[
             "--base-weights": case.base_weights,
             "--rank": RANK,
             "--alpha": ALPHA,
+            "--dropout": case.dropout,
             "--learning-rate": LEARNING_RATE,
             "--clip-grad-norm": CLIP_GRAD_NORM,
             "--out": output_dir / "log.txt",
@@ -216,6 +219,7 @@ def make_stock_command(prepared: Prepared, output_dir: Path) -> list[str]:
         "model.lora_attn_modules": ATTENTION,
         "model.lora_rank": RANK,
         "model.lora_alpha": ALPHA,
+        "model.lora_dropout": case.dropout,
         "tokenizer.path": prepared.base_dir / "original/tokenizer.model",
         "checkpointer.checkpoint_dir": prepared.base_dir,
         "save_adapter_weights_only": True,

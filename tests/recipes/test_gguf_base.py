@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 
 from tests.conftest import make_run_arguments
 from tests.recipes.launch import read_outcome, run_to_end
@@ -206,6 +207,18 @@ def test_another_models_gguf_is_refused_with_what_differs(own_gguf, wide_base, t
     (own_gguf / OWN).write_bytes(b"no GGUF")
     with pytest.raises(ValueError, match=r"Theirs\.Q4_K_M\.gguf: cannot be read as GGUF"):
         open_base(own_gguf)
+
+
+def test_tensors_of_unreadable_types_are_named(tmp_path):
+    writer = GGUFWriter(tmp_path / "odd.gguf", "llama")
+    for name, dtype in (("a", np.float32), ("b", np.float64), ("c", np.int32)):
+        writer.add_tensor(name, np.zeros((2, 32), dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"odd\.gguf: has tensors of unreadable types: F64 \(b\), I32 \(c\); "):
+        list_stored(tmp_path / "odd.gguf")
 
 
 def test_beside_safetensors_a_gguf_is_not_the_base(own_gguf, wide_base):

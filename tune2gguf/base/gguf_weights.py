@@ -43,7 +43,7 @@ class StoredGguf:
 
 
 def open_gguf(path: str | Path) -> GGUFReader:
-    """Open a GGUF; the last one is kept open, because reading a vocabulary takes seconds.
+    """Open a GGUF; the last two are kept open, because reading a vocabulary takes seconds.
 
     Raises:
         ValueError: if the file cannot be read as GGUF
@@ -56,7 +56,7 @@ def open_gguf(path: str | Path) -> GGUFReader:
         raise ValueError(f"{path}: cannot be read as GGUF ({error})") from None
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _open_unchanged(path: Path, size: int, mtime: int) -> GGUFReader:
     return GGUFReader(path)
 
@@ -68,7 +68,17 @@ def read_keys(path: Path) -> dict[str, Any]:
 
 
 def list_stored(path: Path) -> dict[str, StoredGguf]:
-    """Return a GGUF's tensors by their GGUF names."""
+    """Return a GGUF's tensors by their GGUF names.
+
+    Raises:
+        ValueError: if the file cannot be read as GGUF, or a tensor's type cannot be dequantized
+    """
+    tensors, kernels = open_gguf(path).tensors, load_kernels()
+    unknown = {tensor.tensor_type.name: tensor.name for tensor in tensors}
+    unknown = {ggml_type: name for ggml_type, name in unknown.items() if not kernels.can_dequantize(ggml_type)}
+    if unknown:
+        found = ", ".join(f"{ggml_type} ({name})" for ggml_type, name in unknown.items())
+        raise ValueError(f"{path}: has tensors of unreadable types: {found}; llama-quantize writes others")
     return {
         # GGUF lists the fastest dimension first.
         tensor.name: StoredGguf(
@@ -79,7 +89,7 @@ def list_stored(path: Path) -> dict[str, StoredGguf]:
             ggml_type=tensor.tensor_type.name,
             data=tensor.data,
         )
-        for tensor in open_gguf(path).tensors
+        for tensor in tensors
     }
 
 

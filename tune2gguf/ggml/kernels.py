@@ -46,6 +46,10 @@ class Kernels:
         assert written == quantized.nbytes, f"ggml_quantize_chunk wrote {written} of {quantized.nbytes} bytes"
         return quantized
 
+    def can_dequantize(self, ggml_type: str) -> bool:
+        """Return whether `dequantize` knows a type."""
+        return ggml_type == "F32" or hasattr(self.library, _name_dequantizer(ggml_type))
+
     def dequantize(self, quantized: np.ndarray, ggml_type: str) -> np.ndarray:
         """Return the float32 rows [num_rows, columns] of quantized bytes [num_rows, bytes per row]."""
         assert quantized.dtype == np.uint8 and quantized.flags.c_contiguous, "the kernels read contiguous bytes"
@@ -53,12 +57,15 @@ class Kernels:
         if ggml_type == "F32":
             return quantized.view(np.float32)
         rows = np.empty((quantized.shape[0], quantized.shape[1] // block_bytes * elements), np.float32)
-        names = {"F16": "ggml_fp16_to_fp32_row", "BF16": "ggml_bf16_to_fp32_row"}
-        of_blocks = f"dequantize_row_{ggml_type.lower().replace('_k', '_K')}"
-        function = getattr(self.library, names.get(ggml_type, of_blocks))
+        function = getattr(self.library, _name_dequantizer(ggml_type))
         function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         function(quantized.ctypes.data, rows.ctypes.data, rows.size)
         return rows
+
+
+def _name_dequantizer(ggml_type: str) -> str:
+    names = {"F16": "ggml_fp16_to_fp32_row", "BF16": "ggml_bf16_to_fp32_row"}
+    return names.get(ggml_type, f"dequantize_row_{ggml_type.lower().replace('_k', '_K')}")
 
 
 def load_kernels() -> Kernels:

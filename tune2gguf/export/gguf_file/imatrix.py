@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
+
+from tune2gguf.base.gguf_weights import open_gguf, read_keys
 
 _SUMS, _COUNT = ".in_sum2", ".counts"
 _DATASETS, _NUM_CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -99,12 +101,9 @@ def read_imatrix(path: str | Path) -> ImportanceMatrix:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as GGUF ({error}); llama-imatrix writes one with --output-format gguf"
-        ) from None
-    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        reader, keys = open_gguf(path), read_keys(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; llama-imatrix writes one with --output-format gguf") from None
     missing = [key for key in (_DATASETS, _NUM_CHUNKS, _CHUNK_SIZE) if key not in keys]
     if keys.get("general.type") != "imatrix" or missing:
         raise ValueError(f"{path}: not an importance matrix; missing or wrong: {', '.join(missing) or 'general.type'}")
