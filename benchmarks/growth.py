@@ -34,7 +34,7 @@ def measure_here(options: dict) -> dict[str, float]:
 
     case = make_case(options)
     model = make_model(case)
-    time_steps(make_step(replace(case, batch=1, seq=8), model), 1)
+    time_steps(make_step(replace(case, lengths=(8,)), model), 1)
     before = measure_peak(model.head_weight.device)
     seconds = time_steps(make_step(case, model), options["steps"])
     return {"seconds": seconds, "megabytes": (measure_peak(model.head_weight.device) - before) / 1e6}
@@ -42,8 +42,8 @@ def measure_here(options: dict) -> dict[str, float]:
 
 def make_case(options: dict) -> Case:
     architecture = replace(ARCHITECTURES["llama3_2_1b"], num_layers=options["layers"])
-    names = ("batch", "seq", "rank", "checkpointing")
-    return Case(architecture, **{name: options[name] for name in names})
+    lengths = (options["seq"],) * options["batch"]
+    return Case(architecture, lengths=lengths, rank=options["rank"], checkpointing=options["checkpointing"])
 
 
 def measure(options: dict) -> dict[str, float]:

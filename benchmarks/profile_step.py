@@ -33,6 +33,7 @@ from tune2gguf.base.load import fill_model
 from tune2gguf.machine.cpu import prepare_cpu
 from tune2gguf.machine.devices import measure_peak
 from tune2gguf.model.architectures import ARCHITECTURES, Architecture
+from tune2gguf.model.lengths import pad_length
 from tune2gguf.model.llama import CausalLM, build_lora_llama, prepare_training
 from tune2gguf.model.lora import initialize_adapters
 from tune2gguf.model.loss import IGNORED_LABEL
@@ -55,16 +56,19 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A step to time: batch x seq tokens, and the supervised share."""
+    """A step to time: one pass over rows of these lengths, and the supervised share of each."""
 
     architecture: Architecture
-    batch: int = 2
-    seq: int = 256
+    lengths: tuple[int, ...] = (256, 256)
     rank: int = 16
     dropout: float = 0.0
     dtype: str = "bf16"
     supervised: float = 0.5
     checkpointing: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
 
 
 def make_model(case: Case) -> CausalLM:
@@ -78,7 +82,7 @@ def make_model(case: Case) -> CausalLM:
             lora_dropout=case.dropout,
             lora_attn_modules=["q_proj", "k_proj", "v_proj", "output_proj"],
             apply_lora_to_mlp=True,
-            max_seq_len=max(case.seq, 256),
+            max_seq_len=max(*case.lengths, 256),
         )
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -99,12 +103,14 @@ def make_step(case: Case, model: CausalLM):
     """Return the function that takes one optimizer step."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    tokens = torch.randint(0, case.architecture.vocab_size, (case.batch, case.seq))
+    tokens = torch.randint(0, case.architecture.vocab_size, (1, case.num_tokens))
     labels = tokens.clone()
-    labels[:, : round(case.seq * (1 - case.supervised))] = IGNORED_LABEL
+    for length, row in zip(case.lengths, labels.split(case.lengths, dim=1), strict=True):
+        row[:, : max(1, round(length * (1 - case.supervised)))] = IGNORED_LABEL
+    row_starts = torch.tensor([0, *case.lengths]).cumsum(0).int()
 
     def step() -> None:
-        model(tokens, labels).mean().backward()
+        model(tokens, labels, row_starts=row_starts, longest_row=max(case.lengths)).mean().backward()
         compute_grad_norm(parameters, clip_to=1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -124,7 +130,7 @@ def time_steps(step, num_steps: int) -> float:
 
 def measure_rates(case: Case) -> dict[str, float]:
     """Return FLOP/s of each product with a frozen weight, forward and backward."""
-    dtype, rows = DTYPES[case.dtype], case.batch * case.seq
+    dtype, rows = DTYPES[case.dtype], pad_length(case.num_tokens)
     shapes = sorted({spec.shape for spec in list_tensors(case.architecture) if len(spec.shape) == 2})
     rates = {}
     for out_dim, in_dim in shapes:
@@ -201,9 +207,9 @@ def describe(case: Case, *, num_steps: int, num_operators: int) -> list[str]:
     floor = total / best
     architecture = case.architecture
     lines = [
-        f"{architecture.num_layers} layers, {case.dtype}, {case.batch} x {case.seq}, {case.supervised:.0%} supervised,"
-        f" rank {case.rank}, dropout {case.dropout}:",
-        f"{seconds:.2f} s a step, {case.batch * case.seq / seconds:.1f} tokens/s; the floor is {total / 1e12:.2f} TFLOP"
+        f"{architecture.num_layers} layers, {case.dtype}, rows of {', '.join(map(str, case.lengths))} tokens,"
+        f" {case.supervised:.0%} supervised, rank {case.rank}, dropout {case.dropout}:",
+        f"{seconds:.2f} s a step, {case.num_tokens / seconds:.1f} tokens/s; the floor is {total / 1e12:.2f} TFLOP"
         f" at {best / 1e9:.0f} GFLOP/s = {floor:.2f} s, the step {seconds / floor:.2f} times that;"
         f" peak {peak / 1e9:.2f} GB",
         "rates, GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items()),
@@ -231,8 +237,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama3_2_1b", choices=ARCHITECTURES)
     parser.add_argument("--layers", type=int, help="default: all")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 256], help="tokens of each row")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--supervised", type=float, default=0.5, help="share of the tokens")
@@ -243,8 +248,9 @@ def main() -> None:
     architecture = ARCHITECTURES[arguments.model]
     if arguments.layers is not None:
         architecture = replace(architecture, num_layers=arguments.layers)
-    names = ("batch", "seq", "rank", "dropout", "dtype", "supervised")
-    case = Case(architecture, **{name: getattr(arguments, name) for name in names})
+    names = ("rank", "dropout", "dtype", "supervised")
+    options = {name: getattr(arguments, name) for name in names}
+    case = Case(architecture, lengths=tuple(arguments.lengths), **options)
     lines = [describe_machine(), "command: python benchmarks/profile_step.py " + " ".join(sys.argv[1:]), ""]
     lines += describe(case, num_steps=arguments.steps, num_operators=arguments.operators)
     print("\n".join(lines))
