@@ -46,11 +46,9 @@ def differentiate(compute, lengths, dtype: torch.dtype, **options) -> list[torch
 
 
 @pytest.mark.parametrize("rope", [ROPE, Llama3ScaledRoPE(HEAD_DIM, max_seq_len=64)], ids=["plain", "scaled"])
-@pytest.mark.parametrize("longest_short_row", [0, 16, 128])
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_output_and_gradients_equal_torchs_with_either_kernel(monkeypatch, lengths, padding, longest_short_row, rope):
-    monkeypatch.setattr(attention, "LONGEST_SHORT_ROW", longest_short_row)
+def test_output_and_gradients_equal_torchs(lengths, padding, rope):
     found = differentiate(compute_ours, lengths, torch.float32, padding=padding, rope=rope)
     expected = differentiate(compute_plainly, lengths, torch.float32, rope=rope)
     for ours, theirs in zip(found, expected, strict=True):
@@ -66,20 +64,18 @@ def test_padding_gets_nothing_and_gives_no_gradient():
         assert part[:74].any()
 
 
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("num_queries", [1, 5, 16, 64])
-def test_blocks_of_any_size_give_the_same(monkeypatch, num_queries):
-    monkeypatch.setattr(attention, "LONGEST_SHORT_ROW", 0)
+def test_blocks_of_any_size_give_the_same(monkeypatch, num_queries, lengths):
     monkeypatch.setattr(attention, "MIN_QUERIES", num_queries)
     monkeypatch.setattr(attention, "SCORES_AT_A_TIME", 0)
-    found, expected = (differentiate(compute, [37], torch.float32) for compute in (compute_ours, compute_plainly))
+    found, expected = (differentiate(compute, lengths, torch.float32) for compute in (compute_ours, compute_plainly))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("longest_short_row", [0, 128])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_in_bf16_it_is_nearer_to_the_exact_result_than_torchs(monkeypatch, lengths, longest_short_row):
-    monkeypatch.setattr(attention, "LONGEST_SHORT_ROW", longest_short_row)
+def test_in_bf16_it_is_nearer_to_the_exact_result_than_torchs(lengths):
     ours, theirs = (differentiate(compute, lengths, torch.bfloat16) for compute in (compute_ours, compute_plainly))
     for found, other, exact in zip(ours, theirs, differentiate_exactly(lengths), strict=True):
         assert (found - exact).norm() <= (other - exact).norm()
@@ -111,10 +107,10 @@ def test_rows_that_see_each_other_are_something_else():
     assert (apart[20:] - together[20:]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("longest_short_row", [0, 128])
-def test_what_is_not_finite_in_a_row_stays_there(monkeypatch, longest_short_row):
-    monkeypatch.setattr(attention, "LONGEST_SHORT_ROW", longest_short_row)
-    q, k, v, _ = draw(74, torch.float32)
+@pytest.mark.parametrize("longest_float32_row", [0, 128])
+def test_what_is_not_finite_in_a_row_stays_there(monkeypatch, longest_float32_row):
+    monkeypatch.setattr(attention, "LONGEST_FLOAT32_ROW", longest_float32_row)
+    q, k, v, _ = draw(74, torch.bfloat16)
     for part in (q, k, v):
         part[5:25] = torch.nan
     rows = compute_ours(q, k, v, LENGTHS[2], padding=6).split(LENGTHS[2])
@@ -137,7 +133,7 @@ def test_the_largest_temporary_does_not_grow_with_the_square_of_the_length():
     sizes = [
         max(
             (block.stop - block.start) * block.stop * 4 * 32
-            for block in attention._list_blocks(torch.empty(1, seq, 32, 64, device="meta"))
+            for block in attention._list_blocks(torch.empty(1, 32, seq, 64, device="meta"))
         )
         for seq in (256, 4096)
     ]

@@ -126,7 +126,7 @@ def test_gradients_equal_those_of_the_plain_computation(dropout):
     torch.manual_seed(3)
     gradients = torch.autograd.grad(layer(x), inputs, upstream)
     torch.manual_seed(3)
-    kept = 1.0 if dropout == 0 else draw_keep_mask(x.reshape(-1, 24), dropout).view(x.shape) / (1 - dropout)
+    kept = 1.0 if dropout == 0 else draw_keep_mask(x.reshape(-1, 24), dropout).view(x.shape) / (dropout - 1)
     plain = x @ layer.weight.T + layer.scaling * (x * kept) @ layer.lora_a.weight.T @ layer.lora_b.weight.T
     for gradient, expected in zip(gradients, torch.autograd.grad(plain, inputs, upstream), strict=True):
         torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
@@ -162,7 +162,8 @@ def test_layers_together_give_what_each_alone_gives(dropout, dtype):
 
 @pytest.mark.parametrize("dropout", [0.1, 0.2, 0.5])
 def test_keep_mask_drops_the_fraction_everywhere_alike(dropout):
-    keep = draw_keep_mask(torch.empty(4000, 256), dropout).float()
+    keep = draw_keep_mask(torch.empty(4000, 256), dropout).float().neg()
+    assert keep.unique().tolist() == [0, 1]
     assert keep.mean().item() == pytest.approx(1 - dropout, abs=0.002)
     # All four 16-bit lanes of a drawn word have the right mean, and neighbours are independent.
     assert keep.view(-1, 4).mean(0).tolist() == pytest.approx([1 - dropout] * 4, abs=0.004)

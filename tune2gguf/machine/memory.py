@@ -14,7 +14,7 @@ from tune2gguf.base.gguf_rounding import get_gguf_type
 from tune2gguf.base.layout import TensorSpec, list_tensors
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS, NO_TRITON, pad_length, why_not_fused
-from tune2gguf.model.lengths import LONGEST_SHORT_ROW
+from tune2gguf.model.lengths import LONGEST_FLOAT32_ROW
 from tune2gguf.model.lengths import pad_length as pad_length_on_cpu
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -163,10 +163,10 @@ def list_layer_activations(spec: RunSpec) -> list[int]:
         per_token = 2 * [d * c] + [q * c] + 2 * [a.num_kv_heads * a.head_dim * c] + kept + [8, 4 * a.num_heads]
         return [size * _count_tokens(spec) for size in [*per_token, _count_low_rank(spec)]]
     adapted = _map_adapted(spec)
-    # q, k, v and output; torchtune expands k and v to all heads, and its kernel keeps the log-sum-exp.
+    # q, k, v and output; torchtune expands k and v to all heads, and torch's kernel keeps the log-sum-exp.
     if spec.device_type == "cpu":
         per_token = 2 * [q * c] + 2 * [a.num_kv_heads * a.head_dim * c]
-        per_token += [4 * a.num_heads] if spec.longest_row <= LONGEST_SHORT_ROW else []
+        per_token += [4 * a.num_heads] if spec.dtype == "bf16" and spec.longest_row > LONGEST_FLOAT32_ROW else []
     else:
         per_token = 4 * [q * c] + [4 * a.num_heads]
     # Both norms' inputs and factors; on a GPU torchtune's own norm computes in float32.
