@@ -22,12 +22,16 @@ from tune2gguf.train.forgetting import ANSWER_TOKENS, MAX_SHARE, MIN_PROMPTS, pl
 from tune2gguf.verdict.advice import GENERAL_SHARE, NOTABLE_DIVERGENCE
 from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING
 
-# A high learning rate: the best adapter is not the last one.
+# Letters that training never shows lose with every step: the best adapter is the first one.
+UNSEEN = [
+    {"messages": [{"role": "user", "content": f"Name {n} letters."}, {"role": "assistant", "content": "äöüß " * n}]}
+    for n in range(10, 16)
+]
 UNSTEADY = (
     "dtype=fp32",
     "base_weights=fp32",
     "epochs=4",
-    "learning_rate=0.7",
+    "learning_rate=0.02",
     "batch_size=2",
     "max_val_rows=6",
     "max_seq_len=256",
@@ -40,7 +44,7 @@ UNSTEADY = (
 
 @pytest.fixture
 def run_dir(tmp_path):
-    rows = {"training": make_conversations(8, start=200), "validation": make_conversations(6)}
+    rows = {"training": make_conversations(8, start=200), "validation": UNSEEN}
     return copy_real_run(write_tiny_base(tmp_path / "base", TINY_UNTIED), tmp_path / "run", *UNSTEADY, **rows)
 
 
