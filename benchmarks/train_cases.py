@@ -15,6 +15,7 @@ from tune2gguf.model.architectures import ARCHITECTURES, Architecture, read_arch
 from tune2gguf.model.loss import IGNORED_LABEL
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TUNE = str(Path(sys.executable).with_name("tune"))
 SIDES = ("ours", "stock", "peft")
 RANK, ALPHA, LEARNING_RATE, CLIP_GRAD_NORM = 16, 16, 1e-3, 1.0
 ATTENTION = "[q_proj,k_proj,v_proj,output_proj]"
@@ -191,7 +192,7 @@ def describe_row(row: TokenizedRow) -> dict[str, list[int]]:
 def make_command(side: str, prepared: Prepared, output_dir: Path) -> tuple[list[str], Path]:
     """Return a side's command and working directory."""
     if side == "ours":
-        return ["tune", "run", "recipes/lora_finetune.py", *prepared.arguments, f"output_dir={output_dir}"], REPOSITORY
+        return [TUNE, "run", "recipes/lora_finetune.py", *prepared.arguments, f"output_dir={output_dir}"], REPOSITORY
     if side == "peft":
         case = prepared.case
         options = {
@@ -245,7 +246,7 @@ def make_stock_command(prepared: Prepared, output_dir: Path) -> list[str]:
             "tokenizer.path": prepared.base_dir,
         }
     overrides = [f"{key}={value}" for key, value in options.items()]
-    return ["tune", "run", "lora_finetune_single_device", "--config", "llama3_2/1B_lora_single_device", *overrides]
+    return [TUNE, "run", "lora_finetune_single_device", "--config", "llama3_2/1B_lora_single_device", *overrides]
 
 
 def make_stock_architecture(shape: Architecture) -> dict[str, object]:
