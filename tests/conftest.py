@@ -171,6 +171,15 @@ def make_conversations(count: int, *, start: int = 0) -> list[dict]:
     return rows
 
 
+def make_unseen_conversations() -> list[dict]:
+    """Return conversations of letters that others never show: as validation rows, they lose with every step."""
+    contents = [(f"Name {number} letters.", "äöüß " * number) for number in range(10, 16)]
+    return [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]}
+        for prompt, reply in contents
+    ]
+
+
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -25,7 +25,7 @@ from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.model.llama import lora_llama
 from tune2gguf.runs.run import open_run
 from tune2gguf.serve.before_after import answer_before_and_after
-from tune2gguf.serve.proof import ADAPTER, BASE, prove_export
+from tune2gguf.serve.proof import ADAPTER, BASE, MAX_SCORE_DIFFERENCE, prove_export
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 
 OWN = "Theirs.Q4_K_M.gguf"
@@ -91,7 +91,8 @@ def test_what_was_trained_is_what_is_served(run_dir):
     served = proof.served_by_llama_cpp["Q4_K_M + adapter"]
     assert abs(proof.steps["Q4_K_M + adapter"]["increase"]) < 1e-5
     assert served["tokens"]["num_different"] == 0
-    assert abs(served["scores"]["loss_by_llama_cpp"] - served["scores"]["loss_by_torch"]) < 0.02
+    difference = abs(served["scores"]["loss_by_llama_cpp"] - served["scores"]["loss_by_torch"])
+    assert difference < MAX_SCORE_DIFFERENCE < proof.steps[BASE]["increase"], "negative control: without the adapter"
     modelfile = export.adapter.modelfile_path.read_text()
     assert "FROM ./over-gguf-base-Q4_K_M.gguf\nADAPTER ./over-gguf-adapter.gguf\n" in modelfile
     assert "ollama create over-gguf -f Modelfile-adapter" in export.model_card_path.read_text()

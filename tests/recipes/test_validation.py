@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_conversations, write_rows
+from tests.conftest import make_conversations, make_unseen_conversations, write_rows
 from tests.recipes.launch import Launch, count_lines, read_outcome, run_to_end
 from tests.recipes.test_training import read_records, run_recipe
 
@@ -13,11 +13,18 @@ from tests.recipes.test_training import read_records, run_recipe
 UNSTEADY = [
     "seed=5",
     "epochs=4",
-    "learning_rate=0.3",
+    "learning_rate=0.02",
     "scheduler=constant",
     "eval_every_n_steps=2",
     "early_stopping_patience=2",
 ]
+
+
+@pytest.fixture
+def unsteady_arguments(run_arguments, tmp_path) -> list[str]:
+    """Return arguments of a run whose first validation is its best one."""
+    unseen = write_rows(tmp_path / "unseen.jsonl", make_unseen_conversations())
+    return [*run_arguments, *UNSTEADY, f"dataset.validation_files=[{unseen}]"]
 
 
 def read_samples(folder: Path) -> list[dict]:
@@ -63,9 +70,9 @@ def test_rows_without_validation_rows_train_without_validation(run_arguments, tm
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_early_stopping_ends_after_so_many_validations_without_a_best_and_resumes_as_it_was(
-    run_arguments, tmp_path, num_processes
+    unsteady_arguments, tmp_path, num_processes
 ):
-    arguments = [*run_arguments, *UNSTEADY, "num_samples=1", f"batch_size={4 // num_processes}"]
+    arguments = [*unsteady_arguments, "num_samples=1", f"batch_size={4 // num_processes}"]
     folder, log = tmp_path / "whole", tmp_path / "whole.log"
     text = run_to_end([*arguments, f"output_dir={folder}"], log, num_processes=num_processes)
     whole = read_outcome(folder)
@@ -91,9 +98,10 @@ def test_early_stopping_ends_after_so_many_validations_without_a_best_and_resume
         }
 
 
-def test_stopped_run_goes_on_when_patience_is_taken_back(run_arguments, tmp_path, monkeypatch):
-    run_recipe([*run_arguments, *UNSTEADY], monkeypatch)
-    without = [*run_arguments, *UNSTEADY, "early_stopping_patience=null"]
+def test_stopped_run_goes_on_when_patience_is_taken_back(unsteady_arguments, tmp_path, monkeypatch):
+    run_recipe(unsteady_arguments, monkeypatch)
+    assert len(read_records(tmp_path / "runs/tiny", "loss")) < 20
+    without = [*unsteady_arguments, "early_stopping_patience=null"]
     run_recipe([*without, "resume=auto"], monkeypatch)
     run_recipe([*without, f"output_dir={tmp_path / 'whole'}"], monkeypatch)
     found, whole = read_outcome(tmp_path / "runs/tiny"), read_outcome(tmp_path / "whole")

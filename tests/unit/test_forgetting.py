@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.conftest import REPOSITORY, TINY_UNTIED, make_conversations, write_tiny_base
+from tests.conftest import REPOSITORY, TINY_UNTIED, make_conversations, make_unseen_conversations, write_tiny_base
 from tests.runs import copy_real_run, get_tiny_base
 from tests.unit.test_advice import advise_label, list_changes, make_situation
 from tune2gguf.config import check_values, load_config
@@ -22,11 +22,6 @@ from tune2gguf.train.forgetting import ANSWER_TOKENS, MAX_SHARE, MIN_PROMPTS, pl
 from tune2gguf.verdict.advice import GENERAL_SHARE, NOTABLE_DIVERGENCE
 from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING
 
-# Letters that training never shows lose with every step: the best adapter is the first one.
-UNSEEN = [
-    {"messages": [{"role": "user", "content": f"Name {n} letters."}, {"role": "assistant", "content": "äöüß " * n}]}
-    for n in range(10, 16)
-]
 UNSTEADY = (
     "dtype=fp32",
     "base_weights=fp32",
@@ -44,7 +39,10 @@ UNSTEADY = (
 
 @pytest.fixture
 def run_dir(tmp_path):
-    rows = {"training": make_conversations(8, start=200), "validation": UNSEEN}
+    rows = {
+        "training": make_conversations(8, start=200),
+        "validation": make_unseen_conversations(),
+    }  # the best adapter is the first one
     return copy_real_run(write_tiny_base(tmp_path / "base", TINY_UNTIED), tmp_path / "run", *UNSTEADY, **rows)
 
 
