@@ -39,10 +39,8 @@ UNSTEADY = (
 
 @pytest.fixture
 def run_dir(tmp_path):
-    rows = {
-        "training": make_conversations(8, start=200),
-        "validation": make_unseen_conversations(),
-    }  # the best adapter is the first one
+    # With these validation rows the best adapter is the first one.
+    rows = {"training": make_conversations(8, start=200), "validation": make_unseen_conversations()}
     return copy_real_run(write_tiny_base(tmp_path / "base", TINY_UNTIED), tmp_path / "run", *UNSTEADY, **rows)
 
 
