@@ -80,6 +80,14 @@ def test_each_position_has_its_own_weight_in_backward():
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_tiny_and_huge_losses_keep_their_digits():
+    weight, targets = torch.tensor([[30.0], [18.0], [-200.0]]), torch.tensor([0, 1, 2])
+    losses = cross_entropy_of_supervised(torch.ones(3, 1), weight, targets)
+    expected = functional.cross_entropy(weight.T.double().expand(3, 3), targets, reduction="none")
+    assert expected[0] < 1e-5 and expected[2] > 200
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-2, atol=0)
+
+
 def test_no_supervised_position_gives_no_loss_and_zero_gradient():
     hidden, weight, labels = make_problem()
     selected, targets = select(hidden, torch.full_like(labels, IGNORED_LABEL))

@@ -169,7 +169,7 @@ def _put(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate pairs of channels of [rows, heads, seq, head_dim] as complex numbers, in place."""
+    """Rotate pairs of channels of [rows, heads, seq, head_dim] as complex numbers; float32 in place."""
     x = x.to(turns.real.dtype)
     torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
     return x

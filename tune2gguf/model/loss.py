@@ -97,8 +97,8 @@ def _compute_plainly(logits: Tensor, targets: Tensor, *, with_gradient: bool) ->
         block = slice(start, start + at_a_time)
         own, target = logits[block].float(), targets[block, None]
         probabilities = torch.softmax(own, dim=-1)
-        # log(sum(exp)) is the largest logit less the log of its probability; log_softmax would nearly double the time.
-        losses[block] = own.amax(-1) - probabilities.amax(-1).log() - own.gather(1, target).squeeze(1)
+        # log_softmax would nearly double the time. The logits are subtracted first: a small loss keeps its digits.
+        losses[block] = (own.amax(-1) - own.gather(1, target).squeeze(1)) - probabilities.amax(-1).log()
         if with_gradient:
             probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
             logits[block] = probabilities
