@@ -7,7 +7,8 @@
     python benchmarks/four_bits.py grid                                              # of the base's own weights
     python benchmarks/four_bits.py table
 
-The model is SmolLM2-135M-Instruct (scripts/download.py), fine-tuned as examples/quickstart says. `plain` and `imatrix`
+The model is SmolLM2-135M-Instruct (scripts/download.py) or --base (train_base.py makes one), fine-tuned as
+examples/quickstart says. --jobs processes train on each of --devices; as many measure. `plain` and `imatrix`
 are the bf16 run merged and quantized. `repaired R` is `plain` and an adapter of rank R that approximates the rounding
 errors. `unmerged` is the base in this type with the run's adapter beside it (--adapter-gguf). `beside` is a run with
 base_weights=gguf:TYPE, served as that file and the adapter. The increase is over the loss of the bf16 run's unmerged
@@ -21,15 +22,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+import torch
+from recipe_runs import REPOSITORY, SMOLLM2, add_arguments, count_threads, do_side_by_side, train
 
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
 from tune2gguf.base.layout import get_gguf_name
@@ -46,8 +51,6 @@ from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.runs.calibration import read_calibration_rows
 from tune2gguf.runs.run import Run
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RUNS = REPOSITORY / "runs/four_bits"
 RESULTS = REPOSITORY / "benchmarks/results/four_bits_smollm2.jsonl"
 REFERENCE = "adapter"
 REPAIR_RANKS = (16, 32)
@@ -63,7 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--rows", type=int, default=16, help="held-out rows, the first ones; the proof takes 16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--base", type=Path, default=SMOLLM2, help="for train: the folder of the base")
+    add_arguments(parser, out=REPOSITORY / "runs/four_bits")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -71,22 +75,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.what == "train":
-        for seed in arguments.seeds:
-            for kind in arguments.kinds:
-                train(arguments.runs / name_run(kind, seed), kind=kind, seed=seed)
+        train_all(arguments)
     elif arguments.what == "measure":
-        for seed in arguments.seeds:
-            for name in arguments.types:
-                record(arguments.results, measure_type(arguments.runs, name, seed=seed, num_rows=arguments.rows))
+        measure_all(arguments)
     elif arguments.what == "calibrate":
         for seed in arguments.seeds:
-            subject = Subject(arguments.runs / name_run("bf16", seed), num_rows=arguments.rows)
+            subject = Subject(arguments.out / name_run("bf16", seed), num_rows=arguments.rows)
             for name in arguments.types:
                 print_calibration(subject, name, arguments.tokens)
     elif arguments.what == "speed":
         for seed in arguments.seeds:
             for kind in arguments.kinds:
-                print(format_speed(arguments.runs / name_run(kind, seed)))
+                print(format_speed(arguments.out / name_run(kind, seed)))
     elif arguments.what == "grid":
         print("\n".join(compare_grids()))
     else:
@@ -97,14 +97,39 @@ def name_run(kind: str, seed: int) -> str:
     return f"{kind.removeprefix('gguf:')}-{seed}"
 
 
-def train(run_dir: Path, *, kind: str, seed: int) -> None:
-    """Train the quickstart over this kind of base, unless the run is there."""
-    if (run_dir / "verdict.json").is_file():
-        return
-    overrides = [f"output_dir={run_dir}", f"seed={seed}", "num_samples=0", f"base_weights={kind}", "resume=auto"]
-    overrides += [f"quantization={kind.removeprefix('gguf:')}"] if kind.startswith("gguf:") else []
-    command = ["tune", "run", "recipes/lora_finetune.py", "--config", "examples/quickstart/lora.yaml", *overrides]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
+def train_all(arguments: argparse.Namespace) -> None:
+    """Train the quickstart over each kind of base with each seed, unless the run is there."""
+    threads = count_threads(arguments.devices, arguments.jobs)
+
+    def train_one(task: tuple[int, str], device: str) -> None:
+        seed, kind = task
+        settings = {"base_dir": str(arguments.base), "seed": seed, "base_weights": kind}
+        if arguments.base != SMOLLM2:
+            settings["model.architecture"] = None
+        if kind.startswith("gguf:"):
+            settings["quantization"] = kind.removeprefix("gguf:")
+        run_dir = arguments.out / name_run(kind, seed)
+        train(run_dir, settings, device=device, precision=arguments.precision, threads=threads)
+
+    tasks = [*product(arguments.seeds, arguments.kinds)]
+    do_side_by_side(train_one, tasks, devices=arguments.devices, jobs=arguments.jobs)
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Measure each type with each seed, and append to the results."""
+    pool = ProcessPoolExecutor(
+        arguments.jobs,
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(count_threads(["cpu"], arguments.jobs),),
+    )
+    with pool:
+        futures = [
+            pool.submit(measure_type, arguments.out, name, seed=seed, num_rows=arguments.rows)
+            for seed, name in product(arguments.seeds, arguments.types)
+        ]
+        for future in futures:
+            record(arguments.results, future.result())
 
 
 def format_speed(run_dir: Path) -> str:
@@ -120,7 +145,7 @@ def compare_grids() -> Iterator[str]:
 
     A base that was itself rounded to four bits lies on a grid that a type with an importance matrix can find again.
     """
-    base, kernels = open_base(REPOSITORY / "models/SmolLM2-135M-Instruct"), load_kernels()
+    base, kernels = open_base(SMOLLM2), load_kernels()
     rows = np.ascontiguousarray(base.read_rows("layers.5.mlp.w1.weight", 0, 256))
     noise = np.random.default_rng(0).standard_normal(rows.shape, np.float32)
     yield f"{'type':<8}" + "".join(f"{of:>8}{'weighted':>10}" for of in ("base", "noise"))
@@ -192,8 +217,8 @@ class Subject:
 MATRICES: dict[Path, ImportanceMatrix] = {}
 
 
-def measure_type(runs: Path, name: str, *, seed: int, num_rows: int) -> Iterator[dict]:
-    """Yield a record for each way to this type that there is a run for."""
+def measure_type(runs: Path, name: str, *, seed: int, num_rows: int) -> list[dict]:
+    """Return a record for each way to this type that there is a run for."""
     run_dir = runs / name_run("bf16", seed)
     subject = Subject(run_dir, num_rows=num_rows)
     if run_dir not in MATRICES:
@@ -208,15 +233,17 @@ def measure_type(runs: Path, name: str, *, seed: int, num_rows: int) -> Iterator
         if (beside / "best").is_dir():
             adapter = read_adapter(Run(beside).adapter_dir, subject.base.specs)
             sources["beside"] = open_base_source(rounded, adapter=adapter)
+    records = []
     for way, found in subject.measure(sources).items():
         size = count_file_bytes(subject.base, QUANTIZATIONS[name], has_importance=way == "imatrix")
         if sources.get(way) is not None and sources[way].adapter is not None:
             # In a file an adapter's numbers have two bytes.
             size += 2 * sum(pair.lora_a.size + pair.lora_b.size for pair in sources[way].adapter.pairs.values())
-        yield {"seed": seed, "type": name, "way": way, "rows": num_rows, "bytes": size, **found}
+        records.append({"seed": seed, "type": name, "way": way, "rows": num_rows, "bytes": size, **found})
+    return records
 
 
-def record(results: Path, records: Iterator[dict]) -> None:
+def record(results: Path, records: list[dict]) -> None:
     for one in records:
         with results.open("a") as file:
             file.write(json.dumps(one) + "\n")

@@ -16,7 +16,8 @@ One epoch of the same conversations (one exchange, log-normal lengths, made by m
 
 Seconds of an epoch include start, load and first compilation: every run starts without compiled kernels, unless --warm
 keeps those of the run before. Tokens per second: tokens of an average step over the median seconds between two steps in
-the runs' logs. The loss is the mean of the last eight steps.
+the runs' logs. The loss is the mean of the last eight steps. In warm-up the other sides are a step behind, as their
+first learning rate is 0; --warmup-steps 0 gives all sides the same rates.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def write_rows(folder: Path, count: int, base_dir: Path) -> Rows:
 
 
 def make_our_command(
-    model: str, kind: str, base_dir: Path, rows: Path, out: Path, *, shipped: bool
+    model: str, kind: str, base_dir: Path, rows: Path, out: Path, *, warmup_steps: int, shipped: bool
 ) -> tuple[list[str], Path]:
     options = {
         "base_dir": base_dir,
@@ -88,6 +89,7 @@ def make_our_command(
         "epochs": 1,
         "num_samples": 0,
         "save_every_n_steps": 100_000,
+        "warmup_steps": warmup_steps,
         "output_dir": out,
     }
     if not shipped:
@@ -96,7 +98,7 @@ def make_our_command(
     return [*command, *(f"{key}={value}" for key, value in options.items())], out / "metrics.jsonl"
 
 
-def list_stock_options(base_dir: Path, rows: Path, out: Path) -> dict[str, object]:
+def list_stock_options(base_dir: Path, rows: Path, out: Path, *, warmup_steps: int = WARMUP_STEPS) -> dict[str, object]:
     """Return the overrides that give torchtune's recipes our rows, rank, layers and rows per step."""
     return {
         "output_dir": out,
@@ -118,15 +120,15 @@ def list_stock_options(base_dir: Path, rows: Path, out: Path) -> dict[str, objec
         "gradient_accumulation_steps": ROWS_PER_STEP // 2,
         "epochs": 1,
         "optimizer.lr": LEARNING_RATE,
-        "lr_scheduler.num_warmup_steps": WARMUP_STEPS,
+        "lr_scheduler.num_warmup_steps": warmup_steps,
         "metric_logger.filename": "log.txt",
     }
 
 
 def make_stock_command(
-    model: str, kind: str, base_dir: Path, rows: Path, out: Path, *, best: bool
+    model: str, kind: str, base_dir: Path, rows: Path, out: Path, *, warmup_steps: int, best: bool
 ) -> tuple[list[str], Path]:
-    options = list_stock_options(base_dir, rows, out) | {"clip_grad_norm": 1.0}
+    options = list_stock_options(base_dir, rows, out, warmup_steps=warmup_steps) | {"clip_grad_norm": 1.0}
     if best:
         options |= {"batch_size": ROWS_PER_STEP, "gradient_accumulation_steps": 1}
         options |= {"compile": True, "enable_activation_checkpointing": False}
@@ -134,7 +136,9 @@ def make_stock_command(
     return [*command, *(f"{key}={value}" for key, value in options.items())], out / "logs/log.txt"
 
 
-def make_unsloth_command(kind: str, base_dir: Path, rows: Path, out: Path, *, best: bool) -> tuple[list[str], Path]:
+def make_unsloth_command(
+    kind: str, base_dir: Path, rows: Path, out: Path, *, warmup_steps: int, best: bool
+) -> tuple[list[str], Path]:
     log = out / "log.txt"
     options = {
         "base-dir": base_dir,
@@ -147,7 +151,7 @@ def make_unsloth_command(kind: str, base_dir: Path, rows: Path, out: Path, *, be
         "rank": gpu.RANK,
         "alpha": gpu.ALPHA,
         "learning-rate": LEARNING_RATE,
-        "warmup-steps": WARMUP_STEPS,
+        "warmup-steps": warmup_steps,
         "max-seq-len": MAX_SEQ_LEN,
         "log": log,
     }
@@ -188,14 +192,15 @@ def measure(side: str, model: str, kind: str, rows: Rows, arguments: argparse.Na
     out = folder / f"{side}-{model}-{kind}".replace(" ", "-")
     shutil.rmtree(out, ignore_errors=True)
     cwd = folder  # Not the repository's root: there `tune` finds our recipes first.
+    paths, options = (base_dir, rows.path, out), {"warmup_steps": arguments.warmup_steps}
     if side.startswith("ours"):
-        shipped = side == "ours shipped"
-        command, log = make_our_command(model, kind, base_dir, rows.path, out, shipped=shipped)
+        command, log = make_our_command(model, kind, *paths, shipped=side == "ours shipped", **options)
         cwd = REPOSITORY
     elif side.startswith("stock"):
-        command, log = make_stock_command(model, kind, base_dir, rows.path, out, best=side == "stock best")
+        command, log = make_stock_command(model, kind, *paths, best=side == "stock best", **options)
     else:
-        command, log = make_unsloth_command(kind, base_dir, rows.tokenized, out, best=side == "unsloth best")
+        paths = base_dir, rows.tokenized, out
+        command, log = make_unsloth_command(kind, *paths, best=side == "unsloth best", **options)
     environment = make_environment(side, cwd, out, site=arguments.unsloth_site, warm=arguments.warm)
     case = f"{model:<4}{kind:<7}{side:<14}"
     try:
@@ -242,6 +247,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["lora", "qlora"])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*SIDES])
     parser.add_argument("--rows", type=int, default=320)
+    parser.add_argument("--warmup-steps", type=int, default=WARMUP_STEPS)
     parser.add_argument("--warm", action="store_true", help="keep the compiled kernels of earlier runs")
     parser.add_argument("--folder", type=Path, help="folder of bases and runs")
     parser.add_argument("--unsloth-site", type=Path, help="a folder with Unsloth's packages; see train_unsloth.py")
