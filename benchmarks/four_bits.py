@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -33,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 import scipy.linalg
-import torch
 from recipe_runs import REPOSITORY, SMOLLM2, add_arguments, count_threads, do_side_by_side, train
 
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
@@ -117,13 +117,9 @@ def train_all(arguments: argparse.Namespace) -> None:
 
 def measure_all(arguments: argparse.Namespace) -> None:
     """Measure each type with each seed, and append to the results."""
-    pool = ProcessPoolExecutor(
-        arguments.jobs,
-        mp_context=get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(count_threads(["cpu"], arguments.jobs),),
-    )
-    with pool:
+    # BLAS reads it when it is loaded; torch does, too.
+    os.environ["OMP_NUM_THREADS"] = str(count_threads(["cpu"], arguments.jobs))
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         futures = [
             pool.submit(measure_type, arguments.out, name, seed=seed, num_rows=arguments.rows)
             for seed, name in product(arguments.seeds, arguments.types)
