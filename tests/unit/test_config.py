@@ -280,6 +280,11 @@ def write_yaml(path: Path, replaced: dict[str, str]) -> Path:
             {"torch.optim.AdamW": "torch.optim.LBFGS"},
             "weight_decay has no effect: optimizer._component_ takes no 'weight_decay'",
         ),
+        (
+            {"tune2gguf.train.schedules.get_schedule": "torchtune.training.get_cosine_schedule_with_warmup"},
+            "scheduler has no effect: lr_scheduler._component_ takes no 'name'; set scheduler=null and remove lr_sch",
+        ),
+        ({"scheduler: cosine ": "scheduler: null "}, "scheduler is empty; lr_scheduler._component_ takes 'name'"),
         ({"seed: 42 ": "sede: 42 "}, "unknown config key 'sede'; did you mean 'seed'?\nmissing config key 'seed'"),
         ({"epochs: 3 ": "epochs: 3\nepochs: 4 "}, "cannot be read as YAML"),
         ({"epochs: 3 ": "epochs 3 "}, "cannot be read as YAML"),
@@ -291,6 +296,16 @@ def test_wrong_yaml_is_refused(replaced, message, run_arguments, tmp_path):
     run_arguments[1] = str(write_yaml(tmp_path / "wrong.yaml", replaced))
     overrides = [argument for argument in run_arguments if not ("dataset" in argument and "dataset:" in str(replaced))]
     assert message in find_error(overrides)
+
+
+def test_a_schedule_of_torchtunes_takes_the_place_of_the_shipped_one(run_arguments, tmp_path):
+    replaced = {
+        "tune2gguf.train.schedules.get_schedule": "torchtune.training.get_cosine_schedule_with_warmup",
+        "  name: ${scheduler}\n": "",
+        "scheduler: cosine ": "scheduler: null ",
+    }
+    run_arguments[1] = str(write_yaml(tmp_path / "stock.yaml", replaced))
+    assert check_config(load_config(run_arguments)) == []
 
 
 @pytest.mark.parametrize("content", ["- a\n", "", "just text\n", "a: [\n", "\x00"], ids=repr)

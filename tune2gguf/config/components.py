@@ -104,8 +104,13 @@ def _find_reference_problems(
         name, _, key = path.partition(".")
         if name != component or flat not in values:
             continue
-        if key not in settable:
-            yield f"{flat} has no effect: {component}._component_ takes no {key!r}"
+        if values[flat] is None and KEYS[flat].optional:
+            # null stands for a component without this setting.
+            if key in settable:
+                yield f"{flat} is empty; {component}._component_ takes {key!r}, so it needs a value"
+        elif key not in settable:
+            way_out = f"; set {flat}=null and remove {path}" if KEYS[flat].optional else ""
+            yield f"{flat} has no effect: {component}._component_ takes no {key!r}{way_out}"
         elif key not in options:
             yield f"{flat} has no effect: {path} must be ${{{flat}}}"
         elif not isinstance(options[key], dict) and options[key] != values[flat]:

@@ -38,7 +38,7 @@ KEYS = {
     "lora_dropout": Key(float, minimum=0, below=1, why_not="at 1 the adapter gets no input"),
     "max_seq_len": Key(int, minimum=2, why_not="a row needs a token to predict from and one to predict"),
     "warmup_steps": Key(int, minimum=0, why_not="0 turns warm-up off"),
-    "scheduler": Key(str, choices=SCHEDULERS),
+    "scheduler": Key(str, choices=SCHEDULERS, optional=True),
     "seed": Key(int, minimum=0, maximum=2**32 - 1),
     "batch_size": Key(int, minimum=1, why_not="a step needs a row"),
     "quantization": Key(str, choices=tuple(QUANTIZATIONS)),
