@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from tune2gguf.base.layout import get_gguf_name
+from tune2gguf.base.layout import get_gguf_name, list_tensors
 from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.measure.layerwise import WeightSource, compute_hidden
+
+TOKENS_PER_SUM = 256
 
 
 def measure_importance(
@@ -32,10 +34,12 @@ def measure_importance(
         dataset: name of the rows, for the file
         report: called with the number of layers done
     """
-    sums: dict[str, np.ndarray] = {}
+    # All at once: one a layer would lie between the freed activations, and the heap would grow with every layer.
+    specs = list_tensors(source.architecture)
+    sums = {get_gguf_name(spec.tune_name): np.zeros(spec.shape[1], np.float32) for spec in specs if spec.is_linear}
 
     def add(tune_name: str, x: Tensor) -> None:
-        sums[get_gguf_name(tune_name)] = x.double().square().sum(0).float().numpy()
+        sums[get_gguf_name(tune_name)][:] = sum(part.double().square_().sum(0) for part in x.split(TOKENS_PER_SUM))
 
     compute_hidden(replace(source, observe=add), rows, report=report)
     num_tokens = sum(map(len, rows))
