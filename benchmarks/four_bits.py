@@ -109,7 +109,8 @@ def train_all(arguments: argparse.Namespace) -> None:
         if kind.startswith("gguf:"):
             settings["quantization"] = kind.removeprefix("gguf:")
         run_dir = arguments.out / name_run(kind, seed)
-        train(run_dir, settings, device=device, precision=arguments.precision, threads=threads)
+        if not train(run_dir, settings, device=device, precision=arguments.precision, threads=threads):
+            raise RuntimeError(f"{run_dir} is not finished: see {run_dir}.log")
 
     tasks = [*product(arguments.seeds, arguments.kinds)]
     do_side_by_side(train_one, tasks, devices=arguments.devices, jobs=arguments.jobs)

@@ -317,7 +317,7 @@ class LoRAFinetuneRecipe:
         if self.progress.step == 0:
             refuse_damaged_base(loss, self.cfg.base_dir, self.world)
         if problem is None:
-            record |= {"loss": loss, "lr": self.schedule.get_last_lr()[0], "grad_norm": grad_norm}
+            record |= {"loss": loss, "lr": float(self.schedule.get_last_lr()[0]), "grad_norm": grad_norm}
             self.optimizer.step()
         else:
             record["skipped"] = skip_step(

@@ -147,6 +147,20 @@ def test_more_epochs_go_on_with_the_longer_schedule(arguments, tmp_path, monkeyp
     assert json.loads((folder / "environment.json").read_text())["resumed"][0]["step"] == 12
 
 
+def test_torchaos_optimizer_keeps_its_rate_in_a_tensor_and_resumes_exactly(arguments, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    eight_bit = [*arguments, "optimizer._component_=torchao.optim.AdamW8bit"]
+    run_recipe(eight_bit, monkeypatch)
+    folder = tmp_path / "runs/tiny"
+    whole = read_outcome(folder)
+    first = min(whole["checkpoints"], key=lambda name: int(name.removeprefix("step_")))
+    run_recipe([*eight_bit, f"resume={folder / 'checkpoints' / first}"], monkeypatch)
+    assert read_outcome(folder) == whole
+    # Negative control: torch's optimizer ends elsewhere.
+    run_recipe([*arguments, f"output_dir={tmp_path / 'other'}"], monkeypatch)
+    assert read_outcome(tmp_path / "other")["last"] != whole["last"]
+
+
 def test_damaged_checkpoint_is_not_loaded_and_the_newest_good_one_is_named(arguments, tmp_path, monkeypatch, capsys):
     folder = copy_run([*arguments, "keep_last=3"], tmp_path)
     before = read_outcome(folder)

@@ -308,12 +308,6 @@ def test_a_schedule_of_torchtunes_takes_the_place_of_the_shipped_one(run_argumen
     assert check_config(load_config(run_arguments)) == []
 
 
-def test_an_optimizer_whose_state_no_checkpoint_holds_is_refused(run_arguments):
-    pytest.importorskip("torchao")
-    problem = "optimizer._component_=torchao.optim.AdamW8bit keeps its state in tensors of its own classes"
-    assert problem in find_error([*run_arguments, "optimizer._component_=torchao.optim.AdamW8bit"])
-
-
 @pytest.mark.parametrize("content", ["- a\n", "", "just text\n", "a: [\n", "\x00"], ids=repr)
 def test_what_is_no_mapping_is_refused_with_its_name(content, tmp_path):
     (tmp_path / "wrong.yaml").write_text(content)

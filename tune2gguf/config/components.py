@@ -143,12 +143,6 @@ def find_build_problems(values: Mapping[str, Any]) -> Iterator[str]:
     name = "optimizer"
     try:
         optimizer = build(name, [torch.nn.Parameter(torch.zeros(1))])
-        # torchao's: https://github.com/pytorch/ao/tree/main/torchao/optim
-        if isinstance(optimizer.param_groups[0].get("lr"), torch.Tensor):
-            yield (
-                f"optimizer._component_={values[name]['_component_']} keeps its state in tensors of its own classes, "
-                "which a checkpoint cannot hold; use torch.optim.AdamW: the state of an adapter is small"
-            )
         name = "lr_scheduler"
         build(name, optimizer, num_training_steps=1)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:

@@ -34,7 +34,7 @@ def measure_importance(
         dataset: name of the rows, for the file
         report: called with the number of layers done
     """
-    # All at once: one a layer would lie between the freed activations, and the heap would grow with every layer.
+    # Allocated before the first layer: arrays that are kept between freed activations would make the heap grow.
     specs = list_tensors(source.architecture)
     sums = {get_gguf_name(spec.tune_name): np.zeros(spec.shape[1], np.float32) for spec in specs if spec.is_linear}
 
