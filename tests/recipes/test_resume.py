@@ -147,17 +147,17 @@ def test_more_epochs_go_on_with_the_longer_schedule(arguments, tmp_path, monkeyp
     assert json.loads((folder / "environment.json").read_text())["resumed"][0]["step"] == 12
 
 
-def test_torchaos_optimizer_keeps_its_rate_in_a_tensor_and_resumes_exactly(arguments, tmp_path, monkeypatch):
+def test_torchaos_optimizer_keeps_its_rate_in_a_tensor_and_resumes_exactly(arguments, tmp_path):
+    """In processes of their own: the optimizer is compiled, which starts threads and workers."""
     pytest.importorskip("torchao")
     eight_bit = [*arguments, "optimizer._component_=torchao.optim.AdamW8bit"]
-    run_recipe(eight_bit, monkeypatch)
-    folder = tmp_path / "runs/tiny"
+    folder = copy_run(eight_bit, tmp_path)
     whole = read_outcome(folder)
     first = min(whole["checkpoints"], key=lambda name: int(name.removeprefix("step_")))
-    run_recipe([*eight_bit, f"resume={folder / 'checkpoints' / first}"], monkeypatch)
+    run_to_end([*eight_bit, f"resume={folder / 'checkpoints' / first}"], tmp_path / "log")
     assert read_outcome(folder) == whole
     # Negative control: torch's optimizer ends elsewhere.
-    run_recipe([*arguments, f"output_dir={tmp_path / 'other'}"], monkeypatch)
+    run_to_end([*arguments, f"output_dir={tmp_path / 'other'}"], tmp_path / "log")
     assert read_outcome(tmp_path / "other")["last"] != whole["last"]
 
 
