@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tune2gguf.model.caches import KVCaches
     from tune2gguf.model.llama import CausalLM
 
 
@@ -22,11 +23,12 @@ class AdapterModel:
     """A base with its adapter, in evaluation mode, with KV caches; from `load_adapter_model` or `kv_caches`.
 
     Attributes:
+        caches: of the model
         max_seq_len: limit on the tokens of prompt plus reply
         agree: maps this process's chosen tokens to those that all processes continue with
     """
 
-    model: CausalLM
+    caches: KVCaches
     tokenizer: ChatTokenizer
     max_seq_len: int
     device: torch.device
@@ -62,16 +64,15 @@ class AdapterModel:
         """Return the sampled ids; they end with a stop token unless the limit came first."""
         import torch
 
-        decoder, ids = self.model.decoder, []
-        generator = torch.Generator(self.device).manual_seed(seed)
+        ids, generator = [], torch.Generator(self.device).manual_seed(seed)
         causal = torch.ones(self.max_seq_len, self.max_seq_len, dtype=torch.bool, device=self.device).tril()
         new = torch.tensor(prompt, device=self.device)
-        decoder.reset_caches()
+        self.caches.clear()
         with torch.no_grad():
             while len(ids) < max_tokens and (not ids or ids[-1] not in self.tokenizer.stop_ids):
                 begin = len(prompt) + len(ids) - len(new)
                 places = torch.arange(begin, begin + len(new), device=self.device)
-                logits = self.model.predict_next(new[None], mask=causal[None, places], input_pos=places[None])[0]
+                logits = self.caches.predict_next(new[None], mask=causal[None, places], input_pos=places[None])[0]
                 ids += self.agree([_draw(logits, temperature, generator)])
                 stream.add(ids[-1])
                 new = torch.tensor(ids[-1:], device=self.device)
@@ -114,11 +115,11 @@ def generate_together(
     padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     new, begin = torch.tensor(padded, device=device), 0
     open_rows = set(range(len(prompts)))
-    adapter_model.model.decoder.reset_caches()
+    adapter_model.caches.clear()
     with torch.no_grad():
         while open_rows:
             now = slice(begin, begin + new.shape[1])
-            logits = adapter_model.model.predict_next(new, mask=mask[:, now], input_pos=positions[:, now])
+            logits = adapter_model.caches.predict_next(new, mask=mask[:, now], input_pos=positions[:, now])
             chosen = adapter_model.agree(logits.argmax(-1).tolist())
             for row in sorted(open_rows):
                 replies[row].append(chosen[row])
@@ -171,22 +172,13 @@ def kv_caches(
         batch_size: rows of the caches
         num_places: tokens per row of the caches
     """
-    from torchtune.modules import MultiHeadAttention
-    from torchtune.modules.common_utils import local_kv_cache
+    from tune2gguf.model.caches import KVCaches
 
-    decoder, was_training = model.decoder, model.training
+    was_training = model.training
     model.eval()
-    dtype = decoder.tok_embeddings.weight.dtype
-    with (
-        model.run_eagerly(),
-        local_kv_cache(decoder, batch_size=batch_size, device=device, dtype=dtype, decoder_max_seq_len=num_places),
-    ):
-        yield AdapterModel(model, tokenizer, max_seq_len, device, agree)
-    for module in decoder.modules():
-        if isinstance(module, MultiHeadAttention):
-            # torchtune leaves an empty submodule, which would recompile a compiled layer.
-            del module.kv_cache
-            module.kv_cache = None
+    caches = KVCaches(model, batch_size=batch_size, num_places=num_places, device=device)
+    yield AdapterModel(caches, tokenizer, max_seq_len, device, agree)
+    caches.detach()
     model.train(was_training)
 
 

@@ -7,6 +7,7 @@ import torch
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.load import load_base
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
+from tune2gguf.model.caches import KVCaches
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.model.llama import LORA_ATTN_MODULES, CausalLM, lora_llama
 from tune2gguf.model.lora import LoRALinear
@@ -17,11 +18,9 @@ from tune2gguf.tokenizer.tokenizer import load_tokenizer
 def load_adapter_model(run: Run) -> AdapterModel:
     """Load a run's model with load_trained_model, and set up KV caches for one conversation."""
     model, device = load_trained_model(run)
-    with device:
-        dtype = model.decoder.tok_embeddings.weight.dtype
-        model.decoder.setup_caches(batch_size=1, dtype=dtype, decoder_max_seq_len=run.max_seq_len)
+    caches = KVCaches(model, batch_size=1, num_places=run.max_seq_len, device=device)
     tokenizer = load_tokenizer(run.base_dir, chat_template=run.chat_template.name)
-    return AdapterModel(model, tokenizer, run.max_seq_len, device)
+    return AdapterModel(caches, tokenizer, run.max_seq_len, device)
 
 
 def load_trained_model(run: Run) -> tuple[CausalLM, torch.device]:
