@@ -1,23 +1,25 @@
 """Training steps beside other programs: this package, an older one, torchtune's recipe and PEFT, each against itself.
 
     python benchmarks/busy_cpu.py --folder /tmp/busy --out benchmarks/results/busy_cpu.txt
-    python benchmarks/busy_cpu.py --folder /tmp/busy --before /tmp/older_checkout --sides ours before --rounds 1
+    python benchmarks/busy_cpu.py --folder /tmp/busy --before /tmp/older_checkout --sides ours before
     python benchmarks/busy_cpu.py --folder /tmp/spins --sides --spin-counts 0 100 1000 10000
 
-A side trains the quickstart's rows in a process of its own (the case of train.py). Once it takes steps, busy processes
-come and go in turns: none, then 1, 2 and 4 of the same priority, then 2 of lower priority (nice 10), so many rounds.
-Given is each side's speed in a turn as a share of its own without them, and of ours: tokens of the steps that lie
-wholly in a turn over their time. A machine that is busy already says so in its load. The other sides are given back
-the default of their OpenMP, which tune2gguf's start bounds for every Python in its environment. What a side has done is
-a line of FOLDER/busy.jsonl, and the table is made of all lines, so that rounds and sides can be run one by one.
+A side trains the quickstart's rows in a process of its own (the case of train.py). Once it takes steps, it is stopped.
+Busy processes come and go in turns: none, then 1, 2 and 4 of the same priority, then 2 of lower priority (nice 10), so
+many rounds. In each turn every side runs for so long, one after the other: what a machine's other users do changes
+within minutes. Given are the medians over the rounds: the steps a second that lie wholly in a turn, their share of the
+side's own without busy processes, and their ratio to the first side's. A round is a line of FOLDER/busy.jsonl, and the
+table is made of all lines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,8 +35,8 @@ from tune2gguf.runs.files import read_json_lines
 
 CASE = "smollm2 quickstart"
 SIDES = ("ours", "before", "stock", "peft")
-OPENMP_DEFAULT = "300000"  # GOMP_SPINCOUNT where nothing is said
-EPOCHS = 40  # more steps than any side takes meanwhile
+SETTLING_SECONDS = 1.5
+EPOCHS = 60  # more steps than any side takes meanwhile
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,7 @@ def start_side(
     environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
     environment.pop("OMP_NUM_THREADS", None)
     environment.pop("GOMP_SPINCOUNT", None)
-    if side != "ours":
-        environment["GOMP_SPINCOUNT"] = OPENMP_DEFAULT
-    elif spin_count is not None:
+    if spin_count is not None:
         environment["GOMP_SPINCOUNT"] = spin_count
     if side == "stock":
         command += [f"epochs={EPOCHS}"]
@@ -80,68 +80,92 @@ def start_side(
     )
 
 
-def measure(
-    side: str, prepared: Prepared, folder: Path, arguments: argparse.Namespace, spin_count: str | None = None
-) -> dict[str, list[float]]:
-    """Return the steps a second of a side in each turn, a value a round."""
-    output_dir = folder / "run"
-    shutil.rmtree(output_dir, ignore_errors=True)
-    process = start_side(side, prepared, output_dir, before=arguments.before, spin_count=spin_count)
-    log = Log("ours" if side == "before" else side, output_dir)
-    speeds, busy = defaultdict(list), []
+@dataclass
+class Running:
+    """A side's process, stopped but for its turns, and its log of steps."""
 
-    def wait_for(count: int, limit: float) -> int:
+    name: str
+    process: subprocess.Popen
+    log: Log
+
+    def wait_for(self, count: int, limit: float) -> int:
         """Return how many steps are done when there are so many, or the time is over."""
         until = time.monotonic() + limit
-        while len(log.read()) < count and time.monotonic() < until:
+        while len(self.log.read()) < count and time.monotonic() < until:
             time.sleep(0.02)
-            if process.poll() is not None:
-                sys.exit(f"{side} ended early: {folder / f'{side}.log'}")
-        return len(log.losses)
+            if self.process.poll() is not None:
+                sys.exit(f"{self.name} ended early: {self.log.path}")
+        return len(self.log.losses)
 
-    try:
-        wait_for(3, 600)
-        for _ in range(arguments.rounds):
-            for turn in TURNS:
-                busy = start_busy(turn)
-                # The step at hand belongs to two turns.
-                first = wait_for(len(log.read()) + 1, arguments.seconds)
-                started = time.monotonic()
-                last = wait_for(first + 1_000_000, arguments.seconds)
-                if last > first:
-                    last = wait_for(last + 1, arguments.seconds)
-                speeds[str(turn)].append((last - first) / (time.monotonic() - started))
-                for one in busy:
-                    one.kill()
-                    one.wait()
-    finally:
-        for one in [process, *busy]:
-            one.kill()
-            one.wait()
-    return dict(speeds)
+    def measure(self, seconds: float) -> float:
+        """Let the side run for so long, and return its steps a second."""
+        self.process.send_signal(signal.SIGCONT)
+        time.sleep(SETTLING_SECONDS)  # the threads get used to what is beside them
+        first = self.wait_for(len(self.log.read()) + 1, seconds)  # the step at hand belongs to two turns
+        started = time.monotonic()
+        last = self.wait_for(first + 1_000_000, seconds)
+        if last > first:
+            last = self.wait_for(last + 1, seconds)
+        speed = (last - first) / (time.monotonic() - started)
+        self.process.send_signal(signal.SIGSTOP)
+        return speed
+
+
+def start_sides(prepared: Prepared, folder: Path, arguments: argparse.Namespace) -> list[Running]:
+    """Start every side, and stop it once it takes steps."""
+    runs = [(side, side, None) for side in arguments.sides]
+    runs += [(f"spins {count}", "ours", count) for count in arguments.spin_counts]
+    started = []
+    for name, side, spin_count in runs:
+        output_dir = folder / name.replace(" ", "_") / "run"
+        shutil.rmtree(output_dir.parent, ignore_errors=True)
+        output_dir.parent.mkdir()
+        process = start_side(side, prepared, output_dir, before=arguments.before, spin_count=spin_count)
+        running = Running(name, process, Log("ours" if side == "before" else side, output_dir))
+        started.append(running)
+        running.wait_for(3, 600)
+        process.send_signal(signal.SIGSTOP)
+    return started
+
+
+def run_round(started: list[Running], seconds: float) -> dict[str, dict[str, float]]:
+    """Return the steps a second of each side in each turn; the sides take turns beside the same processes."""
+    speeds: dict[str, dict[str, float]] = defaultdict(dict)
+    for turn in TURNS:
+        busy = start_busy(turn)
+        try:
+            for running in started:
+                speeds[running.name][str(turn)] = running.measure(seconds)
+        finally:
+            for one in busy:
+                one.kill()
+                one.wait()
+    return speeds
 
 
 def merge(lines: Iterable[dict]) -> dict[str, dict[str, list[float]]]:
     """Return the speeds of each side and turn, of all lines of busy.jsonl."""
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        for turn, speeds in line["speeds"].items():
-            found[line["side"]][turn] += speeds
+        for side, speeds in line["speeds"].items():
+            for turn, speed in speeds.items():
+                found[side][turn].append(speed)
     return found
 
 
 def make_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Return the lines of all sides: steps a second without busy processes, and each turn's share of them."""
-    turns = [str(turn) for turn in TURNS]
+    """Return the lines of all sides: steps a second in each turn, share of the first turn's, first side's ratio."""
+    turns, first = [str(turn) for turn in TURNS], next(iter(found))
     lines = [f"{'busy processes':22}" + "".join(f"{turn:>12}" for turn in turns)]
     for side, speeds in found.items():
         medians = {turn: statistics.median(speeds[turn]) for turn in turns}
         lines.append(f"{side + ', steps/s':22}" + "".join(f"{medians[turn]:12.3f}" for turn in turns))
-        shares = [
-            statistics.median(now / alone for now, alone in zip(speeds[turn], speeds[turns[0]], strict=True))
-            for turn in turns
-        ]
+        shares = [medians[turn] / medians[turns[0]] for turn in turns]
         lines.append(f"{'  of its own at 0':22}" + "".join(f"{share:12.2f}" for share in shares))
+        if side != first:
+            pairs = [zip(found[first][turn], speeds[turn], strict=True) for turn in turns]
+            ratios = [statistics.median(one / other if other else math.inf for one, other in pair) for pair in pairs]
+            lines.append(f"{'  ' + first + ' over it':22}" + "".join(f"{ratio:12.2f}" for ratio in ratios))
     return lines
 
 
@@ -151,8 +175,8 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="checkout of an older version, with the base in its models/")
     parser.add_argument("--sides", nargs="*", default=["ours", "stock", "peft"], choices=SIDES)
     parser.add_argument("--spin-counts", nargs="*", default=[], help="GOMP_SPINCOUNT with which ours is measured, too")
-    parser.add_argument("--seconds", type=float, default=20, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=8, help="of a side in a turn")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="default: print only")
     arguments = parser.parse_args()
     if "before" in arguments.sides and arguments.before is None:
@@ -164,16 +188,24 @@ def main() -> None:
     batches = json.loads(prepared.batches_path.read_text())
     prepared.batches_path.write_text(json.dumps(batches * EPOCHS))
     results = folder / "busy.jsonl"
-    runs = [(side, side, None) for side in arguments.sides]
-    runs += [(f"spins {count}", "ours", count) for count in arguments.spin_counts]
-    for name, side, spin_count in runs:
-        line = {"side": name, "load": round(os.getloadavg()[0], 1)}
-        line |= {"speeds": measure(side, prepared, folder, arguments, spin_count)}
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    lines = [*describe_machine(), f"{CASES[CASE].batch} rows a step; each side's load at its start:"]
+    started: list[Running] = []
+    try:
+        started += start_sides(prepared, folder, arguments)
+        for number in range(arguments.rounds):
+            line = {"load": round(os.getloadavg()[0], 1)}
+            line |= {"speeds": run_round(started[:: -1 if number % 2 else 1], arguments.seconds)}
+            with results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    finally:
+        for running in started:
+            running.process.kill()
+            running.process.wait()
     done = list(read_json_lines(results))
-    lines += [", ".join(f"{line['side']} {line['load']}" for line in done), "", *make_table(merge(done))]
+    lines = [
+        *describe_machine(),
+        f"{CASES[CASE].batch} rows a step, {len(done)} rounds, the load at the start of each:",
+    ]
+    lines += [", ".join(str(line["load"]) for line in done), "", *make_table(merge(done))]
     print("\n".join(lines))
     if arguments.out is not None:
         arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -81,24 +81,3 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
     # A kept heap may still grow by a block now and then; the default gets about two blocks of 4 096 pages a step.
     assert count_page_faults("kept") < 0.25 * count_page_faults("default")
-
-
-@pytest.mark.parametrize(
-    ("said", "spins"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
-    ids=["nothing", "spin count", "wait policy"],
-)
-def test_openmp_spins_for_a_short_time_before_torch_is_loaded_unless_the_user_says_otherwise(said, spins):
-    program = "import tune2gguf, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", program], env=environment | said, capture_output=True, text=True)
-    assert done.stdout.split() == [spins, "False"]
-
-
-def test_llama_cpps_threads_are_openmps_whose_spinning_is_bounded():
-    """llama.cpp's threads wait at barriers of OpenMP's library, which reads GOMP_SPINCOUNT."""
-    program = "import tune2gguf, os, xllamacpp; print(os.environ['GOMP_SPINCOUNT'], open('/proc/self/maps').read())"
-    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    count, _, maps = done.stdout.partition(" ")
-    assert int(count) <= 10_000 and "libgomp" in maps and "libomp" not in maps and "libiomp" not in maps

@@ -1,4 +1,4 @@
-"""Settings of a run on a CPU: threads per process, and an allocator that keeps freed memory."""
+"""Settings of a run on a CPU: threads per process, their spinning, and an allocator that keeps freed memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import math
 import os
 from pathlib import Path
+
+from tune2gguf.machine.spinning import share_cores
 
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -16,10 +18,12 @@ _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 def prepare_cpu(num_processes: int) -> None:
-    """Set threads and allocator of this process, one of the run's `num_processes` on this machine."""
+    """Set threads, their spinning and the allocator of this process, one of `num_processes` on this machine."""
     import torch
 
-    torch.set_num_threads(choose_num_threads(num_processes))
+    num_threads = choose_num_threads(num_processes)
+    torch.set_num_threads(num_threads)
+    share_cores(num_threads)
     keep_freed_memory()
 
 

@@ -7,6 +7,7 @@ import torch
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.load import load_base
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
+from tune2gguf.machine.spinning import share_cores
 from tune2gguf.model.caches import KVCaches
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.model.llama import LORA_ATTN_MODULES, CausalLM, lora_llama
@@ -29,6 +30,7 @@ def load_trained_model(run: Run) -> tuple[CausalLM, torch.device]:
     Raises:
         ValueError: if base or adapter are missing or do not fit together
     """
+    share_cores(torch.get_num_threads())
     adapter = read_adapter(run.adapter_dir, open_base(run.base_dir).specs)
     parts = {name.split(".", 2)[2].removesuffix(".weight") for name in adapter.pairs}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tune2gguf.machine.cpu import count_cores
+from tune2gguf.machine.spinning import share_cores
 from tune2gguf.model.generate import Reply
 
 BYTES_PER_THREAD = 200_000_000
@@ -156,7 +157,7 @@ def open_model(
     """Load a GGUF file.
 
     Args:
-        num_threads: None chooses by the file's size; more threads than free cores slow it down, because threads spin
+        num_threads: None chooses by the file's size; more threads than free cores slow it down, as all wait for each
         context_length: tokens, prompt and reply together
         adapter_path: a LoRA adapter in GGUF to apply
 
@@ -174,6 +175,7 @@ def open_model(
     params.n_ctx = context_length
     params.cpuparams.n_threads = choose_num_threads(path) if num_threads is None else num_threads
     params.cpuparams_batch.n_threads = params.cpuparams.n_threads
+    share_cores(params.cpuparams.n_threads)
     params.api_keys = [api_key]
     params.verbosity = -1  # errors reach the caller as exceptions
     params.warmup = False

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from tune2gguf.base.layout import list_tensors
 from tune2gguf.export.gguf_file.llama import compute_rope_factors
 from tune2gguf.export.merge.adapter import Adapter
+from tune2gguf.machine.spinning import share_cores
 from tune2gguf.model.architectures import Architecture
 
 # (torchtune's name, begin, end) -> float32 rows [end - begin, in], query and key in torchtune's and GGUF's order.
@@ -82,6 +83,7 @@ def compute_hidden(
         rows: token ids of each row
         report: called with the number of layers done
     """
+    share_cores(torch.get_num_threads())
     architecture = source.architecture
     lengths = [len(row) for row in rows]
     with torch.no_grad():
