@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -279,69 +280,89 @@ class Part:
     index: TokenIndex
 
 
+@dataclass(frozen=True)
+class _GoodRow:
+    line: int
+    conversation: Conversation
+    segments: list[Segment]
+    spells_special: bool
+
+    @property
+    def texts(self) -> list[str]:
+        return [segment.text for segment in self.segments if not segment.is_special]
+
+
 def _tokenize_rows(
     rows: Iterable[tuple[Row, Conversation | str]], tokenizer: ChatTokenizer, *, format: str, only_check: bool
 ) -> Part:
-    lines, digests, problems, spelling, segments = [], [], [], [], []
-    unit, role_counts, unused_keys, absent_columns = "line", Counter(), Counter(), Counter()
-    system_prompts: dict[str | None, int] = {}
-    system_numbers, num_ended, num_stripped = [], 0, 0
-    has_tools: list[bool] = []
-    written_otherwise: list[int] = []
+    good: list[_GoodRow] = []
+    problems, unit = [], "line"
     for row, conversation in rows:
-        line, unit = row.source.line, row.source.unit
-        spelled = None if isinstance(conversation, str) else _find_spelled_special(conversation, tokenizer)
-        if spelled is not None and conversation.text is not None:
-            conversation = f"'text' spells the special token {spelled}; give the turns as 'messages' instead"
-        if isinstance(conversation, str):
-            problems.append((line, conversation))
-        elif not only_check:
-            try:
-                segments.append(_render(conversation, tokenizer))
-            except ValueError as error:  # the chat template cannot express it
-                problems.append((line, str(error)))
-                continue
-            has_tools.append(bool(conversation.tools))
-            if not is_written_alike(_write_tools(conversation)):
-                written_otherwise.append(line)
-            lines.append(line)
-            digests.append(digest(conversation))
-            role_counts.update([message.role for message in conversation.messages] or ["text"])
-            unused_keys.update(conversation.unused_keys)
-            absent_columns.update(conversation.absent_columns)
-            num_ended += conversation.had_end
-            num_stripped += conversation.was_stripped
-            system_numbers.append(_number_system_prompt(conversation, system_prompts))
-            if spelled is not None:
-                spelling.append(line)
-    encoded = tokenizer.encode_segments(segments)
-    trained = [supervised[1:] for _, supervised in encoded]  # the first token never is: nothing predicts it
-    texts = [[segment.text for segment in row if not segment.is_special] for row in segments]
-    num_special = sum(len(row) for row in segments) - sum(map(len, texts))
+        unit = row.source.unit
+        found = conversation
+        if not isinstance(conversation, str):
+            found = _render_row(row.source.line, conversation, tokenizer, only_check=only_check)
+        if isinstance(found, str):
+            problems.append((row.source.line, found))
+        elif found is not None:
+            good.append(found)
+    encoded = tokenizer.encode_segments([row.segments for row in good])
     tokens = np.concatenate([np.empty(0, TOKEN_DTYPE), *(ids for ids, _ in encoded)]).astype(TOKEN_DTYPE, copy=False)
-    index = TokenIndex(
+    index = _make_index(good, encoded, problems=problems, unit=unit, format=format)
+    return Part(tokens, np.concatenate([np.empty(0, bool), *(flags for _, flags in encoded)]), index)
+
+
+def _render_row(
+    line: int, conversation: Conversation, tokenizer: ChatTokenizer, *, only_check: bool
+) -> _GoodRow | str | None:
+    """Return the row's segments, or its problem; None for a row that is only checked and good."""
+    spelled = _find_spelled_special(conversation, tokenizer)
+    if spelled is not None and conversation.text is not None:
+        return f"'text' spells the special token {spelled}; give the turns as 'messages' instead"
+    if only_check:
+        return None
+    try:
+        return _GoodRow(line, conversation, _render(conversation, tokenizer), spelled is not None)
+    except ValueError as error:  # the chat template cannot express it
+        return str(error)
+
+
+def _make_index(
+    good: list[_GoodRow],
+    encoded: list[tuple[np.ndarray, np.ndarray]],
+    *,
+    problems: list[tuple[int, str]],
+    unit: str,
+    format: str,
+) -> TokenIndex:
+    conversations = [row.conversation for row in good]
+    trained = [supervised[1:] for _, supervised in encoded]  # the first token never is: nothing predicts it
+    num_special = sum(segment.is_special for row in good for segment in row.segments)
+    roles = ([message.role for message in one.messages] or ["text"] for one in conversations)
+    system_prompts: dict[str | None, int] = {}
+    system_numbers = [_number_system_prompt(one, system_prompts) for one in conversations]
+    return TokenIndex(
         offsets=np.cumsum([0, *(len(ids) for ids, _ in encoded)], dtype=np.int64),
-        lines=np.array(lines, np.int64),
+        lines=np.array([row.line for row in good], np.int64),
         num_supervised=np.array([np.count_nonzero(one) for one in trained], np.int64),
         first_supervised=np.array([int(one.argmax()) + 1 if one.any() else 0 for one in trained], np.int64),
-        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES),
+        digests=np.frombuffer(b"".join(map(digest, conversations)), np.uint8).reshape(-1, DIGEST_BYTES),
         problems=problems,
-        num_characters=sum(len(text) for row in texts for text in row),
-        num_text_tokens=len(tokens) - num_special,
-        role_counts=dict(role_counts),
+        num_characters=sum(len(text) for row in good for text in row.texts),
+        num_text_tokens=sum(len(ids) for ids, _ in encoded) - num_special,
+        role_counts=dict(Counter(chain.from_iterable(roles))),
         unit=unit,
-        lines_that_spell_special=spelling,
+        lines_that_spell_special=[row.line for row in good if row.spells_special],
         format=format,
-        absent_columns=dict(absent_columns),
-        num_ended=num_ended,
-        num_stripped=num_stripped,
-        has_tools=np.array(has_tools, bool),
-        lines_written_otherwise=written_otherwise,
-        unused_keys=dict(unused_keys),
+        absent_columns=dict(Counter(chain.from_iterable(one.absent_columns for one in conversations))),
+        num_ended=sum(one.had_end for one in conversations),
+        num_stripped=sum(one.was_stripped for one in conversations),
+        has_tools=np.array([bool(one.tools) for one in conversations], bool),
+        lines_written_otherwise=[row.line for row in good if not is_written_alike(_write_tools(row.conversation))],
+        unused_keys=dict(Counter(chain.from_iterable(one.unused_keys for one in conversations))),
         system_prompts=[*system_prompts],
         system_numbers=np.array(system_numbers, np.int64),
     )
-    return Part(tokens, np.concatenate([np.empty(0, bool), *(flags for _, flags in encoded)]), index)
 
 
 def _render(conversation: Conversation, tokenizer: ChatTokenizer) -> list[Segment]:
