@@ -35,7 +35,7 @@ from tune2gguf.runs.files import read_json_lines
 
 CASE = "smollm2 quickstart"
 SIDES = ("ours", "before", "stock", "peft")
-SETTLING_SECONDS = 1.5
+SETTLING_SECONDS, LONGEST_STEP_SECONDS = 1.5, 120
 EPOCHS = 60  # more steps than any side takes meanwhile
 
 
@@ -94,18 +94,18 @@ class Running:
         while len(self.log.read()) < count and time.monotonic() < until:
             time.sleep(0.02)
             if self.process.poll() is not None:
-                sys.exit(f"{self.name} ended early: {self.log.path}")
+                sys.exit(f"{self.name} ended early: see {self.log.output_dir.parent}")
         return len(self.log.losses)
 
     def measure(self, seconds: float) -> float:
         """Let the side run for so long, and return its steps a second."""
         self.process.send_signal(signal.SIGCONT)
         time.sleep(SETTLING_SECONDS)  # the threads get used to what is beside them
-        first = self.wait_for(len(self.log.read()) + 1, seconds)  # the step at hand belongs to two turns
+        # The step at hand belongs to two turns.
+        first = self.wait_for(len(self.log.read()) + 1, LONGEST_STEP_SECONDS)
         started = time.monotonic()
         last = self.wait_for(first + 1_000_000, seconds)
-        if last > first:
-            last = self.wait_for(last + 1, seconds)
+        last = self.wait_for(last + 1, LONGEST_STEP_SECONDS)
         speed = (last - first) / (time.monotonic() - started)
         self.process.send_signal(signal.SIGSTOP)
         return speed

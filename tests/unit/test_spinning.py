@@ -13,11 +13,10 @@ from tune2gguf.machine.spinning import SpinWatch
 ALONE, NICE, BUSY = 0.05, 0.2, 0.8
 
 
-class FakePools:
-    """A watch that is fed with shares and starts no pools."""
+class Fed:
+    """A watch that gets its shares from the test instead of the clock; its pools are real."""
 
-    def __init__(self, monkeypatch) -> None:
-        monkeypatch.setattr(spinning, "find_openmp", set)
+    def __init__(self) -> None:
         self.watch = SpinWatch(2)
         self.watch._spin_briefly()
 
@@ -30,15 +29,15 @@ class FakePools:
         return "".join(states)
 
 
-def test_spinning_is_long_after_a_second_alone_and_brief_at_once_beside_a_busy_program(monkeypatch):
-    fed = FakePools(monkeypatch)
+def test_spinning_is_long_after_a_second_alone_and_brief_at_once_beside_a_busy_program():
+    fed = Fed()
     assert fed.feed(*[ALONE] * 4, *[NICE] * 3) == "bbbl" + "lll"
     assert fed.feed(BUSY, *[BUSY] * 20, *[ALONE] * 3) == "b" + "b" * 20 + "bbl"
 
 
-def test_the_sooner_long_spinning_fails_the_later_it_is_tried_again(monkeypatch):
+def test_the_sooner_long_spinning_fails_the_later_it_is_tried_again():
     """Programs that wait while threads spin briefly, and do not while they spin long."""
-    fed, tries = FakePools(monkeypatch), []
+    fed, tries = Fed(), []
     for _ in range(8):
         looks = 1
         while fed.feed(NICE) == "b":
@@ -57,17 +56,16 @@ def test_the_sooner_long_spinning_fails_the_later_it_is_tried_again(monkeypatch)
 @pytest.mark.skipif(count_cores() < 2, reason="needs two cores")
 def test_an_idle_pool_ends_the_spinning_between_two_products_and_its_end_brings_it_back():
     program = """
-import os, time, torch
+import time, torch
 from tune2gguf.machine.spinning import SpinWatch
 torch.set_num_threads(2)
 x = torch.randn(240, 1536)
 def measure():
-    before = os.times()
-    for _ in range(60):
+    before = time.process_time()
+    for _ in range(100):
         torch.nn.functional.silu(x)
         time.sleep(0.005)
-    after = os.times()
-    return after.user + after.system - before.user - before.system
+    return time.process_time() - before
 watch = SpinWatch(2)
 long = measure()
 watch._spin_briefly()
@@ -98,7 +96,6 @@ def test_one_thread_and_a_users_setting_are_left_alone(monkeypatch, num_threads,
 def test_threads_spin_briefly_where_the_system_does_not_count_their_waits(monkeypatch, tmp_path):
     (tmp_path / str(threading.get_native_id())).mkdir()
     monkeypatch.setattr(spinning, "TASKS", tmp_path)
-    monkeypatch.setattr(spinning, "find_openmp", set)
     with pytest.raises(FileNotFoundError):
         spinning.read_waits()
     watch = SpinWatch(2)

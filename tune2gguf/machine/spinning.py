@@ -2,7 +2,7 @@
 
 A thread that sleeps must be woken, which on a virtual machine can cost more than the operator that it waits for: with
 brief spinning alone an idle machine was a third slower. A thread that spins holds its core while the thread that it
-waits for has none: beside busy programs a step took up to 60 times as long (benchmarks/busy_cpu.py).
+waits for has none: beside two busy processes PEFT's step took up to nine times as long (results/busy_cpu.txt).
 
 GNU's library reads its setting once, but always spins briefly while it manages more threads than there are CPUs
 (gomp_throttled_spin_count_var in gcc's libgomp/config/linux/wait.h). A pool of threads that does nothing makes it so.

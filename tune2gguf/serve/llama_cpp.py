@@ -157,7 +157,7 @@ def open_model(
     """Load a GGUF file.
 
     Args:
-        num_threads: None chooses by the file's size; more threads than free cores slow it down, as all wait for each
+        num_threads: None chooses by the file's size; more threads than free cores slow it down: each waits for all
         context_length: tokens, prompt and reply together
         adapter_path: a LoRA adapter in GGUF to apply
 
