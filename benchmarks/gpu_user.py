@@ -15,9 +15,10 @@ One epoch of the same conversations (one exchange, log-normal lengths, made by m
     unsloth best  8 x 1 rows without padding, no checkpointing, torch's fused AdamW
 
 Seconds of an epoch include start, load and first compilation: every run starts without compiled kernels, unless --warm
-keeps those of the run before. Tokens per second: tokens of an average step over the median seconds between two steps in
-the runs' logs. The loss is the mean of the last eight steps. In warm-up the other sides are a step behind, as their
-first learning rate is 0; --warmup-steps 0 gives all sides the same rates.
+keeps those of the run before. `step 1` is the seconds until the first step is done, `end` those after the last one.
+Tokens per second: tokens of an average step over the median seconds between two steps in the runs' logs. The loss is
+the mean of the last eight steps. In warm-up the other sides are a step behind, as their first learning rate is 0;
+--warmup-steps 0 gives all sides the same rates.
 """
 
 from __future__ import annotations
@@ -211,7 +212,7 @@ def measure(side: str, model: str, kind: str, rows: Rows, arguments: argparse.Na
     median = statistics.median(steps[len(steps) // 3 :])
     loss, peak = read_last(log)
     speed = f"{rows.tokens_per_step / median:>9,.0f}"
-    return f"{case}{speed}{moments[0]:>9.1f}{seconds:>9.1f}{peak:>8.1f}{loss:>8.3f}"
+    return f"{case}{speed}{moments[0]:>9.1f}{seconds - moments[-1]:>9.1f}{seconds:>9.1f}{peak:>8.1f}{loss:>8.3f}"
 
 
 def read_last(log: Path) -> tuple[float, float]:
@@ -279,7 +280,7 @@ def main() -> None:
         "command: python benchmarks/gpu_user.py " + " ".join(sys.argv[1:]),
         f"{rows.count} rows of {rows.num_tokens / rows.count:.0f} tokens on average, {ROWS_PER_STEP} a step",
         "",
-        f"{'':<25}{'tokens/s':>9}{'step 1':>9}{'epoch s':>9}{'GiB':>8}{'loss':>8}",
+        f"{'':<25}{'tokens/s':>9}{'step 1':>9}{'end':>9}{'epoch s':>9}{'GiB':>8}{'loss':>8}",
     ]
     print("\n".join(lines), flush=True)
     for model, kind, side in itertools.product(arguments.models, arguments.kinds, arguments.sides):

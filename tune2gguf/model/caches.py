@@ -1,23 +1,37 @@
 """KV caches of a decoder that generates.
 
 torchtune's caches compare their place on the host, in every layer: a GPU would stand still that often for each token.
+On a GPU a CUDA graph replaces the thousand launches of a token.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tune2gguf.model.recording import record_graph
+
 if TYPE_CHECKING:
     from tune2gguf.model.llama import CausalLM
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Arguments of KVCaches.predict_next, and the tokens' places in the caches, [new]."""
+
+    tokens: Tensor
+    mask: Tensor
+    input_pos: Tensor
+    places: Tensor
 
 
 class KVCaches:
     """The keys and values of all layers of a model, filled up to the same place.
 
-    The layers' attention uses them until `detach`.
+    The layers' attention uses them until `detach`. The model's weights may change meanwhile, but not be replaced.
 
     Args:
         batch_size: rows
@@ -29,12 +43,16 @@ class KVCaches:
         self.num_filled = 0
         self.places = torch.arange(num_places, device=device)  # of the tokens at hand
         self._all_places = self.places
-        dtype = model.decoder.tok_embeddings.weight.dtype
+        embedding = model.decoder.tok_embeddings.weight
+        # A graph neither gathers shards nor reads tokens on the host.
+        self._is_capturable = device.type == "cuda" and embedding.is_cuda and model.sharded is None
+        self._graphed: _GraphedToken | None = None
+        self._has_run = False  # a token: compiles and loads its kernels
         for layer in model.decoder.layers:
             attention = layer.attn
             shape = (2, batch_size, attention.num_kv_heads, num_places, attention.head_dim)
             # Zeros: attention multiplies places without a token by 0, and 0 * NaN is NaN.
-            attention.kv_cache = _LayerCache(self, torch.zeros(shape, dtype=dtype, device=device))
+            attention.kv_cache = _LayerCache(self, torch.zeros(shape, dtype=embedding.dtype, device=device))
             attention.cache_enabled = True
 
     def clear(self) -> None:
@@ -44,15 +62,46 @@ class KVCaches:
     def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
         """Append tokens and return the next token's logits; arguments as in CausalLM.predict_next."""
         end = self.num_filled + tokens.shape[1]
-        self.places = self._all_places[self.num_filled : end]
+        inputs = _Inputs(tokens, mask, input_pos, self._all_places[self.num_filled : end])
         self.num_filled = end
-        return self.model.predict_next(tokens, mask=mask, input_pos=input_pos)
+        if tokens.shape[1] > 1 or not self._is_capturable:
+            return self.run(inputs)
+        if not self._has_run:
+            self._has_run = True
+            return self.run(inputs)
+        if self._graphed is None:
+            self._graphed = _GraphedToken(self, inputs)
+        return self._graphed.predict_next(inputs)
+
+    def run(self, inputs: _Inputs) -> Tensor:
+        """Return the next token's logits, without a graph."""
+        self.places = inputs.places
+        return self.model.predict_next(inputs.tokens, mask=inputs.mask, input_pos=inputs.input_pos)
 
     def detach(self) -> None:
         """Let the layers attend without caches again."""
+        self._graphed = None
         for layer in self.model.decoder.layers:
             layer.attn.kv_cache = None
             layer.attn.cache_enabled = False
+
+
+class _GraphedToken:
+    """A graph that appends one token to every row: kernels and order are those of `KVCaches.run`."""
+
+    def __init__(self, caches: KVCaches, inputs: _Inputs) -> None:
+        self._caches = caches
+        self._inputs = _Inputs(**{name: value.clone() for name, value in vars(inputs).items()})
+        self._graph = record_graph(self._run, pool=torch.cuda.graph_pool_handle())
+
+    def _run(self) -> None:
+        self._logits = self._caches.run(self._inputs)
+
+    def predict_next(self, inputs: _Inputs) -> Tensor:
+        for name, kept in vars(self._inputs).items():
+            kept.copy_(getattr(inputs, name))
+        self._graph.replay()
+        return self._logits.clone()
 
 
 class _LayerCache:

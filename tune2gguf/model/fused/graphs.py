@@ -11,7 +11,6 @@ before resets the pool.
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from torch._utils import _unflatten_dense_tensors
 from tune2gguf.model.fused import MAX_GRAPHED_TOKENS
 from tune2gguf.model.fused.attention import Layout
 from tune2gguf.model.fused.groups import GROUPS, SEEDS_PER_GROUP
+from tune2gguf.model.recording import record_graph
 
 if TYPE_CHECKING:
     from tune2gguf.model.fused.layer import Pass
@@ -153,8 +153,10 @@ class LayerGraphs:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         try:
-            forward = self._record(lambda: self._run_forward(layout, kind))
-            backward = self._record(lambda: self._run_backward(kind.length)) if kind.trains else None
+            forward = record_graph(lambda: self._run_forward(layout, kind), pool=self._pool)
+            backward = None
+            if kind.trains:
+                backward = record_graph(lambda: self._run_backward(kind.length), pool=self._pool)
         finally:
             self._passes.clear()
         if self._sharded is not None:
@@ -170,22 +172,7 @@ class LayerGraphs:
         self._seeds = torch.zeros(shape, dtype=torch.int32, device=device)
         self._gradient = torch.zeros(sum(weight.numel() for weight in weights), dtype=torch.float32, device=device)
         self._gradients = _unflatten_dense_tensors(self._gradient, weights)
-        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-
-    def _record(self, work) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # The garbage collector must not destroy other graphs during capture.
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            # Other threads use CUDA meanwhile: NCCL's watchdog polls, a checkpoint is written.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                work()
-        finally:
-            if collects:
-                gc.enable()
-        return graph
 
     def _run_forward(self, layout: Layout, kind: Kind) -> None:
         x = self._hidden[: kind.length]
