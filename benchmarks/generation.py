@@ -49,11 +49,11 @@ def time_tokens(model: CausalLM, device: torch.device, *, batch: int, graphed: b
     new, begin, seconds = torch.randint(5, 1000, (batch, NUM_PROMPT), device=device), 0, []
     while begin < num_places:
         started, now = time.perf_counter(), slice(begin, begin + new.shape[1])
-        append = caches.predict_next
+        append, tokens = caches.predict_next, new
         if not graphed:
             caches.num_filled, caches.places = now.stop, places[0, now]
-            append = model.predict_next
-        chosen = append(new, mask=mask[:, now], input_pos=places[:, now]).argmax(-1).tolist()
+            append, tokens = model.predict_next, model.embed(new)
+        chosen = append(tokens, mask=mask[:, now], input_pos=places[:, now]).argmax(-1).tolist()
         new, begin = torch.tensor(chosen, device=device)[:, None], now.stop
         seconds.append(time.perf_counter() - started)
     caches.detach()

@@ -215,14 +215,19 @@ class LoRAFinetuneRecipe:
             base_model_name=name_base(Path(cfg.base_dir)),
         )
         self.validation = plan_run_validation(
-            cfg, self.data, self.progress, rows_per_step=self.rows_per_step, steps_per_epoch=self.steps_per_epoch
+            cfg,
+            self.data,
+            self.progress,
+            rows_per_step=self.rows_per_step,
+            steps_per_epoch=self.steps_per_epoch,
+            device=self.world.device,
         )
-
         self.forgetting = plan_forgetting(
             self.tokenizer,
             score=cfg.score_general_prompts,
             max_seq_len=cfg.max_seq_len,
             training_tokens=self.validation.training_tokens,
+            device=self.world.device,
         )
 
     def _setup_run_folder(self, checkpoint) -> None:

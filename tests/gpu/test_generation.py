@@ -9,7 +9,7 @@ from tune2gguf.model.caches import KVCaches
 pytestmark = MARKS
 NUM_ROWS, NUM_PROMPT, NUM_TOKENS = 3, 20, 50
 # By base: root mean square error relative to the logits.
-LIMITS = {"fp32": 1e-4, "bf16": 0.02, "fp8": 0.05, "nf4": 0.02}
+LIMITS = {"fp32": 1e-4, "bf16": 0.02, "fp8": 0.1, "nf4": 0.02}
 
 
 def measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ import shlex
 import shutil
 
 import pytest
+import torch
 
 from tests.conftest import REPOSITORY, TINY_UNTIED, make_conversations, make_unseen_conversations, write_tiny_base
 from tests.runs import copy_real_run, get_tiny_base
@@ -19,6 +20,7 @@ from tune2gguf.serve.general_rows import make_general_rows
 from tune2gguf.serve.proof import ADAPTER, BASE, prove_export
 from tune2gguf.tokenizer.tokenizer import load_tokenizer
 from tune2gguf.train.forgetting import ANSWER_TOKENS, MAX_SHARE, MIN_PROMPTS, plan_forgetting
+from tune2gguf.train.validation_plan import GENERATION_COSTS
 from tune2gguf.verdict.advice import GENERAL_SHARE, NOTABLE_DIVERGENCE
 from tune2gguf.verdict.judge import GOOD_FIT, OVERFITTING, UNDERFITTING
 
@@ -86,17 +88,21 @@ def test_scoring_changes_no_byte_of_the_adapter(tmp_path):
     assert Run(runs[0]).forgetting.adapter == "last"  # without validation rows there is no best
 
 
-def test_no_more_prompts_are_scored_than_the_budget_pays_for():
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_no_more_prompts_are_scored_than_the_budget_pays_for(kind):
     tokenizer = load_tokenizer(get_tiny_base(), chat_template="chatml")
+    given = {"tokenizer": tokenizer, "max_seq_len": 512, "device": torch.device(kind)}
+    always = GENERATION_COSTS[kind].always_covered
     for tokens in (0.1, 1e3, 3e4, 6e4, 1e6):
-        plan = plan_forgetting(tokenizer, score="auto", max_seq_len=512, training_tokens=tokens)
-        assert plan.share <= MAX_SHARE
+        plan = plan_forgetting(score="auto", training_tokens=tokens, **given)
+        assert plan.share * tokens <= max(MAX_SHARE * tokens, always)
         assert len(plan.prompts) >= MIN_PROMPTS if plan.prompts else "score_general_prompts=true" in plan.describe()
+        assert bool(plan.prompts) == (kind == "cuda" or tokens > 5e4), "on a GPU all take a second or two"
     assert plan.prompts == list_scored_prompts()
-    told = plan_forgetting(tokenizer, score=True, max_seq_len=512, training_tokens=1e3)
+    told = plan_forgetting(score=True, training_tokens=1e3, **given)
     assert told.prompts == list_scored_prompts() and told.share > MAX_SHARE
-    assert not plan_forgetting(tokenizer, score=False, max_seq_len=512, training_tokens=1e9).prompts
-    short = plan_forgetting(tokenizer, score=True, max_seq_len=ANSWER_TOKENS + 8, training_tokens=1e9)
+    assert not plan_forgetting(score=False, training_tokens=1e9, **given).prompts
+    short = plan_forgetting(score=True, training_tokens=1e9, **given | {"max_seq_len": ANSWER_TOKENS + 8})
     assert not short.prompts and "max_seq_len=40" in short.describe()
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Arguments of KVCaches.predict_next, and the tokens' places in the caches, [new]."""
+    """Arguments of CausalLM.predict_next, and the tokens' places in the caches, [new]."""
 
-    tokens: Tensor
+    embedded: Tensor
     mask: Tensor
     input_pos: Tensor
     places: Tensor
@@ -43,16 +43,15 @@ class KVCaches:
         self.num_filled = 0
         self.places = torch.arange(num_places, device=device)  # of the tokens at hand
         self._all_places = self.places
-        embedding = model.decoder.tok_embeddings.weight
-        # A graph neither gathers shards nor reads tokens on the host.
-        self._is_capturable = device.type == "cuda" and embedding.is_cuda and model.sharded is None
+        self._is_capturable = device.type == "cuda" and model.sharded is None  # a graph gathers no shards
         self._graphed: _GraphedToken | None = None
         self._has_run = False  # a token: compiles and loads its kernels
+        dtype = model.decoder.tok_embeddings.weight.dtype
         for layer in model.decoder.layers:
             attention = layer.attn
             shape = (2, batch_size, attention.num_kv_heads, num_places, attention.head_dim)
             # Zeros: attention multiplies places without a token by 0, and 0 * NaN is NaN.
-            attention.kv_cache = _LayerCache(self, torch.zeros(shape, dtype=embedding.dtype, device=device))
+            attention.kv_cache = _LayerCache(self, torch.zeros(shape, dtype=dtype, device=device))
             attention.cache_enabled = True
 
     def clear(self) -> None:
@@ -60,9 +59,10 @@ class KVCaches:
         self.num_filled = 0
 
     def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
-        """Append tokens and return the next token's logits; arguments as in CausalLM.predict_next."""
+        """Append tokens, [batch, new], and return the next token's logits; the rest as in CausalLM.predict_next."""
         end = self.num_filled + tokens.shape[1]
-        inputs = _Inputs(tokens, mask, input_pos, self._all_places[self.num_filled : end])
+        # Outside the graph: the embedding may be in host memory.
+        inputs = _Inputs(self.model.embed(tokens), mask, input_pos, self._all_places[self.num_filled : end])
         self.num_filled = end
         if tokens.shape[1] > 1 or not self._is_capturable:
             return self.run(inputs)
@@ -76,7 +76,7 @@ class KVCaches:
     def run(self, inputs: _Inputs) -> Tensor:
         """Return the next token's logits, without a graph."""
         self.places = inputs.places
-        return self.model.predict_next(inputs.tokens, mask=inputs.mask, input_pos=inputs.input_pos)
+        return self.model.predict_next(inputs.embedded, mask=inputs.mask, input_pos=inputs.input_pos)
 
     def detach(self) -> None:
         """Let the layers attend without caches again."""

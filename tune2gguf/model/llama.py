@@ -87,21 +87,22 @@ class CausalLM(nn.Module):
 
             flat, layout = lay_out_pass(tokens, row_starts=row_starts, longest_row=longest_row, input_pos=input_pos)
             with self.offloading:
-                return self.stack.run(self._embed(flat), layout, sharded=self.sharded)
+                return self.stack.run(self.embed(flat), layout, sharded=self.sharded)
         if tokens.device.type == "cpu" and not self.is_compiled:
             flat, lengths = pad_pass(tokens, row_starts)
-            hidden, laid_out = self._embed(flat), lay_out_rows(lengths, len(flat))
+            hidden, laid_out = self.embed(flat), lay_out_rows(lengths, len(flat))
             for number, layer in enumerate(self.decoder.layers):
                 hidden = run_layer(self.sharded, number, layer, hidden, rows=laid_out)
             return hidden
         mask = None if row_starts is None else make_row_mask(row_starts, *tokens.shape)
-        hidden = self._embed(tokens)
+        hidden = self.embed(tokens)
         with self.offloading:
             for number, layer in enumerate(self.decoder.layers):
                 hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
         return hidden.flatten(0, 1)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Map tokens [...] to [..., dim], on the tokens' device."""
         sharded = self.sharded
         with nullcontext() if sharded is None else sharded.hold(sharded.embedding, then=sharded.head):
             return self.decoder.tok_embeddings(tokens)
@@ -133,16 +134,16 @@ class CausalLM(nn.Module):
         with self.hold_head():
             return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
 
-    def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
+    def predict_next(self, embedded: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
         """Append tokens to the KV caches and return the next token's logits, float32 [batch, vocab].
 
         Args:
-            tokens: new tokens, [batch, new]
+            embedded: new tokens, [batch, new, dim], from `embed`
             mask: True where a new token attends to a cache place, [batch, new, max_seq_len]
             input_pos: positions of the new tokens, [batch, new]
         """
+        hidden = embedded
         with self.run_eagerly():
-            hidden = self._embed(tokens)
             for number, layer in enumerate(self.decoder.layers):
                 hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
             with self.hold_head():

@@ -10,17 +10,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 MAX_SHARE = 0.10  # of the training time
 # Cost of a forward pass over a token, as a share of a training step over it. Backward through a frozen base costs about
 # as much as forward; adapter, clipping and optimizer come on top.
 FORWARD_SHARE = 0.4
-# Cost of generating one token of every reply, in trained tokens: it reads all weights.
-GENERATION_COST = 13
 MAX_REPLY_TOKENS, MIN_REPLY_TOKENS = 64, 16
 TIMES_A_RUN = 10
 # Below this, the interval of the mean is wide: more rows tell more than more validations.
 ENOUGH_ROWS = 32
+
+
+@dataclass(frozen=True)
+class GenerationCost:
+    """The cost of generation on a kind of device, in trained tokens; measured by benchmarks/generation.py.
+
+    Attributes:
+        token: one token of every reply: it reads all weights, and a GPU trains many tokens meanwhile
+        always_covered: spent however short the training is; on an H200 the time of 1 s (1B) to 4 s (8B)
+    """
+
+    token: int
+    always_covered: int
+
+
+GENERATION_COSTS = {"cpu": GenerationCost(13, 0), "cuda": GenerationCost(250, 50_000)}
+
+
+def get_generation_cost(device: torch.device) -> GenerationCost:
+    """Return the device's cost; a kind that was never measured has a CPU's."""
+    return GENERATION_COSTS.get(device.type, GENERATION_COSTS["cpu"])
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,7 @@ def plan_validation(
     training_tokens: float,
     steps_per_epoch: int,
     epochs: int,
+    device: torch.device,
     every_n_steps: int | None = None,
     max_rows: int | None = None,
     num_samples: int = 0,
@@ -80,7 +101,8 @@ def plan_validation(
         every_n_steps: None: validate up to TIMES_A_RUN times per run, as often as MAX_SHARE covers ENOUGH_ROWS rows
             (or max_rows, or all if there are fewer); at least at each epoch's end, and twice within a single epoch
         max_rows: exact; None: as many as MAX_SHARE covers, at least one
-        num_samples: validation prompts to answer; half of MAX_SHARE limits their tokens, and the rows get the rest
+        num_samples: validation prompts to answer; half of MAX_SHARE limits their tokens, or what the device always
+            covers; the rows get the rest
         reply_tokens: mean tokens of a validation reply
     """
     by_digest = sorted(range(len(digests)), key=lambda row: digests[row])
@@ -88,7 +110,11 @@ def plan_validation(
     allowed = MAX_SHARE * training_tokens
     max_reply_tokens, samples_cost = 0, 0.0
     if num_samples > 0 and by_digest:
-        max_reply_tokens, samples_cost = _limit_replies(allowed / 2, epochs=epochs, reply_tokens=reply_tokens)
+        generation = get_generation_cost(device)
+        samples_budget = max(allowed / 2, generation.always_covered)
+        max_reply_tokens, samples_cost = _limit_replies(
+            samples_budget, generation.token, epochs=epochs, reply_tokens=reply_tokens
+        )
     budget = max(allowed - samples_cost, allowed / 2)
     if every_n_steps is None:
         wanted = min(len(by_digest), ENOUGH_ROWS if max_rows is None else max_rows)
@@ -110,7 +136,7 @@ def plan_validation(
     )
 
 
-def _limit_replies(budget: float, *, epochs: int, reply_tokens: float) -> tuple[int, float]:
+def _limit_replies(budget: float, token_cost: int, *, epochs: int, reply_tokens: float) -> tuple[int, float]:
     """Return the most tokens of a sample reply, and the cost of all replies in trained tokens.
 
     All prompts are answered in one batch. The base is assumed to reach the limit, as it often does, and the adapter to
@@ -118,7 +144,7 @@ def _limit_replies(budget: float, *, epochs: int, reply_tokens: float) -> tuple[
     """
     cost = 0.0
     for limit in range(MAX_REPLY_TOKENS, MIN_REPLY_TOKENS - 1, -1):
-        cost = GENERATION_COST * (limit + epochs * min(reply_tokens, limit))
+        cost = token_cost * (limit + epochs * min(reply_tokens, limit))
         if cost <= budget:
             break
     return limit, cost

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from omegaconf import DictConfig
 from torch import OutOfMemoryError
 from tqdm import tqdm
@@ -29,6 +30,7 @@ def plan_run_validation(
     *,
     rows_per_step: int,
     steps_per_epoch: int,
+    device: torch.device,
 ) -> ValidationPlan:
     """Plan a run's validations. A resumed run keeps its rows and steps, even with more epochs.
 
@@ -48,6 +50,7 @@ def plan_run_validation(
         max_rows=at.num_val_rows or cfg.max_val_rows,
         num_samples=cfg.num_samples,
         reply_tokens=validation_rows["supervised_tokens"] / max(1, validation_rows["rows"]),
+        device=device,
     )
     at.eval_every_n_steps, at.num_val_rows = plan.every_n_steps, len(plan.rows) or None
     return plan
