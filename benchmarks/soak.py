@@ -6,8 +6,9 @@
 SmolLM2 trains the quickstart as it is, with validation, samples and checkpoints. The 1B shape has random weights; its
 rows are short and of random lengths, and it answers no prompts, so that a thousand steps end. A case is one run of the
 recipe. Its peak is that of metrics.jsonl, which never falls. The table has the peak after single steps, and its growth
-after the step with the most tokens: steps draw their rows at random, so the fullest may come late. Each finished case
-is a line of FOLDER/soaks.jsonl and is not run again.
+after the step with the most tokens: steps draw their rows at random, so the fullest may come late. Below is the growth
+after the last step of a new length: oneDNN keeps the products that it compiled for every padded length of a pass, and a
+rare length comes late, too. Each finished case is a line of FOLDER/soaks.jsonl and is not run again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from benchmarks.profile_step import describe_machine
 from benchmarks.train_cases import REPOSITORY, WORDS, make_base
+from tune2gguf.model.lengths import pad_length
 from tune2gguf.runs.files import read_json_lines
 
 CASES = {f"{base} {kind}": (base, kind) for base in ("smollm2", "1b") for kind in ("bf16", "fp32")}
@@ -95,7 +97,7 @@ def run_case(case: str, folder: Path, num_steps: int) -> dict:
 
 
 def make_table(soaks: list[dict]) -> list[str]:
-    """Return two lines per case: peaks in GB, their growth after the fullest step, and the last over the estimate."""
+    """Return three lines per case: peaks in GB, their growth, and the last over the estimate."""
     lines = [
         f"{'peak GB after steps':22}" + "".join(f"{step:>7}" for step in SHOWN) + "   last   grown  estimate  ratio"
     ]
@@ -109,10 +111,14 @@ def make_table(soaks: list[dict]) -> list[str]:
         lines.append(
             f"{soak['case']:22}{shown}{peaks[-1] / 1e9:7.2f}{grown:8.1%}{soak['estimate_gb']:10.2f}{ratio:7.2f}"
         )
-        lines.append(
+        lengths = [pad_length(one) for one in tokens]
+        newest = max(lengths.index(length) for length in set(lengths))
+        lines += [
             f"  {len(peaks)} steps, {first_epoch} per epoch, of {min(tokens)} to {max(tokens)} tokens, the fullest at "
-            f"step {fullest + 1}; {soak['parts']}"
-        )
+            f"step {fullest + 1}; {soak['parts']}",
+            f"  {len(set(lengths))} padded lengths, the last one first at step {newest + 1}, and grown by "
+            f"{peaks[-1] / peaks[newest] - 1:.1%} since",
+        ]
     return lines
 
 
