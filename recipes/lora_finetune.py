@@ -83,6 +83,7 @@ from tune2gguf.train.steps import (
     refuse_damaged_base,
     skip_step,
 )
+from tune2gguf.train.validation_plan import get_generation_cost
 from tune2gguf.train.validator import Validator, plan_run_validation
 
 
@@ -194,17 +195,17 @@ class LoRAFinetuneRecipe:
         self.schedule = build_component(self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.num_steps)
 
     def _restore(self, checkpoint) -> None:
-        cfg, architecture = self.cfg, read_architecture(self.cfg.base_dir)
+        cfg, world, architecture = self.cfg, self.world, read_architecture(self.cfg.base_dir)
         self.progress = restore_run(
             checkpoint,
             self.model,
             architecture=architecture,
             optimizer=self.optimizer,
             schedule=self.schedule,
-            world=self.world,
+            world=world,
         )
         # As of the start of the step: an interrupted step is repeated with the same masks.
-        self.random_state = capture_random_state(self.world.device)
+        self.random_state = capture_random_state(world.device)
         self.collect_adapter = partial(
             collect_peft_adapter,
             self.model,
@@ -220,14 +221,14 @@ class LoRAFinetuneRecipe:
             self.progress,
             rows_per_step=self.rows_per_step,
             steps_per_epoch=self.steps_per_epoch,
-            device=self.world.device,
+            world=world,
         )
         self.forgetting = plan_forgetting(
             self.tokenizer,
             score=cfg.score_general_prompts,
             max_seq_len=cfg.max_seq_len,
             training_tokens=self.validation.training_tokens,
-            device=self.world.device,
+            generation=get_generation_cost(world.device, world.size),
         )
 
     def _setup_run_folder(self, checkpoint) -> None:

@@ -5,7 +5,6 @@ import shlex
 import shutil
 
 import pytest
-import torch
 
 from tests.conftest import REPOSITORY, TINY_UNTIED, make_conversations, make_unseen_conversations, write_tiny_base
 from tests.runs import copy_real_run, get_tiny_base
@@ -91,7 +90,7 @@ def test_scoring_changes_no_byte_of_the_adapter(tmp_path):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_no_more_prompts_are_scored_than_the_budget_pays_for(kind):
     tokenizer = load_tokenizer(get_tiny_base(), chat_template="chatml")
-    given = {"tokenizer": tokenizer, "max_seq_len": 512, "device": torch.device(kind)}
+    given = {"tokenizer": tokenizer, "max_seq_len": 512, "generation": GENERATION_COSTS[kind]}
     always = GENERATION_COSTS[kind].always_covered
     for tokens in (0.1, 1e3, 3e4, 6e4, 1e6):
         plan = plan_forgetting(score="auto", training_tokens=tokens, **given)

@@ -12,19 +12,23 @@ from tune2gguf.train.validation_plan import (
     MAX_REPLY_TOKENS,
     MAX_SHARE,
     MIN_REPLY_TOKENS,
+    GenerationCost,
     ValidationPlan,
     count_validations,
+    get_generation_cost,
     plan_validation,
 )
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = GENERATION_COSTS["cpu"], GENERATION_COSTS["cuda"]
 
 
 def make_digests(count: int) -> list[bytes]:
     return [hashlib.blake2b(str(row).encode(), digest_size=16).digest() for row in range(count)]
 
 
-def plan(num_rows: int, *, train_rows: int, length: int = 100, steps: int = 200, epochs: int = 3, device=CPU, **given):
+def plan(
+    num_rows: int, *, train_rows: int, length: int = 100, steps: int = 200, epochs: int = 3, generation=CPU, **given
+):
     """Plan for rows of equal length."""
     return plan_validation(
         lengths=np.full(num_rows, length),
@@ -32,7 +36,7 @@ def plan(num_rows: int, *, train_rows: int, length: int = 100, steps: int = 200,
         training_tokens=train_rows * epochs * length,
         steps_per_epoch=steps // epochs,
         epochs=epochs,
-        device=device,
+        generation=generation,
         **given,
     )
 
@@ -71,7 +75,7 @@ def test_long_rows_count_by_their_tokens():
     lengths = np.full(4, 10)
     lengths[order[2]] = 1000
     given = {"digests": digests, "training_tokens": 5000, "steps_per_epoch": 10, "epochs": 1, "every_n_steps": 10}
-    given["device"] = CPU
+    given["generation"] = CPU
     # Two validations: 0.4 * (10 + 10) * 2 = 16 of 500; with the long row 816.
     assert plan_validation(lengths=lengths, **given).rows == sorted(order[:2])
     assert plan_validation(lengths=np.full(4, 10), **given).rows == [0, 1, 2, 3]
@@ -110,7 +114,7 @@ def test_what_is_asked_for_is_done_whatever_it_costs_and_said():
 def test_samples_and_rows_together_cost_at_most_a_tenth(train_rows):
     found = plan(400, train_rows=train_rows, num_samples=3, reply_tokens=30)
     steps = found.max_reply_tokens + 3 * min(30, found.max_reply_tokens)
-    assert found.samples_share == pytest.approx(GENERATION_COSTS["cpu"].token * steps / (3 * train_rows * 100))
+    assert found.samples_share == pytest.approx(CPU.token * steps / (3 * train_rows * 100))
     assert MIN_REPLY_TOKENS <= found.max_reply_tokens <= MAX_REPLY_TOKENS
     one_more = found.share * (len(found.rows) + 1) / len(found.rows)
     assert found.share + found.samples_share <= MAX_SHARE < one_more + found.samples_share
@@ -122,14 +126,13 @@ def test_samples_and_rows_together_cost_at_most_a_tenth(train_rows):
 
 @pytest.mark.parametrize("train_rows", [50, 259, 100_000])
 def test_on_a_gpu_replies_cost_more_tokens_and_short_runs_have_whole_ones(train_rows):
-    cost = GENERATION_COSTS["cuda"]
-    found = plan(400, train_rows=train_rows, num_samples=3, reply_tokens=30, device=CUDA)
-    spent = cost.token * (found.max_reply_tokens + 3 * min(30, found.max_reply_tokens))
+    found = plan(400, train_rows=train_rows, num_samples=3, reply_tokens=30, generation=CUDA)
+    spent = CUDA.token * (found.max_reply_tokens + 3 * min(30, found.max_reply_tokens))
     assert found.samples_share == pytest.approx(spent / (3 * train_rows * 100))
     assert found.max_reply_tokens == MAX_REPLY_TOKENS
-    assert spent <= max(cost.always_covered, MAX_SHARE / 2 * 3 * train_rows * 100)
+    assert spent <= max(CUDA.always_covered, MAX_SHARE / 2 * 3 * train_rows * 100)
     # Twelve epochs of long replies are more than what is always covered.
-    long = plan(400, train_rows=train_rows // 4, num_samples=3, reply_tokens=60, epochs=12, device=CUDA)
+    long = plan(400, train_rows=train_rows // 4, num_samples=3, reply_tokens=60, epochs=12, generation=CUDA)
     assert (train_rows < 1000) == (long.max_reply_tokens < MAX_REPLY_TOKENS)
 
 
@@ -145,6 +148,16 @@ def test_a_smaller_choice_is_part_of_a_larger_one_and_does_not_depend_on_the_ord
     chosen = [set(plan(100, train_rows=1000, max_rows=count).rows) for count in (10, 30, 100)]
     assert chosen[0] < chosen[1] < chosen[2]
     digests = make_digests(100)
-    given = {"training_tokens": 10_000, "steps_per_epoch": 10, "epochs": 1, "max_rows": 10, "device": CPU}
+    given = {"training_tokens": 10_000, "steps_per_epoch": 10, "epochs": 1, "max_rows": 10, "generation": CPU}
     turned = plan_validation(lengths=np.full(100, 10), digests=digests[::-1], **given)
     assert {99 - row for row in turned.rows} == chosen[0]
+
+
+def test_generation_of_one_process_costs_what_all_of_them_would_train_meanwhile():
+    four = get_generation_cost(torch.device("cuda"), num_processes=4)
+    assert four == GenerationCost(4 * CUDA.token, 4 * CUDA.always_covered, 4 * FORWARD_SHARE)
+    alone, found = (
+        plan(40, train_rows=100_000, num_samples=3, reply_tokens=30, generation=one) for one in (CUDA, four)
+    )
+    assert found.max_reply_tokens == alone.max_reply_tokens
+    assert found.samples_share == pytest.approx(4 * alone.samples_share)

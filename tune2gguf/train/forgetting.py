@@ -19,7 +19,7 @@ from tune2gguf.runs.adapter import collect_adapter, restore_adapter, switch_adap
 from tune2gguf.runs.forgetting import Forgetting, GeneralAnswer
 from tune2gguf.tokenizer.conversation import Message
 from tune2gguf.tokenizer.tokenizer import ChatTokenizer
-from tune2gguf.train.validation_plan import FORWARD_SHARE, GenerationCost, get_generation_cost
+from tune2gguf.train.validation_plan import GenerationCost
 
 ANSWER_TOKENS = 32
 MAX_SHARE = 0.05  # of the training time
@@ -45,7 +45,7 @@ class ForgettingPlan:
 
 
 def plan_forgetting(
-    tokenizer: ChatTokenizer, *, score: bool | str, max_seq_len: int, training_tokens: float, device: torch.device
+    tokenizer: ChatTokenizer, *, score: bool | str, max_seq_len: int, training_tokens: float, generation: GenerationCost
 ) -> ForgettingPlan:
     """Choose the general prompts: the first ones that fit.
 
@@ -53,7 +53,7 @@ def plan_forgetting(
 
     Args:
         score: True for all prompts, False for none, "auto" for as many as MAX_SHARE of the training time covers, or
-            as the device always covers
+            as `generation` always covers
         training_tokens: tokens trained on, over all epochs
     """
     if score is False:
@@ -62,7 +62,6 @@ def plan_forgetting(
     fitting = [(one, ids) for one, ids in encoded.items() if len(ids) + ANSWER_TOKENS <= max_seq_len]
     if len(fitting) < MIN_PROMPTS:
         return ForgettingPlan(obstacle=f"general prompts and answers are longer than max_seq_len={max_seq_len}")
-    generation = get_generation_cost(device)
     lengths = [len(ids) for _, ids in fitting]
     costs = [_estimate_cost(lengths[:count], generation) for count in range(len(fitting) + 1)]
     budget = max(MAX_SHARE * training_tokens, generation.always_covered)
@@ -76,8 +75,8 @@ def plan_forgetting(
 
 def _estimate_cost(prompt_lengths: Sequence[int], generation: GenerationCost) -> float:
     """Return the prompts' cost in trained tokens: answers of base and adapter, and a forward pass of each."""
-    answering = 2 * ANSWER_TOKENS * (generation.token + FORWARD_SHARE * len(prompt_lengths))
-    return answering + 2 * FORWARD_SHARE * (sum(prompt_lengths) + ANSWER_TOKENS * len(prompt_lengths))
+    answering = 2 * ANSWER_TOKENS * (generation.token + generation.forward * len(prompt_lengths))
+    return answering + 2 * generation.forward * (sum(prompt_lengths) + ANSWER_TOKENS * len(prompt_lengths))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -24,23 +24,27 @@ ENOUGH_ROWS = 32
 
 @dataclass(frozen=True)
 class GenerationCost:
-    """The cost of generation on a kind of device, in trained tokens; measured by benchmarks/generation.py.
+    """What a process costs that generates while no process trains, in tokens that the run would train meanwhile.
 
     Attributes:
         token: one token of every reply: it reads all weights, and a GPU trains many tokens meanwhile
         always_covered: spent however short the training is; on an H200 the time of 1 s (1B) to 4 s (8B)
+        forward: a forward pass over a token
     """
 
-    token: int
-    always_covered: int
+    token: float
+    always_covered: float
+    forward: float = FORWARD_SHARE
 
 
+# By kind of device, for a run of one process; measured by benchmarks/generation.py.
 GENERATION_COSTS = {"cpu": GenerationCost(13, 0), "cuda": GenerationCost(250, 50_000)}
 
 
-def get_generation_cost(device: torch.device) -> GenerationCost:
-    """Return the device's cost; a kind that was never measured has a CPU's."""
-    return GENERATION_COSTS.get(device.type, GENERATION_COSTS["cpu"])
+def get_generation_cost(device: torch.device, num_processes: int) -> GenerationCost:
+    """Return the cost in a run of so many processes; a kind of device that was never measured has a CPU's."""
+    alone = GENERATION_COSTS.get(device.type, GENERATION_COSTS["cpu"])
+    return GenerationCost(*(cost * num_processes for cost in astuple(alone)))
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def plan_validation(
     training_tokens: float,
     steps_per_epoch: int,
     epochs: int,
-    device: torch.device,
+    generation: GenerationCost,
     every_n_steps: int | None = None,
     max_rows: int | None = None,
     num_samples: int = 0,
@@ -110,7 +114,6 @@ def plan_validation(
     allowed = MAX_SHARE * training_tokens
     max_reply_tokens, samples_cost = 0, 0.0
     if num_samples > 0 and by_digest:
-        generation = get_generation_cost(device)
         samples_budget = max(allowed / 2, generation.always_covered)
         max_reply_tokens, samples_cost = _limit_replies(
             samples_budget, generation.token, epochs=epochs, reply_tokens=reply_tokens
@@ -136,7 +139,7 @@ def plan_validation(
     )
 
 
-def _limit_replies(budget: float, token_cost: int, *, epochs: int, reply_tokens: float) -> tuple[int, float]:
+def _limit_replies(budget: float, token_cost: float, *, epochs: int, reply_tokens: float) -> tuple[int, float]:
     """Return the most tokens of a sample reply, and the cost of all replies in trained tokens.
 
     All prompts are answered in one batch. The base is assumed to reach the limit, as it often does, and the adapter to
