@@ -215,20 +215,21 @@ class LoRAFinetuneRecipe:
             dropout=cfg.lora_dropout,
             base_model_name=name_base(Path(cfg.base_dir)),
         )
+        generation = get_generation_cost(world.device, world.size)
         self.validation = plan_run_validation(
             cfg,
             self.data,
             self.progress,
             rows_per_step=self.rows_per_step,
             steps_per_epoch=self.steps_per_epoch,
-            world=world,
+            generation=generation,
         )
         self.forgetting = plan_forgetting(
             self.tokenizer,
             score=cfg.score_general_prompts,
             max_seq_len=cfg.max_seq_len,
             training_tokens=self.validation.training_tokens,
-            generation=get_generation_cost(world.device, world.size),
+            generation=generation,
         )
 
     def _setup_run_folder(self, checkpoint) -> None:

@@ -8,7 +8,8 @@ from tune2gguf.model.caches import KVCaches
 
 pytestmark = MARKS
 NUM_ROWS, NUM_PROMPT, NUM_TOKENS = 3, 20, 50
-# By base: root mean square error relative to the logits.
+# By base: root mean square error relative to the logits. The recomputation is fused, and rounds its activations to fp8
+# elsewhere than the layers with caches do; a layer's own error is 6 % in fp8.
 LIMITS = {"fp32": 1e-4, "bf16": 0.02, "fp8": 0.1, "nf4": 0.02}
 
 

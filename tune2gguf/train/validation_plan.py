@@ -24,10 +24,10 @@ ENOUGH_ROWS = 32
 
 @dataclass(frozen=True)
 class GenerationCost:
-    """What a process costs that generates while no process trains, in tokens that the run would train meanwhile.
+    """The cost of generation by one process, in tokens that all processes would train in that time.
 
     Attributes:
-        token: one token of every reply: it reads all weights, and a GPU trains many tokens meanwhile
+        token: one token of every reply; it reads all weights, and a GPU trains many tokens in that time
         always_covered: spent however short the training is; on an H200 the time of 1 s (1B) to 4 s (8B)
         forward: a forward pass over a token
     """
@@ -37,7 +37,8 @@ class GenerationCost:
     forward: float = FORWARD_SHARE
 
 
-# By kind of device, for a run of one process; measured by benchmarks/generation.py.
+# By kind of device, for a run of one process. On an H200 a token costs 124 to 231 (benchmarks/generation.py), and the
+# first three of a reply some times as much.
 GENERATION_COSTS = {"cpu": GenerationCost(13, 0), "cuda": GenerationCost(250, 50_000)}
 
 

@@ -19,7 +19,7 @@ from tune2gguf.train.progress import Progress
 from tune2gguf.train.record import RunRecord
 from tune2gguf.train.samples import Prompt, answer_prompts
 from tune2gguf.train.validation import compute_validation_loss
-from tune2gguf.train.validation_plan import ValidationPlan, get_generation_cost, plan_validation
+from tune2gguf.train.validation_plan import GenerationCost, ValidationPlan, plan_validation
 
 
 def plan_run_validation(
@@ -29,7 +29,7 @@ def plan_run_validation(
     *,
     rows_per_step: int,
     steps_per_epoch: int,
-    world: World,
+    generation: GenerationCost,
 ) -> ValidationPlan:
     """Plan a run's validations. A resumed run keeps its rows and steps, even with more epochs.
 
@@ -49,7 +49,7 @@ def plan_run_validation(
         max_rows=at.num_val_rows or cfg.max_val_rows,
         num_samples=cfg.num_samples,
         reply_tokens=validation_rows["supervised_tokens"] / max(1, validation_rows["rows"]),
-        generation=get_generation_cost(world.device, world.size),
+        generation=generation,
     )
     at.eval_every_n_steps, at.num_val_rows = plan.every_n_steps, len(plan.rows) or None
     return plan
