@@ -28,9 +28,9 @@ from tune2gguf.config import (
     build_optimizer,
     check_config,
     check_plan,
-    get_run_spec,
     load_config,
 )
+from tune2gguf.config.run_spec import get_run_spec
 from tune2gguf.data import count_step_tokens, lay_out_passes, plan_epoch
 from tune2gguf.distributed.failures import end_together
 from tune2gguf.distributed.parallel import choose_parallel, shard

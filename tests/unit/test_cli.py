@@ -32,6 +32,38 @@ def test_help_names_every_command_and_a_wrong_one_is_refused_with_them():
     assert wrong.stderr.startswith("error: unknown command 'exprot'; known are ls, cp, download")
 
 
+# What is typed, and what is said about it. A wrong key is missing here: components are known by torch's signatures.
+MISTAKES = {
+    "download --config {config} base_source=null": "needs base_dir and base_source",
+    "inspect {nowhere} --base-dir {nowhere}": "no such file",
+    "estimate --config {nowhere}": "no such config",
+    "sweep --config {config} lora_rank=3": "nothing to sweep",
+    "report {nowhere}": "no such folder",
+    "compare {nowhere}": "not the folder of a run",
+    "remind {nowhere}": "not the folder of a run",
+    "export {nowhere}": "not the folder of a run",
+    "show {nowhere}": "not found",
+    "chat {nowhere}": "not the folder of a run",
+}
+TORCH_IS_LOADED = 3
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_reported_before_torch_is_loaded(typed, tmp_path):
+    program = f"""
+import sys
+from tune2gguf.cli import main
+try:
+    main()
+finally:
+    if "torch" in sys.modules:
+        sys.exit({TORCH_IS_LOADED})
+"""
+    words = typed.format(config=REPOSITORY / "configs/llama3_2_1b/lora.yaml", nowhere=tmp_path / "nowhere").split()
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and MISTAKES[typed] in done.stderr, (done.returncode, done.stderr)
+
+
 def test_cp_copies_a_file_or_a_folder_and_overwrites_nothing(tmp_path):
     name = "configs/llama3_2_1b/lora.yaml"
     assert run_cli("cp", name, str(tmp_path)).stdout == f"{tmp_path / 'lora.yaml'}\n"

@@ -9,9 +9,10 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from tests.unit.write_guide_tables import PAGE, write_guide_tables
-from tune2gguf.config import check_values, get_run_spec, read_config
+from tune2gguf.config import check_values, read_config
 from tune2gguf.config.components import COMPONENTS
 from tune2gguf.config.keys import KEYS
+from tune2gguf.config.run_spec import get_run_spec
 from tune2gguf.guide import GUIDE_PARAMETERS
 from tune2gguf.machine.memory import estimate_memory
 from tune2gguf.runs.config_file import flatten_config

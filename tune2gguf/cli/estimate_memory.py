@@ -15,15 +15,18 @@ def main() -> None:
     if arguments.devices < 1:
         parser.error(f"--devices must be at least 1, got {arguments.devices}")
 
-    from tune2gguf.config import check_values, get_run_spec, read_config
+    from tune2gguf.config import check_values, read_config
+
+    config = read_config(arguments.config, arguments.overrides)
+    check_values(config)
+
+    from tune2gguf.config.run_spec import get_run_spec
     from tune2gguf.machine.devices import list_devices
     from tune2gguf.machine.fit import describe_estimate, describe_fit
     from tune2gguf.machine.memory import estimate_memory
     from tune2gguf.machine.passes import choose_passes
     from tune2gguf.model.lengths import count_lengths
 
-    config = read_config(arguments.config, arguments.overrides)
-    check_values(config)
     spec = get_run_spec(config, longest_row=config.max_seq_len, num_devices=arguments.devices, parallel=config.parallel)
     # A run counts the lengths of its own rows, which are not known here.
     spec = replace(spec, num_lengths=count_lengths(spec.tokens_per_pass))

@@ -29,13 +29,13 @@ from tune2gguf.export.pipeline import check_room, find_export_problems
 from tune2gguf.files.atomic import check_name
 from tune2gguf.files.json_files import read_json
 from tune2gguf.model.architectures import ARCHITECTURES, check_architecture
-from tune2gguf.model.fp8 import DIVISOR
 from tune2gguf.model.nf4 import BLOCK_SIZE
 from tune2gguf.runs.files import is_run_folder
 from tune2gguf.runs.folder import find_path_problems
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES
 from tune2gguf.tokenizer.tokenizer import find_tokenizer_file
 
+FP8_DIVISOR = 16  # the GPU's fp8 products need weight dimensions divisible by this
 MAX_COUNTED_BYTES = 20_000_000  # larger data files have enough rows for any step
 
 
@@ -193,10 +193,10 @@ def _find_architecture_problems(valid, name, base_dir, architecture) -> Iterator
             )
     if valid.get("base_weights") == "fp8":
         linear = (spec for spec in list_tensors(architecture) if spec.is_linear)
-        odd = next((spec for spec in linear if any(size % DIVISOR for size in spec.shape)), None)
+        odd = next((spec for spec in linear if any(size % FP8_DIVISOR for size in spec.shape)), None)
         if odd is not None:
             yield (
-                f"base_weights=fp8: {odd.hf_name} is {list(odd.shape)}, fp8 products need multiples of {DIVISOR}; "
+                f"base_weights=fp8: {odd.hf_name} is {list(odd.shape)}, fp8 products need multiples of {FP8_DIVISOR}; "
                 "use base_weights=bf16"
             )
 

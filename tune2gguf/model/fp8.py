@@ -23,7 +23,6 @@ from tune2gguf.model.nf4_tensor import Nf4Tensor, multiply_nf4
 CODES = torch.float8_e4m3fn
 LARGEST_CODE = 448.0
 LEAST_MAGNITUDE = 1e-30  # lower bound of a row's largest magnitude: below it float32 cannot invert the scale
-DIVISOR = 16  # the GPU's product needs weight dimensions divisible by this
 SCALES_PER_OCTAVE = 8  # scales tried for a weight's row; the format repeats itself at every power of two
 # Values quantized at a time: on a CPU temporaries fit a core's cache, on a GPU they are small beside a layer.
 CHUNK_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
