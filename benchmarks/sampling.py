@@ -12,7 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
-from tune2gguf.export.pipeline import find_newest_gguf
+from tune2gguf.export.folder import find_newest_gguf
 from tune2gguf.runs.run import open_run
 from tune2gguf.runs.validation_rows import read_validation_rows
 from tune2gguf.serve.llama_cpp import LlamaCppModel, open_model

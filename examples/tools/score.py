@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tune2gguf.export.folder import find_newest_gguf
 from tune2gguf.export.gguf_files import read_quantization
-from tune2gguf.export.pipeline import export_base, find_newest_gguf
+from tune2gguf.export.pipeline import export_base
 from tune2gguf.files.output import run_program
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.runs.validation_rows import read_validation_rows

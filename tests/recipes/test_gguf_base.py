@@ -16,11 +16,12 @@ from tests.recipes.test_training import read_records, run_recipe
 from tune2gguf.base.checkpoint import open_base
 from tune2gguf.base.gguf_weights import list_stored
 from tune2gguf.base.load import load_base
+from tune2gguf.export.folder import find_served_files
 from tune2gguf.export.gguf_files import write_gguf_files
 from tune2gguf.export.importance_choice import ImportanceChoice
 from tune2gguf.export.measure.importance import measure_importance
 from tune2gguf.export.measure.weight_sources import open_base_source, open_gguf_source
-from tune2gguf.export.pipeline import export_base, export_run, find_served_files
+from tune2gguf.export.pipeline import export_base, export_run
 from tune2gguf.ggml.types import QUANTIZATIONS
 from tune2gguf.model.llama import lora_llama
 from tune2gguf.runs.run import open_run

@@ -13,8 +13,9 @@ from tests.conftest import REPOSITORY, TINY_TIED, make_conversations
 from tests.parity.gguf_models import write_run
 from tests.runs import set_base, set_metrics
 from tune2gguf.base.digest import RECORD_FILE
+from tune2gguf.export.folder import list_served
 from tune2gguf.export.licence import find_licence
-from tune2gguf.export.pipeline import export_run, list_served
+from tune2gguf.export.pipeline import export_run
 from tune2gguf.files.atomic import write_json
 from tune2gguf.model.architectures import LLAMA3_2_1B
 from tune2gguf.runs.curves import Validation

@@ -10,9 +10,19 @@ from typing import Any
 
 from tune2gguf.base.checkpoint import BaseCheckpoint, open_base
 from tune2gguf.base.source import read_source
-from tune2gguf.commands import format_script
 from tune2gguf.export.adapter_gguf import write_adapter_gguf
 from tune2gguf.export.chat_template import choose_chat_template
+from tune2gguf.export.folder import (
+    MODEL_CARD,
+    ExportedAdapter,
+    ExportedModel,
+    ExportFiles,
+    find_adapter_files,
+    list_served,
+    name_imatrix,
+    name_models,
+    plan_files,
+)
 from tune2gguf.export.gguf_file.imatrix import write_imatrix
 from tune2gguf.export.gguf_file.vocabulary import (
     LLAMA3_PRE_NAME,
@@ -30,50 +40,14 @@ from tune2gguf.export.merged_hf import write_merged_hf
 from tune2gguf.export.model_card import make_model_card
 from tune2gguf.export.modelfile import DEFAULT_TEMPERATURE, make_modelfile
 from tune2gguf.export.results import check_free_space, claim_folder, explain_write_errors, open_bar
-from tune2gguf.files.atomic import check_name, write_file, write_text
-from tune2gguf.ggml.types import QUANTIZATIONS, Quantization
+from tune2gguf.files.atomic import write_file, write_text
+from tune2gguf.ggml.types import QUANTIZATIONS, get_quantizations
 from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.runs.files import PROOF_FILE
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.tokenizer.templates import CHAT_TEMPLATES, ChatTemplate
 
 DEFAULT_VALIDATION_ROWS = 16
-MODEL_CARD = "README.md"
-BESIDE = " + adapter"  # suffix of a step: the adapter's GGUF applied to a base GGUF
-_ADAPTER_END = "-adapter.gguf"
-_ADAPTER_MODELFILE = "Modelfile-adapter"
-
-
-@dataclass(frozen=True)
-class ExportedModel:
-    """One quantization of a run."""
-
-    quantization: str
-    gguf_path: Path
-    modelfile_path: Path
-
-    @property
-    def step(self) -> str:
-        """The name of its step in the proof."""
-        return self.quantization
-
-
-@dataclass(frozen=True)
-class ExportedAdapter:
-    """The adapter's own GGUF, and the base GGUF that it is applied to."""
-
-    quantization: str
-    base_path: Path
-    adapter_path: Path
-    modelfile_path: Path
-
-    @property
-    def step(self) -> str:
-        """The name of its step in the proof."""
-        return f"{self.quantization}{BESIDE}"
-
-    def list_paths(self) -> list[Path]:
-        return [self.base_path, self.adapter_path, self.modelfile_path]
 
 
 @dataclass(frozen=True)
@@ -83,11 +57,20 @@ class Export:
     run: Run
     chat_template: ChatTemplate
     merge: MergeChoice
-    models: list[ExportedModel]
-    adapter: ExportedAdapter | None
-    merged_dir: Path | None
-    model_card_path: Path
+    files: ExportFiles
     importance: ImportanceChoice
+
+    @property
+    def models(self) -> list[ExportedModel]:
+        return self.files.models
+
+    @property
+    def adapter(self) -> ExportedAdapter | None:
+        return self.files.adapter
+
+    @property
+    def merged_dir(self) -> Path | None:
+        return self.files.merged_dir
 
     @property
     def served(self) -> ExportedModel | ExportedAdapter:
@@ -103,14 +86,16 @@ class Export:
     @property
     def imatrix_path(self) -> Path:
         """The path of a measured importance matrix."""
-        return _name_imatrix(self.run)
+        return name_imatrix(self.run)
+
+    @property
+    def model_card_path(self) -> Path:
+        return self.run.export_dir / MODEL_CARD
 
     def list_paths(self) -> list[Path]:
         """Return all paths that were written."""
-        files = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
-        files += [] if self.adapter is None else self.adapter.list_paths()
-        files += [self.imatrix_path] if self.measured_importance else []
-        return [*files, *([] if self.merged_dir is None else [self.merged_dir]), self.model_card_path]
+        measured = [self.imatrix_path] if self.measured_importance else []
+        return [*self.files.list_paths(), *measured, self.model_card_path]
 
 
 def export_run(
@@ -158,66 +143,48 @@ def export_run(
     if num_validation_rows < 0:
         raise ValueError(f"--proof-rows must be at least 0, got {num_validation_rows}")
     run = open_run(run_dir, adapter=adapter, base_dir=base_dir)
-    served_type = None if run.gguf_type is None else QUANTIZATIONS[run.gguf_type]
-    chosen = []
-    if served_type is None or quantizations is not None:
-        chosen = _get_quantizations([run.quantization] if quantizations is None else quantizations)
     base = open_base(run.base_dir)
-    models = _name_models(run.export_dir, run.name, chosen)
-    exported_adapter = None
-    if with_adapter_gguf or served_type is not None:
-        exported_adapter = _name_adapter(run.export_dir, run.name, served_type or chosen[0])
-    merged_dir = run.export_dir / f"{run.name}-merged" if with_merged_hf else None
-    plan = plan_importance(run, base, chosen, imatrix=imatrix, wanted=with_importance)
+    files = plan_files(run, quantizations, with_adapter_gguf=with_adapter_gguf, with_merged_hf=with_merged_hf)
+    if merge_base is not None and not files.merges:
+        raise ValueError(f"--merge-base {merge_base}: nothing is merged; choose a type with --quantization")
+    plan = plan_importance(run, base, files.quantizations, imatrix=imatrix, wanted=with_importance)
     if not overwrite:
         # Every export replaces the model card, which describes the folder, and the importance matrix.
-        files = [path for model in models for path in (model.gguf_path, model.modelfile_path)]
-        files += [] if exported_adapter is None else exported_adapter.list_paths()
-        _refuse_existing([*files, *([] if merged_dir is None else [merged_dir])])
+        _refuse_existing(files.list_paths())
     chat_template = choose_chat_template(run, base)
     licence = _find_licence(base, chat_template)
-    modelfiles = _make_modelfiles(
-        models,
-        exported_adapter,
-        licence,
-        chat_template=chat_template,
-        context_length=run.max_seq_len,
-        temperature=temperature,
-        system_prompt=run.system_prompt,
-    )
+    served = {"chat_template": chat_template, "temperature": temperature, "system_prompt": run.system_prompt}
+    modelfiles = _make_modelfiles(files, licence, context_length=run.max_seq_len, **served)
     lora = read_adapter(run.adapter_dir, base.specs)
-    validation = load_validation_rows(run, num_rows=num_validation_rows)
-    if not (chosen or with_merged_hf):
-        validation = None  # there is nothing to choose
-        if merge_base is not None:
-            raise ValueError(f"--merge-base {merge_base}: nothing is merged; choose a type with --quantization")
+    validation = load_validation_rows(run, num_rows=num_validation_rows) if files.merges else None
     merge = choose_merge_base(run, lora, validation, requested=merge_base, original_dir=original_base_dir)
-    card_path = run.export_dir / MODEL_CARD
-    export = Export(run, chat_template, merge, models, exported_adapter, merged_dir, card_path, ImportanceChoice())
+    export = Export(run, chat_template, merge, files, ImportanceChoice())
     with explain_write_errors(run.export_dir), claim_folder(run.export_dir):
         check_free_space(run.export_dir, _count_bytes(export, lora, has_importance=plan.is_any))
         name = export.imatrix_path.name
-        choice = choose_importance(plan, merge.chosen, lora, chosen, validation, name=name, show=show)
+        choice = choose_importance(plan, merge.chosen, lora, files.quantizations, validation, name=name, show=show)
         export = replace(export, importance=choice)
-        # Small files first: errors come before the long part.
-        _write_extras(export, lora, num_threads=num_threads, show=show)
-        if export.models:
-            _write_models(export, lora, num_threads=num_threads, show=show)
+        _write_weights(export, lora, num_threads=num_threads, show=show)
         # The old proof is of the replaced files.
         (run.export_dir / PROOF_FILE).unlink(missing_ok=True)
         for path, text in modelfiles.items():
             write_text(path, text)
-        card = make_model_card(
-            run,
-            licence=licence,
-            files=list_served(run),
-            adapter_files=find_adapter_files(run) if export.adapter is not None else None,
-            temperature=temperature,
-            takes_tools=chat_template.takes_tools,
-            merge=merge.describe() if models else None,
-        )
-        write_text(export.model_card_path, card)
+        write_text(export.model_card_path, _describe(export, licence, temperature))
     return export
+
+
+def _describe(export: Export, licence: Licence, temperature: float) -> str:
+    """Return the model card of all that is in the folder now."""
+    run = export.run
+    return make_model_card(
+        run,
+        licence=licence,
+        files=list_served(run),
+        adapter_files=find_adapter_files(run) if export.adapter is not None else None,
+        temperature=temperature,
+        takes_tools=export.chat_template.takes_tools,
+        merge=export.merge.describe() if export.models else None,
+    )
 
 
 def find_export_problems(
@@ -226,10 +193,10 @@ def find_export_problems(
     """Yield the reasons why a run that has not begun cannot be exported, by the export's own checks."""
     try:
         run_dir = run_dir.absolute()
-        models = _name_models(run_dir / "export", run_dir.name, [QUANTIZATIONS[quantization]])
+        models = name_models(run_dir / "export", run_dir.name, [QUANTIZATIONS[quantization]])
         licence = _find_licence(base, chat_template)
         served = {"chat_template": chat_template, "context_length": max_seq_len, "system_prompt": None}
-        _make_modelfiles(models, None, licence, **served)
+        _make_modelfiles(ExportFiles(models, None, None), licence, **served)
     except ValueError as error:
         yield str(error)
 
@@ -254,19 +221,6 @@ def _find_licence(base: BaseCheckpoint, chat_template: ChatTemplate) -> Licence:
     )
 
 
-def _write_models(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
-    write_gguf_files(
-        {QUANTIZATIONS[model.quantization]: model.gguf_path for model in export.models},
-        base=export.merge.chosen,
-        adapter=adapter,
-        name=export.run.name,
-        chat_template=export.chat_template,
-        importance=export.importance,
-        num_threads=num_threads,
-        show=show,
-    )
-
-
 def export_base(
     base_dir: str | Path,
     out_path: str | Path,
@@ -286,7 +240,7 @@ def export_base(
         ValueError: if something is missing or does not fit; no file is then written under its final name
     """
     base_dir, out_path = Path(base_dir), Path(out_path)
-    [chosen] = _get_quantizations([quantization])
+    [chosen] = get_quantizations([quantization])
     if chat_template not in CHAT_TEMPLATES:
         raise ValueError(f"unknown chat_template {chat_template!r}; choose from {', '.join(CHAT_TEMPLATES)}")
     _refuse_existing([out_path])
@@ -307,151 +261,73 @@ def export_base(
     return out_path
 
 
-def _get_quantizations(names: Sequence[str]) -> list[Quantization]:
-    unknown = [name for name in names if name.upper() not in QUANTIZATIONS]
-    if unknown or not names:
-        raise ValueError(
-            f"unknown quantization {', '.join(unknown) or '(none given)'}; choose from {', '.join(QUANTIZATIONS)}"
-        )
-    return list(dict.fromkeys(QUANTIZATIONS[name.upper()] for name in names))
-
-
-def _name_models(export_dir: Path, name: str, quantizations: Sequence[Quantization]) -> list[ExportedModel]:
-    for quantization in quantizations:
-        check_name(export_dir / f"{name}-{quantization.name}.gguf")
-        _name_adapter(export_dir, name, quantization)
-    return [_name_model(export_dir, name, one, is_only=len(quantizations) == 1) for one in quantizations]
-
-
-def _name_model(export_dir: Path, name: str, quantization: Quantization, *, is_only: bool) -> ExportedModel:
-    gguf_path = export_dir / f"{name}-{quantization.name}.gguf"
-    plain, named = export_dir / "Modelfile", export_dir / f"Modelfile-{quantization.name}"
-    # Each GGUF has one Modelfile: the one that serves it already, never another GGUF's.
-    serves_it = plain.is_file() and _read_served_name(plain) == gguf_path.name
-    is_first = is_only and not plain.is_file() and not named.is_file()
-    modelfile = plain if serves_it or is_first else named
-    return ExportedModel(quantization.name, gguf_path, modelfile)
-
-
-def _name_imatrix(run: Run) -> Path:
-    path = run.export_dir / f"{run.name}-imatrix.gguf"
-    check_name(path)
-    return path
-
-
-def _name_adapter(export_dir: Path, name: str, quantization: Quantization) -> ExportedAdapter:
-    base_path = export_dir / f"{name}-base-{quantization.name}.gguf"
-    adapter_path = export_dir / f"{name}{_ADAPTER_END}"
-    for path in (base_path, adapter_path):
-        check_name(path)
-    return ExportedAdapter(quantization.name, base_path, adapter_path, export_dir / _ADAPTER_MODELFILE)
-
-
-def _read_served_name(modelfile: Path, command: str = "FROM") -> str:
-    # Not splitlines: a name may hold other line separators.
-    lines = modelfile.read_bytes().decode("utf-8", errors="replace").split("\n")
-    return next((line.removeprefix(f"{command} ./") for line in lines if line.startswith(f"{command} ./")), "")
-
-
-def list_served(run: Run) -> list[tuple[Path, str]]:
-    """Return each GGUF of a whole model in the export folder, with the name of the Modelfile that serves it."""
-    modelfiles = sorted(filter(Path.is_file, run.export_dir.glob("Modelfile*")))
-    modelfiles = [path for path in modelfiles if path.name != _ADAPTER_MODELFILE]
-    served = [(run.export_dir / _read_served_name(modelfile), modelfile.name) for modelfile in modelfiles]
-    return [(path, name) for path, name in served if path.is_file()]
-
-
-def find_newest_gguf(run: Run) -> Path:
-    """Return the GGUF of the whole model that was exported last.
-
-    Raises:
-        ValueError: if there is none
-    """
-    served = [path for path, _ in list_served(run)]
-    if not served:
-        command = format_script("export", run.run_dir)
-        raise ValueError(f"{run.export_dir} has no GGUF yet. First:\n  {command}")
-    return max(served, key=lambda path: path.stat().st_mtime)
-
-
-def find_adapter_files(run: Run) -> tuple[Path, Path]:
-    """Return the base GGUF and the adapter GGUF that Modelfile-adapter names.
-
-    Raises:
-        ValueError: if the adapter was not exported
-    """
-    modelfile = run.export_dir / _ADAPTER_MODELFILE
-    if not modelfile.is_file():
-        option = () if run.gguf_type is not None else ("--adapter-gguf",)
-        command = format_script("export", run.run_dir, *option)
-        raise ValueError(f"{run.export_dir} has no adapter GGUF yet. First:\n  {command}")
-    return tuple(run.export_dir / _read_served_name(modelfile, command) for command in ("FROM", "ADAPTER"))
-
-
-def find_served_files(run: Run) -> tuple[Path, Path | None]:
-    """Return the GGUF that was exported last, and the adapter's GGUF if the run is served as two files.
-
-    Raises:
-        ValueError: if nothing was exported
-    """
-    return (find_newest_gguf(run), None) if run.gguf_type is None else find_adapter_files(run)
-
-
 def _refuse_existing(paths: list[Path]) -> None:
     existing = [str(path) for path in paths if path.exists()]
     if existing:
         raise ValueError(f"{', '.join(existing)}: exists already; --force replaces it")
 
 
-def _make_modelfiles(
-    models: list[ExportedModel], adapter: ExportedAdapter | None, licence: Licence, **served: Any
-) -> dict[Path, str]:
+def _make_modelfiles(files: ExportFiles, licence: Licence, **served: Any) -> dict[Path, str]:
     """Return each Modelfile's text; `served` holds make_modelfile's other arguments."""
-    files = [(model.modelfile_path, model.gguf_path.name, None) for model in models]
-    if adapter is not None:
-        files.append((adapter.modelfile_path, adapter.base_path.name, adapter.adapter_path.name))
+    named = [(model.modelfile_path, model.gguf_path.name, None) for model in files.models]
+    if files.adapter is not None:
+        adapter = files.adapter
+        named.append((adapter.modelfile_path, adapter.base_path.name, adapter.adapter_path.name))
     return {
         path: make_modelfile(gguf_name, adapter_name=adapter_name, licence=licence.text, **served)
-        for path, gguf_name, adapter_name in files
+        for path, gguf_name, adapter_name in named
     }
 
 
 def _count_bytes(export: Export, adapter: Adapter, *, has_importance: bool) -> int:
-    base = export.merge.chosen
-    quantizations = [model.quantization for model in export.models]
-    quantizations += [] if export.adapter is None else [export.adapter.quantization]
-    num_bytes = sum(
-        count_file_bytes(base, QUANTIZATIONS[name], has_importance=has_importance) for name in quantizations
-    )
-    if export.adapter is not None:
+    base, files = export.merge.chosen, export.files
+    types = list(files.quantizations)
+    num_bytes = 0
+    if files.adapter is not None:
+        types.append(QUANTIZATIONS[files.adapter.quantization])
         num_bytes += sum(pair.lora_a.nbytes + pair.lora_b.nbytes for pair in adapter.pairs.values())
-    if export.merged_dir is not None:
+    if files.merged_dir is not None:
         num_bytes += count_file_bytes(base, QUANTIZATIONS["BF16"])
-    return num_bytes
+    return num_bytes + sum(count_file_bytes(base, one, has_importance=has_importance) for one in types)
 
 
-def _write_extras(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
-    run, base = export.run, export.merge.chosen
+def _write_weights(export: Export, adapter: Adapter, *, num_threads: int | None, show: bool) -> None:
+    """Write the files that hold weights, small ones first: errors come before the long part."""
+    served = {"chat_template": export.chat_template, "num_threads": num_threads, "show": show}
     if export.measured_importance:
         with write_file(export.imatrix_path) as unfinished:
             write_imatrix(unfinished, export.importance.matrix)
     if export.adapter is not None:
-        with write_file(export.adapter.adapter_path) as unfinished:
-            write_adapter_gguf(unfinished, adapter, specs=base.specs, name=run.name)
-        write_gguf_files(
-            {QUANTIZATIONS[export.adapter.quantization]: export.adapter.base_path},
-            base=export.merge.beside,
-            adapter=None,
-            name=run.base_dir.resolve().name,
-            chat_template=export.chat_template,
-            # A run over a GGUF was trained on weights that were quantized without a matrix.
-            importance=ImportanceChoice() if run.gguf_type is not None else export.importance,
-            num_threads=num_threads,
-            show=show,
-        )
+        _write_adapter(export, adapter, **served)
     if export.merged_dir is not None:
+        base = export.merge.chosen
         num_elements = sum(math.prod(spec.shape) for spec in base.specs.values())
         with open_bar("merging", total=num_elements, show=show) as bar:
             write_merged_hf(
                 export.merged_dir, base=base, adapter=adapter, chat_template=export.chat_template, report=bar.update
             )
+    if export.models:
+        write_gguf_files(
+            {QUANTIZATIONS[model.quantization]: model.gguf_path for model in export.models},
+            base=export.merge.chosen,
+            adapter=adapter,
+            name=export.run.name,
+            importance=export.importance,
+            **served,
+        )
+
+
+def _write_adapter(export: Export, adapter: Adapter, **served: Any) -> None:
+    """Write the adapter's GGUF and the base's; `served` holds write_gguf_files' other arguments."""
+    run, files = export.run, export.adapter
+    with write_file(files.adapter_path) as unfinished:
+        write_adapter_gguf(unfinished, adapter, specs=export.merge.chosen.specs, name=run.name)
+    write_gguf_files(
+        {QUANTIZATIONS[files.quantization]: files.base_path},
+        base=export.merge.beside,
+        adapter=None,
+        name=run.base_dir.resolve().name,
+        # A run over a GGUF was trained on weights that were quantized without a matrix.
+        importance=ImportanceChoice() if run.gguf_type is not None else export.importance,
+        **served,
+    )

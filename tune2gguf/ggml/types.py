@@ -6,6 +6,7 @@ The rule is `llama_tensor_get_type` and `tensor_type_fallback` in its src/llama-
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
@@ -76,6 +77,20 @@ _EMBEDDING_TYPES = {
     **dict.fromkeys(("IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "Q2_K"),
     **dict.fromkeys(("IQ3_XXS", "IQ2_M", "IQ2_S"), "IQ3_S"),
 }
+
+
+def get_quantizations(names: Sequence[str]) -> list[Quantization]:
+    """Return the types with these names, in any case, each once.
+
+    Raises:
+        ValueError: if there is no such type, or no name
+    """
+    unknown = [name for name in names if name.upper() not in QUANTIZATIONS]
+    if unknown or not names:
+        raise ValueError(
+            f"unknown quantization {', '.join(unknown) or '(none given)'}; choose from {', '.join(QUANTIZATIONS)}"
+        )
+    return list(dict.fromkeys(QUANTIZATIONS[name.upper()] for name in names))
 
 
 def get_block(ggml_type: str) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune2gguf.base.gguf_weights import read_quantization
-from tune2gguf.export.pipeline import export_base, find_served_files
+from tune2gguf.export.folder import find_served_files
+from tune2gguf.export.pipeline import export_base
 from tune2gguf.export.results import claim_folder, explain_write_errors
 from tune2gguf.runs.run import Run, open_run
 from tune2gguf.runs.validation_rows import read_validation_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tune2gguf.export.pipeline import find_adapter_files, find_served_files
+from tune2gguf.export.folder import find_adapter_files, find_served_files
 from tune2gguf.machine.cpu import check_num_threads
 from tune2gguf.model.generate import AdapterModel
 from tune2gguf.runs.run import Run

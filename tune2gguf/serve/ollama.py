@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from tune2gguf.export.folder import ExportedAdapter, ExportedModel
 from tune2gguf.export.measure.validation_set import load_validation_rows
-from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export, ExportedAdapter, ExportedModel
+from tune2gguf.export.pipeline import DEFAULT_VALIDATION_ROWS, Export
 from tune2gguf.runs.proof import ProofRecord
 from tune2gguf.serve.serving import MAX_REPLY_TOKENS, find_askable
 from tune2gguf.tokenizer.conversation import Message, cut_before_reply, describe_reply, make_request_messages

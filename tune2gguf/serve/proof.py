@@ -10,6 +10,7 @@ import numpy as np
 
 from tune2gguf.base.gguf_rounding import GGUF_SCHEME
 from tune2gguf.commands import format_overrides, format_run, format_script
+from tune2gguf.export.folder import BESIDE
 from tune2gguf.export.gguf_file.imatrix import ImportanceMatrix
 from tune2gguf.export.gguf_files import count_file_bytes
 from tune2gguf.export.measure.step_losses import StepLoss, measure_groups, measure_steps
@@ -22,7 +23,7 @@ from tune2gguf.export.measure.weight_sources import (
 )
 from tune2gguf.export.merge.adapter import Adapter, read_adapter
 from tune2gguf.export.merge_choice import MergeChoice
-from tune2gguf.export.pipeline import BESIDE, Export
+from tune2gguf.export.pipeline import Export
 from tune2gguf.export.results import open_bar
 from tune2gguf.ggml.kernels import Kernels, load_kernels
 from tune2gguf.ggml.types import QUANTIZATIONS
@@ -89,20 +90,7 @@ def prove_export(
     subject = _Subject(export.run, export.merge, adapter, load_kernels(), validation, importance, general_rows)
     served_files = _list_files(export)
     steps, general = _measure_export(subject, served_files, show=show)
-    files = {
-        name: serve_file(
-            file.gguf_path,
-            validation.tokenizer,
-            validation.conversations,
-            validation.rows,
-            steps[name].token_losses,
-            context_length=export.run.max_seq_len,
-            num_replies=num_replies,
-            num_threads=num_threads,
-            adapter_path=file.adapter_path,
-        )
-        for name, file in served_files.items()
-    }
+    files = _serve_files(subject, served_files, steps, num_replies=num_replies, num_threads=num_threads)
     failures = [failure for name, served in files.items() for failure in _find_serving_failures(name, served)]
     failures += _find_loss_failures(subject, steps, max_loss_increase)
     proof = ProofRecord(
@@ -111,15 +99,7 @@ def prove_export(
         rows=len(validation.rows),
         supervised_tokens=len(steps[BASE].token_losses),
         losses_computed_by=COMPUTED_BY,
-        steps={
-            name: {
-                "loss": step.loss,
-                "increase": step.increase,
-                "kl_to_adapter": step.divergence,
-                "top1": step.agreement,
-            }
-            for name, step in steps.items()
-        },
+        steps={name: _describe_step(step) for name, step in steps.items()},
         lost_most=_find_step_that_lost_most(steps),
         merge=export.merge.describe(),
         served_by_llama_cpp={name: asdict(served) for name, served in files.items()},
@@ -167,6 +147,37 @@ def _measure_export(
         groups = [(subject.validation.rows, ADAPTER), *([(subject.general, BASE)] if subject.general else [])]
         steps, *general = measure_groups(sources, groups, report=bar.update)
     return steps, general[0] if general else {}
+
+
+def _serve_files(
+    subject: _Subject, files: dict[str, _File], steps: dict[str, StepLoss], *, num_replies: int, num_threads: int | None
+) -> dict[str, ServedFile]:
+    """Load each file in llama.cpp, and return what it makes of the validation rows."""
+    validation = subject.validation
+    return {
+        name: serve_file(
+            file.gguf_path,
+            validation.tokenizer,
+            validation.conversations,
+            validation.rows,
+            steps[name].token_losses,
+            context_length=subject.run.max_seq_len,
+            num_replies=num_replies,
+            num_threads=num_threads,
+            adapter_path=file.adapter_path,
+        )
+        for name, file in files.items()
+    }
+
+
+def _describe_step(step: StepLoss) -> dict[str, float]:
+    """Return a step's loss, its divergence from the trained model, and how often both prefer the same token."""
+    return {
+        "loss": step.loss,
+        "increase": step.increase,
+        "kl_to_adapter": step.divergence,
+        "top1": step.agreement,
+    }
 
 
 def _compare_with_base(step: StepLoss, base: StepLoss, rows: list[ValidationRow]) -> dict[str, float]:
