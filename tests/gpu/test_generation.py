@@ -1,9 +1,13 @@
 """Generation on a GPU: the logits of a recomputation, and no wait for the GPU inside a token."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.gpu.models import CUDA, MARKS, make_model, make_rows, prepare
+from tests.conftest import write_tiny_base
+from tests.gpu.models import CUDA, MARKS, SMALL, STD, make_model, make_rows, prepare
+from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.caches import KVCaches
 
 pytestmark = MARKS
@@ -17,8 +21,12 @@ def measure_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def append_all(caches: KVCaches, tokens: torch.Tensor) -> torch.Tensor:
-    """Append the prompt at once and the rest one by one; return all logits, [rows, places, vocab]."""
+def append_all(caches: KVCaches, tokens: torch.Tensor, *, waits: bool) -> torch.Tensor:
+    """Append the prompt at once and the rest one by one; return all logits, [rows, places, vocab].
+
+    Raises:
+        RuntimeError: if a token waits for the GPU, unless it `waits`
+    """
     mask = torch.ones(NUM_ROWS, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool, device=CUDA).tril()
     places = torch.arange(NUM_TOKENS, device=CUDA).expand(NUM_ROWS, -1)
 
@@ -29,7 +37,7 @@ def append_all(caches: KVCaches, tokens: torch.Tensor) -> torch.Tensor:
     caches.clear()
     logits = [append(0, NUM_PROMPT)]
     logits += [append(place, place + 1) for place in (NUM_PROMPT, NUM_PROMPT + 1)]  # the second one may be captured
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default" if waits else "error")
     try:
         logits += [append(place, place + 1) for place in range(NUM_PROMPT + 2, NUM_TOKENS)]
     finally:
@@ -37,13 +45,14 @@ def append_all(caches: KVCaches, tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack(logits, dim=1)
 
 
-@pytest.mark.parametrize("base_weights", LIMITS)
-@torch.no_grad()
-def test_logits_equal_those_of_a_recomputation_and_no_token_waits(small_base, base_weights):
-    model = prepare(make_model(small_base, CUDA, base_weights=base_weights), fuse=base_weights != "fp32").eval()
+def compare_with_recomputation(base_dir: Path, base_weights: str) -> None:
+    model = prepare(make_model(base_dir, CUDA, base_weights=base_weights), fuse=base_weights != "fp32").eval()
     tokens = torch.stack(make_rows([NUM_TOKENS] * NUM_ROWS)).to(CUDA)
     caches = KVCaches(model, batch_size=NUM_ROWS, num_places=NUM_TOKENS, device=CUDA)
-    first, second = append_all(caches, tokens), append_all(caches, tokens)
+    # A token is looked up in host memory by the host, which waits for it.
+    waits = not model.decoder.tok_embeddings.weight.is_cuda
+    assert waits == (base_weights == "nf4" and base_dir.name == "untied")
+    first, second = (append_all(caches, tokens, waits=waits) for _ in range(2))
     caches.detach()
     assert torch.equal(first, second), "a token's graph computes what its launches compute"
 
@@ -51,3 +60,15 @@ def test_logits_equal_those_of_a_recomputation_and_no_token_waits(small_base, ba
     assert measure_error(first, expected) < LIMITS[base_weights]
     # Negative control: the logits of a neighbouring place would be detected.
     assert measure_error(first[:, 1:], expected[:, :-1]) > 10 * LIMITS[base_weights]
+
+
+@pytest.mark.parametrize("base_weights", LIMITS)
+@torch.no_grad()
+def test_logits_equal_those_of_a_recomputation_and_no_token_waits(small_base, base_weights):
+    compare_with_recomputation(small_base, base_weights)
+
+
+@torch.no_grad()
+def test_an_embedding_in_host_memory_is_looked_up_outside_the_graph(tmp_path):
+    untied = Architecture(**{**vars(SMALL), "tied": False})
+    compare_with_recomputation(write_tiny_base(tmp_path / "untied", untied, std=STD), "nf4")
