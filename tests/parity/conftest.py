@@ -6,6 +6,13 @@ import pytest
 from tests.parity.go_renderer import build_renderer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what llama.cpp serves with a real vocabulary slow: writing and loading it takes seconds."""
+    for item in items:
+        if "served" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def go_renderer(tmp_path_factory) -> Path:
     """Return a compiled program around Go's template engine."""

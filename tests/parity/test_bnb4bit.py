@@ -15,9 +15,12 @@ from tune2gguf.base.safetensors_file import read_header, write_safetensors
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.nf4 import quantize_nf4
 
-bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is the reference")
-
 SHAPES = [(32, 2), (1, 64), (2, 32), (64, 64), (3, 128), (10, 96), (48, 2048), (129, 640), (1024, 576), (256, 4096)]
+
+
+@pytest.fixture(scope="module")
+def bnb():
+    return pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is the reference")
 
 
 def draw_weight(shape: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:
@@ -29,7 +32,7 @@ def draw_weight(shape: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:
     return weight
 
 
-def save_weight(path: Path, weight: torch.Tensor, *, is_nested: bool, block_size: int, storage=torch.uint8):
+def save_weight(bnb, path: Path, weight: torch.Tensor, *, is_nested: bool, block_size: int, storage=torch.uint8):
     """Quantize and save with bitsandbytes; return its float32 values."""
     codes, state = bnb.quantize_4bit(
         weight, blocksize=block_size, compress_statistics=is_nested, quant_type="nf4", quant_storage=storage
@@ -45,39 +48,39 @@ def save_weight(path: Path, weight: torch.Tensor, *, is_nested: bool, block_size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_nested", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_values_are_bitsandbytes_own(tmp_path, shape, is_nested, dtype):
+def test_float32_values_are_bitsandbytes_own(bnb, tmp_path, shape, is_nested, dtype):
     path = tmp_path / "w.safetensors"
-    expected = save_weight(path, draw_weight(shape).to(dtype), is_nested=is_nested, block_size=64)
+    expected = save_weight(bnb, path, draw_weight(shape).to(dtype), is_nested=is_nested, block_size=64)
     stored = group_nf4(read_header(path))["w"]
     assert torch.equal(read_nf4(stored).dequantize(), expected)
 
 
 @pytest.mark.parametrize("block_size", [32, 128, 256])
 @pytest.mark.parametrize("is_nested", [True, False])
-def test_other_block_sizes_are_read(tmp_path, block_size, is_nested):
+def test_other_block_sizes_are_read(bnb, tmp_path, block_size, is_nested):
     path = tmp_path / "w.safetensors"
-    expected = save_weight(path, draw_weight((96, 512)), is_nested=is_nested, block_size=block_size)
+    expected = save_weight(bnb, path, draw_weight((96, 512)), is_nested=is_nested, block_size=block_size)
     assert torch.equal(read_nf4(group_nf4(read_header(path))["w"]).dequantize(), expected)
 
 
-def test_codes_stored_as_bfloat16_are_read(tmp_path):
+def test_codes_stored_as_bfloat16_are_read(bnb, tmp_path):
     path = tmp_path / "w.safetensors"
-    expected = save_weight(path, draw_weight((96, 128)), is_nested=True, block_size=64, storage=torch.bfloat16)
+    expected = save_weight(bnb, path, draw_weight((96, 128)), is_nested=True, block_size=64, storage=torch.bfloat16)
     assert torch.equal(read_nf4(group_nf4(read_header(path))["w"]).dequantize(), expected)
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 1), (3, 7), (95, 96), (40, 96)])
-def test_rows_are_bitsandbytes_rows(tmp_path, begin, end):
+def test_rows_are_bitsandbytes_rows(bnb, tmp_path, begin, end):
     path = tmp_path / "w.safetensors"
-    expected = save_weight(path, draw_weight((96, 640)), is_nested=True, block_size=64)
+    expected = save_weight(bnb, path, draw_weight((96, 640)), is_nested=True, block_size=64)
     stored = group_nf4(read_header(path))["w"]
     assert torch.equal(read_nf4(stored, begin=begin, end=end).dequantize(), expected[begin:end])
 
 
 @pytest.mark.parametrize("part", ["absmax", "nested_absmax", "nested_quant_map", "w"])
-def test_every_part_matters(tmp_path, part):
+def test_every_part_matters(bnb, tmp_path, part):
     path = tmp_path / "w.safetensors"
-    expected = save_weight(path, draw_weight((96, 640)), is_nested=True, block_size=64)
+    expected = save_weight(bnb, path, draw_weight((96, 640)), is_nested=True, block_size=64)
     weights = load_file(path)
     name = part if part == "w" else f"w.{part}"
     weights[name] = weights[name].flip(0)
@@ -87,7 +90,7 @@ def test_every_part_matters(tmp_path, part):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_codes_and_scales_are_those_bitsandbytes_chooses(shape, dtype):
+def test_codes_and_scales_are_those_bitsandbytes_chooses(bnb, shape, dtype):
     weight = draw_weight(shape).to(dtype)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     ours = quantize_nf4(weight)
@@ -95,12 +98,12 @@ def test_codes_and_scales_are_those_bitsandbytes_chooses(shape, dtype):
     assert torch.equal(ours.scales, state.absmax)
 
 
-def test_dynamic_map_is_bitsandbytes_own():
+def test_dynamic_map_is_bitsandbytes_own(bnb):
     assert torch.equal(make_dynamic_map(), bnb.create_dynamic_map())
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 192), (256, 1024)])
-def test_bitsandbytes_reads_what_we_write(tmp_path, shape):
+def test_bitsandbytes_reads_what_we_write(bnb, tmp_path, shape):
     weight = draw_weight(shape).bfloat16()
     chunks = encode_nf4([weight[:32], weight[32:]], shape, dtype="bfloat16")
     write_safetensors(tmp_path / "w.safetensors", list_nf4_tensors("w", shape), chunks)
@@ -121,7 +124,7 @@ def test_bitsandbytes_reads_what_we_write(tmp_path, shape):
     assert ours.pow(2).sum() <= theirs.pow(2).sum()
 
 
-def test_transformers_and_bitsandbytes_load_a_written_base(tmp_path):
+def test_transformers_and_bitsandbytes_load_a_written_base(bnb, tmp_path):
     from transformers import AutoModelForCausalLM
 
     shape = {"embed_dim": 128, "intermediate_dim": 192, "head_dim": 32}

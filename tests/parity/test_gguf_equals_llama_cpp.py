@@ -84,6 +84,7 @@ def test_another_importance_matrix_changes_the_bytes(tmp_path):
     assert all(old != new for old, new in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 @on_x86_64
 @pytest.mark.parametrize("model", SMALL_MODELS, ids=MODEL_NAMES)
 def test_a_plain_base_has_the_bytes_of_llama_cpp(model, tmp_path):

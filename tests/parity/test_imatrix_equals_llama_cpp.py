@@ -79,6 +79,7 @@ def test_sums_are_those_of_llama_imatrix(run_dir, tmp_path):
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_matrix_is_measured_on_the_runs_own_training_rows_and_written_beside(run_dir):
     export = export_run(run_dir, quantizations=["IQ2_XS", "Q8_0"], overwrite=True, show=False)
     run = open_run(run_dir)

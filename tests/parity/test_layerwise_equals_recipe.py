@@ -110,6 +110,7 @@ def test_a_file_with_an_importance_matrix_holds_what_its_type_would_hold(base, r
     assert torch.equal(from_file, compute_logits(quantized))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ggml_type", GGML_TYPES)
 def test_dequantized_values_are_those_of_the_gguf_library(ggml_type):
     from gguf import GGMLQuantizationType, dequantize

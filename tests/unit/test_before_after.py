@@ -37,6 +37,7 @@ def test_the_base_is_asked_as_a_file_of_the_tuned_ones_type(run_dir, quantizatio
     assert list_files(run_dir / "export") == before
 
 
+@pytest.mark.slow
 def test_a_question_as_long_as_the_run_allows_is_answered(tmp_path):
     base_dir = write_tiny_base(tmp_path / "base", replace(TINY_TIED, max_position_embeddings=8192))
     messages = [{"role": "user", "content": "q " * 2000}, {"role": "assistant", "content": "Ahoy."}]

@@ -281,6 +281,7 @@ def test_digest_of_an_unchanged_base_reads_no_file(single_base, tmp_path, monkey
     assert digest_base(single_base) == before
 
 
+@pytest.mark.slow
 def test_random_base_takes_the_real_tokenizer_in_either_form(tmp_path):
     model = find_llama3_tokenizer()
     as_model = write_random_base(TINY_TIED, tmp_path / "model", tokenizer_model=model)

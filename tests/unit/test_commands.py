@@ -154,6 +154,7 @@ def read_words(words: list[str]):
     return load_config(words[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES, ids=map(repr, NAMES))
 def test_printed_commands_run_as_they_are_printed(name, tmp_path, monkeypatch, run_in_shell):
     """Every printed command holds this name: advice, larger model, existing or damaged run, export."""

@@ -63,6 +63,7 @@ def store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
+@pytest.mark.slow
 def test_restarted_processes_do_not_find_the_addresses_of_those_before_them(store):
     assert end(start(store, 0, 1, is_named=True), seconds=60) == [0, 0]
     before = list_addresses(store)
@@ -70,6 +71,7 @@ def test_restarted_processes_do_not_find_the_addresses_of_those_before_them(stor
     assert len(before) == 2 and len(list_addresses(store) - before) == 2
 
 
+@pytest.mark.slow
 def test_negative_control_without_a_name_of_the_start_they_find_the_address_of_a_process_that_is_gone(store):
     assert end(start(store, 0, 1, is_named=False), seconds=60) == [0, 0]
     before = list_addresses(store)

@@ -49,6 +49,7 @@ def list_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
+@pytest.mark.slow
 def test_script_writes_what_the_run_asks_for_and_prints_it(run_dir):
     command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir)]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -298,6 +299,7 @@ def test_the_disk_has_to_hold_all_that_is_asked_for(run_dir, monkeypatch):
     export_run(run_dir, quantizations=["Q8_0", "Q4_K_M"], show=False)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_part_of_a_merged_folder(run_dir):
     command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir), "--merged-hf"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_file_size)
@@ -307,6 +309,7 @@ def test_a_full_disk_leaves_no_part_of_a_merged_folder(run_dir):
     assert list_files(run_dir / "export") == []
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_what_is_done_and_the_time_left(run_dir):
     shown, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
@@ -318,6 +321,7 @@ def test_a_terminal_shows_what_is_done_and_the_time_left(run_dir):
     os.close(terminal)
 
 
+@pytest.mark.slow
 def test_a_log_file_holds_no_progress_bar(run_dir):
     command = [sys.executable, str(REPOSITORY / "scripts/export.py"), str(run_dir)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""

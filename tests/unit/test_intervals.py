@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from tune2gguf.runs.intervals import estimate_ratio
 
@@ -23,6 +22,8 @@ def test_interval_of_many_rows_is_the_normal_one_of_a_ratio():
 
 def test_interval_of_few_rows_covers_the_truth_as_often_as_it_says():
     """Negative control: the plain percentile interval of eight rows covers far less often."""
+    from scipy import stats  # imported by few tests: it takes seconds
+
     generator, hits, plain_hits, draws = np.random.default_rng(1), 0, 0, 400
     ones = np.ones(8)
     for _ in range(draws):
@@ -55,6 +56,8 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says():
 
 def test_interval_is_that_of_the_mean_over_tokens_of_rows_drawn_whole():
     """Hesterberg's level is the normal's tail beyond sqrt(n / (n - 1)) times Student's quantile."""
+    from scipy import stats
+
     sums, tokens = draw_losses(np.random.default_rng(3), 30)
     rows = np.random.default_rng(4).integers(0, 30, (20_000, 30))
     tail = stats.norm.sf(math.sqrt(30 / 29) * stats.t.ppf(0.975, 29))

@@ -296,6 +296,7 @@ def test_guide_parameters_come_first_and_every_key_is_there(judged):
     assert text.index("weight_decay") < text.index("model._component_")
 
 
+@pytest.mark.slow
 def test_a_long_run_keeps_every_peak_and_the_page_small(tmp_path):
     losses = np.random.default_rng(0).uniform(0.9, 1.1, 50_000)
     losses[[10_000, 30_001, 40_000]] = 2, 3, 0.7

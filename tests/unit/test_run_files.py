@@ -103,6 +103,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part", "damage"), [(n, p, d) for n, (p, many) in DAMAGE.items() for d in many])
 def test_damaged_file_is_one_line_that_names_it(run_dir, name, part, damage):
     path = run_dir / name

@@ -52,6 +52,7 @@ def test_the_sooner_long_spinning_fails_the_later_it_is_tried_again():
     assert fed.feed(BUSY, *[ALONE] * 4) == "bbbbl"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs GNU's OpenMP")
 @pytest.mark.skipif(count_cores() < 2, reason="needs two cores")
 def test_an_idle_pool_ends_the_spinning_between_two_products_and_its_end_brings_it_back():

@@ -138,6 +138,7 @@ def list_places():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "keys"), list_places())
 def test_wrong_types_are_read_or_refused_in_one_line(name, keys, base_dir, run_arguments, tmp_path):
     """No traceback at the start of a run, when the tokenizer is loaded, or when the GGUF is written."""
