@@ -7,8 +7,10 @@ import torch
 
 from tests.conftest import write_tiny_base
 from tests.gpu.models import CUDA, MARKS, SMALL, STD, make_model, make_rows, prepare
+from tests.gpu.test_sharding import shard_alone
 from tune2gguf.model.architectures import Architecture
 from tune2gguf.model.caches import KVCaches
+from tune2gguf.model.llama import CausalLM
 
 pytestmark = MARKS
 NUM_ROWS, NUM_PROMPT, NUM_TOKENS = 3, 20, 50
@@ -72,3 +74,32 @@ def test_logits_equal_those_of_a_recomputation_and_no_token_waits(small_base, ba
 def test_an_embedding_in_host_memory_is_looked_up_outside_the_graph(tmp_path):
     untied = Architecture(**{**vars(SMALL), "tied": False})
     compare_with_recomputation(write_tiny_base(tmp_path / "untied", untied, std=STD), "nf4")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@torch.no_grad()
+def test_a_sharded_base_is_gathered_in_a_token_s_graph_and_gives_the_bits_of_a_whole_one(tied, tmp_path):
+    base_dir = write_tiny_base(tmp_path / "base", Architecture(**{**vars(SMALL), "tied": tied}), std=STD)
+    tokens = torch.stack(make_rows([NUM_TOKENS] * NUM_ROWS)).to(CUDA)
+
+    def generate(model: CausalLM) -> torch.Tensor:
+        caches = KVCaches(model, batch_size=NUM_ROWS, num_places=NUM_TOKENS, device=CUDA)
+        first, second = (append_all(caches, tokens, waits=False) for _ in range(2))
+        assert caches.is_graphed
+        caches.detach()
+        assert torch.equal(first, second)
+        return first
+
+    whole, sharded = (
+        prepare(make_model(base_dir, CUDA, base_weights="bf16", shard=shard), fuse=True).eval()
+        for shard in (None, shard_alone)
+    )
+    expected = generate(whole)
+    assert torch.equal(generate(sharded), expected)
+    # Between tokens other passes use the buffers.
+    sharded.compute_hidden(tokens)
+    assert torch.equal(generate(sharded), expected)
+    # Negative control: shards of another base.
+    for part in sharded.sharded.parts:
+        part.zero_()
+    assert not torch.equal(generate(sharded), expected)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Arguments of CausalLM.predict_next, and the tokens' places in the caches, [new]."""
+    """Arguments of CausalLM.append, and the tokens' places in the caches, [new]."""
 
     embedded: Tensor
     mask: Tensor
@@ -43,7 +43,7 @@ class KVCaches:
         self.num_filled = 0
         self.places = torch.arange(num_places, device=device)  # of the tokens at hand
         self._all_places = self.places
-        self._is_capturable = device.type == "cuda" and model.sharded is None  # a graph gathers no shards
+        self._is_on_gpu = device.type == "cuda"
         self._graphed: _GraphedToken | None = None
         self._has_run = False  # a token: compiles and loads its kernels
         dtype = model.decoder.tok_embeddings.weight.dtype
@@ -54,29 +54,43 @@ class KVCaches:
             attention.kv_cache = _LayerCache(self, torch.zeros(shape, dtype=dtype, device=device))
             attention.cache_enabled = True
 
+    @property
+    def is_graphed(self) -> bool:
+        """Whether single tokens are appended by a CUDA graph by now."""
+        return self._graphed is not None
+
     def clear(self) -> None:
         """Forget all tokens."""
         self.num_filled = 0
 
     def predict_next(self, tokens: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
-        """Append tokens, [batch, new], and return the next token's logits; the rest as in CausalLM.predict_next."""
+        """Append tokens, [batch, new], and return the next token's logits, float32 [batch, vocab].
+
+        Args:
+            mask, input_pos: as in CausalLM.append
+        """
         end = self.num_filled + tokens.shape[1]
-        # Outside the graph: the embedding may be in host memory.
+        # Outside the graph: the embedding may be in host memory, and a sharded one shares its buffer with the head.
         inputs = _Inputs(self.model.embed(tokens), mask, input_pos, self._all_places[self.num_filled : end])
         self.num_filled = end
-        if tokens.shape[1] > 1 or not self._is_capturable:
+        return self.model.predict_next(self._append(inputs))
+
+    def _append(self, inputs: _Inputs) -> Tensor:
+        sharded = self.model.sharded
+        is_prompt, is_gathered = inputs.embedded.shape[1] > 1, sharded is None or sharded.can_be_captured
+        if is_prompt or not self._is_on_gpu or not is_gathered:
             return self.run(inputs)
         if not self._has_run:
             self._has_run = True
             return self.run(inputs)
         if self._graphed is None:
             self._graphed = _GraphedToken(self, inputs)
-        return self._graphed.predict_next(inputs)
+        return self._graphed.append(inputs)
 
     def run(self, inputs: _Inputs) -> Tensor:
-        """Return the next token's logits, without a graph."""
+        """Return the last layer's output, without a graph."""
         self.places = inputs.places
-        return self.model.predict_next(inputs.embedded, mask=inputs.mask, input_pos=inputs.input_pos)
+        return self.model.append(inputs.embedded, mask=inputs.mask, input_pos=inputs.input_pos)
 
     def detach(self) -> None:
         """Let the layers attend without caches again."""
@@ -87,21 +101,34 @@ class KVCaches:
 
 
 class _GraphedToken:
-    """A graph that appends one token to every row: kernels and order are those of `KVCaches.run`."""
+    """A graph that appends one token to every row: kernels and order are those of `KVCaches.run`.
+
+    With a sharded base it contains the gathers of all layers but the first two.
+    """
 
     def __init__(self, caches: KVCaches, inputs: _Inputs) -> None:
-        self._caches = caches
+        self._caches, self._sharded = caches, caches.model.sharded
         self._inputs = _Inputs(**{name: value.clone() for name, value in vars(inputs).items()})
+        if self._sharded is not None:
+            self._sharded.begin_graph(backward=False)
         self._graph = record_graph(self._run, pool=torch.cuda.graph_pool_handle())
+        if self._sharded is not None:
+            self._sharded.end_graph(backward=True)  # capture computes nothing: the first layers are still gathered
 
     def _run(self) -> None:
-        self._logits = self._caches.run(self._inputs)
+        self._hidden = self._caches.run(self._inputs)
 
-    def predict_next(self, inputs: _Inputs) -> Tensor:
+    def append(self, inputs: _Inputs) -> Tensor:
+        """Return the last layer's output, which the next token overwrites."""
         for name, kept in vars(self._inputs).items():
             kept.copy_(getattr(inputs, name))
-        self._graph.replay()
-        return self._logits.clone()
+        if self._sharded is None:
+            self._graph.replay()
+        else:
+            self._sharded.begin_graph(backward=False)
+            self._graph.replay()
+            self._sharded.end_graph(backward=False)
+        return self._hidden
 
 
 class _LayerCache:

@@ -134,8 +134,8 @@ class CausalLM(nn.Module):
         with self.hold_head():
             return cross_entropy_of_supervised(self.decoder.norm(hidden), self.head_weight, targets)
 
-    def predict_next(self, embedded: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
-        """Append tokens to the KV caches and return the next token's logits, float32 [batch, vocab].
+    def append(self, embedded: Tensor, *, mask: Tensor, input_pos: Tensor) -> Tensor:
+        """Append tokens to the KV caches and return the last layer's output, [batch, new, dim].
 
         Args:
             embedded: new tokens, [batch, new, dim], from `embed`
@@ -146,8 +146,12 @@ class CausalLM(nn.Module):
         with self.run_eagerly():
             for number, layer in enumerate(self.decoder.layers):
                 hidden = run_layer(self.sharded, number, layer, hidden, mask=mask, input_pos=input_pos)
-            with self.hold_head():
-                return self.decoder.unembed(hidden)[:, -1].float()
+        return hidden
+
+    def predict_next(self, hidden: Tensor) -> Tensor:
+        """Return the next token's logits, float32 [batch, vocab], from the last layer's output [batch, new, dim]."""
+        with self.run_eagerly(), self.hold_head():
+            return self.decoder.unembed(hidden[:, -1:])[:, -1].float()
 
 
 def pad_pass(tokens: Tensor, row_starts: Tensor | None) -> tuple[Tensor, list[int]]:

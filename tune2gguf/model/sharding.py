@@ -97,8 +97,9 @@ class ShardedBase:
     def run_layer(self, number: int, layer: nn.Module, hidden: Tensor, **arguments: Any) -> Tensor:
         """Return layer(hidden, **arguments), with gathered weights here and in backward."""
         self.go_forward(number)
-        # Backward starts with the last two layers, which are gathered then; without it, forward starts again.
-        if number == len(self._layers) - 1 and not torch.is_grad_enabled():
+        # Backward starts with the last two layers, which are gathered then; without it, forward starts again. A graph
+        # cannot end with a gather in flight.
+        if number == len(self._layers) - 1 and not torch.is_grad_enabled() and not _is_captured(hidden):
             self._prefetch_layer(0, beside=number)
         out = layer(hidden, **arguments)
         if out.requires_grad:
@@ -190,6 +191,10 @@ def run_layer(sharded: ShardedBase | None, number: int, layer: nn.Module, hidden
     if sharded is None:
         return layer(hidden, **arguments)
     return sharded.run_layer(number, layer, hidden, **arguments)
+
+
+def _is_captured(hidden: Tensor) -> bool:
+    return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _list_matrices(module: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -37,8 +37,8 @@ class GenerationCost:
     forward: float = FORWARD_SHARE
 
 
-# By kind of device, for a run of one process. On an H200 a token costs 124 to 231 (benchmarks/generation.py), and the
-# first three of a reply some times as much.
+# By kind of device, for a run of one process. On an H200 a token costs 124 to 239 (benchmarks/generation.py), the first
+# three of a reply some times as much, and one of a base that is sharded over two GPUs 350.
 GENERATION_COSTS = {"cpu": GenerationCost(13, 0), "cuda": GenerationCost(250, 50_000)}
 
 
