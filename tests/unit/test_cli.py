@@ -1,5 +1,6 @@
 """The program tune2gguf: it lists, copies and starts."""
 
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -45,23 +46,26 @@ MISTAKES = {
     "show {nowhere}": "not found",
     "chat {nowhere}": "not the folder of a run",
 }
-TORCH_IS_LOADED = 3
 
 
-@pytest.mark.parametrize("typed", MISTAKES)
-def test_a_mistake_is_reported_before_torch_is_loaded(typed, tmp_path):
-    program = f"""
-import sys
+def test_a_mistake_is_reported_before_torch_is_loaded(tmp_path):
+    program = """
+import json, sys
 from tune2gguf.cli import main
-try:
-    main()
-finally:
-    if "torch" in sys.modules:
-        sys.exit({TORCH_IS_LOADED})
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["tune2gguf", *words]
+    try:
+        main()
+    except SystemExit as end:
+        said = str(end)
+    print(json.dumps([said, "torch" in sys.modules]))
 """
-    words = typed.format(config=REPOSITORY / "configs/llama3_2_1b/lora.yaml", nowhere=tmp_path / "nowhere").split()
-    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and MISTAKES[typed] in done.stderr, (done.returncode, done.stderr)
+    places = {"config": REPOSITORY / "configs/llama3_2_1b/lora.yaml", "nowhere": tmp_path / "nowhere"}
+    words = json.dumps([typed.format(**places).split() for typed in MISTAKES])
+    done = subprocess.run([sys.executable, "-c", program, words], capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for (typed, expected), (said, loaded_torch) in zip(MISTAKES.items(), found, strict=True):
+        assert expected in said and not loaded_torch, (typed, said, done.stderr)
 
 
 def test_cp_copies_a_file_or_a_folder_and_overwrites_nothing(tmp_path):

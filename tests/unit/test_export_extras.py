@@ -194,14 +194,19 @@ def test_answers_are_held_against_the_proofs(tiny_base, tmp_path, fake_ollama):
     assert "A Ahoy!\n  the proof's: Aye.\n" in shown
 
 
-@pytest.mark.parametrize(
-    "name", ["", " ", "-x", "my model", "a:b:c", "Marlo!", "a/b/c/d", "x" * 81, "ä", "a.b/c", "a\n"]
-)
-def test_a_name_that_ollama_would_not_take_is_refused_before_the_export(run_dir, fake_ollama, name):
-    finished = run_script(run_dir, f"--ollama={name}")
+def test_a_name_that_ollama_would_not_take_is_refused_before_the_export(run_dir, fake_ollama):
+    finished = run_script(run_dir, "--ollama=my model")
     assert finished.returncode == 1
     assert "is not an Ollama model name; give [NAMESPACE/]MODEL[:TAG], each of up to 80 letters" in finished.stderr
     assert not (run_dir / "export").exists() and not fake_ollama.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "-x", "my model", "a:b:c", "Marlo!", "a/b/c/d", "x" * 81, "ä", "a.b/c", "a\n"]
+)
+def test_a_name_that_ollama_would_not_take_is_none(name):
+    with pytest.raises(ValueError, match="is not an Ollama model name"):
+        check_ollama_name(name)
 
 
 @pytest.mark.parametrize(
