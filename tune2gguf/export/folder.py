@@ -51,7 +51,7 @@ class ExportedAdapter:
 
 @dataclass(frozen=True)
 class ExportFiles:
-    """The files of an export that do not describe it; the folder's model card and importance matrix do."""
+    """The files of an export, without the folder's model card and importance matrix."""
 
     models: list[ExportedModel]
     adapter: ExportedAdapter | None
@@ -96,6 +96,11 @@ def plan_files(
 
 
 def name_models(export_dir: Path, name: str, quantizations: Sequence[Quantization]) -> list[ExportedModel]:
+    """Return the files of each type.
+
+    Raises:
+        ValueError: if a name of theirs, or of their base's and adapter's files, cannot be written here
+    """
     for quantization in quantizations:
         check_name(export_dir / f"{name}-{quantization.name}.gguf")
         _name_adapter(export_dir, name, quantization)
@@ -113,6 +118,7 @@ def _name_model(export_dir: Path, name: str, quantization: Quantization, *, is_o
 
 
 def name_imatrix(run: Run) -> Path:
+    """Return the path of a measured importance matrix. Raises ValueError if its name cannot be written here."""
     path = run.export_dir / f"{run.name}-imatrix.gguf"
     check_name(path)
     return path

@@ -76,9 +76,9 @@ class KVCaches:
         return self.model.predict_next(self._append(inputs))
 
     def _append(self, inputs: _Inputs) -> Tensor:
-        sharded = self.model.sharded
-        is_prompt, is_gathered = inputs.embedded.shape[1] > 1, sharded is None or sharded.can_be_captured
-        if is_prompt or not self._is_on_gpu or not is_gathered:
+        sharded, is_prompt = self.model.sharded, inputs.embedded.shape[1] > 1
+        is_capturable = self._is_on_gpu and (sharded is None or sharded.can_be_captured)
+        if is_prompt or not is_capturable:
             return self.run(inputs)
         if not self._has_run:
             self._has_run = True
