@@ -3,8 +3,8 @@
     python benchmarks/generation.py BASE_DIR --speed 13032          # of the base in bf16, and a speed from gpu_user.py
     torchrun --standalone --nproc-per-node 2 benchmarks/generation.py BASE_DIR --speed 13032    # the base is sharded
 
-Every row of the batch gets one token. The cost is that of GENERATION_COST: trained tokens in the time of one such token
-of all rows, at the given speed of training in tokens/s.
+Every row of the batch gets one token. The cost is that of GENERATION_COSTS: trained tokens in the time of one such
+token of all rows, at the given speed of training in tokens/s.
 """
 
 from __future__ import annotations

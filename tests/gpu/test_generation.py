@@ -78,7 +78,7 @@ def test_an_embedding_in_host_memory_is_looked_up_outside_the_graph(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @torch.no_grad()
-def test_a_sharded_base_is_gathered_in_a_token_s_graph_and_gives_the_bits_of_a_whole_one(tied, tmp_path):
+def test_a_sharded_base_is_gathered_in_the_graph_of_a_token_and_gives_the_bits_of_a_whole_one(tied, tmp_path):
     base_dir = write_tiny_base(tmp_path / "base", Architecture(**{**vars(SMALL), "tied": tied}), std=STD)
     tokens = torch.stack(make_rows([NUM_TOKENS] * NUM_ROWS)).to(CUDA)
 

@@ -9,7 +9,7 @@ from tests.parity.go_renderer import build_renderer
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what llama.cpp serves with a real vocabulary slow: writing and loading it takes seconds."""
     for item in items:
-        if "served" in getattr(item, "fixturenames", ()):
+        if {"served", "bases"} <= set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -68,6 +68,7 @@ class ExportFiles:
         return bool(self.models) or self.merged_dir is not None
 
     def list_paths(self) -> list[Path]:
+        """Return the paths of all these files, and of the merged model's folder."""
         paths = [path for model in self.models for path in (model.gguf_path, model.modelfile_path)]
         paths += [] if self.adapter is None else self.adapter.list_paths()
         return paths if self.merged_dir is None else [*paths, self.merged_dir]
